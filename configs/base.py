@@ -1,0 +1,90 @@
+"""Every knob of MEND-JAX, with its default: the paper's settings (Table 5) for gpt2-large.
+
+A variant imports this and changes only what differs. Override on the command line, for every command alike:
+
+    python -m mend_jax.train --config=configs/base.py --workdir=runs/mend --config.optimizer.learning_rate=1e-5
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.stage = "finetune"  # "pretrain": plain text; "finetune": tasks; "lm": an ordinary LM, all weights trained
+    c.seed = 0  # data, initial values: everything random is a function of (seed, step)
+
+    c.llm = llm = ConfigDict()
+    llm.path = "gpt2-large"  # Hugging Face folder or hub name; with stage="lm" a folder with config.json alone starts from random weights
+    llm.dtype = "float32"  # of the frozen weights and of the LLM's arithmetic: "float32" or "bfloat16"
+    llm.attention = "xla"  # "xla" everywhere; "cudnn" (flash attention) on NVIDIA GPUs with dtype "bfloat16"
+    llm.remat = False  # recompute each layer's activations in the backward pass: less memory, a third more time
+
+    c.prefix = prefix = ConfigDict()
+    prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning) or "soft_prompt" (PromptTuning)
+    prefix.length = 100  # l, the number of vectors
+    prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name
+    prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
+    prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
+    prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
+    prefix.remat = False  # as llm.remat, for the distiller
+    prefix.start_from = ""  # workdir of an earlier stage: begin with its best checkpoint; "" begins from the backbone
+
+    c.loss = loss = ConfigDict()
+    loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM
+    loss.pred = 1.0  # weight of L_pred: finetuning only
+    loss.clm = 0.0  # weight of L_CLM: pretraining only (and 1 in stage "lm")
+    loss.chunk = 512  # tokens whose (tokens, vocabulary) logits exist at one time
+
+    c.data = data = ConfigDict()
+    data.text = ""  # C4: a folder of AllenAI's *.json.gz, or a prepared tfds c4/en directory
+    data.tasks = ""  # MetaICL: the folder that holds data/<task>/<task>_<k>_<seed>_<split>.jsonl
+    data.partition = "class_to_class"  # one of MetaICL's seven settings, or one of <tasks>/partitions.json
+    data.cache = "~/.cache/mend_jax"  # prepared tokens are kept here, keyed by tokenizer and source
+    data.template = "space"  # between input, output and examples: "space" or "newline" (Table 7)
+    data.k = 16  # demonstrations per context
+    data.beta = 0.8  # pretraining: share of a text that is distilled; the rest is continued
+    data.max_text_tokens = 1024  # pretraining: a text is cut here
+    data.max_demo_tokens = 900  # a context's budget; examples that do not fit are left out
+    data.max_input_tokens = 256  # an input x is cut here; an output y never
+    data.release_truncation = False  # the public release's budgets instead: distiller < 643 tokens, teacher < 767, last example cut
+    data.demo_buckets = (128, 256, 512, 900)  # padded lengths of the contexts; the last covers the budget
+    data.query_buckets = (32, 64, 128, 256, 512)  # padded lengths of the queries
+    data.bucket_window = 32  # batches drawn together and sorted by length, so that little is padding
+    data.text_share = 0.0  # stage "lm": share of each batch that is plain text; the rest are in-context sequences
+    data.sequence_length = 256  # stage "lm": tokens per sequence
+    data.validation_items = 256  # held-out texts (pretraining, lm) that the validation loss is measured on
+    data.processes = 2  # of `prepare`
+    data.prefetch = 8  # batches held ready ahead of the device
+
+    c.optimizer = optimizer = ConfigDict()  # AdamW
+    optimizer.learning_rate = 5e-5  # decays linearly to 0 over train.steps
+    optimizer.warmup_steps = 0
+    optimizer.weight_decay = 0.0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.clip = 1.0  # global gradient norm
+
+    c.train = train = ConfigDict()
+    train.steps = 30_000
+    train.batch_size = 8  # sequences a step, over all devices and accumulation steps together
+    train.accumulate = 1  # gradient accumulation: the batch is computed in so many parts
+    train.parallel = "pmap"  # "pmap": data parallel; "mesh": jit over named shardings
+    train.log_every = 10  # steps between lines in metrics.jsonl
+    train.eval_every = 2_000  # steps between evaluations on the validation data
+    train.save_every = 500  # steps between checkpoints; the newest two and the best are kept
+    train.patience = 5  # evaluations without a better score before training stops
+
+    c.evaluate = evaluate = ConfigDict()
+    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed
+    evaluate.split = "test"  # "test" or "dev"
+    evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
+    evaluate.tasks = ()  # some of the partition's test tasks; () is all
+    evaluate.limit = 0  # test items per task and seed; 0 is all
+    evaluate.batch_size = 32  # test items, with all their options, in one pass of the LLM
+    evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
+
+    c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods
+    experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
+    experiment.pretrain_steps = 30_000
+    experiment.finetune_steps = 30_000
+    return c

@@ -1,0 +1,101 @@
+"""The frozen LLM behind one interface: whatever stands before a query, the LLM reads it as embeddings.
+
+Axes: B batch, P prefix, Q query tokens, T any sequence, D width, V vocabulary.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from mend_jax.models.decoder import Cache, Decoder
+from mend_jax.models.families import DecoderConfig
+from mend_jax.models.folders import Model, init_model, load_model
+from mend_jax.prefix import Prefix, Query, continue_after
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LLM:
+    """A decoder-only LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
+
+    config: DecoderConfig
+    params: Any  # {"embed": {"tokens" (V,D), "positions"}, "layers", "final_norm"}, in `dtype`
+    tokenizer: Any  # of transformers, or None where the folder has none
+    path: str  # the folder it was read from
+    dtype: str
+    attention: str = "xla"
+    remat: bool = False
+
+    @property
+    def window(self) -> int:
+        """Positions the LLM can read at once."""
+        return self.config.max_positions
+
+    @property
+    def model(self) -> Decoder:
+        return Decoder(self.config, jnp.dtype(self.dtype), self.attention, self.remat)
+
+    def embed(self, params, tokens):
+        """(B,T) int32 -> (B,T,D), without positions."""
+        return params["embed"]["tokens"][tokens]
+
+    def states(self, params, prefix: Prefix, query: Query):
+        """The hidden states *at* the query's tokens, after the prefix: (B,Q,D). Rows beyond a length are garbage."""
+        return continue_after(self.model, params, prefix, self.embed(params, query.tokens))
+
+    def head(self, params):
+        """(V,D): a state's logits are its products with these rows."""
+        return params["embed"]["tokens"]
+
+    def logits(self, params, states):
+        """(B,Q,D) -> (B,Q,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
+        return jnp.einsum("bqd,vd->bqv", states, self.head(params), preferred_element_type=jnp.float32)
+
+    def prefix_cache(self, params, prefix: Prefix) -> Cache:
+        """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
+        keys, values = self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
+        return Cache(keys[:, 0], values[:, 0], prefix.length[0])
+
+    def cached_states(self, params, cache: Cache, tokens, positions, segments):
+        """States (B,T,D) of rows that all stand after the cached prefix.
+
+        Args:
+            tokens: (B,T) int32.
+            positions: (B,T) int32, counted from the end of the prefix.
+            segments: (B,T) int32: 0 is seen by every later token, j > 0 only by tokens of j, -1 is padding.
+                So an input (0) is read once, and every answer option (1, 2, ...) sees it and itself.
+        """
+        P, T = cache.keys.shape[1], tokens.shape[1]
+        within = jnp.tril(jnp.ones((T, T), bool))[None] & (
+            (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        )
+        before = jnp.broadcast_to(jnp.arange(P) < cache.length, (*tokens.shape, P))
+        mask = jnp.concatenate([before, within], -1)
+        embeds = self.embed(params, tokens)
+        return self.model.apply({"params": params}, embeds, cache.length + positions, cache, mask)
+
+
+
+def load_llm(path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
+    """The LLM of a Hugging Face folder or hub name.
+
+    Args:
+        path: a folder with config.json, weights (safetensors, single or sharded; .bin where PyTorch is installed)
+            and, if texts are to be read, a tokenizer; or a hub name such as "gpt2-large".
+        dtype: "float32" or "bfloat16", of the weights and of the arithmetic (norms and softmax stay float32).
+        attention: "xla", or "cudnn" (NVIDIA, bfloat16).
+        remat: recompute each layer in the backward pass.
+    Raises:
+        UserError: no such folder, an unsupported model_type, or weights that do not fit config.json.
+    """
+    return _llm(load_model(path, dtype), dtype, attention, remat)
+
+
+def init_llm(path: str | Path, seed: int, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
+    """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
+    return _llm(init_model(path, seed, dtype), dtype, attention, remat)
+
+
+def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM:
+    return LLM(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)

@@ -1,0 +1,171 @@
+"""The losses on a query's states, with the LM head applied in chunks.
+
+Axes: B batch, Q query tokens, M = B*Q tokens, C tokens of a chunk, D width, V vocabulary.
+
+    L_distill ("kd")   KL(teacher || student) of each query token's prediction, temperature 1 (paper, Eq. 2 and 3)
+    L_pred    ("pred") cross-entropy of the tokens of y (Eq. 4)
+    L_CLM     ("clm")  cross-entropy of all query tokens (section 5, ablation of the pretraining loss)
+
+A loss is the mean over an example's tokens, then over the examples of the batch: what one device computes for its
+rows can be averaged over devices.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mend_jax.prefix import Query
+
+
+class Weights(NamedTuple):
+    """What each token's losses count, (B,Q) float32: the weights of one loss sum to 1 over the batch."""
+
+    kd: jax.Array
+    pred: jax.Array
+    clm: jax.Array
+
+
+def token_weights(query: Query) -> tuple[jax.Array, Weights]:
+    """The token that each state predicts, (B,Q) int32, and the weights of the three losses there.
+
+    The state at token t predicts t + 1: the first token of the query, which the prefix predicts, carries no
+    cross-entropy; L_distill covers the prediction at every token, the last included (as the release).
+    """
+    B, Q = query.tokens.shape
+    targets = jnp.roll(query.tokens, -1, axis=1)
+    at = jnp.arange(Q)[None]
+    length, start = query.length[:, None], query.target_start[:, None]
+    return targets, Weights(
+        kd=_mean_weights(at < length),
+        pred=_mean_weights((at + 1 >= start) & (at + 1 < length)),
+        clm=_mean_weights(at + 1 < length),
+    )
+
+
+def head_loss(states, teacher_states, head, targets, kd_weight, ce_weight, chunk: int, head_grad: bool = False):
+    """Sum over tokens of kd_weight * KL(teacher || student) + ce_weight * cross-entropy.
+
+    No (B,Q,V) array exists at any time: the logits of `chunk` tokens are computed, used for the values and (when
+    differentiated) for the gradient with respect to the states, and dropped. Tokens of no weight are skipped.
+
+    Args:
+        states: (B,Q,D), the student's. Differentiated.
+        teacher_states: (B,Q,D), or None where kd_weight is 0. Not differentiated.
+        head: (V,D). Differentiated only with `head_grad` (stage "lm"): a frozen head gets no gradient, and costs none.
+        targets: (B,Q) int32, the token each state predicts.
+        kd_weight, ce_weight: (B,Q) float32, at least 0.
+        chunk: tokens per chunk.
+    Returns:
+        loss () float32, and the unweighted (kd, ce) of every token, each (B,Q) float32, 0 where skipped.
+    """
+    B, Q, D = states.shape
+    M = B * Q
+    weights = jnp.stack([kd_weight.reshape(M), ce_weight.reshape(M)])
+    teacher = None if teacher_states is None else jax.lax.stop_gradient(teacher_states).reshape(M, D)
+    head = head if head_grad else jax.lax.stop_gradient(head)
+    loss, kd, ce = _flat_loss(min(chunk, M), head_grad, states.reshape(M, D), head, teacher, targets.reshape(M), weights)
+    return loss, (kd.reshape(B, Q), ce.reshape(B, Q))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _flat_loss(chunk, head_grad, states, head, teacher, targets, weights):
+    return _forward(chunk, False, False, states, head, teacher, targets, weights)[:3]
+
+
+def _flat_loss_fwd(chunk, head_grad, states, head, teacher, targets, weights):
+    loss, kd, ce, *gradients = _forward(chunk, True, head_grad, states, head, teacher, targets, weights)
+    return (loss, kd, ce), gradients
+
+
+def _flat_loss_bwd(chunk, head_grad, gradients, cotangents):
+    # Only the loss is differentiated; the per-token values are for reporting.
+    states, head = ((cotangents[0] * g).astype(g.dtype) if g is not None else None for g in gradients)
+    return states, head, None, None, None
+
+
+_flat_loss.defvjp(_flat_loss_fwd, _flat_loss_bwd)
+
+
+def _forward(chunk, with_grad, head_grad, states, head, teacher, targets, weights):
+    """Values and, with `with_grad`, gradients, by a loop over the chunks that hold tokens of some weight."""
+    M, D = states.shape
+    padded = -(-M // chunk) * chunk
+    # Tokens of some weight come first; the loop ends where they end.
+    order = jnp.argsort(weights.max(0) <= 0, stable=True)
+    used = (weights.max(0) > 0).sum()
+    order = jnp.concatenate([order, jnp.zeros(padded - M, order.dtype)])
+    weights = jnp.where(jnp.arange(padded) < used, weights[:, order], 0)
+    targets = targets[order]
+
+    def body(i, carry):
+        rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
+        teacher_rows = None if teacher is None else teacher[rows]
+        weight = take(weights, axis=1)
+        value, kd, ce, row_grad, logit_grad = _chunk(states[rows], head, teacher_rows, take(targets), weight, with_grad)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        loss, kds, ces, state_grad, head_sum = carry
+        if with_grad:
+            state_grad = put(state_grad, row_grad.astype(state_grad.dtype))
+        if head_grad:
+            head_sum += jnp.einsum("cv,cd->vd", logit_grad, states[rows], preferred_element_type=jnp.float32)
+            onehot_rows = -weight[1][:, None] * states[rows].astype(jnp.float32)
+            head_sum = head_sum.at[take(targets)].add(onehot_rows)
+        return loss + value, put(kds, kd), put(ces, ce), state_grad, head_sum
+
+    zeros = jnp.zeros(padded)
+    carry = (
+        jnp.zeros(()),
+        zeros,
+        zeros,
+        jnp.zeros((padded, D), states.dtype) if with_grad else None,
+        jnp.zeros(head.shape) if head_grad else None,
+    )
+    loss, kd, ce, state_grad, head_sum = jax.lax.fori_loop(0, -(-used // chunk), body, carry)
+    back = jnp.argsort(order[:M])  # where each token went
+    return (
+        loss,
+        kd[back],
+        ce[back],
+        state_grad[back] if with_grad else None,
+        head_sum.astype(head.dtype) if head_grad else None,
+    )
+
+
+def _chunk(states, head, teacher, targets, weights, with_grad):
+    """One chunk of C tokens: (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), of the logits (C,V)).
+
+    The gradient of the logits leaves out cross-entropy's -1 at the target: as rows of the head it costs a gather of
+    C rows, not a (C,V) array.
+    """
+    kd_weight, ce_weight = weights
+    logits = jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    ce = log_z - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    if teacher is None:
+        kd = jnp.zeros_like(ce)
+    else:
+        teacher_logits = jnp.einsum("cd,vd->cv", teacher, head, preferred_element_type=jnp.float32)
+        teacher_log_z = jax.nn.logsumexp(teacher_logits, axis=-1)
+        p_teacher = jnp.exp(teacher_logits - teacher_log_z[:, None])
+        kd = (p_teacher * (teacher_logits - logits)).sum(-1) - teacher_log_z + log_z
+    counted = kd_weight + ce_weight > 0
+    kd, ce = jnp.where(counted, kd, 0), jnp.where(counted, ce, 0)
+    value = (kd_weight * kd + ce_weight * ce).sum()
+    if not with_grad:
+        return value, kd, ce, None, None
+    logit_grad = (kd_weight + ce_weight)[:, None] * jnp.exp(logits - log_z[:, None])
+    if teacher is not None:
+        logit_grad -= kd_weight[:, None] * p_teacher
+    logit_grad = logit_grad.astype(head.dtype)
+    state_grad = jnp.einsum("cv,vd->cd", logit_grad, head, preferred_element_type=jnp.float32)
+    state_grad -= ce_weight[:, None] * head[targets].astype(jnp.float32)
+    return value, kd, ce, state_grad, logit_grad
+
+
+def _mean_weights(mask):
+    """(B,Q) bool -> float32 weights: the mean over a row's tokens, then over the rows."""
+    mask = mask.astype(jnp.float32)
+    return mask / jnp.maximum(mask.sum(1, keepdims=True), 1) / mask.shape[0]

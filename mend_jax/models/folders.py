@@ -1,0 +1,93 @@
+"""Hugging Face folders and hub names: where a model's config.json, weights and tokenizer come from and go to."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
+
+from mend_jax.errors import UserError
+from mend_jax.models import weights
+from mend_jax.models.decoder import init_params
+from mend_jax.models.families import DecoderConfig, from_hf_config, to_hf_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+
+
+class Model(NamedTuple):
+    """What a folder holds."""
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: Any  # of transformers, or None where the folder has none
+    folder: Path
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> Model:
+    """The model of a folder or hub name, its weights in `dtype`."""
+    folder = local_folder(path)
+    config = from_hf_config(folder)
+    params = jax.tree.map(jnp.asarray, weights.read_params(folder, config, dtype))
+    return Model(config, params, load_tokenizer(folder), folder)
+
+
+def init_model(path: str | Path, seed: int, dtype: str = "float32") -> Model:
+    """As `load_model` with random weights: `path` needs a config.json alone."""
+    folder = local_folder(path)
+    config = from_hf_config(folder)
+    params = jax.tree.map(lambda a: a.astype(dtype), init_params(config, seed))
+    return Model(config, params, load_tokenizer(folder), folder)
+
+
+def has_weights(path: str | Path) -> bool:
+    """Whether a folder holds weights (a hub name does)."""
+    try:
+        return bool(weights.weight_files(local_folder(path)))
+    except UserError:
+        return False
+
+
+def save_model(folder: str | Path, config: DecoderConfig, params, tokenizer_folder: str | Path) -> None:
+    """A Hugging Face folder: config.json, model.safetensors, and the tokenizer's files of `tokenizer_folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config), indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        source = Path(tokenizer_folder) / name
+        if source.exists() and source.resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)
+    weights.write_params(folder, config, params)
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` itself where it is a folder, else the local copy of the hub's model of that name."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
+        raise UserError(f"{path} is not a folder: give a Hugging Face model folder or a hub name such as gpt2.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.")
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a Hugging Face folder, or None where it has none. Nothing is downloaded."""
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer  # slow to import: only where texts are read
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again.")

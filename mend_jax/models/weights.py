@@ -1,0 +1,165 @@
+"""Weights between Hugging Face files and our tree: one key table per family, used in both directions.
+
+Reading refuses, by name: a key it does not know, one that is missing, one that comes twice, one of another shape.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mend_jax.errors import UserError
+from mend_jax.models.families import DecoderConfig
+
+GPT2_PREFIX = "transformer."  # of GPT2LMHeadModel; GPT2Model's files come without it
+
+
+class Entry(NamedTuple):
+    """Where a tensor lives in our tree: a path, and the index in the stack of layers (None: not stacked)."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def key_table(config: DecoderConfig) -> dict[str, Entry]:
+    """Their name -> our place, in the order of the model. Conv1D kernels are (in, out) as ours: nothing is transposed."""
+    D, M = config.width, config.mlp_width
+    table = {
+        "wte.weight": Entry(("embed", "tokens"), None, (config.vocab_size, D)),
+        "wpe.weight": Entry(("embed", "positions"), None, (config.max_positions, D)),
+    }
+    layer_rows = [
+        ("ln_1.weight", ("norm1", "scale"), (D,)),
+        ("ln_1.bias", ("norm1", "bias"), (D,)),
+        ("attn.c_attn.weight", ("qkv", "kernel"), (D, 3 * D)),
+        ("attn.c_attn.bias", ("qkv", "bias"), (3 * D,)),
+        ("attn.c_proj.weight", ("out", "kernel"), (D, D)),
+        ("attn.c_proj.bias", ("out", "bias"), (D,)),
+        ("ln_2.weight", ("norm2", "scale"), (D,)),
+        ("ln_2.bias", ("norm2", "bias"), (D,)),
+        ("mlp.c_fc.weight", ("up", "kernel"), (D, M)),
+        ("mlp.c_fc.bias", ("up", "bias"), (M,)),
+        ("mlp.c_proj.weight", ("down", "kernel"), (M, D)),
+        ("mlp.c_proj.bias", ("down", "bias"), (D,)),
+    ]
+    for i in range(config.layers):
+        for name, path, shape in layer_rows:
+            table[f"h.{i}.{name}"] = Entry(("layers", *path), i, shape)
+    table["ln_f.weight"] = Entry(("final_norm", "scale"), None, (D,))
+    table["ln_f.bias"] = Entry(("final_norm", "bias"), None, (D,))
+    return table
+
+
+def from_tensors(
+    tensors: Iterator[tuple[str, Callable[[], np.ndarray]]], config: DecoderConfig, dtype="float32", where="the weights"
+) -> dict:
+    """The tree of (their name, function that reads it), read one tensor at a time into place in `dtype`."""
+    table, params, seen = key_table(config), {}, set()
+    for raw_name, read in tensors:
+        name = raw_name.removeprefix(GPT2_PREFIX)
+        if _derived(name):
+            continue
+        if name not in table:
+            raise UserError(f"{where} holds {raw_name}, which a {config.layers}-layer {config.family} model does not have.")
+        if name in seen:
+            raise UserError(f"{where} holds {name} twice: remove the stray file or key.")
+        seen.add(name)
+        entry, array = table[name], read()
+        if array.shape != entry.shape:
+            raise UserError(f"{where}: {raw_name} has shape {array.shape}, config.json asks for {entry.shape}.")
+        _place(params, entry, array, config.layers, dtype)
+    missing = [name for name in table if name not in seen]
+    if missing:
+        raise UserError(f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete.")
+    return params
+
+
+def to_tensors(config: DecoderConfig, params: Mapping, prefix: str = GPT2_PREFIX) -> dict[str, np.ndarray]:
+    """The inverse: their names (behind `prefix`) -> arrays, in the order of the model."""
+    tensors = {}
+    for name, entry in key_table(config).items():
+        leaf = params
+        for part in entry.path:
+            leaf = leaf[part]
+        tensors[prefix + name] = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+    return tensors
+
+
+def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32") -> dict:
+    """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin."""
+    folder = Path(folder)
+    return from_tensors(_tensors_of(weight_files(folder)), config, dtype, where=str(folder))
+
+
+def write_params(folder: str | Path, config: DecoderConfig, params: Mapping) -> None:
+    """`model.safetensors` in `folder`, as transformers' GPT2LMHeadModel saves it."""
+    tensors = {name: np.ascontiguousarray(a) for name, a in to_tensors(config, params).items()}
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a Hugging Face folder, safetensors before .bin; a missing shard is an error."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return [folder / single]
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).exists()]
+            if missing:
+                raise UserError(f"{folder / missing[0]} is not there, though {index.name} names it: copy the model's folder again.")
+            return [folder / shard for shard in shards]
+    raise UserError(f"{folder} holds no weights: model.safetensors or pytorch_model.bin is expected there.")
+
+
+def read_file(path: str | Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """(name, function that reads it) of one .safetensors or .bin file."""
+    return _tensors_of([Path(path)])
+
+
+def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    for path in files:
+        yield from (_read_torch(path) if path.suffix == ".bin" else _read_safetensors(path))
+
+
+def _read_safetensors(path: Path):
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                yield name, lambda name=name: file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.")
+
+
+def _read_torch(path: Path):
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.")
+    try:  # weights only: an arbitrary pickle could run code
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, all of them mean the same to the user
+        raise UserError(f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again.")
+    for name, tensor in tensors.items():
+        yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def _derived(name: str) -> bool:
+    """Masks that old files carry as buffers, and the head, which is the token table again (tied)."""
+    return name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def _place(params: dict, entry: Entry, array: np.ndarray, layers: int, dtype: str) -> None:
+    *parents, leaf = entry.path
+    for part in parents:
+        params = params.setdefault(part, {})
+    if entry.layer is None:
+        params[leaf] = array.astype(dtype)
+    else:
+        params.setdefault(leaf, np.empty((layers, *entry.shape), dtype))[entry.layer] = array

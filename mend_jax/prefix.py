@@ -1,0 +1,239 @@
+"""A method is a prefix: what stands before a query, as embeddings with a length. What makes one is here.
+
+Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D width.
+Every row is right-padded and carries a length; rows are joined contiguously, so positions are 0, 1, 2, ...
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mend_jax.errors import UserError
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.families import DecoderConfig
+from mend_jax.models.folders import load_model
+
+PROJECTIONS = ("tanh", "linear", "identity")
+
+
+@struct.dataclass
+class Prefix:
+    """What stands before a query, in the LLM's embedding space."""
+
+    embeds: jax.Array  # (B,P,D)
+    length: jax.Array  # (B,) int32, at most P
+
+
+@struct.dataclass
+class Query:
+    """The test input x and its output y = tokens[target_start:length]."""
+
+    tokens: jax.Array  # (B,Q) int32
+    length: jax.Array  # (B,) int32
+    target_start: jax.Array  # (B,) int32
+
+
+def join(prefix: Prefix, embeds, length=None):
+    """Rows of `embeds` (B,Q,D) put right where each prefix ends: ((B,P+Q,D), length (B,))."""
+    B, Q, D = embeds.shape
+    if prefix.embeds.shape[1] == 0:
+        return embeds, length
+    room = jnp.zeros((B, Q, D), embeds.dtype)
+    buffer = jnp.concatenate([prefix.embeds.astype(embeds.dtype), room], 1)
+    joined = jax.vmap(lambda row, query, start: jax.lax.dynamic_update_slice(row, query, (start, 0)))(
+        buffer, embeds, prefix.length
+    )
+    return joined, None if length is None else prefix.length + length
+
+
+def continue_after(model: Decoder, params, prefix: Prefix, embeds):
+    """The model's states at `embeds` (B,Q,D), read after the prefix: (B,Q,D).
+
+    The LLM reads a query after a prefix, and a decoder distiller its placeholders after the demonstrations: one function.
+    """
+    joined, _ = join(prefix, embeds)
+    states = model.apply({"params": params}, joined)
+    if prefix.embeds.shape[1] == 0:
+        return states
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start, 0), embeds.shape[1:]))(states, prefix.length)
+
+
+def no_prefix(batch_size: int, width: int) -> Prefix:
+    """Zero-shot: nothing stands before the query."""
+    return Prefix(jnp.zeros((batch_size, 0, width)), jnp.zeros((batch_size,), jnp.int32))
+
+
+def demonstrations_prefix(llm, demos) -> Prefix:
+    """Vanilla ICL: the embedded demonstrations.
+
+    Args:
+        llm: of `load_llm`.
+        demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
+    """
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.window, "LLM")
+    return Prefix(llm.embed(llm.params, tokens), length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """PromptTuning: one learned matrix, whatever the demonstrations (Lester et al., 2021)."""
+
+    params: Any  # {"vectors": (L, llm_width)}
+
+    @property
+    def num_vectors(self) -> int:
+        return self.params["vectors"].shape[0]
+
+    @property
+    def llm_width(self) -> int:
+        return self.params["vectors"].shape[1]
+
+    def apply(self, params, demos, length) -> Prefix:
+        """The same L vectors for every row; `demos` (B,N) and `length` are not read."""
+        vectors, rows = params["vectors"], demos.shape[0]
+        return Prefix(jnp.broadcast_to(vectors, (rows, *vectors.shape)), jnp.full((rows,), len(vectors), jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distiller:
+    """The trainable model from demonstrations to vectors (paper, section 3.1).
+
+    A decoder reads the demonstrations and then L placeholder embeddings; its states there, projected to the LLM's
+    width, are the vectors.
+    """
+
+    config: DecoderConfig  # of the backbone
+    params: Any  # {"backbone": a Decoder's tree, "placeholders": (L, width)} and {"projection": {"kernel", "bias"}}
+    projection: str  # "tanh", "linear" or "identity"
+    llm_width: int
+    tokenizer: Any = None
+    dtype: str = "float32"
+    attention: str = "xla"
+    remat: bool = False
+
+    @property
+    def num_vectors(self) -> int:
+        return self.params["placeholders"].shape[0]
+
+    @property
+    def window(self) -> int:
+        """Demonstration tokens it can read: its positions less one for each vector."""
+        return self.config.max_positions - self.num_vectors
+
+    def apply(self, params, demos, length) -> Prefix:
+        """(B,N) int32 tokens with lengths (B,) -> L vectors a row: Prefix((B,L,llm_width), L)."""
+        dtype, backbone, rows = jnp.dtype(self.dtype), params["backbone"], demos.shape[0]
+        model = Decoder(self.config, dtype, self.attention, self.remat)
+        context = Prefix(backbone["embed"]["tokens"][demos], length)
+        placeholders = jnp.broadcast_to(params["placeholders"], (rows, *params["placeholders"].shape))
+        vectors = continue_after(model, backbone, context, placeholders)
+        if self.projection != "identity":
+            kernel, bias = params["projection"]["kernel"].astype(dtype), params["projection"]["bias"].astype(dtype)
+            vectors = vectors @ kernel + bias
+        if self.projection == "tanh":
+            vectors = jnp.tanh(vectors)
+        return Prefix(vectors, jnp.full((rows,), vectors.shape[1], jnp.int32))
+
+    def distill(self, demos) -> Prefix:
+        """The vectors of any demonstrations, with the distiller's own parameters.
+
+        Args:
+            demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs
+                where the distiller came with a tokenizer.
+        Returns:
+            Prefix((B, L, llm_width), L), B the number of contexts.
+        Raises:
+            UserError: no demonstrations, no tokenizer for texts, or more tokens than the distiller's window.
+        """
+        tokens, length = demo_tokens(demos, self.tokenizer, self.window, "distiller")
+        return jax.jit(self.apply)(self.params, tokens, length)
+
+
+def init_distiller(config, llm, seed: int) -> Distiller:
+    """A fresh distiller for `llm`, as the section `prefix` of a run's config says (configs/base.py)."""
+    backbone = load_model(config.backbone)
+    params = {
+        "backbone": backbone.params,
+        "placeholders": _initial_rows(config, backbone.params["embed"]["tokens"], seed),
+    }
+    projection = resolve_projection(config.projection, backbone.config.width, llm.config.width)
+    if projection != "identity":
+        shape = (backbone.config.width, llm.config.width)
+        kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)
+        params["projection"] = {"kernel": kernel, "bias": jnp.zeros(shape[1])}
+    return Distiller(
+        backbone.config, params, projection, llm.config.width, backbone.tokenizer, config.dtype, llm.attention, config.remat
+    )
+
+
+def init_soft_prompt(config, llm, seed: int) -> SoftPrompt:
+    """A fresh soft prompt in the LLM's embedding space, started as `prefix.placeholder_init` says."""
+    return SoftPrompt({"vectors": _initial_rows(config, llm.params["embed"]["tokens"].astype(jnp.float32), seed)})
+
+
+def resolve_projection(projection: str, width: int, llm_width: int) -> str:
+    """What "auto" stands for; `identity` needs equal widths."""
+    if projection == "auto":
+        return "identity" if width == llm_width else "tanh"
+    if projection == "identity" and width != llm_width:
+        raise UserError(
+            f'prefix.projection="identity" needs a backbone as wide as the LLM, not {width} against {llm_width}: use "tanh" or "linear".'
+        )
+    return projection
+
+
+def load_distiller(path, llm, backbone=None) -> Distiller:
+    """A trained distiller.
+
+    Args:
+        path: a training workdir, an exported folder, or the public release's own .safetensors / .bin file.
+        llm: the LLM its vectors are for.
+        backbone: only for the release's file: the Hugging Face folder of its backbone (config.json and tokenizer).
+    Raises:
+        UserError: nothing there, or a distiller whose vectors are not as wide as the LLM's embeddings.
+    """
+    from mend_jax.export import read_distiller
+
+    distiller = read_distiller(path, backbone)
+    if distiller.llm_width != llm.config.width:
+        raise UserError(
+            f"The distiller in {path} makes vectors of width {distiller.llm_width}, the LLM reads {llm.config.width}: take the LLM it was trained for."
+        )
+    return distiller
+
+
+def demo_tokens(demos, tokenizer, window: int, reader: str):
+    """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
+    if len(demos) == 0:
+        raise UserError("There are no demonstrations: give at least one.")
+    if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
+        demos = [pair_tokens(demos, tokenizer)]
+    elif np.ndim(demos[0]) == 0:
+        demos = [demos]
+    longest = max(len(row) for row in demos)
+    if longest > window:
+        raise UserError(f"The demonstrations have {longest} tokens, the {reader} reads at most {window}: give fewer or shorter ones.")
+    tokens = np.zeros((len(demos), longest), np.int32)
+    for row, ids in zip(tokens, demos, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in demos], jnp.int32)
+
+
+def pair_tokens(pairs, tokenizer) -> list[int]:
+    """The context of (x, y) string pairs: each x and y behind a space, as in training with data.template="space"."""
+    if tokenizer is None:
+        raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
+    texts = [f" {text}" for pair in pairs for text in pair]
+    return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+
+
+def _initial_rows(config, table, seed: int):
+    """(L, width): random rows of the token table (the release's start), or random normal."""
+    key = jax.random.key(seed)
+    if config.placeholder_init == "normal":
+        return 0.02 * jax.random.normal(key, (config.length, table.shape[1]))
+    return table[jax.random.randint(key, (config.length,), 0, table.shape[0])]

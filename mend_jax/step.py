@@ -1,0 +1,171 @@
+"""The pure train step: one for all stages and methods, without I/O or randomness.
+
+Two trees: the trainable params are differentiated, optimised, donated and saved; the frozen LLM's are an argument.
+Gradients flow through the LLM into the prefix; only the teacher's pass is cut off.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mend_jax.losses import Weights, head_loss, token_weights
+from mend_jax.prefix import Prefix, no_prefix
+
+
+@struct.dataclass
+class TrainState:
+    """All that must survive a restart."""
+
+    step: jax.Array  # () int32, updates made
+    params: Any
+    opt_state: Any
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """AdamW with clipping by the global norm, linear warm-up and linear decay to 0 over train.steps (Table 5)."""
+    o = config.optimizer
+    adamw = optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
+
+
+def learning_rate(config) -> Callable[[jax.Array], jax.Array]:
+    """The rate of the update number `step`, from 0."""
+    o, steps = config.optimizer, config.train.steps
+    decay = optax.linear_schedule(o.learning_rate, 0.0, max(1, steps - o.warmup_steps))
+    if not o.warmup_steps:
+        return decay
+    rise = optax.linear_schedule(o.learning_rate / o.warmup_steps, o.learning_rate, o.warmup_steps)
+    return optax.join_schedules([rise, decay], [o.warmup_steps])
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
+    """loss_fn(params, llm_params, batch) -> (loss, {"kd", "pred", "clm"}), as config.stage and config.loss say.
+
+    Args:
+        config: a whole run's config (configs/base.py).
+        llm: the `LLM`; in stage "lm" its own params are the trainable ones.
+        model: the `Distiller` or `SoftPrompt`; None in stage "lm".
+        mesh: with parallel="mesh", the mesh: the losses are computed where the rows are.
+    """
+    lm = config.stage == "lm"
+    # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
+    weights = Weights(
+        kd=0.0 if lm else config.loss.kd,
+        pred=config.loss.pred if config.stage == "finetune" else 0.0,
+        clm=1.0 if lm else config.loss.clm if config.stage == "pretrain" else 0.0,
+    )
+
+    def loss_fn(params, llm_params, batch):
+        query = batch.query
+        if lm:
+            prefix, llm_params = no_prefix(len(query.tokens), llm.config.width), params
+        else:
+            prefix = model.apply(params, batch.demos, batch.demos_length)
+        student = llm.states(llm_params, prefix, query)
+        teacher = _teacher_states(llm, llm_params, batch) if weights.kd else None
+        return query_losses(student, teacher, llm.head(llm_params), query, weights, config.loss.chunk, lm, mesh)
+
+    return loss_fn
+
+
+def query_losses(student, teacher, head, query, weights: Weights, chunk: int, head_grad: bool = False, mesh=None):
+    """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed)."""
+
+    def local(student, teacher, head, query):
+        targets, tokens = token_weights(query)
+        kd_weight = weights.kd * tokens.kd
+        ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
+        loss, (kd, ce) = head_loss(student, teacher, head, targets, kd_weight, ce_weight, chunk, head_grad)
+        counted = {"kd": weights.kd, "pred": weights.pred, "clm": weights.clm}
+        values = {"kd": kd, "pred": ce, "clm": ce}
+        metrics = {name: (getattr(tokens, name) * values[name]).sum() * bool(counted[name]) for name in counted}
+        return loss[None], jax.tree.map(lambda a: a[None], metrics)
+
+    if mesh is not None:  # tokens are sorted and counted per device: nothing crosses devices but the sums
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(P("data"), P("data"), P(), P("data")), out_specs=P("data"), check_vma=False
+        )
+    loss, metrics = local(student, teacher, head, query)
+    return loss.mean(), jax.tree.map(jnp.mean, metrics)
+
+
+def make_train_step(config, loss_fn, optimizer: optax.GradientTransformation, axis_name: str | None = None):
+    """train_step(state, llm_params, batch) -> (state, metrics).
+
+    Args:
+        loss_fn: of `make_loss_fn`.
+        axis_name: of pmap's device axis: gradients and metrics are averaged over it.
+    """
+    rate, accumulate = learning_rate(config), config.train.accumulate
+
+    def train_step(state: TrainState, llm_params, batch):
+        (loss, metrics), grads = _accumulated(loss_fn, accumulate, state.params, llm_params, batch)
+        metrics = {"loss": loss, **metrics}
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = rate(state.step)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
+    """The three losses of one example, unweighted: {"kd", "pred", "clm"}.
+
+    Args:
+        llm: of `load_llm`.
+        distiller: of `load_distiller`.
+        demos, x, y: token ids (lists of int) of the demonstrations, the input and the output.
+    """
+    from mend_jax.prefix import Query, demo_tokens
+
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.window, "LLM")
+    ids = jnp.asarray([[*x, *y]], jnp.int32)
+    query = Query(ids, jnp.asarray([ids.shape[1]], jnp.int32), jnp.asarray([len(x)], jnp.int32))
+
+    @jax.jit
+    def losses(params, llm_params):
+        student = llm.states(llm_params, distiller.apply(params, tokens, length), query)
+        teacher = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
+        return query_losses(student, teacher, llm.head(llm_params), query, Weights(1.0, 1.0, 1.0), chunk=512)[1]
+
+    return {name: float(value) for name, value in losses(distiller.params, llm.params).items()}
+
+
+def _teacher_states(llm, llm_params, batch):
+    """The LLM's states at the query after the demonstrations themselves; nothing flows back from here."""
+    demos, length = batch.demos, batch.demos_length
+    if batch.teacher_demos is not None:  # release_truncation: the teacher sees more of them
+        demos, length = batch.teacher_demos, batch.teacher_demos_length
+    prefix = Prefix(llm.embed(llm_params, demos), length)
+    return jax.lax.stop_gradient(llm.states(llm_params, prefix, batch.query))
+
+
+def _accumulated(loss_fn, parts: int, params, llm_params, batch):
+    """((loss, metrics), gradients) of the batch, computed in `parts` equal parts one after another."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return value_and_grad(params, llm_params, batch)
+    # Part i takes the rows i, i + parts, ...: rows stay on the device that holds them.
+    batches = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, llm_params, part)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, llm_params, jax.tree.map(lambda a: a[0], batches))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, batches)
+    return jax.tree.map(lambda a: a / parts, total)
