@@ -1,0 +1,82 @@
+"""The small world, the embedded default: nothing is downloaded, everything runs on 2 CPU cores.
+
+    python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
+    python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
+
+One stage by itself:
+
+    python -m mend_jax.train --config=configs/small_world.py:pretrain --workdir=runs/pretrain
+    python -m mend_jax.train --config=configs/small_world.py:finetune --workdir=runs/finetune \\
+        --config.prefix.start_from=runs/pretrain
+
+The packaged LLM and the distiller's starting point (mend_jax/small_world/) were made by
+
+    python -m mend_jax.train --config=configs/small_world.py:llm --workdir=runs/llm
+    python -m mend_jax.train --config=configs/small_world.py:backbone --workdir=runs/backbone
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(name: str = "quick") -> ConfigDict:
+    c = base.get_config()
+    c.llm.path = "small_world"  # the packaged model; paths for this value: mend_jax/data/small_world.py:resolve
+    c.prefix.backbone = "small_world"
+    c.prefix.length = 8  # at most an eighth of the demonstrations' 64-80 tokens
+    c.data.text = "small_world"
+    c.data.tasks = "small_world"
+    c.data.partition = "small_world"
+    c.data.max_text_tokens = 88  # pretraining: 70 are distilled, 18 continued
+    c.data.max_demo_tokens = 80  # 16 demonstrations of 3-4 words and a label: all fit
+    c.data.max_input_tokens = 8
+    c.data.demo_buckets = (80,)  # one shape: compiling another takes longer than it saves
+    c.data.query_buckets = (8, 24)  # an input with its label; a text's continuation
+    c.data.sequence_length = 88
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 50
+    c.train.batch_size = 64
+    c.train.log_every = 20
+    c.train.patience = 1000  # no early stopping: the runs are short and the learning rate has to come down
+    c.evaluate.batch_size = 64
+    if name in ("llm", "backbone"):
+        _language_model(c, name)
+    elif name in ("quick", "pretrain", "finetune"):
+        _quick(c, name)
+    elif name == "full":
+        _full(c)
+    else:
+        raise ValueError(f"configs/small_world.py has no {name!r}: llm, backbone, pretrain, finetune, quick, full.")
+    return c
+
+
+def _language_model(c: ConfigDict, name: str) -> None:
+    c.stage = "lm"
+    c.llm.path = "small_world" if name == "llm" else "small_world_backbone"
+    c.data.text_share = 0.25  # without plain text the words of the meta-test topics would never be learnt
+    c.train.batch_size = 128
+    c.train.steps = 6_000
+    c.train.eval_every = 250
+    c.train.save_every = 250
+    c.optimizer.warmup_steps = 200
+    c.optimizer.weight_decay = 0.01
+
+
+def _quick(c: ConfigDict, name: str) -> None:
+    c.stage = "pretrain" if name == "pretrain" else "finetune"
+    c.experiment.methods = ("zero_shot", "icl", "mend")
+    c.experiment.pretrain_steps = 500
+    c.experiment.finetune_steps = 1_000
+    c.train.steps = c.experiment.pretrain_steps if name == "pretrain" else c.experiment.finetune_steps
+    c.train.eval_every = 250
+    c.train.save_every = 250
+    c.evaluate.seeds = (13, 21)
+
+
+def _full(c: ConfigDict) -> None:
+    c.experiment.pretrain_steps = 2_000
+    c.experiment.finetune_steps = 6_000
+    c.train.steps = c.experiment.finetune_steps
+    c.train.eval_every = 500
+    c.train.save_every = 500
