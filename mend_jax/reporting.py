@@ -1,0 +1,194 @@
+"""What a training run says: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar and the table of parameters.
+
+metrics.jsonl holds only what is a function of the configuration, so that a run that was killed and went on ends with the
+very file of an unbroken one. Times are in speed.jsonl.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+SPEED = "speed.jsonl"
+PARAMS = "params.txt"
+QUIET_SECONDS = 15  # between lines where the output is not a terminal
+
+
+class Reporter:
+    """Writes a run's files; on processes other than 0 it writes nothing."""
+
+    def __init__(self, workdir, start, steps):
+        self.writes = jax.process_index() == 0
+        self.workdir, self.start, self.steps = Path(workdir), start, steps
+        self.clock = self.last_line = time.monotonic()
+        self.since = start
+        self.waited = 0.0
+        self.lines = [line for line in read_lines(self.workdir / METRICS) if line["step"] <= start]
+        if not self.writes:
+            return
+        cut(self.workdir / METRICS, start)
+        cut(self.workdir / SPEED, start)
+        self.metrics_file = open(self.workdir / METRICS, "a")
+        self.speed_file = open(self.workdir / SPEED, "a")
+        self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start + 1)
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def write(self, line):
+        """One line {"step": int, name: float, ...} of metrics.jsonl, and the same to TensorBoard."""
+        self.lines.append(line)
+        if not self.writes:
+            return
+        self.metrics_file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self.board.add_scalar(name, value, line["step"])
+
+    def progress(self, line):
+        """The speed since the last call, to speed.jsonl and, with `line`'s loss and padding, to the person who waits."""
+        now = time.monotonic()
+        seconds, done = now - self.clock, line["step"] - self.since
+        speed = {
+            "step": line["step"],
+            "seconds_per_step": seconds / max(done, 1),
+            "tokens_per_second": line["tokens"] / max(seconds, 1e-9),
+            "data_wait_per_step": self.waited / max(done, 1),
+        }
+        self.clock, self.since, self.waited = now, line["step"], 0.0
+        if not self.writes:
+            return
+        self.speed_file.write(json.dumps({k: float(f"{v:.6g}") if k != "step" else v for k, v in speed.items()}) + "\n")
+        self.speed_file.flush()
+        for name in ("tokens_per_second", "data_wait_per_step"):
+            self.board.add_scalar(f"speed/{name}", speed[name], line["step"])
+        self._show(line, speed)
+
+    def _show(self, line, speed):
+        shown = {
+            "loss": f"{line['loss']:.4f}",
+            "tokens/s": f"{speed['tokens_per_second']:,.0f}",
+            "padding": f"{line['padding']:.0%}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(line["step"] - self.bar.n)
+        elif time.monotonic() - self.last_line > QUIET_SECONDS or line["step"] == self.steps:
+            self.last_line = time.monotonic()
+            left = _duration((self.steps - line["step"]) * speed["seconds_per_step"])
+            say(f"step {line['step']}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left} left")
+
+    def skip_time(self):
+        """Time since the last line (an evaluation, a save) is not counted as training."""
+        self.clock = time.monotonic()
+
+    def sync(self):
+        """Everything written so far is on disk: called before a checkpoint that stands after it."""
+        if self.writes:
+            self.metrics_file.flush()
+            os.fsync(self.metrics_file.fileno())
+
+    def close(self):
+        if self.writes:
+            self.sync()
+            self.metrics_file.close()
+            self.speed_file.close()
+            self.board.close()
+            if self.bar is not None:
+                self.bar.close()
+
+
+def say(text):
+    """A line for the person who waits, on process 0, without breaking the bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+class Window:
+    """The mean of the metrics since the last line, in float64, in the order of the steps."""
+
+    def __init__(self, rows=()):
+        self.rows = [dict(row) for row in rows]
+
+    def add(self, row):
+        self.rows.append(row)
+
+    def line(self, step):
+        """{"step", name: mean, ..., "tokens": sum} of the rows, which are dropped."""
+        line = {"step": step}
+        for name in self.rows[0]:
+            total = math.fsum(row[name] for row in self.rows)
+            line[name] = int(total) if name == "tokens" else total / len(self.rows)
+        line["learning_rate"] = self.rows[-1]["learning_rate"]
+        self.rows = []
+        return line
+
+
+def read_lines(path):
+    """The whole lines of a .jsonl file; a last one that was cut off is left out."""
+    try:
+        texts = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in texts:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def cut(path, step):
+    """Drops the lines after `step` from a .jsonl file, all at once, and returns the others."""
+    path = Path(path)
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return lines
+
+
+def count_tokens(batch):
+    """(tokens, share of padding) of a host batch: what its arrays hold, demonstrations and query together."""
+    tokens = int(np.sum(batch.demos_length) + np.sum(batch.query.length))
+    return tokens, 1.0 - tokens / (batch.demos.size + batch.query.tokens.size)
+
+
+def parameter_table(trainable, frozen):
+    """Text: every trainable parameter with its shape and size, then the counts of both trees and their ratio."""
+    rows = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), str(tuple(x.shape)), str(x.dtype), f"{x.size:,}")
+        for path, x in jax.tree_util.tree_leaves_with_path(trainable)
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])]) for row in rows]
+    return "\n".join([*lines, "", parameter_summary(trainable, frozen)]) + "\n"
+
+
+def parameter_summary(trainable, frozen):
+    """One line: how much is trained, how much is frozen."""
+    train, fixed = count(trainable), count(frozen)
+    share = f"{train / (train + fixed):.1%} of all" if train + fixed else ""
+    return f"{train:,} trainable parameters, {fixed:,} frozen ({share} are trained)"
+
+
+def count(tree):
+    """Number of elements of all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _duration(seconds):
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,367 @@
+"""Train: meta-distillation pretraining, finetuning, PromptTuning, HyperTuning, and an ordinary LM. One loop, one step.
+
+    python -m mend_jax.train --config=configs/small_world.py --workdir=runs/mend --config.optimizer.learning_rate=1e-4
+
+The same command goes on where a run was stopped, killed or crashed, and ends with the very numbers of an unbroken run.
+A run begins with the first of these that is there:
+
+1. the newest whole checkpoint of the workdir;
+2. the best checkpoint of the workdir `prefix.start_from`;
+3. the pretrained backbone (stage "lm": the LLM's own weights);
+4. random weights (stage "lm", where `llm.path` holds a config.json alone).
+
+Exit codes: 0 finished; 2 a mistake of the user's, said in one sentence; 75 stopped by SIGTERM after a checkpoint, to be
+started again. Files in the workdir: config.json, params.txt, checkpoints/, metrics.jsonl (deterministic), speed.jsonl
+(times), tensorboard/, and, when stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mend_jax import checkpoint, parallel, reporting
+from mend_jax.checkpoint import Checkpoints
+from mend_jax.data.batches import make_batches
+from mend_jax.data.small_world import resolve
+from mend_jax.errors import UserError
+from mend_jax.llm import init_llm, load_llm
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import has_weights, local_folder, save_model
+from mend_jax.prefix import init_distiller, init_soft_prompt
+from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
+
+STAGES = ("pretrain", "finetune", "lm")
+STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
+LLM_FOLDER = "llm"
+
+
+def train(config, workdir) -> int:
+    """Trains, or goes on training, the run of `config` (configs/base.py) in `workdir`; returns the exit code.
+
+    Raises:
+        UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
+    """
+    check(config)
+    config = resolve(config)
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        with _alone_in(workdir):
+            return _train(config, workdir)
+    except OSError as error:
+        if checkpoint.is_disk_full(error):
+            raise UserError(f"The disk of {workdir} is full: make room and give the same command again.") from error
+        raise
+
+
+def check(config) -> None:
+    """Raises UserError for settings that no run can have."""
+    if config.stage not in STAGES:
+        raise UserError(f'stage is "{config.stage}": it must be one of {", ".join(STAGES)}.')
+    if config.prefix.kind not in ("distiller", "soft_prompt"):
+        raise UserError(f'prefix.kind is "{config.prefix.kind}": it must be distiller or soft_prompt.')
+    for name in ("steps", "log_every", "eval_every", "save_every", "patience"):
+        if config.train[name] < 1:
+            raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1.")
+    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
+
+
+def _train(config, workdir):
+    score = _score_of(config)
+    checkpoints = Checkpoints(workdir, score.maximize)
+    try:
+        if checkpoints.steps:
+            checkpoint.check_config(workdir, config)
+        start = checkpoints.steps[-1] if checkpoints.steps else 0
+        lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
+        if _is_finished(config, start, lines, score):
+            reporting.say(f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}.")
+        else:
+            code = _Run(config, workdir, checkpoints, score).go()
+            if code:
+                return code
+        checkpoints.wait()
+        _write_llm(config, workdir)
+        return 0
+    finally:
+        checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    name: str
+    maximize: bool
+
+    def of(self, lines):
+        return [line[self.name] for line in lines if self.name in line]
+
+
+def _score_of(config):
+    """What an evaluation measures, and so what the best checkpoint is best in."""
+    return _Score("dev_score", True) if config.stage == "finetune" else _Score("validation_loss", False)
+
+
+def _is_finished(config, step, lines, score):
+    return step >= config.train.steps or _bad_evaluations(lines, score) >= config.train.patience
+
+
+def _bad_evaluations(lines, score):
+    """Evaluations since the best one."""
+    values = score.of(lines)
+    best = (max if score.maximize else min)(values, default=None)
+    return 0 if best is None else len(values) - 1 - values.index(best)
+
+
+def _best_text(lines, score):
+    values = score.of(lines)
+    return f"best {score.name} {(max if score.maximize else min)(values):.4f}" if values else "never evaluated"
+
+
+class _Run:
+    """One run from its start to its end: what is trained, where it lives, what is still to be read from the devices."""
+
+    def __init__(self, config, workdir, checkpoints, score):
+        self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
+        self.layout = parallel.make_layout(config.train.parallel)
+        self.llm = load(config)
+        self.model = None if config.stage == "lm" else build(config, self.llm)
+        optimizer = make_optimizer(config)
+        self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
+        step = make_train_step(config, self.loss_fn, optimizer, self.layout.axis)
+        self.compiled_step = self.layout.compile_step(step)
+        params = self.llm.params if self.model is None else self.model.params
+        frozen = {} if self.model is None else self.llm.params
+        self.start, state, meta = self._restore(params, optimizer)
+        self.state = self.layout.replicate(state)
+        self.frozen = self.layout.place_frozen(frozen)
+        self.window = reporting.Window(meta.get("window", ()))
+        self.pending = collections.deque()
+        self._write_start(params, frozen)
+        self.batches = batches(config, self.llm, self.model, "train")
+        self.evaluate = evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
+        self.report = reporting.Reporter(workdir, self.start, config.train.steps)
+
+    def go(self):
+        """Trains to the end (0) or until SIGTERM (75)."""
+        with _sigterm() as stopped, contextlib.closing(self.report):
+            step, source = self.start, iter(self.batches.iterator(self.start))
+            ready = self._next(source)
+            while True:
+                self._dispatch(step, ready)
+                step += 1
+                last = step == self.config.train.steps
+                if not last:
+                    ready = self._next(source)
+                while len(self.pending) > 1:  # one step stays in flight
+                    self._absorb()
+                evaluates = last or step % self.config.train.eval_every == 0
+                if evaluates or stopped.is_set() or step % self.config.train.save_every == 0:
+                    self._save(step, evaluates)
+                if last or (evaluates and self._stops_early(step)):
+                    return 0
+                if stopped.is_set():
+                    self.checkpoints.wait()
+                    reporting.say(f"Stopped at step {step}, which is saved: the same command goes on from there.")
+                    return STOPPED
+
+    def _restore(self, params, optimizer):
+        """(step, host or device TrainState, meta) to begin with."""
+        shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+        found = self.checkpoints.restore(shapes.params, shapes.opt_state)
+        if found is None:
+            return 0, init_state(params, optimizer), {}
+        step, params, opt_state, meta = found
+        reporting.say(f"Going on from step {step} in {self.workdir}.")
+        return step, TrainState(np.int32(step), params, opt_state), meta
+
+    def _write_start(self, params, frozen):
+        device = jax.devices()[0]
+        plural = "s" * (jax.device_count() > 1)
+        reporting.say(
+            f"{reporting.parameter_summary(params, frozen)}; {jax.device_count()} device{plural} ({device.device_kind}), "
+            f"{self.config.train.parallel}, batch {self.config.train.batch_size}"
+        )
+        if jax.process_index() == 0:
+            checkpoint.write_config(self.workdir, self.config)
+            (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
+
+    def _next(self, source):
+        """The next batch on its way to the devices, with what the host must know of it."""
+        began = time.monotonic()
+        batch = next(source)
+        self.report.waited += time.monotonic() - began
+        tokens, padding = reporting.count_tokens(batch)
+        facts = {"padding": padding, "tokens": tokens * jax.process_count()}
+        return self.layout.split(batch.replace(ids=None)), facts, batch.ids
+
+    def _dispatch(self, step, ready):
+        batch, facts, ids = ready
+        self.state, metrics = self.compiled_step(self.state, self.frozen, batch)
+        self.pending.append((step + 1, metrics, facts, ids))
+
+    def _absorb(self):
+        """Reads the metrics of the oldest step in flight; a line is written every train.log_every steps."""
+        step, metrics, facts, ids = self.pending.popleft()
+        row = {name: float(value) for name, value in sorted(self.layout.fetch(metrics).items())}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            self._stop_not_finite(step, row, ids)
+        self.window.add(row | facts)
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            line = self.window.line(step)
+            self.report.write(line)
+            self.report.progress(line)
+
+    def _stop_not_finite(self, step, row, ids):
+        self.checkpoints.wait()
+        last = f"checkpoint {self.checkpoints.steps[-1]}" if self.checkpoints.steps else "the start"
+        names = ", ".join(str(int(i)) for i in np.ravel(ids))
+        raise UserError(
+            f"Step {step} is not finite (loss {row['loss']}, gradient norm {row['grad_norm']}) on the batch of the ids "
+            f"{names}: look at them, or lower optimizer.learning_rate; {last} in {self.workdir} is intact."
+        )
+
+    def _save(self, step, evaluates):
+        """A checkpoint, with the evaluation's score where one is due. All steps before it were seen to be finite."""
+        while self.pending:
+            self._absorb()
+        score = None
+        if evaluates:
+            values = self.evaluate(self.state.params)
+            score = values[self.score.name]
+            self.report.write({"step": step} | values)
+            reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.report.sync()
+        state = self.layout.fetch(self.state)
+        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
+        self.report.skip_time()
+
+    def _stops_early(self, step):
+        if _bad_evaluations(self.report.lines, self.score) < self.config.train.patience:
+            return False
+        reporting.say(f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations.")
+        return True
+
+
+def load(config):
+    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones."""
+    c = config.llm
+    if config.stage != "lm":
+        return load_llm(c.path, c.dtype, c.attention, c.remat)
+    if has_weights(c.path):
+        return dataclasses.replace(load_llm(c.path, "float32", c.attention, c.remat), dtype=c.dtype)
+    return dataclasses.replace(init_llm(c.path, config.seed, "float32", c.attention, c.remat), dtype=c.dtype)
+
+
+def build(config, llm):
+    """The `Distiller` or `SoftPrompt` that is trained, with the params it begins with."""
+    make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
+    model = make(config.prefix, llm, config.seed)
+    if config.prefix.start_from:
+        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser())
+        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
+        model = dataclasses.replace(model, params=params)
+    return model
+
+
+def batches(config, llm, model, split):
+    """This process's rows of the batches of a split ("train" or "validation")."""
+    window = getattr(model, "window", llm.window)
+    return make_batches(config, llm.tokenizer, split, llm.window, window, jax.process_index(), jax.process_count())
+
+
+def evaluation(config, llm, model, loss_fn, layout, frozen):
+    """evaluate(params on the devices) -> {name: value}: the score on the validation data."""
+    if config.stage == "finetune":
+        from mend_jax.evaluate import dev_score
+
+        return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params))}
+    loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
+    held_out = batches(config, llm, model, "validation")
+    parts = [held_out[i] for i in range(max(1, config.data.validation_items // config.train.batch_size))]
+
+    def validation_loss(params):
+        losses = [loss(params, frozen, layout.split(part.replace(ids=None))) for part in parts]
+        return {"validation_loss": math.fsum(float(layout.fetch(value)) for value in losses) / len(losses)}
+
+    return validation_loss
+
+
+def _write_llm(config, workdir):
+    """Stage "lm": the best weights as a Hugging Face folder, which appears whole or not at all."""
+    target = workdir / LLM_FOLDER
+    if config.stage != "lm" or target.exists() or jax.process_index() != 0:
+        return
+    folder = local_folder(config.llm.path)
+    params, meta = checkpoint.load_best(workdir)
+    temporary = workdir / (LLM_FOLDER + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(temporary, from_hf_config(folder), params, folder)
+    os.replace(temporary, target)
+    reporting.say(f"The weights of step {meta['step']} are in {target}, as a Hugging Face folder.")
+
+
+@contextlib.contextmanager
+def _alone_in(workdir):
+    """Holds the workdir, so that two runs never write the same files."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "a")
+    except OSError as error:
+        if checkpoint.is_disk_full(error):
+            raise
+        raise UserError(f"The workdir {workdir} cannot be written ({error.strerror}): name another.") from error
+    with file:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"Another run is training in {workdir}: wait for it, or name another workdir.") from None
+        yield
+
+
+@contextlib.contextmanager
+def _sigterm():
+    """An event that is set when the machine is about to be taken away."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    try:
+        from mend_jax.cli import run
+    except ImportError:
+        import sys
+
+        from absl import app, flags
+        from ml_collections import config_flags
+
+        CONFIG, WORKDIR = config_flags.DEFINE_config_file("config"), flags.DEFINE_string("workdir", None, "")
+
+        def run(main):
+            def absl_main(_):
+                try:
+                    sys.exit(main(CONFIG.value, WORKDIR.value))
+                except UserError as error:
+                    print(error, file=sys.stderr)
+                    sys.exit(2)
+
+            app.run(absl_main)
+
+    run(train)
