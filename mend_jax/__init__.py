@@ -1,0 +1,41 @@
+"""MEND in JAX: a distiller turns demonstrations into a few vectors that a frozen LLM reads in their place.
+
+    import mend_jax
+
+    llm = mend_jax.load_llm("gpt2-large", dtype="bfloat16")
+    distiller = mend_jax.load_distiller("runs/mend", llm)        # a training workdir, or an exported folder
+    vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])   # Prefix((1,L,D), (1,))
+    mend_jax.score_options(llm, vectors, "I loved it", ["positive", "negative"])         # [-0.3, -1.9]
+
+A method is a `Prefix`: `no_prefix` is zero-shot, `demonstrations_prefix` in-context learning, `distiller.distill` MEND.
+Mistakes of the caller raise `UserError` with one sentence. Names are imported when they are first used.
+"""
+
+import importlib
+
+_HOMES = {
+    "LLM": "mend_jax.llm",
+    "load_llm": "mend_jax.llm",
+    "Prefix": "mend_jax.prefix",
+    "Query": "mend_jax.prefix",
+    "Distiller": "mend_jax.prefix",
+    "SoftPrompt": "mend_jax.prefix",
+    "load_distiller": "mend_jax.prefix",
+    "demonstrations_prefix": "mend_jax.prefix",
+    "no_prefix": "mend_jax.prefix",
+    "score_options": "mend_jax.scoring",
+    "training_losses": "mend_jax.step",
+    "UserError": "mend_jax.errors",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mend_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES])

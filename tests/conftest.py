@@ -1,0 +1,79 @@
+"""What all tests share: 8 simulated CPU devices, a kept compile cache, no network, tiny models."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# All of this must stand before jax is imported; what the caller has set stays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(60))]  # of the tiny models' tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    np.random.seed(0)
+
+
+@pytest.fixture
+def shared():
+    """The real inputs beside the checkout, where they are there."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("../shared is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Values of the public PyTorch release (tests/golden/README.md)."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    """A folder as transformers saves GPT2LMHeadModel, with a tokenizer: 2 layers, width 32, 96 positions, 64 tokens."""
+    return _torch_gpt2(tmp_path_factory.mktemp("tiny_llm"), seed=1, n_embd=32, n_layer=2, n_head=4, n_positions=96)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory):
+    """A distiller's backbone, narrower than `tiny_llm` and with its tokenizer: 2 layers, width 24, 80 positions."""
+    return _torch_gpt2(tmp_path_factory.mktemp("tiny_backbone"), seed=2, n_embd=24, n_layer=2, n_head=2, n_positions=80)
+
+
+def _torch_gpt2(folder, seed, **sizes):
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1, **sizes)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # fresh biases are 0 and fresh norms 1, which would hide most mistakes
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder):
+    """A tokenizer of the words w0 ... w59, one token each; spaces only separate."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.save_pretrained(folder)
