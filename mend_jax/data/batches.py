@@ -1,0 +1,169 @@
+"""Batches of fixed shape, as a function of (seed, step): what the train step reads.
+
+Axes: B rows of this process, N demonstration tokens, Q query tokens.
+Rows of `bucket_window` batches are drawn together and sorted by length, so that a batch pads little.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from flax import struct
+
+from mend_jax.data import metaicl, prepared, sampling
+from mend_jax.data.draws import SequenceDraws, TaskDraws, TextDraws
+from mend_jax.data.stores import TaskStore, text_splits
+from mend_jax.errors import UserError
+from mend_jax.prefix import Query
+
+LAST_STEP = 2**40
+
+
+@struct.dataclass
+class Batch:
+    """Rows of one step, right-padded with 0; numpy arrays on the host. In stage "lm" demos has no columns."""
+
+    demos: np.ndarray  # (B,N) int32
+    demos_length: np.ndarray  # (B,) int32
+    query: Query  # tokens (B,Q), length (B,), target_start (B,), int32
+    ids: np.ndarray  # (B,) int64, row numbers, for `Batches.describe`
+    teacher_demos: np.ndarray | None = None  # release_truncation: the teacher's longer context
+    teacher_demos_length: np.ndarray | None = None
+
+
+class Batches:
+    """`batches[step]` is this process's part of the global batch of a step, the same whenever and wherever it is asked for.
+
+    `steps` is the number of batches of a validation split, None for training, which has no end.
+    """
+
+    def __init__(self, draws, config, steps, sort: bool, process_index: int, process_count: int):
+        self.draws, self.steps = draws, steps
+        self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
+        self.seed, self.prefetch = config.seed, config.data.prefetch
+        if process_count and self.batch_size % process_count:
+            raise UserError(
+                f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: choose a multiple."
+            )
+        share = self.batch_size // process_count
+        self.mine = slice(process_index * share, (process_index + 1) * share)
+        self.plans, self.lock = {}, threading.Lock()
+
+    def __getitem__(self, step: int) -> Batch:
+        rows, demos_length, query_length = self.plan(step)
+        demo_size = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
+        query_size = sampling.bucket(int(query_length.max()), self.draws.query_buckets)
+        mine = rows[self.mine]
+        demos, queries, starts, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
+        tokens, length = pad(queries, query_size)
+        demos, demos_length = pad(demos, demo_size)
+        batch = Batch(demos, demos_length, Query(tokens, length, np.asarray(starts, np.int32)), mine)
+        if teachers[0] is not None:  # one size for all: every process must have the same shape
+            teacher, teacher_length = pad(teachers, sampling.RELEASE_TEACHER_TOKENS)
+            batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
+        return batch
+
+    def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The global batch of a step: its rows' numbers and their context and query lengths, (batch_size,) each."""
+        window, place = divmod(int(step), self.window)
+        with self.lock:  # many threads ask for the same window at once
+            if window not in self.plans:
+                if len(self.plans) > 3:
+                    self.plans.pop(min(self.plans))
+                self.plans[window] = self._plan_window(window)
+            return tuple(array[place] for array in self.plans[window])
+
+    def _plan_window(self, window: int):
+        count = self.window * self.batch_size
+        first = window * count
+        lengths = np.asarray([self.draws.lengths(row) for row in range(first, first + count)], np.int64)
+        shape = (self.window, self.batch_size)
+        order = np.arange(count).reshape(shape)
+        if self.window > 1:
+            rng = sampling.row_rng(self.seed, 5, window)
+            sizes = self.draws.demo_buckets, self.draws.query_buckets
+            order = sampling.window_plan(lengths[:, 0], lengths[:, 1], *sizes, self.window, rng)
+        return first + order, lengths[order, 0], lengths[order, 1]
+
+    def iterator(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from a step on, made ahead by threads; the time `next` takes is the time waited for data."""
+        stop = LAST_STEP if self.steps is None else self.steps
+        options = grain.ReadOptions(num_threads=max(1, min(8, self.prefetch)), prefetch_buffer_size=max(1, self.prefetch))
+        return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
+
+    def padding(self, step: int) -> float:
+        """Share of the tokens of a step's global batch that is padding, 0 to 1."""
+        _, demos_length, query_length = self.plan(step)
+        sizes = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
+        sizes += sampling.bucket(int(query_length.max()), self.draws.query_buckets)
+        return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
+
+    def describe(self, row: int) -> str:
+        """Where a row of `Batch.ids` came from, for messages to people."""
+        return self.draws.describe(int(row))
+
+
+def pad(rows, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids, right-padded with 0 to (B, size) int32, and their lengths (B,) int32."""
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    out = np.zeros((len(rows), size), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out, lengths
+
+
+def make_batches(config, tokenizer, split: str = "train", window: int = 1024, distiller_window: int | None = None,
+                 process_index: int = 0, process_count: int = 1) -> Batches:  # fmt: skip
+    """The batches of config.stage; what is not tokenised yet is tokenised first (`mend_jax.prepare`).
+
+    Args:
+        tokenizer: the LLM's, a Hugging Face fast tokenizer.
+        split: "train", or "validation": held-out text, and the dev examples of the partition's meta-test tasks.
+        window: the LLM's, in tokens.
+        distiller_window: the distiller backbone's, where there is a distiller.
+    Raises:
+        UserError: for bad input (see contents of `metaicl`, `c4`, `draws`).
+    """
+    windows = (window, distiller_window or 2**31)
+    train, stage = split == "train", config.stage
+    if stage not in ("pretrain", "finetune", "lm"):
+        raise UserError(f"config.stage is {stage!r}: choose pretrain, finetune or lm.")
+    if split not in ("train", "validation"):
+        raise ValueError(f"split {split!r}")
+    store, documents, tasks = None, range(0), []
+    if stage == "pretrain" or (stage == "lm" and config.data.text_share > 0):
+        store, documents = text_splits(prepared.prepare_text(config, tokenizer), config.data.validation_items)[split]
+    if stage == "finetune" or (stage == "lm" and config.data.text_share < 1):
+        tasks = open_tasks(config, tokenizer, split)
+    if stage == "pretrain":
+        draws = TextDraws(config, store, documents, train, windows)
+    elif stage == "finetune":
+        draws = TaskDraws(config, tasks, windows)
+    else:
+        draws = SequenceDraws(config, store, documents, tasks, train, windows)
+        draws.end_of_text = tokenizer.eos_token_id
+    steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
+    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count)
+
+
+def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:
+    """The tasks of config.data.partition: meta-training files ("train"), or meta-test tasks' dev examples ("validation").
+
+    Tasks without files are named in one warning; raises UserError where none is left.
+    """
+    side, files = ("train", "train") if split == "train" else ("test", "dev")
+    names = metaicl.load_partition(config.data.tasks, config.data.partition)[side]
+    seeds = tuple(config.evaluate.seeds)
+    present, missing = metaicl.present_tasks(config.data.tasks, names, files, config.data.k, seeds)
+    if not present:
+        raise UserError(
+            f"{config.data.tasks} has the {files} files of none of the {len(names)} meta-{side} tasks of "
+            f"{config.data.partition!r}: set config.data.tasks and config.data.partition."
+        )
+    if missing:
+        logging.warning("%d of %d meta-%s tasks are missing in %s: %s", len(missing), len(names), side, config.data.tasks,
+                        ", ".join(missing))  # fmt: skip
+    manifest = prepared.prepare_tasks(config, tokenizer, present, files)
+    return [TaskStore(shard, manifest["dtype"]) for shard in manifest["shards"]]

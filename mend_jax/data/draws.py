@@ -1,0 +1,240 @@
+"""What each row of training data is: a pure function of (seed, row number), one class per stage.
+
+Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query, target_start,
+teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes `demo_buckets`, `query_buckets`.
+"""
+
+import grain
+import numpy as np
+
+from mend_jax.data import sampling
+from mend_jax.data.stores import TaskStore, TextStore
+from mend_jax.errors import UserError
+
+MIN_TEXT_TOKENS = 32  # pretraining: shorter texts teach nothing about distilling
+TRIES = 100  # draws until one fits
+
+
+class TextDraws:
+    """Meta-distillation pretraining: the share beta of a text is the context, the rest the query."""
+
+    def __init__(self, config, store: TextStore, documents: range, shuffle: bool, windows):
+        self.config, self.store, self.windows = config.data, store, windows
+        self.seed, self.length = config.seed, config.prefix.length
+        self.documents = document_order(documents, config.seed, shuffle)
+        self.count, self.first = len(documents), documents.start
+        longest = min(self.config.max_text_tokens, int(store.lengths.max(initial=0)))
+        if longest < MIN_TEXT_TOKENS:
+            raise UserError(
+                f"The longest text of {self.config.text} has {longest} tokens (config.data.max_text_tokens is "
+                f"{self.config.max_text_tokens}), but pretraining needs {MIN_TEXT_TOKENS}."
+            )
+        _, longest_query = sampling.split_text(longest, self.config.beta, longest)
+        self.query_buckets = buckets(self.config.query_buckets, longest_query)
+        _check_window("A text's continuation", longest_query, self.length, windows[0])
+        self.demo_buckets = buckets(self.config.demo_buckets, _largest_budget(config, windows))
+
+    def document(self, row: int) -> int:
+        document = int(self.documents[row])
+        rng = None
+        for _ in range(TRIES):
+            if self.store.lengths[document] >= MIN_TEXT_TOKENS:
+                return document
+            rng = rng or sampling.row_rng(self.seed, 2, row)
+            document = self.first + int(rng.integers(self.count))
+        raise UserError(f"Hardly any text of {self.config.text} has {MIN_TEXT_TOKENS} tokens: pretraining needs longer texts.")
+
+    def lengths(self, row: int) -> tuple[int, int]:
+        length = min(int(self.store.lengths[self.document(row)]), self.config.max_text_tokens)
+        _, query = sampling.split_text(length, self.config.beta, length)
+        budget = sampling.demo_budget(self.config.max_demo_tokens, self.windows[0], query, self.windows[1], self.length)
+        return sampling.split_text(length, self.config.beta, budget)
+
+    def tokens(self, row: int):
+        demos, query = self.lengths(row)
+        ids = self.store[self.document(row)]
+        return ids[:demos], ids[demos : demos + query], 0, None
+
+    def describe(self, row: int) -> str:
+        return f"text {self.document(row)} of {self.config.text}"
+
+
+class TaskDraws:
+    """Finetuning: K demonstrations and a query of one task, drawn uniformly at random (paper, section 3.3)."""
+
+    def __init__(self, config, stores: list[TaskStore], windows):
+        self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
+        self.vectors = config.prefix.length
+        self.contexts = config.prefix.kind != "soft_prompt" or bool(config.loss.kd)  # else nobody reads them
+        check_enough_examples(stores, self.config.k + 1)
+        limit = min(max(self.config.query_buckets), windows[0] - self.vectors)
+        self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
+        self.queries = [np.flatnonzero(lengths <= limit) for lengths in self.cut]  # an output is never cut
+        for store, queries in zip(stores, self.queries, strict=True):
+            if not len(queries):
+                raise UserError(
+                    f"No example of task {store.task!r} fits {limit} tokens, the largest of config.data.query_buckets that "
+                    f"the LLM's window of {windows[0]} allows: leave the task out or raise it."
+                )
+        self.query_buckets = buckets(self.config.query_buckets, limit)
+        self.demo_buckets = buckets(self.config.demo_buckets, _largest_budget(config, windows)) if self.contexts else (0,)
+
+    def draw(self, row: int):
+        """(task number, demonstrations' numbers, query's number, budget) of a row."""
+        rng = sampling.row_rng(self.seed, 1, row)
+        for _ in range(TRIES):
+            task = int(rng.integers(len(self.stores)))
+            query = int(rng.choice(self.queries[task]))
+            chosen = sampling.sample_demos(rng, len(self.stores[task]) - 1, self.config.k)
+            chosen = chosen + (chosen >= query)  # any example but the query
+            cut = self.cut[task]
+            budget = sampling.demo_budget(
+                self.config.max_demo_tokens, self.windows[0], int(cut[query]), self.windows[1], self.vectors
+            )
+            if self.config.release_truncation or not self.contexts:
+                return task, chosen, query, budget
+            if fitting := sampling.fit_demos(cut[chosen], budget):
+                return task, chosen[:fitting], query, budget
+        raise UserError(
+            f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} tokens: "
+            "raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
+        )
+
+    def lengths(self, row: int) -> tuple[int, int]:
+        task, chosen, query, budget = self.draw(row)
+        context = int(self.cut[task][chosen].sum()) if self.contexts else 0
+        if self.config.release_truncation:
+            context = min(context, budget, sampling.RELEASE_DISTILLER_TOKENS)
+        return context, int(self.cut[task][query])
+
+    def tokens(self, row: int):
+        task, chosen, query, budget = self.draw(row)
+        store, limit = self.stores[task], self.config.max_input_tokens
+        x, y = store.example(query, limit)
+        tokens = np.concatenate([x, y]).astype(np.int32)
+        demos = sampling.join_demos([store.example(i, limit) for i in chosen] if self.contexts else [])
+        if not self.config.release_truncation:
+            return demos, tokens, len(x), None
+        demos, teacher = sampling.release_truncation(demos, budget, self.windows[0] - len(tokens))
+        return demos, tokens, len(x), teacher
+
+    def describe(self, row: int) -> str:
+        task, chosen, query, _ = self.draw(row)
+        return f"task {self.stores[task].task}, query {query}, demonstrations {chosen.tolist()} (lines from 0)"
+
+
+class SequenceDraws:
+    """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
+
+    def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows):
+        self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
+        self.store, self.stores = store, stores
+        self.size = self.config.sequence_length
+        if self.size > windows[0]:
+            raise UserError(f"config.data.sequence_length is {self.size}, but the LLM's window is {windows[0]} tokens.")
+        self.share = self.config.text_share if store and stores else float(bool(store))
+        self.documents = document_order(documents, self.seed, shuffle) if store else None
+        self.range, self.end_of_text = documents, None
+        self.demo_buckets, self.query_buckets = (0,), (self.size,)
+        self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
+        check_enough_examples(stores, self.config.k + 1)
+
+    def text_number(self, row: int) -> int | None:
+        """Which plain text this row is, counted from the first; None for an in-context sequence."""
+        batch, place = divmod(row, self.rows)
+        before, after = int(place * self.share + 1e-9), int((place + 1) * self.share + 1e-9)
+        return batch * int(self.rows * self.share + 1e-9) + before if after > before else None
+
+    def draw(self, row: int):
+        """(task number, examples' numbers) of an in-context sequence: half have all that fit, half fewer."""
+        rng = sampling.row_rng(self.seed, 3, row)
+        for _ in range(TRIES):
+            task = int(rng.integers(len(self.stores)))
+            full = self.config.k + 1
+            count = full if rng.random() < 0.5 else int(rng.integers(1, full + 1))
+            chosen = sampling.sample_demos(rng, len(self.stores[task]), count)
+            if fitting := sampling.fit_demos(self.cut[task][chosen], self.size):
+                return task, chosen[:fitting]
+        raise UserError(
+            f"Not even one example of task {self.stores[task].task!r} fits config.data.sequence_length = {self.size}: raise it."
+        )
+
+    def lengths(self, row: int) -> tuple[int, int]:
+        if self.text_number(row) is not None:
+            return 0, self.size
+        task, chosen = self.draw(row)
+        return 0, int(self.cut[task][chosen].sum())
+
+    def tokens(self, row: int):
+        number = self.text_number(row)
+        if number is not None:
+            return np.zeros(0, np.int32), self.text(row, number), 0, None
+        task, chosen = self.draw(row)
+        examples = [self.stores[task].example(i, self.config.max_input_tokens) for i in chosen]
+        return np.zeros(0, np.int32), sampling.join_demos(examples), 0, None
+
+    def text(self, row: int, number: int) -> np.ndarray:
+        """A piece of one long document, or several short ones with the end-of-text token between them: (T,) int32."""
+        rng = sampling.row_rng(self.seed, 4, row)
+        ids = self.store[int(self.documents[number])]
+        if len(ids) >= self.size:
+            start = int(rng.integers(len(ids) - self.size + 1))
+            return ids[start : start + self.size]
+        pieces, length = [ids], len(ids)
+        between = [np.asarray([self.end_of_text], np.int32)] if self.end_of_text is not None else []
+        while length < self.size:
+            more = [*between, self.store[int(rng.integers(self.range.start, self.range.stop))]]
+            pieces += more
+            length += sum(map(len, more))
+        return np.concatenate(pieces)[: self.size]
+
+    def describe(self, row: int) -> str:
+        number = self.text_number(row)
+        if number is not None:
+            return f"a text beginning in number {int(self.documents[number])} of {self.config.text}"
+        task, chosen = self.draw(row)
+        return f"task {self.stores[task].task}, examples {chosen.tolist()} (lines from 0)"
+
+
+def document_order(documents: range, seed: int, shuffle: bool):
+    """Documents by row number without end: every document once an epoch, each epoch in a new order where `shuffle`."""
+    if not len(documents):
+        raise UserError("There is no text at all: config.data.text holds no documents.")
+    order = grain.MapDataset.range(documents.start, documents.stop)
+    return (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+
+def check_enough_examples(stores: list[TaskStore], needed: int) -> None:
+    """Raises UserError for the first task with fewer examples than K demonstrations and a query take."""
+    for store in stores:
+        if len(store) < needed:
+            raise UserError(
+                f"Task {store.task!r} has {len(store)} examples, but config.data.k = {needed - 1} demonstrations and a query "
+                f"take {needed}: lower k or leave the task out."
+            )
+
+
+def buckets(configured, largest: int) -> tuple[int, ...]:
+    """The configured sizes below `largest`, then `largest` itself or the configured size that holds it."""
+    sizes = sorted(set(configured))
+    last = next((size for size in sizes if size >= largest), largest)
+    return (*(size for size in sizes if size < largest), min(last, largest))
+
+
+def _largest_budget(config, windows) -> int:
+    """The most tokens a context can have. Raises UserError where there is no room for any."""
+    budget = sampling.demo_budget(config.data.max_demo_tokens, windows[0], 1, windows[1], config.prefix.length)
+    if budget < 1:
+        raise UserError(
+            f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside config.prefix.length = "
+            f"{config.prefix.length} vectors: lower it or take another backbone."
+        )
+    return budget
+
+
+def _check_window(what: str, query: int, vectors: int, window: int) -> None:
+    if query + vectors > window:
+        raise UserError(
+            f"{what} of {query} tokens does not fit the LLM's window of {window} beside config.prefix.length = {vectors} "
+            "vectors: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
+        )

@@ -1,0 +1,159 @@
+"""MetaICL's files: `<folder>/data/<task>/<task>_<k>_<seed>_<split>.jsonl`, one JSON object a line:
+
+    {"task": "ag_news", "input": "Stocks rose.", "output": "Business", "options": ["Business", "Sports", "World"]}
+
+`options` is empty (or null) where the output is free text: good for training, not for evaluation. A folder may bring its
+own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from mend_jax.errors import UserError
+
+META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input x, its output y and the outputs to choose from (empty: free text)."""
+
+    task: str
+    input: str
+    output: str
+    options: tuple[str, ...]
+
+
+def data_folder(folder) -> Path:
+    """The folder of task folders: `<folder>/data`. Raises UserError where it is missing."""
+    if not str(folder):
+        raise UserError("No tasks are given: set config.data.tasks to a folder of MetaICL's files.")
+    path = Path(folder).expanduser() / "data"
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: config.data.tasks must hold data/<task>/<task>_<k>_<seed>_<split>.jsonl.")
+    return path
+
+
+def meta_train_file(folder, task: str) -> Path:
+    """Where the meta-training examples of a task are, whether or not the file exists."""
+    return data_folder(folder) / task / f"{task}_{META_TRAIN}.jsonl"
+
+
+def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
+    """The file of a task, seed and split ("train", "dev", "test"); where there is none for k, that of the next larger k.
+
+    Raises UserError when no file has at least k examples' name.
+    """
+    here = data_folder(folder) / task
+    pattern = re.compile(re.escape(task) + rf"_(\d+)_{seed}_{split}\.jsonl")
+    sizes = sorted(int(m[1]) for p in (here.iterdir() if here.is_dir() else ()) if (m := pattern.fullmatch(p.name)))
+    for size in sizes:
+        if size >= k:
+            return here / f"{task}_{size}_{seed}_{split}.jsonl"
+    raise UserError(f"Task {task!r} has no {here / f'{task}_{k}_{seed}_{split}.jsonl'}: add the file or leave the task out.")
+
+
+def read_file(path) -> list[Example]:
+    """All examples of a file. Raises UserError (file and line) for what is not a MetaICL example, or for an empty file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check config.data.tasks and the task's name.")
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        examples = [parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise UserError(f"{path} holds no examples: remove the task from its partition or fill the file.")
+    return examples
+
+
+def parse_line(line: str, where: str) -> Example:
+    """One example of one line; `where` (file and line) begins the message of a UserError."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line.")
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object with task, input, output and options.")
+    for field in ("task", "input", "output"):
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{where} has no text in the field {field!r}: every example needs task, input and output.")
+    options = row.get("options") or ()
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise UserError(f"{where}: 'options' must be a list of texts, empty for a free-form task.")
+    if options and row["output"] not in options:
+        raise UserError(f"{where}: the output {row['output']!r} is not among the options {list(options)}.")
+    return Example(row["task"], row["input"], row["output"], tuple(options))
+
+
+def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Example]:
+    """The k demonstrations ("train", "dev") of a task and seed, or all its test items ("test"). Raises UserError."""
+    path = example_file(folder, task, k, seed, split)
+    examples = read_file(path)
+    if split == "test":
+        return examples
+    if len(examples) < k:
+        raise UserError(f"{path} holds {len(examples)} examples, fewer than config.data.k = {k}: lower k or add examples.")
+    return examples[:k]
+
+
+def load_partition(folder, name: str) -> dict[str, list[str]]:
+    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven settings."""
+    partitions = dict(metaicl_partitions())
+    own = Path(folder).expanduser() / "partitions.json"
+    if own.is_file():
+        partitions |= _read_json(own)
+    if name not in partitions:
+        raise UserError(f"There is no partition {name!r} in {own} or in MetaICL: choose one of {', '.join(partitions)}.")
+    partition = partitions[name]
+    if not isinstance(partition, dict) or not all(isinstance(partition.get(s), list) for s in ("train", "test")):
+        raise UserError(f"The partition {name!r} in {own} must be an object with two lists, 'train' and 'test'.")
+    return {split: list(dict.fromkeys(partition[split])) for split in ("train", "test")}
+
+
+@functools.cache
+def metaicl_partitions() -> dict[str, dict[str, list[str]]]:
+    """MetaICL's seven settings (Min et al. 2022): the task names of each side."""
+    text = resources.files("mend_jax.data").joinpath("metaicl_partitions.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tuple[int, ...] = ()) -> tuple[list, list]:
+    """(present, missing) of the tasks: split "train" needs the meta-training file, "test" or "dev" a file per seed."""
+    present, missing = [], []
+    for task in tasks:
+        if split == "train":
+            found = meta_train_file(folder, task).is_file()
+        else:
+            found = all(_has_file(folder, task, k, seed, s) for seed in seeds for s in ("train", split))
+        (present if found else missing).append(task)
+    return present, missing
+
+
+def _has_file(folder, task, k, seed, split) -> bool:
+    try:
+        return example_file(folder, task, k, seed, split).is_file()
+    except UserError:
+        return False
+
+
+def is_classification(folder, task: str, examples: list[Example]) -> bool:
+    """Whether Macro-F1 (True) or accuracy measures the task: by `tasks.json`, else by options that never change."""
+    listed = _read_json(Path(folder).expanduser() / "tasks.json").get(task)
+    if isinstance(listed, dict) and "task_type" in listed:
+        return listed["task_type"] == "classification"
+    return len({example.options for example in examples}) == 1 and bool(examples[0].options)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file.")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold one JSON object.")
+    return content

@@ -1,0 +1,218 @@
+"""Tokenised data on disk: made once, by parallel processes, found again by fingerprint.
+
+    <cache>/shards-<tokenizer, separator>/<file>-<source>.array_record    one per source file
+    <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests, written last: the shards of a source
+
+Shards appear only when whole, so an interrupted `prepare` goes on with the first missing one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from mend_jax.data import c4, metaicl
+from mend_jax.data.tokenize import fingerprint, run_job, separator, shard_counts, tokenizer_text
+from mend_jax.errors import UserError
+
+TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
+IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longer than the work
+FORMAT = 1  # of the shards: a new number makes old caches unseen
+
+
+def prepare_text(config, tokenizer) -> dict:
+    """The manifest of config.data.text, tokenised now if it is not yet.
+
+    Returns {"shards": [{"path", "split", "items", "tokens"}], "dtype"}. Raises UserError.
+    """
+    text = str(config.data.text)
+    jobs = _tfds_jobs(text) if (text and c4.tfds_folder(text)) else _file_jobs(text)
+    return _prepare("text", jobs, tokenizer, "", config)
+
+
+def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train") -> dict:
+    """The manifest of tasks' examples, tokenised now if they are not yet; shards carry "task" too.
+
+    Args:
+        tasks: names; each must have its file.
+        split: "train" for the meta-training files, "dev" for the dev examples of all of config.evaluate.seeds together.
+    """
+    folder, jobs = config.data.tasks, []
+    for task in tasks:
+        if split == "train":
+            files = [metaicl.meta_train_file(folder, task)]
+        else:
+            files = [metaicl.example_file(folder, task, config.data.k, s, split) for s in config.evaluate.seeds]
+        data = [file.read_bytes() for file in files]
+        name = task.replace("/", "_").replace(":", "_")
+        jobs.append(
+            {"kind": "task", "task": task, "files": [str(f) for f in files], "source": str(files[0]), "split": split,
+             "name": f"{name}-{split}-{fingerprint(*data)}", "bytes": sum(map(len, data))}
+        )  # fmt: skip
+    return _prepare("tasks", jobs, tokenizer, separator(config.data.template), config)
+
+
+def _file_jobs(folder) -> list[dict]:
+    return [
+        {"kind": "text", "source": str(file), "split": split, "bytes": file.stat().st_size,
+         "name": f"{file.name.removesuffix('.json.gz')}-{_file_fingerprint(file)}"}
+        for split, files in c4.text_files(folder).items() for file in files
+    ]  # fmt: skip
+
+
+def _tfds_jobs(folder) -> list[dict]:
+    path = c4.tfds_folder(folder)
+    info, jobs = c4.open_tfds(path).info, []
+    key = fingerprint(*(_file_fingerprint(file) for file in sorted(path.iterdir())))
+    for split in ("train", "validation"):
+        count = info.splits[split].num_examples if split in info.splits else 0
+        for start in range(0, count, TFDS_SHARD):
+            stop = min(start + TFDS_SHARD, count)
+            jobs.append(
+                {"kind": "tfds", "source": str(path), "split": split, "start": start, "stop": stop,
+                 "name": f"{split}-{start:09d}-{key}", "bytes": info.splits[split].num_bytes * (stop - start) // count}
+            )  # fmt: skip
+    if not any(job["split"] == "train" for job in jobs):
+        raise UserError(f"{path} has no split 'train': set config.data.text to a prepared C4.")
+    return jobs
+
+
+def _file_fingerprint(file: Path) -> str:
+    """By name, size, time, and the first and last 64 KiB: C4 is too large to be read whole at every start."""
+    stat = file.stat()
+    with file.open("rb") as content:
+        head = content.read(1 << 16)
+        content.seek(max(0, stat.st_size - (1 << 16)))
+        return fingerprint(file.name, stat.st_size, stat.st_mtime_ns, head, content.read())
+
+
+def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dict:
+    """Runs the jobs whose shards are missing, then writes the manifest; under a lock, so that one process does the work."""
+    text = tokenizer_text(tokenizer)
+    dtype = "uint16" if max(tokenizer.get_vocab().values(), default=0) < 1 << 16 else "uint32"
+    shard_key = fingerprint(FORMAT, text, before)
+    cache = Path(config.data.cache).expanduser().absolute()
+    manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
+    if manifest.is_file():
+        return json.loads(manifest.read_text())
+    shards = cache / f"shards-{shard_key}"
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{shards} cannot be made ({error.strerror}): set config.data.cache to a folder you can write.")
+    for job in jobs:
+        job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
+    with _lock(cache / f".{manifest.name}.lock"):
+        if manifest.is_file():  # another process made it meanwhile
+            return json.loads(manifest.read_text())
+        todo = [job for job in jobs if not Path(job["out"]).exists()]
+        _run(todo, text, config.data.processes, kind)
+        content = {"dtype": dtype, "source": str(config.data.text if kind == "text" else config.data.tasks)}
+        content["shards"] = [
+            {"path": job["out"], "split": job["split"], "task": job.get("task", "")} | shard_counts(job["out"], job["kind"])
+            for job in jobs
+        ]
+        temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, manifest)
+    return content
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: work done twice is only slower
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(jobs: list[dict], tokenizer: str, processes: int, kind: str) -> None:
+    """All jobs, with a progress bar over the bytes of their sources."""
+    total = sum(job["bytes"] for job in jobs)
+    if not jobs:
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {kind}", disable=None, mininterval=0.5) as bar:
+        progress = Progress(bar)
+        if processes <= 1 or total < IN_PROCESS or len(jobs) == 1:
+            ready = Tokenizer.from_str(tokenizer)
+            for job in jobs:
+                progress.finish(job, run_job(ready, job, lambda done, job=job: progress.update(job, done)))
+        else:
+            _run_workers(jobs, tokenizer, min(processes, len(jobs)), progress)
+
+
+class Progress:
+    """What the workers have done, summed for one bar; used from several threads."""
+
+    def __init__(self, bar):
+        self.bar, self.lock, self.done, self.tokens = bar, threading.Lock(), {}, 0
+
+    def update(self, job: dict, done: int) -> None:
+        with self.lock:
+            self.bar.update(min(done, job["bytes"]) - self.done.get(job["name"], 0))
+            self.done[job["name"]] = min(done, job["bytes"])
+
+    def finish(self, job: dict, result: dict) -> None:
+        self.update(job, job["bytes"])
+        with self.lock:
+            self.tokens += result["tokens"]
+            seconds = self.bar.format_dict["elapsed"]
+            self.bar.set_postfix_str(f"{self.tokens / 1e6:.1f}M tokens, {self.tokens / max(seconds, 1e-9) / 1e3:.0f}k/s")
+
+
+def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Progress) -> None:
+    """The jobs, in that many processes. The first error stops all of them and is raised."""
+    queue, errors, workers = list(reversed(jobs)), [], []  # the next job is the last
+    package = str(Path(__file__).parents[2])
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "mend_jax.data.tokenize"]
+    try:
+        for _ in range(processes):
+            pipe = subprocess.PIPE
+            workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True))
+        threads = [threading.Thread(target=_feed, args=(w, tokenizer, queue, progress, errors)) for w in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # interrupted: shards that are not whole leave nothing behind
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if errors:
+        raise UserError(errors[0])
+
+
+def _feed(worker, tokenizer: str, queue: list, progress: Progress, errors: list) -> None:
+    """Hands one worker a job at a time and listens to it."""
+    job = None
+    try:
+        print(json.dumps(tokenizer), file=worker.stdin, flush=True)
+        while queue and not errors:
+            job = queue.pop()
+            print(json.dumps(job), file=worker.stdin, flush=True)
+            for line in worker.stdout:
+                message = json.loads(line)
+                if "progress" in message:
+                    progress.update(job, message["progress"])
+                    continue
+                if "error" in message:
+                    errors.append(message["error"])
+                else:
+                    progress.finish(job, message["result"])
+                break
+            else:
+                raise BrokenPipeError
+    except (BrokenPipeError, IndexError):  # IndexError: another thread took the last job
+        if worker.poll() is not None:
+            what = job["source"] if job else "the tokenizer"
+            errors.append(f"A process that tokenised {what} died (exit {worker.poll()}): is there enough memory?")

@@ -1,0 +1,73 @@
+"""What goes into a context and a query: small pure functions over token ids (numpy arrays or lists).
+
+K demonstrations, D their concatenation x1 y1 x2 y2 ..., every x and y with the separator before it (paper section 3.3).
+"""
+
+import numpy as np
+
+RELEASE_DISTILLER_TOKENS = 642  # the public release: fewer than 643 tokens for the distiller
+RELEASE_TEACHER_TOKENS = 766  # and fewer than 767 for the teacher
+
+
+def row_rng(seed: int, *position: int) -> np.random.Generator:
+    """The random numbers of one row or window: a function of the seed and its place, nothing else."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *position))))
+
+
+def cut_input(x, limit: int):
+    """An input of at most `limit` tokens: its end is cut. An output is never cut."""
+    return x[:limit]
+
+
+def fit_demos(lengths, budget: int) -> int:
+    """How many demonstrations, from the first on, fit into `budget` tokens; later ones are omitted (paper, 4.1)."""
+    return int(np.searchsorted(np.cumsum(lengths), budget, side="right"))
+
+
+def sample_demos(rng: np.random.Generator, count: int, k: int) -> np.ndarray:
+    """k distinct examples of `count`, in random order: (k,) int64. Raises ValueError where k > count."""
+    return rng.choice(count, size=k, replace=False)
+
+
+def join_demos(pairs) -> np.ndarray:
+    """The context D of (x, y) pairs of token ids: (N,) int32."""
+    pieces = [piece for pair in pairs for piece in pair]
+    return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]) if pieces else np.zeros(0, np.int32)
+
+
+def split_text(length: int, beta: float, budget: int) -> tuple[int, int]:
+    """(context, continuation) lengths of a text: the share beta, at most `budget`, then the other (1 - beta) share of it.
+
+    At least one token stands on each side (paper, section 3.2).
+    """
+    share = min(max(int(beta * length), 1), length - 1)
+    return min(share, budget), length - share
+
+
+def demo_budget(max_demo_tokens: int, llm_window: int, query_length: int, distiller_window: int, vectors: int) -> int:
+    """Tokens a context may have: config.data.max_demo_tokens, but the LLM reads the query too, the distiller l placeholders."""
+    return min(max_demo_tokens, llm_window - query_length, distiller_window - vectors)
+
+
+def release_truncation(demos, budget: int, teacher_budget: int):
+    """(distiller's, teacher's) context as the public release cuts them: the last example is cut to fit."""
+    return demos[: min(budget, RELEASE_DISTILLER_TOKENS)], demos[: min(teacher_budget, RELEASE_TEACHER_TOKENS)]
+
+
+def bucket(length: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `length`. Raises ValueError where none does."""
+    for size in buckets:
+        if length <= size:
+            return size
+    raise ValueError(f"{length} tokens fit no bucket of {buckets}")
+
+
+def window_plan(demo_lengths, query_lengths, demo_buckets, query_buckets, batches: int, rng) -> np.ndarray:
+    """Rows of one window grouped into batches of similar length, the batches in random order: (batches, B) row numbers.
+
+    Rows are sorted by the bucket of the context, then by the length of the query, so that most batches pad little.
+    """
+    demo_bucket = np.searchsorted(demo_buckets, demo_lengths)
+    query_bucket = np.searchsorted(query_buckets, query_lengths)
+    order = np.lexsort((demo_lengths, query_bucket, demo_bucket))
+    return order.reshape(batches, -1)[rng.permutation(batches)]
