@@ -349,13 +349,14 @@ if __name__ == "__main__":
     except ImportError:
         import sys
 
-        from absl import app, flags
+        from absl import app, flags, logging
         from ml_collections import config_flags
 
         CONFIG, WORKDIR = config_flags.DEFINE_config_file("config"), flags.DEFINE_string("workdir", None, "")
 
         def run(main):
             def absl_main(_):
+                logging.set_verbosity(logging.WARNING)
                 try:
                     sys.exit(main(CONFIG.value, WORKDIR.value))
                 except UserError as error:
