@@ -32,16 +32,15 @@ import numpy as np
 
 from mend_jax import checkpoint, parallel, reporting
 from mend_jax.checkpoint import Checkpoints
+from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
-from mend_jax.data.small_world import resolve
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import has_weights, local_folder, save_model
-from mend_jax.prefix import init_distiller, init_soft_prompt
+from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 
-STAGES = ("pretrain", "finetune", "lm")
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 LLM_FOLDER = "llm"
 
@@ -52,8 +51,7 @@ def train(config, workdir) -> int:
     Raises:
         UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
     """
-    check(config)
-    config = resolve(config)
+    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
     workdir = Path(workdir).expanduser().absolute()
     try:
         with _alone_in(workdir):
@@ -62,18 +60,6 @@ def train(config, workdir) -> int:
         if checkpoint.is_disk_full(error):
             raise UserError(f"The disk of {workdir} is full: make room and give the same command again.") from error
         raise
-
-
-def check(config) -> None:
-    """Raises UserError for settings that no run can have."""
-    if config.stage not in STAGES:
-        raise UserError(f'stage is "{config.stage}": it must be one of {", ".join(STAGES)}.')
-    if config.prefix.kind not in ("distiller", "soft_prompt"):
-        raise UserError(f'prefix.kind is "{config.prefix.kind}": it must be distiller or soft_prompt.')
-    for name in ("steps", "log_every", "eval_every", "save_every", "patience"):
-        if config.train[name] < 1:
-            raise UserError(f"train.{name} is {config.train[name]}: it must be at least 1.")
-    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
 
 
 def _train(config, workdir):
@@ -224,10 +210,11 @@ class _Run:
     def _stop_not_finite(self, step, row, ids):
         self.checkpoints.wait()
         last = f"checkpoint {self.checkpoints.steps[-1]}" if self.checkpoints.steps else "the start"
-        names = ", ".join(str(int(i)) for i in np.ravel(ids))
+        names = ", ".join(str(row) for row in ids)
+        first = "; ".join(self.batches.describe(row) for row in ids[:3])
         raise UserError(
-            f"Step {step} is not finite (loss {row['loss']}, gradient norm {row['grad_norm']}) on the batch of the ids "
-            f"{names}: look at them, or lower optimizer.learning_rate; {last} in {self.workdir} is intact."
+            f"Step {step} is not finite (loss {row['loss']}, gradient norm {row['grad_norm']}) on the batch of rows {names} "
+            f"(they begin with {first}): look at them, or lower optimizer.learning_rate; {last} in {self.workdir} is intact."
         )
 
     def _save(self, step, evaluates):
@@ -275,8 +262,8 @@ def build(config, llm):
 
 def batches(config, llm, model, split):
     """This process's rows of the batches of a split ("train" or "validation")."""
-    window = getattr(model, "window", llm.window)
-    return make_batches(config, llm.tokenizer, split, llm.window, window, jax.process_index(), jax.process_count())
+    distiller_window = model.config.max_positions if isinstance(model, Distiller) else None
+    return make_batches(config, llm.tokenizer, split, llm.window, distiller_window, jax.process_index(), jax.process_count())
 
 
 def evaluation(config, llm, model, loss_fn, layout, frozen):
@@ -287,7 +274,7 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
         return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params))}
     loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
     held_out = batches(config, llm, model, "validation")
-    parts = [held_out[i] for i in range(max(1, config.data.validation_items // config.train.batch_size))]
+    parts = [held_out[i] for i in range(held_out.steps)]
 
     def validation_loss(params):
         losses = [loss(params, frozen, layout.split(part.replace(ids=None))) for part in parts]
@@ -344,25 +331,4 @@ def _sigterm():
 
 
 if __name__ == "__main__":
-    try:
-        from mend_jax.cli import run
-    except ImportError:
-        import sys
-
-        from absl import app, flags, logging
-        from ml_collections import config_flags
-
-        CONFIG, WORKDIR = config_flags.DEFINE_config_file("config"), flags.DEFINE_string("workdir", None, "")
-
-        def run(main):
-            def absl_main(_):
-                logging.set_verbosity(logging.WARNING)
-                try:
-                    sys.exit(main(CONFIG.value, WORKDIR.value))
-                except UserError as error:
-                    print(error, file=sys.stderr)
-                    sys.exit(2)
-
-            app.run(absl_main)
-
     run(train)
