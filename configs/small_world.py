@@ -18,6 +18,7 @@ The packaged LLM and the distiller's starting point (mend_jax/small_world/) were
 from ml_collections import ConfigDict
 
 from configs import base
+from mend_jax.errors import UserError
 
 
 def get_config(name: str = "quick") -> ConfigDict:
@@ -47,7 +48,7 @@ def get_config(name: str = "quick") -> ConfigDict:
     elif name == "full":
         _full(c)
     else:
-        raise ValueError(f"configs/small_world.py has no {name!r}: llm, backbone, pretrain, finetune, quick, full.")
+        raise UserError(f"configs/small_world.py has no {name!r}: use llm, backbone, pretrain, finetune, quick or full.")
     return c
 
 
@@ -56,7 +57,8 @@ def _language_model(c: ConfigDict, name: str) -> None:
     c.llm.path = "small_world" if name == "llm" else "small_world_backbone"
     c.data.text_share = 0.25  # without plain text the words of the meta-test topics would never be learnt
     c.train.batch_size = 128
-    c.train.steps = 6_000
+    c.train.steps = 4_000
+    c.optimizer.learning_rate = 4e-3  # small models bear, and here need, much: at 1e-3 it takes several times as long
     c.train.eval_every = 250
     c.train.save_every = 250
     c.optimizer.warmup_steps = 200

@@ -18,6 +18,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -49,21 +50,27 @@ class World:
     """What the generator can be told; lengths in words. The language itself is the same for every seed."""
 
     seed: int = 0
-    train_topics: int = 44
-    test_topics: int = 20
-    topic_words: int = 6
+    train_topics: int = 72
+    test_topics: int = 24
+    topic_words: int = 5
     input_words: tuple[int, int] = (3, 4)  # of one topic, none twice: fewest and most
     classes: tuple[int, ...] = (2, 3, 4)  # per task, in turn
-    train_tasks: int = 512
+    train_tasks: int = 600
     train_examples: int = 64
-    test_tasks: int = 18
+    test_tasks: int = 24
     demonstrations: int = 16
     demonstrations_per_class: int = 2  # at least
     dev_examples: int = 32
     test_examples: int = 60
     train_documents: int = 20_000
     validation_documents: int = 1_000
-    document_words: int = 88  # at least, but for the end of the last paragraph
+    document_words: int = 88  # a document ends with the paragraph that reaches it
+
+    def __post_init__(self) -> None:
+        inputs = sum(math.perm(self.topic_words, n) for n in range(self.input_words[0], self.input_words[1] + 1))
+        needed = max(self.train_examples, self.test_examples + self.demonstrations + self.dev_examples)
+        if inputs < needed:  # else drawing inputs that are all different might never end
+            raise UserError(f"a topic has {inputs} different inputs and a task may need {needed}: raise topic_words.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,14 +276,16 @@ def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> 
 def _test_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
     # As MetaICL: the test rows are the same for every seed; they occur in no seed's demonstrations.
     test_inputs: set[str] = set()
-    test = draw_examples(rng, world, task, meaning, _labels(rng, meaning, world.test_examples, 1), test_inputs)
+    # Every label is as frequent as any other: guessing is worth 1 / classes.
+    labels = _labels(rng, meaning, world.test_examples, world.test_examples // len(meaning))
+    test = draw_examples(rng, world, task, meaning, labels, test_inputs)
     files = {}
     for seed in SEEDS:
         seen = set(test_inputs)
         k = world.demonstrations
         for split, count, at_least in (
             ("train", k, world.demonstrations_per_class),
-            ("dev", world.dev_examples, 1),
+            ("dev", world.dev_examples, world.dev_examples // len(meaning)),
         ):
             labels = _labels(rng, meaning, count, at_least)
             files[f"{k}_{seed}_{split}"] = draw_examples(rng, world, task, meaning, labels, seen)
@@ -289,7 +298,7 @@ def _test_files(rng: random.Random, world: World, task: str, meaning: dict) -> d
 
 def write_model_folder(folder: Path, size: str, world: World = World()) -> None:
     """A GPT-2 folder without weights: config.json and a word-level tokenizer. `size` is "llm" or "backbone"."""
-    width, layers, heads = {"llm": (128, 3, 4), "backbone": (64, 2, 2)}[size]
+    width, layers, heads = {"llm": (96, 3, 4), "backbone": (64, 2, 2)}[size]
     words = vocabulary(world)
     last = len(words) - 1
     config = {
