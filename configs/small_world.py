@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from configs import base
 from mend_jax.errors import UserError
 
+NAMES = ("llm", "backbone", "pretrain", "finetune", "quick", "full")
+
 
 def get_config(name: str = "quick") -> ConfigDict:
     c = base.get_config()
@@ -48,7 +50,7 @@ def get_config(name: str = "quick") -> ConfigDict:
     elif name == "full":
         _full(c)
     else:
-        raise UserError(f"configs/small_world.py has no {name!r}: use llm, backbone, pretrain, finetune, quick or full.")
+        raise UserError(f"configs/small_world.py has no {name!r}: use {', '.join(NAMES[:-1])} or {NAMES[-1]}.")
     return c
 
 
@@ -58,7 +60,7 @@ def _language_model(c: ConfigDict, name: str) -> None:
     c.data.text_share = 0.25  # without plain text the words of the meta-test topics would never be learnt
     c.train.batch_size = 128
     c.train.steps = 4_000
-    c.optimizer.learning_rate = 4e-3  # small models bear, and here need, much: at 1e-3 it takes several times as long
+    c.optimizer.learning_rate = 4e-3  # small models bear much; at 1e-3 reading in context is learnt several times later
     c.train.eval_every = 250
     c.train.save_every = 250
     c.optimizer.warmup_steps = 200

@@ -28,20 +28,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mend_jax.errors import UserError
 
 NAME = "small_world"  # the special value in configs, and the partition's name
 SEEDS = (13, 21, 42, 87, 100)  # MetaICL's
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-LABELS = (
-    "red orange yellow green blue purple pink brown black white grey gold silver cyan teal navy olive coral amber ivory "
-    "lilac scarlet indigo maroon"
-).split()
-PEOPLE = "anna boris clara david elena felix greta hugo irene jonas karen louis maria nils olga peter".split()
+LABELS = [
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gold", "silver",
+    "cyan", "teal", "navy", "olive", "coral", "amber", "ivory", "lilac", "scarlet", "indigo", "maroon",
+]  # fmt: skip
+PEOPLE = [
+    "anna", "boris", "clara", "david", "elena", "felix", "greta", "hugo", "irene", "jonas", "karen", "louis", "maria",
+    "nils", "olga", "peter",
+]  # fmt: skip
 # The unknown word comes first; the end of text last, where GPT-2 has it.
 FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
 END_OF_TEXT = "<eos>"
+MODEL_SIZES = {"llm": (96, 3, 4), "backbone": (64, 2, 2)}  # width, layers, heads
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
@@ -105,12 +110,12 @@ def document(rng: random.Random, world: World, all_topics: list[list[str]]) -> s
     """Paragraphs of one or two sentences; each person of the document keeps to one topic."""
     subjects = rng.sample(all_topics, rng.choice(world.classes))
     people = rng.sample(PEOPLE, len(subjects))
-    paragraphs, length = [], 0
+    paragraphs, length = [], -1
     while length < world.document_words:
         i = rng.randrange(len(subjects))
         paragraph = " ".join(_sentence(rng, world, subjects[i], people[i]) for _ in range(rng.randint(1, 2)))
         paragraphs.append(paragraph)
-        length += len(paragraph.split()) + 1
+        length += paragraph.count(" ") + 2  # its words and, before all but the first, a line break
     return "\n".join(paragraphs)
 
 
@@ -121,7 +126,8 @@ def _sentence(rng: random.Random, world: World, topic: list[str], person: str) -
         return f"{' '.join(words)} said {person} ."
     if form < 0.8:
         return f"{person} said {' '.join(words)} ."
-    return f"{rng.choice(('the', 'some', 'about'))} {words[0]} {rng.choice(('of', 'and', 'with'))} {' '.join(words[1:])} ."
+    first, second = rng.choice(("the", "some", "about")), rng.choice(("of", "and", "with"))
+    return f"{first} {words[0]} {second} {' '.join(words[1:])} ."
 
 
 # The tasks
@@ -165,17 +171,21 @@ def write_small_world(folder: str | Path, world: World = World()) -> Paths:
     folder = Path(folder).expanduser()
     if _is_written(folder, world):
         return _paths(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: name a folder.")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds another world: name a new folder, or remove this one.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): name another folder.")
+        raise UserError(
+            f"the small world cannot be written to {folder} ({error.strerror}): name another folder."
+        ) from None
     try:
         _write_text(temporary / "c4", world)
         _write_tasks(temporary / "metaicl", world)
-        for size in ("llm", "backbone"):
+        for size in MODEL_SIZES:
             write_model_folder(temporary / "models" / size, size, world)
         (temporary / "world.json").write_text(_description(world))
         temporary.chmod(0o755)  # mkdtemp's folders are private; these are as shareable as any other
@@ -185,7 +195,7 @@ def write_small_world(folder: str | Path, world: World = World()) -> Paths:
             if not _is_written(folder, world):  # else another process was first: its files are the same
                 raise
     except OSError as error:
-        raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): free space, or name another folder.")
+        raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): free some space.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _paths(folder)
@@ -196,8 +206,13 @@ def _paths(folder: Path) -> Paths:
 
 
 def _description(world: World) -> str:
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return json.dumps({"generator": source, **dataclasses.asdict(world)}, indent=1) + "\n"
+    # The settings, and a sample of what this generator makes of them: a changed generator is noticed, a comment is not.
+    rng, all_topics = random.Random("sample"), topics(world)
+    meaning = draw_task(rng, world, all_topics, max(world.classes))
+    made = [document(rng, world, all_topics) for _ in range(4)], vocabulary(world), MODEL_SIZES
+    made += next(_tasks(world)), _test_files(rng, world, "sample", meaning)
+    sample = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+    return json.dumps({"sample": sample, **dataclasses.asdict(world)}, indent=1) + "\n"
 
 
 def _is_written(folder: Path, world: World) -> bool:
@@ -240,7 +255,8 @@ def _write_tasks(folder: Path, world: World) -> None:
         descriptions[task] = {"task_type": "classification", "options": sorted(meaning)}
         (folder / "data" / task).mkdir(parents=True)
         for name, rows in files.items():
-            (folder / "data" / task / f"{task}_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "data" / task / f"{task}_{name}.jsonl").write_text(lines)
     (folder / "partitions.json").write_text(json.dumps({NAME: partition}, indent=1) + "\n")
     (folder / "tasks.json").write_text(json.dumps(descriptions, indent=1) + "\n")
 
@@ -297,8 +313,8 @@ def _test_files(rng: random.Random, world: World, task: str, meaning: dict) -> d
 
 
 def write_model_folder(folder: Path, size: str, world: World = World()) -> None:
-    """A GPT-2 folder without weights: config.json and a word-level tokenizer. `size` is "llm" or "backbone"."""
-    width, layers, heads = {"llm": (96, 3, 4), "backbone": (64, 2, 2)}[size]
+    """A GPT-2 folder without weights: config.json and a word-level tokenizer. `size` is a key of MODEL_SIZES."""
+    width, layers, heads = MODEL_SIZES[size]
     words = vocabulary(world)
     last = len(words) - 1
     config = {
@@ -319,27 +335,11 @@ def write_model_folder(folder: Path, size: str, world: World = World()) -> None:
         "eos_token_id": last,
         "tie_word_embeddings": True,
     }
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     # Spaces separate words and vanish; a line break is a word of its own, so that both templates can be told apart.
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": words[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            for i in (0, last)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
-                {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": words[0]},
-    }
+    split = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.add_special_tokens([words[0], END_OF_TEXT])
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": words[0],
@@ -349,7 +349,8 @@ def write_model_folder(folder: Path, size: str, world: World = World()) -> None:
         "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", tokenizer_config)):
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in (("config", config), ("tokenizer_config", tokenizer_config)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -363,8 +364,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     makes them, starts from their settings without weights. `llm.path` may be "small_world_backbone" too.
     """
     config = config.copy_and_resolve_references()
-    models = {NAME: "llm", f"{NAME}_backbone": "backbone"}
-    needs_world = NAME in (config.data.text, config.data.tasks) or (config.stage == "lm" and config.llm.path in models)
+    sizes = {NAME: "llm", f"{NAME}_backbone": "backbone"}
+    needs_world = NAME in (config.data.text, config.data.tasks) or (config.stage == "lm" and config.llm.path in sizes)
     if needs_world:
         world = World()
         paths = write_small_world(Path(config.data.cache).expanduser() / f"{NAME}-{fingerprint(world)}", world)
@@ -372,9 +373,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
             config.data.text = str(paths.text)
         if config.data.tasks == NAME:
             config.data.tasks = str(paths.tasks)
-    if config.llm.path in models:
+    if config.llm.path in sizes:
         folder = paths.models if config.stage == "lm" else PACKAGED_MODELS
-        config.llm.path = str(folder / models[config.llm.path])
+        config.llm.path = str(folder / sizes[config.llm.path])
     if config.prefix.backbone == NAME:
         config.prefix.backbone = str(PACKAGED_MODELS / "backbone")
     return config
