@@ -1,0 +1,158 @@
+"""What things cost, by formula: FLOPs of matrix products, bytes of prefixes. And a count of any function's products.
+
+Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width, V vocabulary.
+A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs of tokens, the
+masked ones too (the convention of model-FLOPs utilisation); norms, softmax and GELU are left out, under 2% at these sizes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.extend import core
+
+from mend_jax.models.families import DecoderConfig
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, data sheets; a part of the device's name
+
+
+class Products(NamedTuple):
+    """FLOPs of one reading of a row, apart because their gradients cost differently."""
+
+    linear: int  # products with weights
+    attention: int  # queries with keys, and shares with values
+
+    @property
+    def forward(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def input_gradient(self) -> int:
+        """Backward through frozen weights: one product per linear layer, two per product of attention."""
+        return self.linear + 2 * self.attention
+
+    @property
+    def gradient(self) -> int:
+        """Backward with weights that are trained."""
+        return 2 * self.linear + 2 * self.attention
+
+
+def reading(config: DecoderConfig, tokens: int, keys: int | None = None) -> Products:
+    """The decoder on one row of T tokens that attend to S keys each (None: to one another); no embedding, no head."""
+    D, keys = config.width, tokens if keys is None else keys
+    weights = 4 * D * D + 2 * D * config.mlp_width
+    return Products(config.layers * 2 * tokens * weights, config.layers * 4 * tokens * keys * D)
+
+
+def head(config: DecoderConfig, tokens: int) -> int:
+    """FLOPs of the logits of T tokens."""
+    return 2 * tokens * config.width * config.vocab_size
+
+
+def projection(width: int, llm_width: int, vectors: int) -> int:
+    """FLOPs of taking L vectors to the LLM's width; 0 where the widths are equal (identity)."""
+    return 0 if width == llm_width else 2 * vectors * width * llm_width
+
+
+def step(llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int) -> dict[str, int]:
+    """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
+
+    Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the teacher's
+    forward, and the head at the query's tokens: both logits and one gradient.
+    """
+    own = reading(distiller, demos + vectors)
+    student = reading(llm, vectors + query)
+    parts = {
+        "distiller": own.forward + own.gradient + 3 * projection(distiller.width, llm.width, vectors),
+        "student": student.forward + student.input_gradient,
+        "teacher": reading(llm, demos + query).forward,
+        "head": 3 * head(llm, query),
+    }
+    parts = {name: rows * flops for name, flops in parts.items()}
+    return parts | {"total": sum(parts.values())}
+
+
+def release_step(llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int) -> int:
+    """FLOPs of the same step with the public release's head: logits, and the student's gradient, at every position."""
+    ours = step(llm, distiller, rows, demos, query, vectors)
+    return ours["total"] - ours["head"] + rows * (head(llm, demos + query) + 2 * head(llm, vectors + query))
+
+
+def distil(distiller: DecoderConfig, llm: DecoderConfig, demos: int, vectors: int) -> int:
+    """FLOPs of turning N demonstration tokens into L vectors."""
+    return reading(distiller, demos + vectors).forward + projection(distiller.width, llm.width, vectors)
+
+
+def score_cached(llm: DecoderConfig, prefix: int, query: int, options: list[int]) -> int:
+    """FLOPs of scoring one item after a prefix whose keys and values are at hand: x and all options in one pass.
+
+    `options` are lengths in tokens. An option's last token is predicted, not read.
+    """
+    read = sum(options) - len(options)
+    return reading(llm, query + read, prefix + query + read).forward + head(llm, 1 + read)
+
+
+def score_rereading(llm: DecoderConfig, prefix: int, query: int, options: list[int]) -> int:
+    """FLOPs of scoring one item where every option reads the prefix and x anew, as the paper and the release do.
+
+    The head is applied at the option's tokens alone (the release applies it everywhere).
+    """
+    return sum(reading(llm, prefix + query + n - 1).forward + head(llm, n) for n in options)
+
+
+def cache_bytes(llm: DecoderConfig, positions: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one row."""
+    return 2 * llm.layers * positions * llm.width * itemsize
+
+
+def vector_bytes(llm: DecoderConfig, vectors: int, itemsize: int) -> int:
+    """Bytes of L vectors in the LLM's embedding space."""
+    return vectors * llm.width * itemsize
+
+
+def count_products(function: Callable, *args, while_trips: int = 1) -> int:
+    """FLOPs of all matrix products in `function(*args)`, counted in its jaxpr: a scan's body as often as it runs.
+
+    (XLA's own cost analysis counts a scan's body once.)
+
+    Args:
+        function: traced, not run; `args` may be `jax.ShapeDtypeStruct`s.
+        while_trips: how often the bodies of while loops run, which a jaxpr does not say.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The dense bfloat16 FLOP/s of a known GPU, from its name; None for others."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def _count(jaxpr, while_trips: int) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inner = [_count(part, while_trips) for part in _jaxprs(equation.params.values())]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif name == "scan":
+            total += equation.params["length"] * sum(inner)
+        elif name == "while":
+            total += while_trips * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _jaxprs(values):
+    for value in values:
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)

@@ -1,0 +1,216 @@
+"""The formulas of cost against products counted in the jaxpr; each workload of the benchmark at a tiny size."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mend_jax import benchmark, cli, costs, measure
+from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide, random_params
+from mend_jax.errors import UserError
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.families import DecoderConfig
+
+LLM = DecoderConfig("gpt2", 96, 16, 3, 2, 64, 64)
+BACKBONE = DecoderConfig("gpt2", 96, 8, 2, 2, 24, 64)  # narrower, with an MLP that is not 4 times as wide
+SETTINGS = Settings(LLM, BACKBONE, "float32", rows=2, demos=20, query=9, target=3, vectors=4)
+SIZES = (LLM, BACKBONE, 2, 20, 9, 4)
+TINY = ["--demos=20", "--query=9", "--target=3", "--vectors=4", "--repeats=2", "--batch_size=2"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fields = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+def command(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(benchmark.benchmark, ["benchmark", *arguments])
+    return ended.value.code
+
+
+def test_products_of_loops_are_counted_as_often_as_they_run():
+    a = jnp.ones((4, 4))
+
+    def scanned(x):
+        return jax.lax.scan(lambda x, _: (x @ a, None), x, None, length=5)[0] @ a
+
+    def looped(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ a, x)
+
+    assert costs.count_products(scanned, jnp.ones((3, 4))) == 6 * 2 * 3 * 4 * 4
+    assert costs.count_products(looped, jnp.ones((3, 4)), 7, while_trips=7) == 7 * 2 * 3 * 4 * 4
+    batched = partial(jnp.einsum, "bij,bjk->bik")
+    assert costs.count_products(jax.jit(batched), jnp.ones((5, 2, 3)), jnp.ones((5, 3, 4))) == 2 * 5 * 2 * 3 * 4
+
+
+def test_reading_forward_and_both_gradients():
+    params = random_params(BACKBONE, 0)
+    x = jnp.ones((1, 11, BACKBONE.width))
+    products = costs.reading(BACKBONE, 11)
+
+    def total(params, x):
+        return (Decoder(BACKBONE).apply({"params": params}, x) ** 2).sum()
+
+    assert costs.count_products(total, params, x) == products.forward
+    assert costs.count_products(jax.grad(total, 1), params, x) == products.forward + products.input_gradient
+    assert costs.count_products(jax.grad(total), params, x) == products.forward + products.gradient
+
+
+@pytest.mark.parametrize("backbone", [BACKBONE, LLM])
+def test_train_step(backbone):
+    settings = Settings(LLM, backbone, "float32", rows=2, demos=20, query=9, target=3, vectors=4)
+    assert StepSide(settings).flops == costs.step(LLM, backbone, *SIZES[2:])["total"]
+
+
+def test_the_release_head_costs_every_position_and_nothing_else():
+    extra = costs.release_step(*SIZES) - costs.step(*SIZES)["total"]
+    assert extra == 2 * (costs.head(LLM, 20) + 2 * costs.head(LLM, 4))
+
+
+@pytest.mark.parametrize("method", ["icl", "mend"])
+def test_inference(method):
+    side = InferenceSide(SETTINGS, method, True, items=1, options=3)
+    prefix_length = 4 if method == "mend" else 20
+    distil = costs.distil(BACKBONE, LLM, 20, 4) if method == "mend" else 0
+    assert costs.count_products(side._prefix, *side._params(), side.demos) == distil
+    prefix = side._prefix(*side._params(), side.demos)
+    params, llm = side.llm.params, side.llm
+    read_prefix = costs.reading(LLM, prefix_length).forward
+    assert costs.count_products(llm.prefix_cache, params, prefix) == read_prefix
+
+    T, options = 9 + 3 * 2, [3, 3, 3]  # an option's last token is not read
+
+    def score(cache):
+        states = llm.cached_states(params, cache, *jnp.zeros((3, 1, T), jnp.int32))
+        return llm.logits(params, states[:, :7])  # the last state of x, and two of each option
+
+    counted = costs.count_products(score, jax.eval_shape(llm.prefix_cache, params, prefix))
+    assert counted == costs.score_cached(LLM, prefix_length, 9, options)
+    rereading = costs.count_products(side._reread, params, prefix, jnp.zeros((3, 12), jnp.int32))
+    assert rereading == costs.score_rereading(LLM, prefix_length, 9, options)
+
+
+def test_inference_costs_add_up():
+    cached = benchmark.inference_flops(SETTINGS, "mend", True, items=5, options=3)
+    assert cached["task_flops"] == cached["once_flops"] + 5 * cached["item_flops"]
+    anew = benchmark.inference_flops(SETTINGS, "mend", False, items=5, options=3)
+    assert anew["once_flops"] == 0 and anew["task_flops"] > cached["task_flops"]
+
+
+def test_the_paper_sizes_cost_what_the_design_says():
+    llm, distiller = benchmark.model_config("gpt2-large"), benchmark.model_config("gpt2")
+    step = costs.step(llm, distiller, 1, 900, 124, 100)
+    rounded = {name: round(flops / 1e12, 1) for name, flops in step.items()}
+    assert (rounded["teacher"], rounded["distiller"]) == (1.6, 0.6)
+    assert round((step["student"] + step["head"]) / 1e12, 1) == 0.7
+    assert costs.cache_bytes(llm, 900, 2) == 165_888_000
+    assert costs.vector_bytes(llm, 100, 2) == 256_000
+
+
+def test_random_weights_are_the_same_in_both_processes():
+    first, second = random_params(LLM, 1), random_params(LLM, 1)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    assert abs(float(first["layers"]["norm1"]["scale"].mean()) - 1) < 0.02
+
+
+def test_known_devices():
+    assert costs.peak_flops("NVIDIA H200") == costs.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert costs.peak_flops("cpu") is None
+    side = {"device": "NVIDIA H200", "model_flops": 98.9e12, "seconds": 0.5}
+    found = benchmark.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "bfloat16")
+    assert found["share"]["MEND-JAX"] == pytest.approx(0.2)
+    assert benchmark.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "float32") is None
+
+
+def test_median():
+    assert measure.median([3.0, 1.0, 2.0]) == 2.0
+    assert measure.median([4.0, 1.0, 2.0, 3.0]) == 2.5
+
+
+def test_losses_that_differ_are_seen():
+    run = {"loss": 2.0, "kd": 1.0, "pred": 1.0, "grad_norm": 3.0}
+    assert benchmark.compare_losses({"a": [run], "b": [run | {"kd": 1.0001}]}, 1e-3)["yes"]
+    assert not benchmark.compare_losses({"a": [run], "b": [run | {"kd": 1.01}]}, 1e-3)["yes"]
+    assert not benchmark.compare_losses({"a": [run], "b": [run | {"kd": float("nan")}]}, 1e-3)["yes"]
+
+
+def test_step_command(folder, capsys):
+    pytest.importorskip("torch")
+    out = folder / "step.json"
+    assert command("step", f"--llm={folder}", f"--distiller={folder}", *TINY, f"--out={out}") == 0
+    report = json.loads(out.read_text())
+    assert report["same"]["yes"] and report["same"]["largest_difference"] < 1e-3
+    assert set(report["sides"]) == {"MEND-JAX", "PyTorch"}
+    ours = report["sides"]["MEND-JAX"]
+    assert ours["counted_flops"] == report["model_flops"]["total"] == ours["model_flops"]
+    assert len(ours["runs"]) == 2 and ours["losses"][-1] < ours["losses"][0]
+    assert ours["peak_bytes"] >= ours["start_bytes"] > 0
+    assert report["ratio"] > 0 and report["machine"]["versions"]["jax"] == jax.__version__
+    assert "the same" in capsys.readouterr().out
+
+
+def test_step_command_without_pytorch(folder, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    arguments = ["step", f"--llm={folder}", f"--distiller={folder}", *TINY]
+    assert command(*arguments) == 2
+    assert "--no_pytorch" in capsys.readouterr().err
+    assert command(*arguments, "--no_pytorch") == 0
+    assert "PyTorch" not in capsys.readouterr().out
+
+
+def test_inference_command(folder, capsys):
+    out = folder / "inference.json"
+    arguments = ["inference", f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=3", f"--out={out}"]
+    assert command(*arguments) == 0
+    report = json.loads(out.read_text())
+    assert [(row["method"], row["reuse"]) for row in report["rows"]] == [
+        ("icl", False), ("icl", True), ("mend", False), ("mend", True)
+    ]  # fmt: skip
+    icl, mend = report["rows"][1], report["rows"][3]
+    assert icl["cache_bytes"] == 5 * mend["cache_bytes"] and mend["store_bytes"] == 4 * 16 * 4
+    assert report["same"]["largest_difference"] < 1e-3
+    assert "cached: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["step", "--llm=gpt3"], "neither a known size"),
+        (["step", "--demos=1000"], "window"),
+        (["inference", "--demos=980"], "window"),
+        (["step", "--query=4"], "--target=4"),
+        (["step", "--batch_size=0"], "--batch_size=0"),
+        (["inference", "--options=0"], "--options"),
+        (["step", "--out=/not/there/a.json"], "/not/there"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, part, capsys):
+    assert command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1
+
+
+def test_a_process_that_dies_is_named():
+    with measure.Worker(os_exit) as worker, pytest.raises(UserError, match="exit code 3"):
+        worker.call("anything")
+
+
+def test_a_mistake_in_a_process_comes_back_as_one():
+    with measure.Worker(mistaken) as worker, pytest.raises(UserError, match="as it was said"):
+        worker.call("anything")
+
+
+def os_exit():
+    import os
+
+    os._exit(3)
+
+
+def mistaken():
+    raise UserError("as it was said")
