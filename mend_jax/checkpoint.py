@@ -135,8 +135,19 @@ def load_best(workdir):
     maximize = candidates[max(candidates)]["maximize"]
     best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
     step = max(candidates) if best is None else best
-    meta = candidates[step]
-    return _read_tree(folder / str(step) / "params", _template(meta["shapes"])), meta
+    return read_step(workdir, step), candidates[step]
+
+
+def whole_steps(workdir):
+    """Steps of the checkpoints that are whole, oldest first."""
+    folder = Path(workdir).absolute() / FOLDER
+    return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
+
+
+def read_step(workdir, step):
+    """The params of one step, as a nested dict of numpy arrays."""
+    folder = Path(workdir).absolute() / FOLDER / str(step)
+    return _read_tree(folder / "params", _template(read_meta(folder)["shapes"]))
 
 
 def find_damage(folder):

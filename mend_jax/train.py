@@ -200,27 +200,31 @@ class _Run:
         step, metrics, facts, ids = self.pending.popleft()
         row = {name: float(value) for name, value in sorted(self.layout.fetch(metrics).items())}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            self._stop_not_finite(step, row, ids)
+            self._stop_not_finite(f"the loss is {row['loss']}, the gradient's norm {row['grad_norm']}", step, ids)
         self.window.add(row | facts)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             line = self.window.line(step)
             self.report.write(line)
             self.report.progress(line)
 
-    def _stop_not_finite(self, step, row, ids):
+    def _stop_not_finite(self, what, step, ids):
         self.checkpoints.wait()
-        last = f"checkpoint {self.checkpoints.steps[-1]}" if self.checkpoints.steps else "the start"
-        names = ", ".join(str(row) for row in ids)
+        steps = self.checkpoints.steps
+        kept = f"checkpoint {steps[-1]} in {self.workdir} is intact" if steps else "no checkpoint was written yet"
         first = "; ".join(self.batches.describe(row) for row in ids[:3])
         raise UserError(
-            f"Step {step} is not finite (loss {row['loss']}, gradient norm {row['grad_norm']}) on the batch of rows {names} "
-            f"(they begin with {first}): look at them, or lower optimizer.learning_rate; {last} in {self.workdir} is intact."
+            f"Step {step} is not finite ({what}) on the batch of rows {', '.join(str(row) for row in ids)} (they begin with "
+            f"{first}): look at them, or lower optimizer.learning_rate; {kept}."
         )
 
     def _save(self, step, evaluates):
         """A checkpoint, with the evaluation's score where one is due. All steps before it were seen to be finite."""
+        ids = self.pending[-1][-1]
         while self.pending:
             self._absorb()
+        state = self.layout.fetch(self.state)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            self._stop_not_finite("a parameter overflowed", step, ids)
         score = None
         if evaluates:
             values = self.evaluate(self.state.params)
@@ -228,7 +232,6 @@ class _Run:
             self.report.write({"step": step} | values)
             reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.report.sync()
-        state = self.layout.fetch(self.state)
         self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
         self.report.skip_time()
 

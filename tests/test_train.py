@@ -1,0 +1,301 @@
+"""The loop: resumed, stopped and broken runs, and what a run leaves on disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_training
+from tiny_training import RandomBatches, config, model_folder
+
+from mend_jax import checkpoint, reporting, train
+from mend_jax.errors import UserError
+from mend_jax.llm import load_llm
+from mend_jax.models.folders import load_model
+
+SCRIPT = tiny_training.__file__
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _random_batches(monkeypatch):
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+
+
+@pytest.fixture(scope="session")
+def finished(model, tmp_path_factory):
+    """The workdir of an unbroken run of `config(model)`."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_batches", RandomBatches)
+        assert train.train(config(model), workdir) == 0
+    return workdir
+
+
+def assert_same_run(workdir, other):
+    assert (workdir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    steps = checkpoint.whole_steps(workdir)
+    assert steps == checkpoint.whole_steps(other)
+    for step in steps:
+        ours, theirs = (checkpoint.read_step(folder, step) for folder in (workdir, other))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def stop_after(step):
+    """Batches whose iterator breaks like a machine that goes away."""
+
+    class Breaking(RandomBatches):
+        def iterator(self, start_step):
+            for i, batch in enumerate(super().iterator(start_step), start_step):
+                if i == step:
+                    raise KeyboardInterrupt
+                yield batch
+
+    return Breaking
+
+
+def test_metrics_have_every_line_once(finished):
+    lines = reporting.read_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
+    assert {"kd", "pred", "clm", "grad_norm", "learning_rate", "padding", "tokens"} <= lines[0].keys()
+    expected = [reporting.count_tokens(RandomBatches(config("x"), None, "train", 0, 0, 0, 1)[i]) for i in range(4)]
+    assert lines[0]["tokens"] == sum(tokens for tokens, _ in expected)
+    assert lines[0]["padding"] == pytest.approx(np.mean([padding for _, padding in expected]))
+    for line in reporting.read_lines(finished / "speed.jsonl"):
+        assert {"step", "seconds_per_step", "tokens_per_second", "data_wait_per_step"} == line.keys()
+
+
+def test_workdir_explains_the_run(finished, model):
+    assert json.loads((finished / "config.json").read_text())["llm"]["path"] == str(model)
+    table = (finished / "params.txt").read_text()
+    frozen = reporting.count(load_model(model).params)
+    assert "placeholders" in table and f"{frozen:,} frozen" in table
+    assert list((finished / "tensorboard").glob("events*"))
+
+
+def test_kept_are_the_newest_two_and_the_best(finished):
+    scores = {}
+    for line in reporting.read_lines(finished / "metrics.jsonl"):
+        if "validation_loss" in line:
+            scores[line["step"]] = line["validation_loss"]
+    assert set(checkpoint.whole_steps(finished)) == {9, 12, min(scores, key=scores.get)}
+
+
+def test_finished_run_says_so(finished, model, capsys):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    assert train.train(config(model), finished) == 0
+    assert "is finished: 12 steps" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("broken_at", [2, 5, 11])
+def test_broken_run_goes_on_to_the_same_end(broken_at, model, finished, tmp_path, monkeypatch):
+    """5 and 11 lie between lines of metrics.jsonl: the half-filled mean is in the checkpoint."""
+    monkeypatch.setattr(train, "make_batches", stop_after(broken_at))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model), tmp_path)
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    assert train.train(config(model), tmp_path) == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_killed_at_random_moments_ends_the_same(tmp_path):
+    """SIGKILL three times and SIGTERM once, each somewhere after new steps were saved: bit-equal to an unbroken run."""
+    model_folder(tmp_path / "model")
+    fields = ["train.steps=48", "train.eval_every=16", "train.save_every=4", "train.log_every=3"]
+    environment = os.environ | {"XLA_FLAGS": "", "TINY_STEP_SECONDS": "0.04"}
+
+    def start(name):
+        command = [sys.executable, SCRIPT, str(tmp_path / name), *fields]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    unbroken = start("unbroken")
+    rng, codes = random.Random(), []
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        run = start("broken")
+        before = set(_folders(tmp_path / "broken"))
+        until = time.monotonic() + 60
+        while set(_folders(tmp_path / "broken")) <= before and run.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        run.send_signal(kind)
+        said = run.communicate()[1]
+        codes.append(run.returncode)
+        assert run.returncode in (-signal.SIGKILL, train.STOPPED, 0), said
+    assert -signal.SIGKILL in codes
+    last = start("broken")
+    assert last.wait() == 0, last.communicate()[1]
+    assert unbroken.wait() == 0, unbroken.communicate()[1]
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
+
+
+def _folders(workdir):
+    return [p.name for p in (workdir / "checkpoints").iterdir()] if (workdir / "checkpoints").exists() else []
+
+
+def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
+    class Terminated(RandomBatches):
+        def __getitem__(self, step):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(step)
+
+    monkeypatch.setattr(train, "make_batches", Terminated)
+    assert train.train(config(model), tmp_path) == train.STOPPED == 75
+    assert max(checkpoint.whole_steps(tmp_path)) in (7, 8)
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    assert train.train(config(model), tmp_path) == 0
+    # The extra checkpoint was dropped when newer ones came, and the numbers are those of the unbroken run.
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint")
+def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_batches", stop_after(10))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model), tmp_path)
+    newest = tmp_path / "checkpoints" / str(max(checkpoint.whole_steps(tmp_path)))
+    largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    with pytest.warns(UserWarning, match=f"{newest}.*has changed"):
+        assert train.train(config(model), tmp_path) == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_frozen_llm_is_not_changed_and_not_on_disk(model, finished):
+    params, _ = checkpoint.load_best(finished)
+    assert params.keys() == {"backbone", "placeholders"}
+    # The backbone starts as the LLM does, and is trained: the LLM itself must not have moved with it.
+    llm = load_llm(model)
+    assert not np.array_equal(params["backbone"]["embed"]["tokens"], llm.params["embed"]["tokens"])
+    trainable = sum(np.prod(shape) for shape, _ in checkpoint.shapes_of(params).values())
+    state = 4 * 3 * trainable  # params and Adam's two moments
+    for step in checkpoint.whole_steps(finished):
+        files = [p for p in (finished / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+        assert sum(p.stat().st_size for p in files) < state + 60_000  # and what orbax says about them
+
+
+def test_llm_params_are_the_same_after_training(model, tmp_path, monkeypatch):
+    runs = []
+    original = train._Run.go
+    monkeypatch.setattr(train._Run, "go", lambda run: (runs.append(run), original(run))[1])
+    assert train.train(config(model, **{"train.steps": 3}), tmp_path) == 0
+    frozen = runs[0].layout.fetch(runs[0].frozen)
+    jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(load_llm(model).params))
+
+
+@pytest.mark.parametrize("field, value", [("seed", 1), ("train.steps", 13), ("optimizer.learning_rate", 0.5), ("loss.kd", 2.0)])
+def test_another_meaning_is_refused(field, value, model, finished):
+    with pytest.raises(UserError, match=rf"{field}=.*now it is {value}"):
+        train.train(config(model, **{field: value}), finished)
+
+
+def test_where_and_how_it_computes_may_change(model, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_batches", stop_after(8))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model), tmp_path)
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    changed = config(model, **{"train.parallel": "mesh", "data.cache": "elsewhere"})
+    assert train.train(changed, tmp_path) == 0
+    ours, theirs = (reporting.read_lines(folder / "metrics.jsonl") for folder in (tmp_path, finished))
+    assert ours[-1]["validation_loss"] == pytest.approx(theirs[-1]["validation_loss"], rel=1e-4)
+
+
+def test_another_model_is_refused(model, finished, tmp_path):
+    start = {"prefix.start_from": str(finished), "prefix.length": 5, "data.max_demo_tokens": 16}
+    with pytest.raises(UserError, match=r"placeholders is \(4, 16\).*and \(5, 16\)"):
+        train.train(config(model, **start), tmp_path)
+
+
+def test_second_stage_starts_from_the_best_of_the_first(model, finished, tmp_path):
+    built = train.build(config(model, **{"prefix.start_from": str(finished)}), load_llm(model))
+    best, _ = checkpoint.load_best(finished)
+    jax.tree.map(np.testing.assert_array_equal, built.params, best)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        train.train(config(model, **{"prefix.start_from": str(tmp_path / "nothing")}), tmp_path / "run")
+
+
+def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, tmp_path):
+    exploding = {"optimizer.learning_rate": 1e36, "train.save_every": 1, "train.eval_every": 100, "optimizer.clip": 1e9}
+    with pytest.raises(UserError, match=r"Step \d+ is not finite .*rows \d+, \d+.*random row"):
+        train.train(config(model, **exploding), tmp_path)
+    for step in checkpoint.whole_steps(tmp_path):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.read_step(tmp_path, step)))
+
+
+def test_batch_that_does_not_divide(model, tmp_path):
+    devices = jax.device_count()
+    with pytest.raises(UserError, match=f"does not divide over {devices} devices x train.accumulate=1: use a multiple of {devices}"):
+        train.train(config(model, **{"train.batch_size": devices + 1}), tmp_path)
+    with pytest.raises(UserError, match=f"use a multiple of {2 * devices}"):
+        train.train(config(model, **{"train.accumulate": 2}), tmp_path)
+
+
+def test_early_stop_is_the_same_after_a_break(model, tmp_path, monkeypatch):
+    """Scores by step: the best is at 2, two worse ones end the run at 6; a break in between changes nothing."""
+    scores = {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5}
+
+    def scripted(*_):
+        def evaluate(params):
+            return {"validation_loss": scores[runs[-1]]}
+
+        return evaluate
+
+    runs, save = [], train._Run._save
+    monkeypatch.setattr(train._Run, "_save", lambda run, step, evaluates: (runs.append(step), save(run, step, evaluates)))
+    monkeypatch.setattr(train, "evaluation", scripted)
+    fields = {"train.eval_every": 2, "train.patience": 2, "train.save_every": 1}
+    assert train.train(config(model, **fields), tmp_path / "a") == 0
+    assert checkpoint.whole_steps(tmp_path / "a") == [2, 5, 6]
+    assert checkpoint.load_best(tmp_path / "a")[1]["step"] == 2
+    monkeypatch.setattr(train, "make_batches", stop_after(5))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model, **fields), tmp_path / "b")
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    assert train.train(config(model, **fields), tmp_path / "b") == 0
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+    assert train.train(config(model, **fields), tmp_path / "b") == 0  # stopped early is finished
+
+
+def test_language_model_ends_as_a_hugging_face_folder(tmp_path):
+    folder = model_folder(tmp_path / "sizes", with_weights=False)
+    c = config(folder, **{"stage": "lm", "train.steps": 4})
+    assert train.train(c, tmp_path / "run") == 0
+    best, _ = checkpoint.load_best(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, load_llm(tmp_path / "run" / "llm").params, best)
+    with pytest.raises(AssertionError):  # it was trained
+        np.testing.assert_array_equal(best["embed"]["tokens"], train.load(c).params["embed"]["tokens"])
+
+
+def test_soft_prompt_trains(model, tmp_path):
+    c = config(model, **{"prefix.kind": "soft_prompt", "loss.kd": 0.0, "loss.clm": 1.0, "train.steps": 3})
+    assert train.train(c, tmp_path) == 0
+    params, _ = checkpoint.load_best(tmp_path)
+    assert {name: x.shape for name, x in params.items()} == {"vectors": (4, 16)}
+
+
+def test_two_runs_in_one_workdir(model, tmp_path):
+    with train._alone_in(tmp_path), pytest.raises(UserError, match="Another run is training"):
+        train.train(config(model), tmp_path)
+
+
+def test_metrics_are_cut_back_to_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert reporting.cut(path, 2) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    assert reporting.cut(path, 1) == [{"step": 1, "loss": 2.0}]
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
