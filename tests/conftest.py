@@ -58,7 +58,9 @@ def _torch_gpt2(folder, seed, **sizes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1, **sizes)
+    config = GPT2Config(
+        vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=1, **sizes
+    )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():  # fresh biases are 0 and fresh norms 1, which would hide most mistakes
         for parameter in model.parameters():

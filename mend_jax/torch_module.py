@@ -1,0 +1,85 @@
+"""A MEND distiller in PyTorch: demonstrations become a few vectors that a frozen LLM reads in their place.
+
+    from mend_distiller import MendDistiller
+
+    distiller = MendDistiller.from_pretrained("this/folder")
+    vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, L, llm_width)
+    query = tokenizer(" I loved it", return_tensors="pt").input_ids
+    embeds = torch.cat([vectors, llm.get_input_embeddings()(query)], dim=1)
+    logits = llm(inputs_embeds=embeds).logits
+
+Needs torch, transformers and safetensors. Axes: B contexts, N demonstration tokens, L vectors, D backbone width.
+MEND: Meta dEmonstratioN Distillation for Efficient and Effective In-Context Learning (Li et al., ICLR 2024), 3.1.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+
+class MendDistiller(nn.Module):
+    """A decoder reads the demonstrations and then L placeholders; its states there, projected, are the vectors."""
+
+    def __init__(self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None):
+        super().__init__()
+        width = backbone.config.hidden_size
+        self.backbone = backbone
+        self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
+        self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
+        self.activation = torch.tanh if projection == "tanh" else nn.Identity()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "MendDistiller":
+        """The distiller of an exported folder, in evaluation mode on the CPU."""
+        folder = Path(folder)
+        settings = json.loads((folder / "distiller_config.json").read_text())
+        has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        backbone = AutoModel.from_pretrained(folder, dtype=dtype)
+        model = cls(backbone, settings["num_vectors"], settings["llm_width"], settings["projection"], tokenizer)
+        found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
+        missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"{folder}: distiller.safetensors lacks {missing} and has unknown {found.unexpected_keys}")
+        return model.to(dtype).eval()
+
+    @property
+    def window(self) -> int:
+        """Demonstration tokens it can read: the backbone's positions less one for each vector."""
+        return self.backbone.config.max_position_embeddings - len(self.placeholders)
+
+    def forward(self, input_ids, lengths=None):
+        """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width)."""
+        B, N = input_ids.shape
+        if self.window < N:
+            raise ValueError(f"the demonstrations have {N} tokens, the distiller reads at most {self.window}")
+        if lengths is None:
+            lengths = torch.full((B,), N, device=input_ids.device)
+        embeds = self.backbone.get_input_embeddings()(input_ids)
+        L, D = self.placeholders.shape
+        embeds = torch.cat([embeds, embeds.new_zeros(B, L, D)], dim=1)
+        # The placeholders stand right behind each row's last token: causal attention then never sees padding.
+        places = (lengths[:, None] + torch.arange(L, device=input_ids.device))[..., None].expand(B, L, D)
+        embeds = embeds.scatter(1, places, self.placeholders.to(embeds.dtype).expand(B, L, D))
+        states = self.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state.gather(1, places)
+        return self.activation(states if self.projection is None else self.projection(states))
+
+    @torch.no_grad()
+    def distill(self, demos):
+        """Vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context."""
+        if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
+            if self.tokenizer is None:
+                raise ValueError("texts need a tokenizer, this folder has none: give token ids")
+            texts = [f" {text}" for pair in demos for text in pair]
+            demos = [sum(self.tokenizer(texts, add_special_tokens=False)["input_ids"], [])]
+        elif not isinstance(demos[0], (tuple, list)):
+            demos = [demos]
+        device = self.placeholders.device
+        rows = [torch.tensor(row, dtype=torch.long, device=device) for row in demos]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
