@@ -1,0 +1,224 @@
+"""Checkpoints: whole, damaged, interrupted; what is kept; a full disk; configurations that fit or do not."""
+
+import errno
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from mend_jax import checkpoint
+from mend_jax.checkpoint import Checkpoints
+from mend_jax.errors import UserError
+
+
+def trees(value):
+    params = {"a": {"kernel": np.full((4, 300), value, np.float32)}, "b": np.float32(value).reshape(())}
+    return params, (jax.tree.map(np.zeros_like, params), np.int32(value).reshape(()))
+
+
+def saved(workdir, scores, maximize=False):
+    """A workdir with checkpoints 1, 2, ... of these scores (None: not evaluated)."""
+    checkpoints = Checkpoints(workdir, maximize)
+    for step, score in enumerate(scores, 1):
+        checkpoints.save(step, *trees(step), {"note": step}, score)
+    checkpoints.close()
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"), key=lambda p: p.stat().st_size)
+
+
+def restore(workdir):
+    checkpoints = Checkpoints(workdir, False)
+    try:
+        return checkpoints.restore(*trees(0))
+    finally:
+        checkpoints.close()
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    saved(tmp_path, [None, None])
+    step, params, opt_state, meta = restore(tmp_path)
+    assert (step, meta["note"]) == (2, 2)
+    for ours, theirs in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(trees(2)), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert restore(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "maximize, scores, kept",
+    [
+        (False, [3.0, 1.0, None, 2.0, None], [2, 4, 5]),
+        (True, [3.0, 1.0, None, 2.0, None], [1, 4, 5]),
+        (True, [2.0, 2.0, 2.0, 2.0, 2.0], [1, 4, 5]),  # of equals the first stays
+        (False, [None, float("nan"), None, None], [3, 4]),
+        (False, [5.0, 4.0, 3.0], [2, 3]),
+    ],
+)
+def test_newest_two_and_the_best_are_kept(maximize, scores, kept, tmp_path):
+    saved(tmp_path, scores, maximize)
+    assert checkpoint.whole_steps(tmp_path) == kept
+
+
+def test_best_is_known_after_a_restart(tmp_path):
+    saved(tmp_path, [0.9, 0.5], maximize=True)
+    checkpoints = Checkpoints(tmp_path, True)
+    for step in (3, 4, 5):
+        checkpoints.save(step, *trees(step), {}, 0.7)
+    checkpoints.close()
+    assert checkpoint.whole_steps(tmp_path) == [1, 4, 5]
+    params, meta = checkpoint.load_best(tmp_path)
+    assert (meta["step"], meta["score"]) == (1, 0.9)
+    np.testing.assert_array_equal(params["a"]["kernel"], trees(1)[0]["a"]["kernel"])
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 8
+    file.write_bytes(content)
+
+
+def empty_folder(file):
+    folder = next(p for p in file.parents if p.name == "2")
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = {
+    cut_short: "has .* bytes instead of",
+    flip_bit: "content of .* has changed",
+    lambda file: file.unlink(): "is missing",
+    empty_folder: "was not finished",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_named_and_the_previous_used(damage, tmp_path):
+    saved(tmp_path, [None, None])
+    newest = tmp_path / "checkpoints" / "2"
+    damage(largest_file(newest))
+    with pytest.warns(UserWarning, match=f"{newest} .*{DAMAGES[damage]}"):
+        params, _ = checkpoint.load_best(tmp_path)
+    np.testing.assert_array_equal(params["b"], 1)
+    with pytest.warns(UserWarning, match=f"{newest} .*{DAMAGES[damage]}"):
+        checkpoints = Checkpoints(tmp_path, False)
+    assert checkpoints.restore(*trees(0))[0] == 1
+    checkpoints.save(2, *trees(2), {})  # training passes the place again
+    checkpoints.close()
+    assert checkpoint.whole_steps(tmp_path) == [1, 2]
+
+
+def test_flipped_bit_anywhere_is_noticed(tmp_path):
+    saved(tmp_path, [0.5])
+    folder = tmp_path / "checkpoints" / "1"
+    for file in [p for p in folder.rglob("*") if p.is_file()]:
+        before = file.read_bytes()
+        flip_bit(file)
+        assert checkpoint.find_damage(folder) is not None, file
+        file.write_bytes(before)
+    assert checkpoint.find_damage(folder) is None
+
+
+def test_interrupted_saves_are_cleared_away(tmp_path):
+    saved(tmp_path, [None])
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", left)
+    assert restore(tmp_path)[0] == 1
+    assert not left.exists()
+
+
+def test_all_damaged_is_said(tmp_path):
+    saved(tmp_path, [None])
+    cut_short(largest_file(tmp_path / "checkpoints" / "1"))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="holds no whole checkpoint"):
+        checkpoint.load_best(tmp_path)
+
+
+def test_reading_does_not_change_a_workdir(tmp_path):
+    saved(tmp_path, [0.1, 0.2])
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    checkpoint.load_best(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    saved(tmp_path, [None])
+    checkpoints = Checkpoints(tmp_path, False)
+    params, opt_state = trees(0)
+    params["a"]["kernel"] = np.zeros((5, 300), np.float32)
+    with pytest.raises(UserError, match=r"a/kernel is \(4, 300\) float32 there and \(5, 300\) float32 in this"):
+        checkpoints.restore(params, opt_state)
+    with pytest.raises(UserError, match="parameter c is absent there"):
+        checkpoints.restore(trees(0)[0] | {"c": np.zeros(2)}, opt_state)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("where", ["at once", "in the background"])
+def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatch):
+    saved(tmp_path, [None])
+    checkpoints = Checkpoints(tmp_path, False)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "at once":
+        monkeypatch.setattr(checkpoints.manager, "save", full)
+    else:
+        monkeypatch.setattr(checkpoint, "_checksums", full)
+    with pytest.raises(UserError, match="The disk is full: checkpoint 2 could not be written.*earlier ones are intact"):
+        checkpoints.save(2, *trees(2), {})
+        checkpoints.wait()
+    monkeypatch.undo()
+    checkpoints.close()
+    assert checkpoint.whole_steps(tmp_path) == [1]
+
+
+def test_disk_errors_are_recognised_behind_others():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise ValueError("while writing") from error
+    except ValueError as error:
+        assert checkpoint.is_disk_full(error)
+    assert checkpoint.is_disk_full(RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]"))
+    assert not checkpoint.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_config_is_kept_and_compared(tmp_path):
+    config = get_config()
+    checkpoint.write_config(tmp_path, config)
+    assert checkpoint.read_config(tmp_path)["data"]["demo_buckets"] == [128, 256, 512, 900]
+    checkpoint.check_config(tmp_path, config)
+    config.train.save_every, config.data.cache, config.experiment.pretrain_steps = 1, "elsewhere", 5
+    checkpoint.check_config(tmp_path, config)
+    config.data.demo_buckets = (128, 900)
+    with pytest.raises(UserError, match=r"data.demo_buckets=\[128, 256, 512, 900\], now it is \[128, 900\]"):
+        checkpoint.check_config(tmp_path, config)
+
+
+def test_field_of_a_newer_version_is_named(tmp_path):
+    config = get_config().to_dict()
+    del config["data"]["beta"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="data.beta=absent, now it is 0.8"):
+        checkpoint.check_config(tmp_path, get_config())
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(UserError, match="is not a training workdir"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        checkpoint.read_config(tmp_path)
