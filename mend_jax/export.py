@@ -249,13 +249,23 @@ def _read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
         return config, _soft_prompt(params, workdir), meta
     folder = _source(config["prefix"]["backbone"], backbone, workdir)
     decoder = from_hf_config(folder)
+    _check_backbone(params["backbone"], decoder, folder, workdir)
     # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
     llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else decoder.width
     projection = resolve_projection(config["prefix"]["projection"], decoder.width, llm_width)
     model = _distiller(decoder, params, projection, load_tokenizer(folder))
-    wanted = jax.eval_shape(lambda: init_params(decoder, 0))
-    checkpoint.check_shapes(checkpoint.shapes_of(params["backbone"]), checkpoint.shapes_of(wanted), workdir)
     return config, model, meta
+
+
+def _check_backbone(params, config: DecoderConfig, folder, workdir) -> None:
+    saved = checkpoint.shapes_of(params)
+    wanted = checkpoint.shapes_of(jax.eval_shape(lambda: init_params(config, 0)))
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"{workdir} was trained with another backbone than {folder}: its parameter {name} is "
+                f"{saved.get(name, 'absent')}, not {wanted.get(name, 'absent')}; give the backbone it was trained with."
+            )
 
 
 def _source(named: str, given, workdir) -> Path:

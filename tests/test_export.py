@@ -1,0 +1,375 @@
+"""Out to PyTorch and back: the exported folder, the release's layout, LLMs, soft prompts, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import mend_jax
+from configs import base
+from mend_jax import checkpoint, export
+from mend_jax.errors import UserError
+from mend_jax.prefix import init_distiller, init_soft_prompt
+
+ROOT = Path(__file__).parents[1]
+ROWS = [[5, 9, 2, 33], [7] * 31, [60], list(range(2, 22))]  # demonstrations of different lengths
+PAIRS = [("w1 w2 w3", "w9"), ("w4 w5", "w8")]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm):
+    return mend_jax.load_llm(tiny_llm)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, llm, tiny_llm, tiny_backbone):
+    return make_workdir(tmp_path_factory.mktemp("finetune"), llm, tiny_llm, tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "mend"
+    said = export.export(workdir, out)
+    assert str(out) in said and "release" in said
+    return out
+
+
+def make_config(tiny_llm, tiny_backbone, **fields):
+    config = base.get_config()
+    config.llm.path, config.prefix.backbone, config.prefix.length = str(tiny_llm), str(tiny_backbone), 6
+    config.data.tasks, config.data.text = "/home/someone/MetaICL", "/home/someone/c4"
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def make_workdir(folder, llm, tiny_llm, tiny_backbone, params=None, **fields):
+    """A workdir as training leaves it: the better checkpoint is the earlier one."""
+    config = make_config(tiny_llm, tiny_backbone, **fields)
+    if params is None:
+        init = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
+        params = init(config.prefix, llm, seed=3).params
+    params = jax.tree.map(lambda a: np.asarray(a) + 0.05 * np.random.randn(*a.shape).astype(np.float32), params)
+    folder.mkdir(exist_ok=True)
+    checkpoint.write_config(folder, config)
+    checkpoints = checkpoint.Checkpoints(folder, maximize=True)
+    checkpoints.save(20, params, {"m": np.zeros(1)}, {}, score=0.8)
+    checkpoints.save(40, jax.tree.map(np.zeros_like, params), {"m": np.zeros(1)}, {}, score=0.7)
+    checkpoints.close()
+    lines = [
+        {"step": 20, "loss": 1.25, "learning_rate": 1e-5},
+        {"step": 20, "dev_score": 0.8},
+        {"step": 40, "loss": 9.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def same_vectors(one, other, demos=ROWS, tolerance=1e-6):
+    a, b = one.distill(demos), other.distill(demos)
+    return a.embeds.shape == b.embeds.shape and np.abs(a.embeds - b.embeds).max() <= tolerance
+
+
+# The release's own files
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_same_width"])
+def test_safetensors_of_the_release_survive_byte_for_byte(golden, tmp_path, name):
+    original = golden / name / "distiller_official.safetensors"
+    distiller = export.read_release(original, golden / name / "distiller_backbone")
+    export.write_release(distiller, tmp_path / original.name)
+    assert (tmp_path / original.name).read_bytes() == original.read_bytes()
+
+
+def test_bin_of_the_release_survives_byte_for_byte(golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    original, written = golden / "gpt2" / "distiller_official.bin", tmp_path / "distiller_official.bin"
+    export.write_release(export.read_release(original, golden / "gpt2" / "distiller_backbone"), written)
+    wanted, found = (torch.load(path, weights_only=True) for path in (original, written))
+    assert list(wanted) == list(found)
+    assert all(wanted[name].dtype == found[name].dtype for name in wanted)
+    assert all(wanted[name].numpy().tobytes() == found[name].numpy().tobytes() for name in wanted)
+    (tmp_path / "again").mkdir()
+    torch.save(wanted, tmp_path / "again" / original.name)
+    if (
+        tmp_path / "again" / original.name
+    ).read_bytes() == original.read_bytes():  # this PyTorch writes as that one did
+        assert written.read_bytes() == original.read_bytes()
+
+
+def test_bin_and_safetensors_of_the_release_hold_the_same(golden):
+    pytest.importorskip("torch")
+    folder = golden / "gpt2"
+    files = (folder / f"distiller_official{suffix}" for suffix in (".bin", ".safetensors"))
+    one, other = (export.read_release(path, folder / "distiller_backbone") for path in files)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.params, other.params))
+
+
+def test_the_golden_distillers_survive_the_folder_too(golden, tmp_path):
+    """Release file -> Hugging Face folder -> release file, byte for byte."""
+    original = golden / "gpt2" / "distiller_official.safetensors"
+    export.write_folder(export.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
+    export.write_release(export.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == original.read_bytes()
+
+
+def test_buffers_of_old_releases_are_passed_over(golden, tmp_path):
+    folder = golden / "gpt2"
+    tensors = load_file(folder / "distiller_official.safetensors")
+    tensors["hypernet.h.0.attn.bias"] = np.ones((1, 1, 192, 192), bool)
+    tensors["hypernet.h.0.attn.masked_bias"] = np.full((1,), -1e4, np.float32)
+    save_file(tensors, tmp_path / "old.safetensors")
+    export.read_release(tmp_path / "old.safetensors", folder / "distiller_backbone")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t | {"hypernet.h.7.ln_1.bias": t["hypernet.ln_f.bias"]}, "h.7.ln_1.bias"),
+        (lambda t: t | {"model.wte.weight": t["hypernet.wte.weight"]}, "model.wte.weight"),
+        (lambda t: t | {"hypernet.transformer.ln_f.bias": t["hypernet.ln_f.bias"]}, "ln_f.bias"),
+        (lambda t: {k: v for k, v in t.items() if "init_prompt" not in k}, "init_prompt_weight"),
+        (lambda t: {k: v for k, v in t.items() if k != "hypernet.h.1.attn.c_proj.bias"}, "h.1.attn.c_proj.bias"),
+        (lambda t: {k: v for k, v in t.items() if k != "hypernet.adap_pooler.dense.bias"}, "adap_pooler.dense.bias"),
+        (lambda t: t | {"hypernet.wpe.weight": np.zeros((100, 48), np.float32)}, "wpe.weight"),
+        (lambda t: t | {"hypernet.init_prompt_weight": np.zeros((8, 47), np.float32)}, "init_prompt_weight"),
+        (lambda t: t | {"hypernet.adap_pooler.dense.bias": np.zeros(63, np.float32)}, "adap_pooler.dense.bias"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_by_name(golden, tmp_path, change, named):
+    folder = golden / "gpt2"
+    save_file(change(load_file(folder / "distiller_official.safetensors")), tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=named):
+        export.read_release(tmp_path / "bad.safetensors", folder / "distiller_backbone")
+
+
+def test_the_release_has_no_linear_projection(golden, tmp_path, llm, tiny_llm, tiny_backbone, workdir):
+    folder = make_workdir(tmp_path / "linear", llm, tiny_llm, tiny_backbone, **{"prefix.projection": "linear"})
+    said = export.export(folder, tmp_path / "out")
+    assert "linear" in said and not (tmp_path / "out" / "release").exists()
+    assert same_vectors(export.read_distiller(folder), export.read_distiller(tmp_path / "out"))
+
+
+def test_without_pytorch_the_safetensors_are_written(workdir, tmp_path):
+    """And everything else: on a machine where PyTorch is not installed, in a process of its own."""
+    program = f"""if True:
+        from importlib.machinery import PathFinder
+        find = PathFinder.find_spec
+        PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+        from mend_jax import export
+        print(export.export({str(workdir)!r}, {str(tmp_path / "out")!r}))
+        print(export.read_distiller({str(tmp_path / "out")!r}).distill({PAIRS!r}).embeds.shape)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install torch" in done.stdout and "(1, 6, 32)" in done.stdout
+    assert [path.name for path in (tmp_path / "out" / "release").iterdir()] == ["distiller.safetensors"]
+
+
+# The exported folder
+
+
+def test_load_distiller_reads_every_format_back(workdir, exported, llm, tiny_backbone):
+    pytest.importorskip("torch")
+    trained = mend_jax.load_distiller(workdir, llm)
+    assert trained.num_vectors == 6 and trained.projection == "tanh"
+    assert same_vectors(trained, mend_jax.load_distiller(exported, llm))
+    assert same_vectors(trained, mend_jax.load_distiller(exported, llm), PAIRS)  # the tokenizer came along
+    for suffix in (".safetensors", ".bin"):
+        path = exported / "release" / f"distiller{suffix}"
+        assert same_vectors(trained, mend_jax.load_distiller(path, llm, backbone=tiny_backbone))
+        assert same_vectors(trained, mend_jax.load_distiller(path, llm, backbone=exported))
+
+
+def test_the_best_checkpoint_is_exported(workdir, exported):
+    kept = checkpoint.load_best(workdir)[0]["placeholders"]
+    assert np.any(kept) and np.array_equal(load_file(exported / "distiller.safetensors")["placeholders"], kept)
+
+
+@pytest.mark.parametrize("projection", ["tanh", "linear", "identity"])
+def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backbone, tmp_path):
+    """A batch of different lengths, in a process that cannot import anything of ours."""
+    pytest.importorskip("torch")
+    backbone = tiny_llm if projection == "identity" else tiny_backbone
+    folder = make_workdir(tmp_path / "run", llm, tiny_llm, backbone, **{"prefix.projection": projection})
+    out = tmp_path / "out"
+    export.export(folder, out)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(out, tmp_path / "elsewhere" / "it")
+    program = """if True:
+        import json, sys
+        sys.modules["mend_jax"] = sys.modules["jax"] = None
+        sys.path.insert(0, "it")
+        import numpy, torch
+        from mend_distiller import MendDistiller
+        distiller = MendDistiller.from_pretrained("it")
+        rows, pairs = json.loads(sys.argv[1])
+        numpy.savez("vectors.npz", rows=distiller.distill(rows), one=distiller.distill(rows[1]), pairs=distiller.distill(pairs))
+        try:
+            distiller.distill([2] * 1000)
+        except ValueError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", program, json.dumps([ROWS, PAIRS])]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reads at most" in done.stdout
+    theirs, ours = np.load(tmp_path / "elsewhere" / "vectors.npz"), export.read_distiller(folder)
+    for name, demos in (("rows", ROWS), ("one", ROWS[1]), ("pairs", PAIRS)):
+        assert np.abs(theirs[name] - np.asarray(ours.distill(demos).embeds)).max() < 1e-5, name
+    assert theirs["rows"].shape == (4, 6, 32)
+
+
+def test_vectors_that_pytorch_makes_are_read_by_the_pytorch_llm_as_by_ours(exported, llm, tiny_llm):
+    """The card's example: vectors in front of a query, through transformers, against score_options."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    distiller = mend_jax.load_distiller(exported, llm)
+    query, option = [3, 4, 5], [17, 40]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tiny_llm)
+        vectors = torch.from_numpy(np.array(distiller.distill(ROWS[0]).embeds))
+        embeds = torch.cat([vectors, model.get_input_embeddings()(torch.tensor([query + option]))], 1)
+        log_probs = model(inputs_embeds=embeds).logits[0].log_softmax(-1)
+    theirs = np.mean([log_probs[6 + 2, 17], log_probs[6 + 3, 40]])
+    assert mend_jax.score_options(llm, distiller.distill(ROWS[0]), query, [option])[0] == pytest.approx(
+        theirs, abs=1e-5
+    )
+
+
+def test_the_backbone_is_an_ordinary_hugging_face_model(exported, workdir):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel, AutoTokenizer
+
+    backbone, info = AutoModel.from_pretrained(exported, output_loading_info=True)
+    assert type(backbone).__name__ == "GPT2Model" and not info["missing_keys"] and not info["unexpected_keys"]
+    trained = checkpoint.load_best(workdir)[0]["backbone"]["embed"]["tokens"]
+    assert torch.equal(backbone.wte.weight, torch.from_numpy(trained))
+    assert AutoTokenizer.from_pretrained(exported)("w3 w4").input_ids == [5, 6]
+
+
+def test_the_card_tells_what_it_was_trained_on_and_keeps_paths_private(exported, workdir):
+    card = (exported / "README.md").read_text()
+    for fact in ("class_to_class", "MetaICL", "6 vectors", "width 24", "finetune", "step 20 of", "dev_score", "0.8000"):
+        assert fact in card
+    assert "9.0000" not in card and "/home" not in card and str(workdir) not in card and "{" not in card
+    assert card.startswith("---\n")
+
+
+# LLMs and soft prompts
+
+
+def test_an_llm_is_exported_with_the_same_logits(llm, tiny_llm, tiny_backbone, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_workdir(tmp_path / "lm", llm, tiny_llm, tiny_backbone, llm.params, stage="lm")
+    assert "LLM" in export.export(folder, tmp_path / "out")
+    ids = np.asarray([ROWS[3]])
+    params = checkpoint.load_best(folder)[0]
+    query = mend_jax.Query(ids, np.asarray([20]), np.asarray([0]))
+    ours = llm.logits(params, llm.states(params, mend_jax.no_prefix(1, 32), query))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.from_numpy(ids)).logits
+    assert np.abs(np.asarray(ours) - theirs.numpy()).max() < 1e-4
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3").input_ids == [5]
+    again = mend_jax.load_llm(tmp_path / "out")
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
+    with pytest.raises(UserError, match="stage lm"):
+        export.read_distiller(folder)
+
+
+def test_a_soft_prompt_is_exported(llm, tiny_llm, tiny_backbone, tmp_path):
+    folder = make_workdir(tmp_path / "prompt", llm, tiny_llm, tiny_backbone, **{"prefix.kind": "soft_prompt"})
+    assert "6 vectors" in export.export(folder, tmp_path / "out")
+    for place in (folder, tmp_path / "out"):
+        assert export.read_trained(place).llm_width == 32
+        with pytest.raises(UserError, match="soft prompt"):
+            export.read_distiller(place)
+    assert np.array_equal(
+        load_file(tmp_path / "out" / "soft_prompt.safetensors")["vectors"], checkpoint.load_best(folder)[0]["vectors"]
+    )
+    assert "6 learned vectors" in (tmp_path / "out" / "README.md").read_text()
+
+
+# Mistakes
+
+
+def test_an_existing_folder_is_never_written_into(workdir, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        export.export(workdir, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_full_disk_leaves_nothing(workdir, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        export.export(workdir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_that_has_moved_is_named_and_can_be_given(llm, tiny_llm, tiny_backbone, tmp_path):
+    moved = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, moved)
+    folder = make_workdir(tmp_path / "run", llm, tiny_llm, moved)
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match=str(moved)):
+        export.export(folder, tmp_path / "out")
+    export.export(folder, tmp_path / "out", tiny_backbone)
+    with pytest.raises(UserError, match=r"another backbone.*embed/positions.*80, 24.*96, 32"):
+        export.export(folder, tmp_path / "other", tiny_llm)
+
+
+def test_a_distiller_for_another_llm_is_refused(exported, tiny_backbone):
+    with pytest.raises(UserError, match="width 32, the LLM reads 24"):
+        mend_jax.load_distiller(exported, mend_jax.load_llm(tiny_backbone))
+
+
+def test_wrong_paths(tmp_path, llm, exported, golden):
+    for path, named in (
+        (tmp_path / "nothing", "is not there"),
+        (tmp_path, "not a training workdir"),
+        (golden / "gpt2" / "distiller_official.safetensors", "backbone"),
+    ):
+        with pytest.raises(UserError, match=named):
+            mend_jax.load_distiller(path, llm)
+    with pytest.raises(UserError, match="neither .safetensors nor .bin"):
+        mend_jax.load_distiller(Path(__file__), llm, backbone=exported)
+    with pytest.raises(UserError, match="is not a folder"):
+        export.export(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_damaged_export_is_named(exported, llm, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    (copy / "distiller.safetensors").write_bytes((exported / "distiller.safetensors").read_bytes()[:-7])
+    with pytest.raises(UserError, match="distiller.safetensors"):
+        mend_jax.load_distiller(copy, llm)
+    (copy / "distiller_config.json").write_text('{"projection": "tanh"')
+    with pytest.raises(UserError, match="distiller_config.json"):
+        mend_jax.load_distiller(copy, llm)
+
+
+def test_a_bin_that_is_no_weights_is_refused(tmp_path, llm, exported):
+    torch = pytest.importorskip("torch")
+    torch.save({"hypernet.wte.weight": Path("a pickled object")}, tmp_path / "bad.bin")
+    with pytest.raises(UserError, match="bad.bin"):
+        mend_jax.load_distiller(tmp_path / "bad.bin", llm, backbone=exported)
+
+
+def test_the_command(workdir, tmp_path):
+    command = [sys.executable, "-m", "mend_jax.export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "mend_distiller.py" in done.stdout, done.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "is there already" in done.stderr and "Traceback" not in done.stderr
