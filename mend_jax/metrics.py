@@ -46,7 +46,7 @@ def task_scores(predictions: Sequence[str], golds: Sequence[str], classification
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and *sample* standard deviation (n - 1): the seeds are a sample of all draws of demonstrations.
 
-    The paper does not say which it prints; the population's is smaller by sqrt(4 / 5) for five seeds. One value has none.
+    The paper does not say which it prints; for five seeds the population's is 0.89 times as large. One value has none.
     """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
@@ -71,7 +71,9 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping]]) -> dict:
     for task, by_seed in scores.items():
         lacking = [seed for seed in seeds if seed not in by_seed]
         if lacking:
-            raise UserError(f"Task {task} has no scores for seed {lacking[0]}, other tasks have: evaluate all tasks with the same seeds.")
+            raise UserError(
+                f"Task {task} has no scores for seed {lacking[0]}, other tasks have: evaluate all with the same seeds."
+            )
     kinds = ("score", *METRICS)
     per_seed = {kind: {seed: _mean([scores[task][seed][kind] for task in scores]) for seed in seeds} for kind in kinds}
     per_task = {

@@ -90,10 +90,14 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     if rows != 1:
         raise UserError(f"The prefix has {rows} rows, options are scored after one: distil one context at a time.")
     if width != llm.config.width:
-        raise UserError(f"The prefix has width {width}, the LLM reads {llm.config.width}: take the LLM it was made for.")
+        raise UserError(
+            f"The prefix has width {width}, the LLM reads {llm.config.width}: take the LLM it was made for."
+        )
     length = int(prefix.length[0])
     if length > llm.window:
-        raise UserError(f"The prefix has {length} positions, the LLM reads at most {llm.window}: give fewer demonstrations.")
+        raise UserError(
+            f"The prefix has {length} positions, the LLM reads at most {llm.window}: give fewer demonstrations."
+        )
     return _cache(llm, llm.params if params is None else params, prefix)
 
 
@@ -123,7 +127,9 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]]) -> Row:
     return Row(*joined, np.asarray(sources, np.int32), targets, owners, np.asarray([len(o) for o in options]))
 
 
-def score_rows(llm, cache, rows: Sequence[Row], batch_size: int, params=None, chunk=512, progress=None) -> list[np.ndarray]:
+def score_rows(
+    llm, cache, rows: Sequence[Row], batch_size: int, params=None, chunk=512, progress=None
+) -> list[np.ndarray]:
     """`score_items` for rows that are laid out."""
     params = llm.params if params is None else params
     _check_rows(llm, int(cache.length), rows)
@@ -149,7 +155,7 @@ def bucket(length: int) -> int:
 
 
 def _batches(llm, cache, rows, batch_size):
-    """(indices of rows, padded number of rows, padded T), longest first, so that the last, partial batch is the shortest."""
+    """(indices of rows, padded number of rows, padded T), longest first, so that the partial batch is the shortest."""
     P, order = cache.keys.shape[-3], sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
     most = min(batch_size, 1 << (len(rows) - 1).bit_length()) if rows else batch_size
     while order:
@@ -201,13 +207,14 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         needed = prefix_length + int(row.positions.max()) + 1
         if needed > llm.window:
             raise UserError(
-                f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM reads"
-                f" at most {llm.window}: shorten the input or give fewer demonstrations."
+                f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
+                f" reads at most {llm.window}: shorten the input or give fewer demonstrations."
             )
         largest = int(max(row.tokens.max(), row.targets.max()))
         if largest >= llm.config.vocab_size:
             raise UserError(
-                f"A query holds token {largest}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own tokenizer."
+                f"A query holds token {largest}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
+                " tokenizer."
             )
 
 
@@ -216,7 +223,8 @@ def _tokens(llm, text_or_ids, what: str) -> list[int]:
         return [int(token) for token in text_or_ids]
     if llm.tokenizer is None:
         raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
-    return llm.tokenizer(f" {text_or_ids.strip()}" if text_or_ids.strip() else "", add_special_tokens=False)["input_ids"]
+    text = text_or_ids.strip()
+    return llm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] if text else []
 
 
 # The LLM is a static argument (it hashes by identity) and its params a traced one: each shape is compiled once.

@@ -76,8 +76,8 @@ def test_scores_equal_rereading_everything(llm, name):
 
 def test_padding_of_the_prefix_changes_nothing(llm):
     items, all_prefixes = random_items(5), prefixes(llm)
-    short, padded = (score_items(llm, cache_prefix(llm, all_prefixes[n]), items, 4) for n in ("vectors", "padded vectors"))
-    for a, b in zip(short, padded, strict=True):
+    caches = [cache_prefix(llm, all_prefixes[name]) for name in ("vectors", "padded vectors")]
+    for a, b in zip(*(score_items(llm, cache, items, 4) for cache in caches), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -119,7 +119,8 @@ def test_few_shapes_are_compiled(llm):
     score_items(llm, cache, items, batch_size=8)
     compiled = scoring._states._cache_size() + scoring._log_probs._cache_size()
     score_items(llm, cache, items[::-1], batch_size=8)
-    score_items(llm, cache._replace(length=cache.length - 1), items, batch_size=8, params=jax.tree.map(lambda a: a + 0.01, llm.params))
+    other = jax.tree.map(lambda a: a + 0.01, llm.params)
+    score_items(llm, cache._replace(length=cache.length - 1), items, batch_size=8, params=other)
     assert scoring._states._cache_size() + scoring._log_probs._cache_size() == compiled
 
 

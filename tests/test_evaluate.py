@@ -1,0 +1,303 @@
+"""The evaluate command on a folder of MetaICL's files: scores, files, going on after an interruption, bad input."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from mend_jax import evaluate as ev
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.errors import UserError
+from mend_jax.llm import load_llm
+from mend_jax.models.decoder import init_params
+from mend_jax.models.families import DecoderConfig
+from mend_jax.prefix import Distiller, Prefix, SoftPrompt
+from mend_jax.results import tree_hash
+
+TASKS = ("colour", "choice")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tasks in MetaICL's layout, two seeds: `colour` is classification, `choice` has its own options per item."""
+    root, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+    words = lambda n: " ".join(f"w{i}" for i in rng.integers(0, 60, n))  # noqa: E731
+
+    def row(task):
+        options = (
+            ["w1", "w2 w3", "w4"] if task == "colour" else [words(rng.integers(1, 4)) + f" w{i}" for i in range(4)]
+        )
+        output = options[rng.integers(len(options))]
+        return json.dumps({"task": task, "input": words(rng.integers(2, 7)), "output": output, "options": options})
+
+    for task in TASKS:
+        test = "\n".join(row(task) for _ in range(9)) + "\n"
+        (root / "data" / task).mkdir(parents=True)
+        for seed in (13, 21):
+            for split in ("train", "dev"):
+                (root / "data" / task / f"{task}_4_{seed}_{split}.jsonl").write_text(
+                    "".join(row(task) + "\n" for _ in range(4))
+                )
+            (root / "data" / task / f"{task}_4_{seed}_test.jsonl").write_text(test)
+    (root / "partitions.json").write_text(json.dumps({"tiny": {"train": ["other"], "test": list(TASKS)}}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm):
+    return load_llm(tiny_llm)
+
+
+@pytest.fixture(scope="module")
+def distiller(llm, tiny_backbone):
+    backbone = load_llm(tiny_backbone)
+    kernel = jax.random.normal(jax.random.key(3), (backbone.config.width, llm.config.width))
+    params = {
+        "backbone": backbone.params,
+        "placeholders": jax.random.normal(jax.random.key(4), (5, backbone.config.width)),
+        "projection": {"kernel": kernel, "bias": jnp.zeros(llm.config.width)},
+    }
+    return Distiller(backbone.config, params, "tanh", llm.config.width)
+
+
+@pytest.fixture
+def config(folder, tiny_llm):
+    c = base.get_config()
+    c.llm.path, c.data.tasks, c.data.partition, c.data.k = str(tiny_llm), str(folder), "tiny", 4
+    c.data.demo_buckets, c.evaluate.seeds, c.evaluate.batch_size = (32, 48), (13, 21), 4
+    c.data.max_demo_tokens = 48
+    return c
+
+
+@pytest.fixture
+def models(monkeypatch, distiller, llm):
+    """Trained models without training: paths that the loader knows."""
+    vectors = jax.random.normal(jax.random.key(5), (3, llm.config.width))
+    known = {"a/distiller": distiller, "a/prompt": SoftPrompt({"vectors": vectors})}
+    monkeypatch.setattr(ev, "read_trained", lambda path: known[path])
+    return known
+
+
+METHODS = ("zero_shot", "icl", "prompt=a/prompt", "mend=a/distiller")
+
+
+@partial(jax.jit, static_argnums=0)
+def log_probs_of(llm, embeds):
+    return jax.nn.log_softmax(llm.logits(llm.params, llm.model.apply({"params": llm.params}, embeds))[0])
+
+
+def naive_scores(llm, prefix, item):
+    """No cache, no batch: the LLM re-reads prefix, input and option, with padding behind them alone."""
+    scores = []
+    for option in item.options_tokens:
+        tokens = jnp.asarray([[*item.x_tokens, *option]], jnp.int32)
+        row = jnp.concatenate([prefix.embeds[0, : int(prefix.length[0])], llm.embed(llm.params, tokens)[0]])
+        log_probs = np.asarray(log_probs_of(llm, jnp.pad(row, ((0, llm.window - len(row)), (0, 0)))[None]))
+        start = int(prefix.length[0]) + len(item.x_tokens) - 1
+        scores.append(np.mean([log_probs[start + i, token] for i, token in enumerate(option)]))
+    return scores
+
+
+def files(workdir, ending=".jsonl"):
+    return {p.relative_to(workdir): p.read_text() for p in sorted(workdir.rglob("*" + ending))}
+
+
+def test_everything_equals_a_naive_evaluation(config, models, llm, tmp_path):
+    config.evaluate.methods, config.evaluate.limit, config.evaluate.seeds = METHODS, 3, (13,)
+    summary = ev.evaluate(config, tmp_path)
+    tasks, missing = load_tasks(config, llm, "test")
+    assert not missing and len(tasks) == 2 and all(len(task.items) == 3 for task in tasks)
+    for task in tasks:
+        demos = jnp.asarray([np.concatenate([np.concatenate([x, y]) for x, y in task.demos])], jnp.int32)
+        length = jnp.asarray([demos.shape[1]])
+        prefixes = {
+            "zero_shot": Prefix(jnp.zeros((1, 0, 32)), jnp.asarray([0])),
+            "icl": Prefix(llm.embed(llm.params, demos), length),
+            "prompt": Prefix(models["a/prompt"].params["vectors"][None], jnp.asarray([3])),
+            "mend": models["a/distiller"].apply(models["a/distiller"].params, demos, length),
+        }
+        for name, prefix in prefixes.items():
+            path = next(tmp_path.glob(f"predictions/{name}-*/{task.task}_13.jsonl"))
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line, item in zip(lines, task.items, strict=True):
+                expected = naive_scores(llm, prefix, item)
+                np.testing.assert_allclose(line["scores"], expected, atol=2e-5)
+                assert line["prediction"] == item.options[int(np.argmax(expected))]
+                assert line["gold"] == item.options[item.label]
+            entry = summary["methods"][name]["per_task"][task.task]
+            right = [line["prediction"] == line["gold"] for line in lines]
+            assert entry["accuracy"]["per_seed"] == {13: pytest.approx(np.mean(right))}
+            assert entry["primary"] == ("macro_f1" if task.task == "colour" else "accuracy")
+
+
+def test_the_files_that_are_left(config, models, tmp_path, capsys):
+    config.evaluate.methods = METHODS
+    summary = ev.evaluate(config, tmp_path)
+    assert len(files(tmp_path)) == 4 * 2 * 2
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["methods"]["mend"]["score"]["mean"] == summary["methods"]["mend"]["score"]["mean"]
+    assert [scores["methods"][m]["cost"]["prefix_length"] for m in ("zero_shot", "prompt", "mend")] == [0, 3, 5]
+    assert scores["methods"]["icl"]["cost"]["prefix_length"] > 20
+    table = (tmp_path / "table.md").read_text()
+    printed = capsys.readouterr().out
+    assert table.startswith(printed.strip())
+    for text in ("| mend", "±", "Macro-F1", "prefix length", "| colour", "| choice"):
+        assert text in table
+
+
+def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch):
+    config.evaluate.methods = METHODS
+    ev.evaluate(config, tmp_path / "whole")
+    original, done = ev.evaluate_task, []
+
+    def interrupted(llm, prefix_of, task, **options):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append((task.task, task.seed))
+        return original(llm, prefix_of, task, **options)
+
+    monkeypatch.setattr(ev, "evaluate_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ev.evaluate(config, tmp_path / "cut")
+    assert len(files(tmp_path / "cut")) == 5 and not (tmp_path / "cut" / "scores.json").exists()
+    done.clear()
+    monkeypatch.setattr(ev, "evaluate_task", lambda *a, **k: done.append(1) or original(*a, **k))
+    ev.evaluate(config, tmp_path / "cut")
+    assert len(done) == 16 - 5
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    done.clear()
+    first = (tmp_path / "cut" / "table.md").read_text()
+    ev.evaluate(config, tmp_path / "cut")
+    assert not done and (tmp_path / "cut" / "table.md").read_text() == first
+
+
+def test_a_cut_file_is_computed_again(config, tmp_path):
+    ev.evaluate(config, tmp_path)
+    before = files(tmp_path)
+    path = next(tmp_path.glob("predictions/icl-*/choice_21.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]) + '{"item": 4, "sc')
+    ev.evaluate(config, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_predictions_of_something_else_are_not_used(config, models, tmp_path, monkeypatch, folder):
+    """Another checkpoint, template or number of demonstrations, or edited data: computed anew, never mixed."""
+    original, done = ev.evaluate_task, []
+    monkeypatch.setattr(ev, "evaluate_task", lambda *a, **k: done.append(1) or original(*a, **k))
+
+    def computed():
+        done.clear()
+        ev.evaluate(config, tmp_path)
+        return len(done)
+
+    config.evaluate.methods = ("zero_shot", "mend=a/distiller")
+    assert (computed(), computed()) == (8, 0)
+    distiller = models["a/distiller"]
+    placeholders = distiller.params["placeholders"] + 1.0
+    models["a/distiller"] = dataclasses.replace(distiller, params=distiller.params | {"placeholders": placeholders})
+    assert computed() == 4
+    models["a/distiller"] = distiller
+    assert computed() == 0
+    config.data.template = "newline"
+    assert computed() == 8
+    config.data.template, config.evaluate.limit = "space", 5
+    assert computed() == 8
+    config.evaluate.limit = 0
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    train = copy / "data" / "choice" / "choice_4_13_train.jsonl"
+    train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
+    config.data.tasks = str(copy)
+    assert computed() == 1  # zero-shot reads no demonstrations
+
+
+def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(config, models, tmp_path):
+    config.evaluate.methods, config.evaluate.limit = ("zero_shot", "icl", "mend=a/distiller"), 4
+    ev.evaluate(config, tmp_path / "plain")
+    config.evaluate.shuffle_demos = True
+    ev.evaluate(config, tmp_path / "one")
+    ev.evaluate(config, tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    for name, changes in {"zero_shot": False, "icl": True, "mend": True}.items():
+        plain, shuffled = (
+            next((tmp_path / run).glob(f"predictions/{name}-*/colour_13.jsonl")).read_text() for run in ("plain", "one")
+        )
+        assert (plain != shuffled) == changes
+
+
+def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
+    task = load_tasks(config, llm, "test")[0][0]
+    lengths = [len(x) + len(y) for x, y in task.demos]
+    icl = ev.Method("icl")
+    config.data.max_demo_tokens = sum(lengths[:3])
+    assert len(ev.make_context(config, llm, icl, task)) == sum(lengths[:3])
+    config.data.max_demo_tokens = sum(lengths[:3]) - 1
+    assert len(ev.make_context(config, llm, icl, task)) == sum(lengths[:2])
+    config.data.max_demo_tokens = lengths[0] - 1
+    with pytest.raises(UserError, match="No demonstration of colour"):
+        ev.make_context(config, llm, icl, task)
+
+
+def test_dev_score_follows_the_params_without_compiling_again(config, llm, distiller):
+    first = ev.dev_score(config, llm, distiller, distiller.params)
+    compiled = ev._apply._cache_size()
+    other = jax.tree.map(lambda a: -3 * a, distiller.params)
+    second = ev.dev_score(config, llm, distiller, other)
+    assert ev._apply._cache_size() == compiled
+    assert 0 <= first <= 1 and 0 <= second <= 1
+    replaced = dataclasses.replace(distiller, params=other)
+    assert ev.dev_score(config, llm, replaced, other) == second
+
+
+def test_the_hash_of_weights_sees_every_change():
+    params = init_params(DecoderConfig("gpt2", 11, 8, 1, 2, 16, 8), 0)
+    changed = jax.tree.map(np.array, params)
+    assert tree_hash(params) == tree_hash(changed)
+    changed["final_norm"]["bias"][3] = 1e-20
+    assert tree_hash(params) != tree_hash(changed)
+
+
+@pytest.mark.parametrize(
+    "methods, message",
+    [
+        (("zeroshot",), "zeroshot.*NAME=PATH"),
+        (("icl", "icl"), "twice"),
+        (("icl=a/distiller",), "NAME may hold"),
+        (("a/b=a/distiller",), "NAME may hold"),
+        (("mend=/nowhere/at/all",), "/nowhere/at/all"),
+        ((), "empty"),
+    ],
+)
+def test_bad_methods_are_one_sentence(config, tmp_path, methods, message):
+    config.evaluate.methods = methods
+    with pytest.raises(UserError, match=message):
+        ev.evaluate(config, tmp_path)
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_model_for_another_llm_is_refused(config, models, distiller, tmp_path):
+    models["a/distiller"] = dataclasses.replace(distiller, llm_width=48)
+    config.evaluate.methods = ("mend=a/distiller",)
+    with pytest.raises(UserError, match="width 48"):
+        ev.evaluate(config, tmp_path)
+
+
+def test_scores_that_are_not_numbers_stop_the_evaluation(config, models, distiller, tmp_path):
+    broken = distiller.params | {"placeholders": distiller.params["placeholders"].at[0, 0].set(jnp.nan)}
+    models["a/distiller"] = dataclasses.replace(distiller, params=broken)
+    config.evaluate.methods = ("mend=a/distiller",)
+    with pytest.raises(UserError, match="not finite"):
+        ev.evaluate(config, tmp_path)
+    assert not files(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_said(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        ev.evaluate(config, tmp_path / "file")
