@@ -43,7 +43,7 @@ class Batches:
         self.draws, self.steps = draws, steps
         self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
         self.seed, self.prefetch = config.seed, config.data.prefetch
-        if process_count and self.batch_size % process_count:
+        if self.batch_size % process_count:
             raise UserError(
                 f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: choose a multiple."
             )
@@ -61,7 +61,7 @@ class Batches:
         demos, demos_length = pad(demos, demo_size)
         batch = Batch(demos, demos_length, Query(tokens, length, np.asarray(starts, np.int32)), mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
-            teacher, teacher_length = pad(teachers, sampling.RELEASE_TEACHER_TOKENS)
+            teacher, teacher_length = pad(teachers, self.draws.teacher_size)
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
 
@@ -90,7 +90,9 @@ class Batches:
     def iterator(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from a step on, made ahead by threads; the time `next` takes is the time waited for data."""
         stop = LAST_STEP if self.steps is None else self.steps
-        options = grain.ReadOptions(num_threads=max(1, min(8, self.prefetch)), prefetch_buffer_size=max(1, self.prefetch))
+        options = grain.ReadOptions(
+            num_threads=max(1, min(8, self.prefetch)), prefetch_buffer_size=max(1, self.prefetch)
+        )
         return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
 
     def padding(self, step: int) -> float:
@@ -142,28 +144,39 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     elif stage == "finetune":
         draws = TaskDraws(config, tasks, windows)
     else:
-        draws = SequenceDraws(config, store, documents, tasks, train, windows)
-        draws.end_of_text = tokenizer.eos_token_id
+        draws = SequenceDraws(config, store, documents, tasks, train, windows, tokenizer.eos_token_id)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
     return Batches(draws, config, steps, train and stage != "lm", process_index, process_count)
 
 
 def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:
-    """The tasks of config.data.partition: meta-training files ("train"), or meta-test tasks' dev examples ("validation").
+    """The examples of `find_tasks`, tokenised now if they are not yet."""
+    manifest = prepared.prepare_tasks(
+        config, tokenizer, find_tasks(config, split), "train" if split == "train" else "dev"
+    )
+    return [TaskStore(shard, manifest["dtype"]) for shard in manifest["shards"]]
+
+
+def find_tasks(config, split: str) -> list[str]:
+    """The tasks of config.data.partition that have files: meta-training ("train"), or meta-test tasks' dev ("validation").
 
     Tasks without files are named in one warning; raises UserError where none is left.
     """
-    side, files = ("train", "train") if split == "train" else ("test", "dev")
-    names = metaicl.load_partition(config.data.tasks, config.data.partition)[side]
-    seeds = tuple(config.evaluate.seeds)
-    present, missing = metaicl.present_tasks(config.data.tasks, names, files, config.data.k, seeds)
+    data, side, files = config.data, *(("train", "train") if split == "train" else ("test", "dev"))
+    names = metaicl.load_partition(data.tasks, data.partition)[side]
+    present, missing = metaicl.present_tasks(data.tasks, names, files, data.k, tuple(config.evaluate.seeds))
     if not present:
         raise UserError(
-            f"{config.data.tasks} has the {files} files of none of the {len(names)} meta-{side} tasks of "
-            f"{config.data.partition!r}: set config.data.tasks and config.data.partition."
+            f"{data.tasks} has the {files} files of none of the {len(names)} meta-{side} tasks of {data.partition!r}: "
+            "set config.data.tasks and config.data.partition."
         )
     if missing:
-        logging.warning("%d of %d meta-%s tasks are missing in %s: %s", len(missing), len(names), side, config.data.tasks,
-                        ", ".join(missing))  # fmt: skip
-    manifest = prepared.prepare_tasks(config, tokenizer, present, files)
-    return [TaskStore(shard, manifest["dtype"]) for shard in manifest["shards"]]
+        logging.warning(
+            "%d of %d meta-%s tasks are missing in %s: %s",
+            len(missing),
+            len(names),
+            side,
+            data.tasks,
+            ", ".join(missing),
+        )
+    return present

@@ -18,7 +18,9 @@ def text_files(folder) -> dict[str, list[Path]]:
         raise UserError("No text is given: set config.data.text to a folder of C4's *.json.gz files.")
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: config.data.text must hold C4's *.json.gz files or a prepared tfds c4/en.")
+        raise UserError(
+            f"{path} is not a folder: config.data.text must hold C4's *.json.gz files or a prepared tfds c4/en."
+        )
     files = {"train": [], "validation": []}
     for file in sorted(path.glob("*.json.gz")):
         files["validation" if "validation" in file.name else "train"].append(file)
@@ -41,14 +43,16 @@ def read_documents(file, report=None) -> Iterator[dict]:
                 if report and number % 256 == 0:
                     report(raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file} is damaged after line {number} ({error}): fetch the file again.")
+        raise UserError(f"{file} is damaged after line {number} ({error}): fetch the file again.") from error
 
 
 def _parse(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line.")
+        raise UserError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise UserError(f"{where} has no text in the field 'text'.")
     return row

@@ -32,7 +32,8 @@ class TextDraws:
         _, longest_query = sampling.split_text(longest, self.config.beta, longest)
         self.query_buckets = buckets(self.config.query_buckets, longest_query)
         _check_window("A text's continuation", longest_query, self.length, windows[0])
-        self.demo_buckets = buckets(self.config.demo_buckets, _largest_budget(config, windows))
+        budget = _largest_budget(config, windows)
+        self.demo_buckets = buckets(self.config.demo_buckets, sampling.split_text(longest, self.config.beta, budget)[0])
 
     def document(self, row: int) -> int:
         document = int(self.documents[row])
@@ -42,7 +43,9 @@ class TextDraws:
                 return document
             rng = rng or sampling.row_rng(self.seed, 2, row)
             document = self.first + int(rng.integers(self.count))
-        raise UserError(f"Hardly any text of {self.config.text} has {MIN_TEXT_TOKENS} tokens: pretraining needs longer texts.")
+        raise UserError(
+            f"Hardly any text of {self.config.text} has {MIN_TEXT_TOKENS} tokens: pretraining needs longer texts."
+        )
 
     def lengths(self, row: int) -> tuple[int, int]:
         length = min(int(self.store.lengths[self.document(row)]), self.config.max_text_tokens)
@@ -77,7 +80,10 @@ class TaskDraws:
                     f"the LLM's window of {windows[0]} allows: leave the task out or raise it."
                 )
         self.query_buckets = buckets(self.config.query_buckets, limit)
-        self.demo_buckets = buckets(self.config.demo_buckets, _largest_budget(config, windows)) if self.contexts else (0,)
+        self.demo_buckets = (
+            buckets(self.config.demo_buckets, _largest_budget(config, windows)) if self.contexts else (0,)
+        )
+        self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
 
     def draw(self, row: int):
         """(task number, demonstrations' numbers, query's number, budget) of a row."""
@@ -120,13 +126,13 @@ class TaskDraws:
 
     def describe(self, row: int) -> str:
         task, chosen, query, _ = self.draw(row)
-        return f"task {self.stores[task].task}, query {query}, demonstrations {chosen.tolist()} (lines from 0)"
+        return f"task {self.stores[task].task}: query {query}, demonstrations {chosen.tolist()} (examples from 0)"
 
 
 class SequenceDraws:
     """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
 
-    def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows):
+    def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows, end_of_text):
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
         self.store, self.stores = store, stores
         self.size = self.config.sequence_length
@@ -134,7 +140,7 @@ class SequenceDraws:
             raise UserError(f"config.data.sequence_length is {self.size}, but the LLM's window is {windows[0]} tokens.")
         self.share = self.config.text_share if store and stores else float(bool(store))
         self.documents = document_order(documents, self.seed, shuffle) if store else None
-        self.range, self.end_of_text = documents, None
+        self.range, self.end_of_text = documents, end_of_text
         self.demo_buckets, self.query_buckets = (0,), (self.size,)
         self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
         check_enough_examples(stores, self.config.k + 1)
@@ -193,7 +199,7 @@ class SequenceDraws:
         if number is not None:
             return f"a text beginning in number {int(self.documents[number])} of {self.config.text}"
         task, chosen = self.draw(row)
-        return f"task {self.stores[task].task}, examples {chosen.tolist()} (lines from 0)"
+        return f"task {self.stores[task].task}: examples {chosen.tolist()} (from 0)"
 
 
 def document_order(documents: range, seed: int, shuffle: bool):
@@ -215,10 +221,8 @@ def check_enough_examples(stores: list[TaskStore], needed: int) -> None:
 
 
 def buckets(configured, largest: int) -> tuple[int, ...]:
-    """The configured sizes below `largest`, then `largest` itself or the configured size that holds it."""
-    sizes = sorted(set(configured))
-    last = next((size for size in sizes if size >= largest), largest)
-    return (*(size for size in sizes if size < largest), min(last, largest))
+    """The configured sizes below `largest`, then `largest`: every length up to it has a bucket."""
+    return (*sorted({size for size in configured if size < largest}), largest)
 
 
 def _largest_budget(config, windows) -> int:
@@ -229,7 +233,7 @@ def _largest_budget(config, windows) -> int:
             f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside config.prefix.length = "
             f"{config.prefix.length} vectors: lower it or take another backbone."
         )
-    return budget
+    return min(budget, sampling.RELEASE_DISTILLER_TOKENS) if config.data.release_truncation else budget
 
 
 def _check_window(what: str, query: int, vectors: int, window: int) -> None:

@@ -34,7 +34,9 @@ def data_folder(folder) -> Path:
         raise UserError("No tasks are given: set config.data.tasks to a folder of MetaICL's files.")
     path = Path(folder).expanduser() / "data"
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: config.data.tasks must hold data/<task>/<task>_<k>_<seed>_<split>.jsonl.")
+        raise UserError(
+            f"{path} is not a folder: config.data.tasks must hold data/<task>/<task>_<k>_<seed>_<split>.jsonl."
+        )
     return path
 
 
@@ -54,7 +56,9 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
     for size in sizes:
         if size >= k:
             return here / f"{task}_{size}_{seed}_{split}.jsonl"
-    raise UserError(f"Task {task!r} has no {here / f'{task}_{k}_{seed}_{split}.jsonl'}: add the file or leave the task out.")
+    raise UserError(
+        f"Task {task!r} has no {here / f'{task}_{k}_{seed}_{split}.jsonl'}: add the file or leave the task out."
+    )
 
 
 def read_file(path) -> list[Example]:
@@ -74,7 +78,9 @@ def parse_line(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line.")
+        raise UserError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
+        ) from error
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object with task, input, output and options.")
     for field in ("task", "input", "output"):
@@ -95,7 +101,9 @@ def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Exam
     if split == "test":
         return examples
     if len(examples) < k:
-        raise UserError(f"{path} holds {len(examples)} examples, fewer than config.data.k = {k}: lower k or add examples.")
+        raise UserError(
+            f"{path} holds {len(examples)} examples, fewer than config.data.k = {k}: lower k or add examples."
+        )
     return examples[:k]
 
 
@@ -106,7 +114,9 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
     if own.is_file():
         partitions |= _read_json(own)
     if name not in partitions:
-        raise UserError(f"There is no partition {name!r} in {own} or in MetaICL: choose one of {', '.join(partitions)}.")
+        raise UserError(
+            f"There is no partition {name!r} in {own} or in MetaICL: choose one of {', '.join(partitions)}."
+        )
     partition = partitions[name]
     if not isinstance(partition, dict) or not all(isinstance(partition.get(s), list) for s in ("train", "test")):
         raise UserError(f"The partition {name!r} in {own} must be an object with two lists, 'train' and 'test'.")
@@ -144,7 +154,7 @@ def is_classification(folder, task: str, examples: list[Example]) -> bool:
     listed = _read_json(Path(folder).expanduser() / "tasks.json").get(task)
     if isinstance(listed, dict) and "task_type" in listed:
         return listed["task_type"] == "classification"
-    return len({example.options for example in examples}) == 1 and bool(examples[0].options)
+    return len({tuple(sorted(example.options)) for example in examples}) == 1 and bool(examples[0].options)
 
 
 def _read_json(path: Path) -> dict:
@@ -153,7 +163,51 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file.")
+        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold one JSON object.")
     return content
+
+
+def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[int, ...] = (13, 21, 42, 87, 100)):
+    """A tfds builder of one partition of MetaICL's files, without TensorFlow: `<data_dir>/metaicl/<partition>/1.0.0`.
+
+    Splits: "train", all meta-training examples; "demonstrations_13", "dev_13" and "test_13" of the meta-test tasks, for
+    every seed. `metaicl_builder(...).download_and_prepare(file_format="array_record")` writes it; read it with
+    `tfds.data_source("metaicl/<partition>", data_dir=...)`. Tasks without files are left out.
+    """
+    import tensorflow_datasets as tfds
+
+    tasks = load_partition(folder, partition)
+    train, _ = present_tasks(folder, tasks["train"], "train")
+    files = {"train": [meta_train_file(folder, task) for task in train]}
+    for split, name in {"train": "demonstrations", "dev": "dev", "test": "test"}.items():
+        present, _ = present_tasks(folder, tasks["test"], split if split != "train" else "dev", k, seeds)
+        files |= {f"{name}_{seed}": [example_file(folder, task, k, seed, split) for task in present] for seed in seeds}
+
+    with tfds.core.registered.skip_registration():
+
+        class MetaICL(tfds.core.GeneratorBasedBuilder):
+            """Tasks as MetaICL's preprocessing writes them."""
+
+            name = "metaicl"
+            VERSION = tfds.core.Version("1.0.0")
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=partition, description="A partition of MetaICL's tasks.")]
+
+            def _info(self):
+                text = tfds.features.Text()
+                features = {"task": text, "input": text, "output": text, "options": tfds.features.Sequence(text)}
+                features = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(
+                    builder=self, features=features, homepage="https://github.com/facebookresearch/MetaICL"
+                )
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(paths) for split, paths in files.items() if paths}
+
+            def _generate_examples(self, paths):
+                for path in paths:
+                    for number, example in enumerate(read_file(path)):
+                        yield f"{path.name}/{number}", vars(example) | {"options": list(example.options)}
+
+        return MetaICL(data_dir=str(Path(data_dir).expanduser()), config=partition, file_format="array_record")

@@ -107,7 +107,9 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
     try:
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{shards} cannot be made ({error.strerror}): set config.data.cache to a folder you can write.")
+        raise UserError(
+            f"{shards} cannot be made ({error.strerror}): set config.data.cache to a folder you can write."
+        ) from error
     for job in jobs:
         job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
     with _lock(cache / f".{manifest.name}.lock"):
@@ -117,7 +119,8 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
         _run(todo, text, config.data.processes, kind)
         content = {"dtype": dtype, "source": str(config.data.text if kind == "text" else config.data.tasks)}
         content["shards"] = [
-            {"path": job["out"], "split": job["split"], "task": job.get("task", "")} | shard_counts(job["out"], job["kind"])
+            {"path": job["out"], "split": job["split"], "task": job.get("task", "")}
+            | shard_counts(job["out"], job["kind"])
             for job in jobs
         ]
         temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
@@ -165,7 +168,9 @@ class Progress:
         with self.lock:
             self.tokens += result["tokens"]
             seconds = self.bar.format_dict["elapsed"]
-            self.bar.set_postfix_str(f"{self.tokens / 1e6:.1f}M tokens, {self.tokens / max(seconds, 1e-9) / 1e3:.0f}k/s")
+            self.bar.set_postfix_str(
+                f"{self.tokens / 1e6:.1f}M tokens, {self.tokens / max(seconds, 1e-9) / 1e3:.0f}k/s"
+            )
 
 
 def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Progress) -> None:
@@ -178,8 +183,12 @@ def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Pro
     try:
         for _ in range(processes):
             pipe = subprocess.PIPE
-            workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True))
-        threads = [threading.Thread(target=_feed, args=(w, tokenizer, queue, progress, errors)) for w in workers]
+            workers.append(
+                subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
+            )
+        threads = [
+            threading.Thread(target=_feed, args=(w, workers, tokenizer, queue, progress, errors)) for w in workers
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -192,8 +201,8 @@ def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Pro
         raise UserError(errors[0])
 
 
-def _feed(worker, tokenizer: str, queue: list, progress: Progress, errors: list) -> None:
-    """Hands one worker a job at a time and listens to it."""
+def _feed(worker, workers, tokenizer: str, queue: list, progress: Progress, errors: list) -> None:
+    """Hands one worker a job at a time and listens to it. An error ends all workers."""
     job = None
     try:
         print(json.dumps(tokenizer), file=worker.stdin, flush=True)
@@ -207,6 +216,8 @@ def _feed(worker, tokenizer: str, queue: list, progress: Progress, errors: list)
                     continue
                 if "error" in message:
                     errors.append(message["error"])
+                    for other in workers:
+                        other.kill()
                 else:
                     progress.finish(job, message["result"])
                 break

@@ -65,9 +65,10 @@ def bucket(length: int, buckets: tuple[int, ...]) -> int:
 def window_plan(demo_lengths, query_lengths, demo_buckets, query_buckets, batches: int, rng) -> np.ndarray:
     """Rows of one window grouped into batches of similar length, the batches in random order: (batches, B) row numbers.
 
-    Rows are sorted by the bucket of the context, then by the length of the query, so that most batches pad little.
+    Rows are sorted by the bucket of the context, then by the length of the query: up in one bucket, down in the next, so
+    that a batch which spans two buckets has queries of one size.
     """
     demo_bucket = np.searchsorted(demo_buckets, demo_lengths)
-    query_bucket = np.searchsorted(query_buckets, query_lengths)
-    order = np.lexsort((demo_lengths, query_bucket, demo_bucket))
+    direction = np.where(demo_bucket % 2, -1, 1)
+    order = np.lexsort((demo_lengths, direction * np.searchsorted(query_buckets, query_lengths), demo_bucket))
     return order.reshape(batches, -1)[rng.permutation(batches)]

@@ -1,6 +1,5 @@
 """Prepared tokens, read back: documents by number from disk, the examples of tasks from memory."""
 
-import itertools
 import threading
 from pathlib import Path
 
@@ -16,7 +15,7 @@ class TextStore:
     def __init__(self, manifest: dict, shards: list[dict]):
         self.dtype = manifest["dtype"]
         self.paths = [shard["path"] for shard in shards]
-        self.lengths = np.concatenate([_read(path)[0] for path in self.paths] or [np.zeros(0, np.uint32)])
+        self.lengths = np.concatenate([_last_record(path) for path in self.paths])
         self.ends = np.cumsum([shard["items"] for shard in shards])
         self.readers, self.lock = {}, threading.Lock()
 
@@ -34,14 +33,16 @@ class TextStore:
         return np.frombuffer(reader.read([int(document) - first])[0], self.dtype).astype(np.int32)
 
 
-def _read(path: str) -> tuple[np.ndarray]:
+def _last_record(path: str) -> np.ndarray:
     try:
         reader = ArrayRecordReader(path)
         lengths = np.frombuffer(reader.read([reader.num_records() - 1])[0], np.uint32)
         reader.close()
     except Exception as error:  # the reader raises plain RuntimeError and ValueError
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again.")
-    return (lengths,)
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again."
+        ) from error
+    return lengths
 
 
 class TaskStore:
@@ -84,14 +85,14 @@ def text_splits(manifest: dict, validation_items: int) -> dict[str, tuple[TextSt
 
     Held out are the files named so; where there are none, the last `validation_items` training texts.
     """
-    shards = {
-        split: [shard for shard in group]
-        for split, group in itertools.groupby(sorted(manifest["shards"], key=lambda s: s["split"]), lambda s: s["split"])
-    }
+    shards = {s: [shard for shard in manifest["shards"] if shard["split"] == s] for s in ("train", "validation")}
     train = TextStore(manifest, shards["train"])
-    if "validation" in shards:
+    if shards["validation"]:
         held_out = TextStore(manifest, shards["validation"])
-        return {"train": (train, range(len(train))), "validation": (held_out, range(min(validation_items, len(held_out))))}
+        return {
+            "train": (train, range(len(train))),
+            "validation": (held_out, range(min(validation_items, len(held_out)))),
+        }
     cut = len(train) - validation_items
     if cut <= 0:
         raise UserError(

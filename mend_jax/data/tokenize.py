@@ -5,7 +5,7 @@ record with every document's length. Tasks: one record per 1,024 examples, then 
 `python -m mend_jax.data.tokenize` is the worker: JSON lines in (the tokenizer, then jobs), JSON lines out (progress, results).
 """
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +37,9 @@ def tokenizer_text(tokenizer) -> str:
     """A Hugging Face tokenizer as one JSON text, without truncation and padding. Raises UserError for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"The tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} has no fast version, which prepare needs.")
+        raise UserError(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} has no fast version, which prepare needs."
+        )
     plain = Tokenizer.from_str(backend.to_str())
     plain.no_truncation()
     plain.no_padding()
@@ -88,10 +90,13 @@ def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
         result = shard_counts(temporary, job["kind"])
         os.replace(temporary, out)
         return result
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk of {out.parent} is full: make room or set config.data.cache to another disk.")
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): check config.data.cache.")
+    except (OSError, RuntimeError) as error:  # the writer says everything with RuntimeError
+        reason = str(error).split(";")[0]
+        if any(words in reason for words in ("No space left", "quota", "too large")):
+            raise UserError(
+                f"The disk of {out.parent} is full: make room or set config.data.cache to another disk."
+            ) from error
+        raise UserError(f"{out} cannot be written ({reason}): check config.data.cache.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -133,7 +138,9 @@ def shard_counts(path, kind: str) -> dict:
         last = reader.read([reader.num_records() - 1])[0]
         reader.close()
     except Exception as error:  # the reader raises plain RuntimeError and ValueError
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again.")
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again."
+        ) from error
     if kind == "task":
         items, tokens = np.frombuffer(last, np.uint64)
         return {"items": int(items), "tokens": int(tokens)}
@@ -153,4 +160,5 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    worker()
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):  # the command that started this one is gone
+        worker()

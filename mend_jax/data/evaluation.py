@@ -1,0 +1,112 @@
+"""What evaluation reads: for each task and seed the demonstrations and the test items, as token ids (MetaICL's protocol).
+
+Every x, y and option is tokenised with the template's separator before it, so that a context is plain concatenation.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mend_jax.data import metaicl, sampling
+from mend_jax.data.tokenize import encode, separator, tokenizer_text
+from mend_jax.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One test item."""
+
+    x_tokens: np.ndarray  # (X,) int32, cut at config.data.max_input_tokens
+    options_tokens: list[np.ndarray]  # int32, never cut
+    options: tuple[str, ...]
+    label: int  # which option is right
+
+
+@dataclass(frozen=True, eq=False)
+class EvalTask:
+    """One task and seed."""
+
+    task: str
+    seed: int
+    demos: list[tuple[np.ndarray, np.ndarray]]  # (x, y) token ids, int32, in the file's order
+    items: list[Item]
+    classification: bool  # measured by Macro-F1, else by accuracy
+
+
+def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
+    """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of those without files.
+
+    Args:
+        config: a whole run's config.
+        llm: its `.tokenizer` is used.
+        split: "test", or "dev" for the validation examples.
+    Raises:
+        UserError: for bad files, free-form items, an unknown name in config.evaluate.tasks, or if no task is there.
+    """
+    data, seeds = config.data, tuple(config.evaluate.seeds)
+    if llm.tokenizer is None:
+        raise UserError(f"{llm.path} holds no tokenizer: put the LLM's tokenizer files there.")
+    names = metaicl.load_partition(data.tasks, data.partition)["test"]
+    for name in config.evaluate.tasks:
+        if name not in names:
+            raise UserError(f"config.evaluate.tasks names {name!r}, which is no meta-test task of {data.partition!r}.")
+    names = [name for name in names if name in config.evaluate.tasks or not config.evaluate.tasks]
+    present, missing = metaicl.present_tasks(data.tasks, names, split, data.k, seeds)
+    if not present:
+        needed = f"{names[0]}_{data.k}_{seeds[0]}_{split}.jsonl" if names else "no task at all"
+        raise UserError(f"{data.tasks} has the files of none of the {len(names)} meta-test tasks (such as {needed}).")
+    if missing:
+        logging.warning(
+            "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
+        )
+    tokenizer = Tokenizer.from_str(tokenizer_text(llm.tokenizer))
+    return [task for name in present for task in read_task(config, tokenizer, name, split)], missing
+
+
+def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalTask]:
+    """One task, for every seed of config.evaluate.seeds. Raises UserError."""
+    data, limit = config.data, config.evaluate.limit
+    files = {}
+    for seed in config.evaluate.seeds:
+        demos = metaicl.read_examples(data.tasks, name, data.k, seed, "train")
+        path = metaicl.example_file(data.tasks, name, data.k, seed, split)
+        items = metaicl.read_file(path)
+        check_options(items, path)
+        files[seed] = demos, items[:limit] if limit else items
+    ids = encode_texts(tokenizer, files.values(), separator(data.template))
+    tasks = []
+    for seed, (demos, items) in files.items():
+        cut = data.max_input_tokens
+        pairs = [(sampling.cut_input(ids[e.input], cut), ids[e.output]) for e in demos]
+        made = [
+            Item(
+                sampling.cut_input(ids[e.input], cut), [ids[o] for o in e.options], e.options, e.options.index(e.output)
+            )
+            for e in items
+        ]
+        kind = metaicl.is_classification(data.tasks, name, items)
+        tasks.append(EvalTask(name, int(seed), pairs, made, kind))
+    return tasks
+
+
+def check_options(items: list[metaicl.Example], path) -> None:
+    """Raises UserError for a free-form item: there is nothing to choose from."""
+    for number, item in enumerate(items, 1):
+        if len(item.options) < 2:
+            raise UserError(
+                f"{path}, example {number} has {len(item.options)} options: evaluation chooses among at least two, so leave "
+                f"free-form tasks like {item.task!r} out of the meta-test tasks."
+            )
+
+
+def encode_texts(tokenizer: Tokenizer, files: Iterable, before: str) -> dict[str, np.ndarray]:
+    """{text: int32 ids} of all inputs, outputs and options, each once: seeds often share their test items."""
+    texts = {}  # keeps the order, unlike a set
+    for demos, items in files:
+        for example in (*demos, *items):
+            texts.update(dict.fromkeys((example.input, example.output, *example.options)))
+    ids = encode(tokenizer, [before + text for text in texts])
+    return {text: np.asarray(row, np.int32) for text, row in zip(texts, ids, strict=True)}

@@ -1,0 +1,49 @@
+"""Tokenise a config's text and tasks once, so that training only reads.
+
+    python -m mend_jax.prepare --config=configs/base.py --config.data.text=c4/ --config.data.tasks=metaicl/ --config.llm.path=gpt2
+
+Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them itself
+when this was not run. Interrupted, it goes on where it stopped.
+"""
+
+from mend_jax import cli
+from mend_jax.data import prepared
+from mend_jax.data.batches import find_tasks
+from mend_jax.data.tokenize import check_tokenizer
+from mend_jax.errors import UserError
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import load_tokenizer, local_folder
+
+
+def prepare(config) -> dict:
+    """Prepares what is given of config.data.text and config.data.tasks; returns {"text": manifest, "tasks": manifest}.
+
+    Raises:
+        UserError: for bad input, a tokenizer that does not fit the LLM, a full disk.
+    """
+    folder = local_folder(config.llm.path)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"{config.llm.path} holds no tokenizer: put the LLM's tokenizer files there.")
+    check_tokenizer(tokenizer, from_hf_config(folder).vocab_size)
+    if not config.data.text and not config.data.tasks:
+        raise UserError("There is nothing to prepare: set config.data.text, config.data.tasks or both.")
+    made = {}
+    if config.data.text:
+        made["text"] = prepared.prepare_text(config, tokenizer)
+    if config.data.tasks:
+        tasks = find_tasks(config, "train")
+        made["tasks"] = prepared.prepare_tasks(config, tokenizer, tasks)
+    return made
+
+
+def main(config) -> None:
+    for kind, manifest in prepare(config).items():
+        shards = manifest["shards"]
+        items, tokens = (sum(shard[count] for shard in shards) for count in ("items", "tokens"))
+        what = "documents" if kind == "text" else "examples"
+        print(f"{kind}: {items:,} {what}, {tokens:,} tokens, {len(shards)} files in {config.data.cache}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
