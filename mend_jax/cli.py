@@ -30,7 +30,7 @@ MISTAKE, INTERRUPTED = 2, 130  # exit codes
 
 
 def run(main, argv=None) -> None:
-    """Parses the command line, calls `main` with it, and exits with what it returns (None is 0).
+    """Parses the command line, calls `main` with it, and exits with the whole number it returns, or 0.
 
     Args:
         main: its parameter `config` is a file of configs/, `workdir` a folder; any other is a flag of the type of its
@@ -43,7 +43,8 @@ def run(main, argv=None) -> None:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
             sys.exit(0)
-        sys.exit(main(*parse(main, argv)) or 0)
+        code = main(*parse(main, argv))
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)

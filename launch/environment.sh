@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: the project's own environment, .venv, with the packages of one requirements file.
+# What may be set: PYTHON (the interpreter), VENV (the environment's folder), JAX_EXTRA (cuda13 or tpu).
+
+stop() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    stop "Python 3.11 or 3.12 is needed: install one, or name it with PYTHON=/path/to/python3.12 $0"
+}
+
+# install FILE: makes the environment if there is none, and installs FILE into it unless that was done before.
+install() {
+    local venv=${VENV:-.venv} python stamp wanted
+    if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        python=$(find_python)
+        echo "== making the environment $venv with $("$python" --version)"
+        if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+            stop "$venv is there but is not a Python environment: remove it, or name another folder with VENV=..."
+        fi
+        "$python" -m venv --clear "$venv" ||
+            stop "$python cannot make an environment (on Debian and Ubuntu: apt install python3-venv)."
+    fi
+    stamp=$venv/installed-${1%.txt}
+    wanted=$(cat requirements.txt "$1" | cksum)${JAX_EXTRA:-}
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "== installing the packages of $1 into $venv: some minutes the first time"
+        # shellcheck disable=SC2046  # cpu_torch_index prints two words or none
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(cpu_torch_index "$1" "$venv") \
+            -r "$1" ${JAX_EXTRA:+"jax[$JAX_EXTRA]"} ||
+            stop "pip could not install $1: see its message above, then give the same command again."
+        printf '%s' "$wanted" >"$stamp"
+    fi
+    PATH=$(cd "$venv/bin" && pwd):$PATH
+    # Compiled programs are kept: the second start takes seconds.
+    export PATH JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
+    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
+}
+
+# cpu_torch_index FILE VENV: on Linux PyPI's torch brings gigabytes of CUDA; PyTorch's own index has one without.
+cpu_torch_index() {
+    local index=https://download.pytorch.org/whl/cpu
+    if grep -q '^torch' "$1" && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 &&
+        "$2/bin/python" -c "import urllib.request; urllib.request.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
+        echo "--extra-index-url $index"
+    fi
+}

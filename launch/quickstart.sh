@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From a fresh clone to a table of methods, on any machine: makes the environment, then trains MEND on the small world
+# that the package carries and compares it with zero-shot and in-context learning. No download but the packages.
+#
+#   ./launch/quickstart.sh                        # arguments go on to mend_jax.experiments.methods
+#   JAX_EXTRA=cuda13 ./launch/quickstart.sh       # with JAX for NVIDIA GPUs; JAX_EXTRA=tpu for TPUs
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+workdir=runs/quickstart
+install requirements.txt
+echo "== training and evaluating in $workdir: at most ten minutes on two cores; stopped, the same command goes on"
+python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
+cat <<END
+
+The table above is in $workdir/evaluation/table.md, every prediction in $workdir/evaluation/predictions/.
+The runs are in $workdir/mend/: metrics.jsonl, config.json, params.txt, checkpoints, tensorboard.
+All five methods: .venv/bin/python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
+Your own text, tasks and LLM: see "Your own data" in README.md.
+END

@@ -1,0 +1,1 @@
+"""The paper's studies, as lists of configs over the commands."""

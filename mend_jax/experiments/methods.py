@@ -1,0 +1,144 @@
+"""The paper's main comparison (Tables 2 and 6): trains what each method needs, evaluates them all, prints the table.
+
+    python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir=runs/quickstart
+
+Below the workdir: <method>/pretrain and <method>/finetune are runs of `mend_jax.train`, evaluation/ is one of
+`mend_jax.evaluate` (table.md, scores.json, every prediction), times.json has the seconds that each part took. The same
+command goes on where it stopped.
+
+| method | pretraining, on text | finetuning, on tasks |
+| --- | --- | --- |
+| zero_shot, icl | | |
+| prompt_tuning | | L_pred, of a matrix of vectors |
+| hypertuning | L_CLM | L_pred |
+| mend | L_distill | L_pred + lambda L_distill |
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mend_jax.settings import METHODS
+
+# Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
+STAGES = {
+    "zero_shot": [],
+    "prompt_tuning": [("finetune", 0.0, 1.0, 0.0)],
+    "icl": [],
+    "hypertuning": [("pretrain", 0.0, 0.0, 1.0), ("finetune", 0.0, 1.0, 0.0)],
+    "mend": [("pretrain", 1.0, 0.0, 0.0), ("finetune", None, 1.0, 0.0)],
+}
+assert tuple(STAGES) == METHODS
+
+
+def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict]]:
+    """The runs that `method` needs, in order: [(stage, config of the run)].
+
+    Args:
+        config: an experiment's; its loss.kd is lambda, and steps are experiment.pretrain_steps and .finetune_steps.
+        method: a key of STAGES.
+    Returns:
+        configs whose prefix.start_from is empty: only who knows the workdirs can say where the earlier stage lies.
+    """
+    runs = []
+    for stage, kd, pred, clm in STAGES[method]:
+        c = config.copy_and_resolve_references().unlock()
+        c.stage = stage
+        c.prefix.kind = "soft_prompt" if method == "prompt_tuning" else "distiller"
+        c.prefix.start_from = ""
+        c.loss.kd = config.loss.kd if kd is None else kd
+        c.loss.pred, c.loss.clm = pred, clm
+        c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
+        runs.append((stage, c.lock()))
+    return runs
+
+
+def main(config: ConfigDict, workdir: str) -> int:
+    """Trains, then evaluates; exits with the code of a training that was told to stop."""
+    from mend_jax.train import train
+
+    folder = Path(workdir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    times = Times(folder / "times.json")
+    for method in config.experiment.methods:
+        before = ""
+        for stage, c in stage_configs(config, method):
+            run = folder / method / stage
+            _say(f"{method}: {stage}, {c.train.steps:,} steps, in {run}")
+            c.prefix.start_from = before
+            code = times.run(f"{method}/{stage}", functools.partial(train, c, str(run)))
+            if code:
+                return code
+            before = str(run)
+    _evaluate(config, folder, times)
+    return 0
+
+
+def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:
+    """The config that evaluates every method of the experiment in `folder`, in the experiment's order."""
+    c = config.copy_and_resolve_references().unlock()
+    trained = {method: runs[-1][0] for method in STAGES if (runs := STAGES[method])}
+    c.evaluate.methods = tuple(
+        f"{method}={folder / method / trained[method]}" if method in trained else method
+        for method in config.experiment.methods
+    )
+    return c.lock()
+
+
+class Times:
+    """Seconds of each part, kept in a file: an interrupted part adds what it takes when it goes on, a finished one no more."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.parts = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):  # a file of times is not worth stopping for
+            self.parts = {}
+
+    def run(self, name: str, part: Callable[[], int | None]) -> int:
+        """What `part()` returns: 0 or None when it has finished."""
+        start, code = time.monotonic(), 1
+        try:
+            code = part() or 0
+        finally:
+            self._add(name, time.monotonic() - start, finished=code == 0)
+        return code
+
+    def _add(self, name: str, seconds: float, finished: bool) -> None:
+        before = self.parts.get(name, {"seconds": 0.0, "finished": False})
+        if before["finished"]:
+            return
+        self.parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.parts, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
+    from mend_jax.evaluate import evaluate
+
+    _say(f"evaluation: {', '.join(config.experiment.methods)} on {config.data.partition}, in {folder / 'evaluation'}")
+    c = evaluation_config(config, folder)
+    times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
+    _say("time of each part: " + ", ".join(f"{name} {_duration(t['seconds'])}" for name, t in times.parts.items()))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from mend_jax.cli import run
+
+    run(main)
