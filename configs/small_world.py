@@ -59,8 +59,10 @@ def _language_model(c: ConfigDict, name: str) -> None:
     c.llm.path = "small_world" if name == "llm" else "small_world_backbone"
     c.data.text_share = 0.25  # without plain text the words of the meta-test topics would never be learnt
     c.train.batch_size = 128
-    c.train.steps = 4_000
-    c.optimizer.learning_rate = 4e-3  # small models bear much; at 1e-3 reading in context is learnt several times later
+    c.train.steps = 3_000
+    c.optimizer.learning_rate = (
+        4e-3  # a model of width 64 learnt at it; width 128 at 1e-3 had not begun after 500 steps of 64
+    )
     c.train.eval_every = 250
     c.train.save_every = 250
     c.optimizer.warmup_steps = 200
