@@ -108,6 +108,7 @@ def c4_builder(folder, data_dir):
 
             name = "c4"
             VERSION = tfds.core.Version("3.1.0")
+            code_path = None  # tfds would look for it with importlib_resources, which it does not install
             BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en", description="English C4 from AllenAI's files.")]
 
             def _info(self):

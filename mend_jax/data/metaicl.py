@@ -192,6 +192,7 @@ def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[
 
             name = "metaicl"
             VERSION = tfds.core.Version("1.0.0")
+            code_path = None  # tfds would look for it with importlib_resources, which it does not install
             BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=partition, description="A partition of MetaICL's tasks.")]
 
             def _info(self):

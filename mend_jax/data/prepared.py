@@ -98,12 +98,13 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
     """Runs the jobs whose shards are missing, then writes the manifest; under a lock, so that one process does the work."""
     text = tokenizer_text(tokenizer)
     dtype = "uint16" if max(tokenizer.get_vocab().values(), default=0) < 1 << 16 else "uint32"
-    shard_key = fingerprint(FORMAT, text, before)
+    shard_key = fingerprint(FORMAT, text, before, dtype)
     cache = Path(config.data.cache).expanduser().absolute()
-    manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
-    if manifest.is_file():
-        return json.loads(manifest.read_text())
     shards = cache / f"shards-{shard_key}"
+    manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
+    source = str(config.data.text if kind == "text" else config.data.tasks)
+    if found := _read_manifest(manifest, shards, source):
+        return found
     try:
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,20 +114,28 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
     for job in jobs:
         job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
     with _lock(cache / f".{manifest.name}.lock"):
-        if manifest.is_file():  # another process made it meanwhile
-            return json.loads(manifest.read_text())
-        todo = [job for job in jobs if not Path(job["out"]).exists()]
-        _run(todo, text, config.data.processes, kind)
-        content = {"dtype": dtype, "source": str(config.data.text if kind == "text" else config.data.tasks)}
-        content["shards"] = [
-            {"path": job["out"], "split": job["split"], "task": job.get("task", "")}
+        if found := _read_manifest(manifest, shards, source):  # another process made it meanwhile
+            return found
+        _run([job for job in jobs if not Path(job["out"]).exists()], text, config.data.processes, kind)
+        made = [
+            {"file": Path(job["out"]).name, "split": job["split"], "task": job.get("task", "")}
             | shard_counts(job["out"], job["kind"])
             for job in jobs
         ]
         temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1))
+        temporary.write_text(json.dumps({"dtype": dtype, "shards": made}, indent=1))
         os.replace(temporary, manifest)
-    return content
+        return _read_manifest(manifest, shards, source)
+
+
+def _read_manifest(path: Path, shards: Path, source: str) -> dict | None:
+    """What the manifest lists, or None where it, or a shard of it, is not there."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text()) | {"source": source}
+    for shard in content["shards"]:
+        shard["path"] = str(shards / shard["file"])
+    return content if all(os.path.exists(shard["path"]) for shard in content["shards"]) else None
 
 
 @contextlib.contextmanager

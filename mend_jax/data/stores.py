@@ -1,11 +1,11 @@
 """Prepared tokens, read back: documents by number from disk, the examples of tasks from memory."""
 
 import threading
-from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mend_jax.data.tokenize import damaged, read_shard
 from mend_jax.errors import UserError
 
 
@@ -15,7 +15,7 @@ class TextStore:
     def __init__(self, manifest: dict, shards: list[dict]):
         self.dtype = manifest["dtype"]
         self.paths = [shard["path"] for shard in shards]
-        self.lengths = np.concatenate([_last_record(path) for path in self.paths])
+        self.lengths = np.concatenate([np.frombuffer(read_shard(path, last=True)[0], np.uint32) for path in self.paths])
         self.ends = np.cumsum([shard["items"] for shard in shards])
         self.readers, self.lock = {}, threading.Lock()
 
@@ -30,19 +30,11 @@ class TextStore:
             if shard not in self.readers:
                 self.readers[shard] = ArrayRecordReader(self.paths[shard])
             reader = self.readers[shard]
-        return np.frombuffer(reader.read([int(document) - first])[0], self.dtype).astype(np.int32)
-
-
-def _last_record(path: str) -> np.ndarray:
-    try:
-        reader = ArrayRecordReader(path)
-        lengths = np.frombuffer(reader.read([reader.num_records() - 1])[0], np.uint32)
-        reader.close()
-    except Exception as error:  # the reader raises plain RuntimeError and ValueError
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again."
-        ) from error
-    return lengths
+        try:
+            [record] = reader.read([int(document) - first])
+        except Exception as error:  # the reader raises plain RuntimeError
+            raise damaged(self.paths[shard], error) from error
+        return np.frombuffer(record, self.dtype).astype(np.int32)
 
 
 class TaskStore:
@@ -50,11 +42,7 @@ class TaskStore:
 
     def __init__(self, shard: dict, dtype: str):
         self.task = shard["task"]
-        if not Path(shard["path"]).is_file():
-            raise UserError(f"{shard['path']} is missing: delete {Path(shard['path']).parent} and run prepare again.")
-        reader = ArrayRecordReader(shard["path"])
-        blocks = reader.read_all()[:-1]
-        reader.close()
+        blocks = read_shard(shard["path"])[:-1]
         lengths, ids = zip(*(_block(block, dtype) for block in blocks), strict=True)
         self.ids = np.concatenate(ids)
         self.lengths = np.concatenate(lengths)  # (examples, 2): tokens of x and y

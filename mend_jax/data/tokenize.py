@@ -133,19 +133,29 @@ def task_records(tokenizer: Tokenizer, job: dict, report) -> Iterator[bytes]:
 
 def shard_counts(path, kind: str) -> dict:
     """{"items", "tokens"} of a whole shard. Raises UserError where the file is damaged."""
-    try:
-        reader = ArrayRecordReader(str(path))
-        last = reader.read([reader.num_records() - 1])[0]
-        reader.close()
-    except Exception as error:  # the reader raises plain RuntimeError and ValueError
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:80]}): delete it and run prepare again."
-        ) from error
+    [last] = read_shard(path, last=True)
     if kind == "task":
         items, tokens = np.frombuffer(last, np.uint64)
         return {"items": int(items), "tokens": int(tokens)}
     lengths = np.frombuffer(last, np.uint32)
     return {"items": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
+
+
+def read_shard(path, last: bool = False) -> list[bytes]:
+    """All records of a shard, or its last one. Raises UserError where the file is missing or damaged."""
+    try:
+        reader = ArrayRecordReader(str(path))
+        records = reader.read([reader.num_records() - 1]) if last else reader.read_all()
+        reader.close()
+    except Exception as error:  # the reader raises plain RuntimeError and ValueError
+        raise damaged(path, error) from error
+    return records
+
+
+def damaged(path, error) -> UserError:
+    """What to say of a shard that cannot be read."""
+    reason = " ".join(str(error).split())[:80] or type(error).__name__
+    return UserError(f"{path} is damaged or missing ({reason}): delete it, then the same command makes it again.")
 
 
 def worker() -> None:

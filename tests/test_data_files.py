@@ -1,0 +1,180 @@
+"""Reading C4's and MetaICL's files: partitions, kinds of task, and one clear sentence for every bad file."""
+
+import gzip
+import json
+
+import pytest
+from data_files import make_world, words, write_examples, write_text
+
+from mend_jax.data import c4, metaicl
+from mend_jax.errors import UserError
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path)
+
+
+def test_metaicl_settings_are_complete():
+    sizes = {name: (len(p["train"]), len(p["test"])) for name, p in metaicl.metaicl_partitions().items()}
+    assert sizes == {  # Table 1
+        "class_to_class": (43, 20), "non_class_to_class": (37, 20), "qa_to_qa": (37, 22), "non_qa_to_qa": (33, 22),
+        "non_nli_to_nli": (55, 8), "hr_to_lr": (61, 26), "non_paraphrase_to_paraphrase": (59, 4),
+    }  # fmt: skip
+    for name, partition in metaicl.metaicl_partitions().items():
+        tasks = partition["train"] + partition["test"]
+        both = set(partition["train"]) & set(partition["test"])
+        assert len(set(tasks)) == len(tasks) - len(both)
+        assert both <= ({"sick"} if name == "non_nli_to_nli" else set()), both  # as in MetaICL's own list
+
+
+def test_partitions_of_the_folder_come_first(world):
+    assert metaicl.load_partition(world / "metaicl", "tiny") == {"train": ["a", "b", "c"], "test": ["t"]}
+    assert len(metaicl.load_partition(world / "metaicl", "hr_to_lr")["test"]) == 26
+    (world / "metaicl" / "partitions.json").write_text(json.dumps({"hr_to_lr": {"train": ["a"], "test": ["t"]}}))
+    assert metaicl.load_partition(world / "metaicl", "hr_to_lr") == {"train": ["a"], "test": ["t"]}
+
+
+def test_unknown_partition_names_the_known(world):
+    with pytest.raises(UserError, match="no partition 'klass'.*class_to_class.*tiny"):
+        metaicl.load_partition(world / "metaicl", "klass")
+
+
+def test_partition_of_another_form(world):
+    (world / "metaicl" / "partitions.json").write_text('{"tiny": ["a"]}')
+    with pytest.raises(UserError, match="two lists, 'train' and 'test'"):
+        metaicl.load_partition(world / "metaicl", "tiny")
+    (world / "metaicl" / "partitions.json").write_text('{"tiny":\n oops}')
+    with pytest.raises(UserError, match="partitions.json, line 2 is not valid JSON"):
+        metaicl.load_partition(world / "metaicl", "tiny")
+
+
+def test_k_smaller_than_the_files(world):
+    folder = world / "metaicl"
+    all_four = metaicl.read_examples(folder, "t", 4, 13, "train")
+    assert metaicl.read_examples(folder, "t", 2, 13, "train") == all_four[:2]
+    assert len(metaicl.read_examples(folder, "t", 4, 13, "test")) == 7
+    with pytest.raises(UserError, match="t_8_13_train.jsonl"):
+        metaicl.read_examples(folder, "t", 8, 13, "train")
+
+
+def test_fewer_demonstrations_than_k(world):
+    write_examples(world / "metaicl" / "data" / "t" / "t_8_13_train.jsonl", "t", [("w1", "w2")], [])
+    with pytest.raises(UserError, match="holds 1 examples, fewer than config.data.k = 8"):
+        metaicl.read_examples(world / "metaicl", "t", 8, 13, "train")
+
+
+def test_kind_of_task(world):
+    folder = world / "metaicl"
+    examples = metaicl.read_examples(folder, "t", 4, 13, "test")
+    assert metaicl.is_classification(folder, "t", examples)
+    other = [metaicl.Example("t", "x", "y", ("y", "z")), metaicl.Example("t", "x", "a", ("a", "b"))]
+    assert not metaicl.is_classification(folder, "t", other)
+    turned = [metaicl.Example("t", "x", "y", ("y", "z")), metaicl.Example("t", "x", "z", ("z", "y"))]
+    assert metaicl.is_classification(folder, "t", turned)
+    assert not metaicl.is_classification(folder, "t", [metaicl.Example("t", "x", "y", ())])
+    (folder / "tasks.json").write_text(json.dumps({"t": {"task_type": "multi-choice"}}))
+    assert not metaicl.is_classification(folder, "t", examples)
+
+
+def test_present_and_missing_tasks(world):
+    folder = world / "metaicl"
+    assert metaicl.present_tasks(folder, ["a", "t", "zz"], "train") == (["a"], ["t", "zz"])
+    assert metaicl.present_tasks(folder, ["a", "t"], "test", 4, (13, 21)) == (["t"], ["a"])
+    assert metaicl.present_tasks(folder, ["t"], "test", 4, (13, 42)) == ([], ["t"])  # one seed's file is not enough
+
+
+LINE = {"task": "a", "input": "x", "output": "y", "options": ["y", "z"]}
+
+
+@pytest.mark.parametrize("line,message", [
+    ('{"task": "a", ', "line 2 is not valid JSON"),
+    ("[1, 2]", "line 2 is not a JSON object"),
+    (json.dumps({k: v for k, v in LINE.items() if k != "output"}), "line 2 has no text in the field 'output'"),
+    (json.dumps(LINE | {"input": 3}), "line 2 has no text in the field 'input'"),
+    (json.dumps(LINE | {"output": "q"}), r"line 2: the output 'q' is not among the options \['y', 'z'\]"),
+    (json.dumps(LINE | {"options": "yz"}), "line 2: 'options' must be a list of texts"),
+])  # fmt: skip
+def test_bad_lines(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(LINE) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=f"a.jsonl, {message}"):
+        metaicl.read_file(path)
+
+
+def test_free_form_examples_and_blank_lines_are_fine(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(LINE | {"options": None}) + "\n\n" + json.dumps(LINE | {"options": []}) + "\n")
+    assert [example.options for example in metaicl.read_file(path)] == [(), ()]
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no examples"):
+        metaicl.read_file(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        metaicl.read_file(tmp_path / "no.jsonl")
+    with pytest.raises(UserError, match="is not a folder"):
+        metaicl.data_folder(tmp_path)
+    with pytest.raises(UserError, match="set config.data.tasks"):
+        metaicl.data_folder("")
+
+
+def test_text_files(world, tmp_path):
+    files = c4.text_files(world / "c4")
+    assert [len(files[split]) for split in ("train", "validation")] == [2, 1]
+    texts = [row["text"] for row in c4.read_documents(files["train"][1])]
+    assert texts == [words(5 * i, 90) for i in range(20)]
+    for folder, message in (("", "set config.data.text"), (tmp_path / "no", "is not a folder"),
+                            (world / "metaicl", "holds no \\*.json.gz")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            c4.text_files(folder)
+
+
+def test_bad_text(tmp_path):
+    path = write_text(tmp_path, "c4-train.json.gz", ["one", "two"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 12])
+    with pytest.raises(UserError, match="c4-train.json.gz is damaged"):
+        list(c4.read_documents(path))
+    for line, message in (('{"text": 1}', "has no text"), ("{", "is not valid JSON"), ("[]", "has no text")):
+        path.write_bytes(gzip.compress(b'{"text": "one"}\n' + line.encode() + b"\n"))
+        with pytest.raises(UserError, match=f"c4-train.json.gz, line 2 {message}"):
+            list(c4.read_documents(path))
+    path.write_bytes(b"this is no gzip file")
+    with pytest.raises(UserError, match="is damaged"):
+        list(c4.read_documents(path))
+
+
+def test_c4_builder_writes_what_tfds_and_we_read(world, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = c4.c4_builder(world / "c4", tmp_path / "tfds")
+    builder.download_and_prepare(file_format="array_record")
+    source = tfds.data_source("c4/en", data_dir=tmp_path / "tfds", split="train")
+    assert len(source) == 60
+    folder = c4.tfds_folder(tmp_path / "tfds" / "c4" / "en")
+    assert folder == c4.tfds_folder(tmp_path / "tfds") and folder.name == "3.1.0"
+    texts = set(c4.tfds_texts(folder, "train", 0, 60))
+    assert texts == {row["text"] for file in c4.text_files(world / "c4")["train"] for row in c4.read_documents(file)}
+
+
+def test_metaicl_builder(world, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = metaicl.metaicl_builder(world / "metaicl", tmp_path, "tiny", 4, (13, 21))
+    builder.download_and_prepare(file_format="array_record")
+    splits = {
+        name: len(tfds.data_source("metaicl/tiny", data_dir=tmp_path, split=name)) for name in builder.info.splits
+    }
+    assert splits == {"train": 60, "demonstrations_13": 4, "demonstrations_21": 4, "dev_13": 4, "dev_21": 4,
+                      "test_13": 7, "test_21": 7}  # fmt: skip
+    row = tfds.data_source("metaicl/tiny", data_dir=tmp_path, split="test_13")[0]
+    assert row["task"] == b"t" and [bytes(option) for option in row["options"]] == [b"w50", b"w51"]
+
+
+def test_a_tfds_directory_that_needs_tensorflow(world, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    c4.c4_builder(world / "c4", tmp_path).download_and_prepare(file_format="array_record")
+    info = c4.tfds_folder(tmp_path) / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="prepared as tfrecord, which only TensorFlow reads"):
+        c4.open_tfds(info.parent)
