@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from mend_jax import checkpoint
 from mend_jax.data import small_world
+from mend_jax.data.tokenize import separator
 from mend_jax.errors import UserError
 from mend_jax.model_card import distiller_card, llm_card, soft_prompt_card
 from mend_jax.models import weights
@@ -201,6 +202,7 @@ def write_folder(distiller: Distiller, folder: str | Path) -> None:
         "width": distiller.config.width,
         "llm_width": distiller.llm_width,
         "projection": distiller.projection,
+        "separator": distiller.separator,
     }
     _write_json(folder / SETTINGS, settings)
     if distiller.tokenizer is not None:
@@ -211,7 +213,7 @@ def write_folder(distiller: Distiller, folder: str | Path) -> None:
 def _read_exported(folder):
     try:
         settings = json.loads((folder / SETTINGS).read_text())
-        projection, llm_width = settings["projection"], int(settings["llm_width"])
+        projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SETTINGS} cannot be read ({error}): export the distiller again.") from None
     if projection not in PROJECTIONS:
@@ -230,7 +232,7 @@ def _read_exported(folder):
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    return _distiller(config, params, projection, load_tokenizer(folder))
+    return _distiller(config, params, projection, load_tokenizer(folder), before)
 
 
 # The training workdir
@@ -253,7 +255,7 @@ def _read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
     # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
     llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else decoder.width
     projection = resolve_projection(config["prefix"]["projection"], decoder.width, llm_width)
-    model = _distiller(decoder, params, projection, load_tokenizer(folder))
+    model = _distiller(decoder, params, projection, load_tokenizer(folder), separator(config["data"]["template"]))
     return config, model, meta
 
 
@@ -314,9 +316,10 @@ def _write_releases(distiller, folder) -> str:
 # Small parts
 
 
-def _distiller(config: DecoderConfig, params: Mapping, projection: str, tokenizer) -> Distiller:
+def _distiller(config: DecoderConfig, params: Mapping, projection: str, tokenizer, before: str = " ") -> Distiller:
     llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-    return Distiller(config, jax.tree.map(jax.numpy.asarray, params), projection, llm_width, tokenizer)
+    params = jax.tree.map(jax.numpy.asarray, params)
+    return Distiller(config, params, projection, llm_width, tokenizer, separator=before)
 
 
 def _soft_prompt(params, where) -> SoftPrompt:

@@ -9,10 +9,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mend_jax.errors import UserError
 from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
 from mend_jax.prefix import Prefix, Query, continue_after
+
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +80,6 @@ class LLM:
         return self.model.apply({"params": params}, embeds, cache.length + positions, cache, mask)
 
 
-
 def load_llm(path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
     """The LLM of a Hugging Face folder or hub name.
 
@@ -87,14 +90,23 @@ def load_llm(path: str | Path, dtype: str = "float32", attention: str = "xla", r
         attention: "xla", or "cudnn" (NVIDIA, bfloat16).
         remat: recompute each layer in the backward pass.
     Raises:
-        UserError: no such folder, an unsupported model_type, or weights that do not fit config.json.
+        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype or
+            attention than these.
     """
+    _check(dtype, attention)
     return _llm(load_model(path, dtype), dtype, attention, remat)
 
 
 def init_llm(path: str | Path, seed: int, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
     return _llm(init_model(path, seed, dtype), dtype, attention, remat)
+
+
+def _check(dtype: str, attention: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}.")
+    if attention not in ATTENTION:
+        raise UserError(f"attention is {attention!r}: it must be one of {', '.join(ATTENTION)}.")
 
 
 def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM:

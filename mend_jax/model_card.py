@@ -62,7 +62,7 @@ def distiller_card(config: dict, meta: dict, workdir, distiller) -> str:
         width=distiller.config.width,
         projection=distiller.projection,
         window=distiller.window,
-        separator="a newline" if config["data"]["template"] == "newline" else "a space",
+        separator={" ": "a space", "\n": "a newline"}[distiller.separator],
     )
     return _HEAD.format(title="A MEND distiller") + text + _training(config, meta, workdir)
 

@@ -74,7 +74,7 @@ def demonstrations_prefix(llm, demos) -> Prefix:
         llm: of `load_llm`.
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
     """
-    tokens, length = demo_tokens(demos, llm.tokenizer, llm.window, "LLM")
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config.vocab_size, llm.window, "LLM")
     return Prefix(llm.embed(llm.params, tokens), length)
 
 
@@ -114,6 +114,7 @@ class Distiller:
     dtype: str = "float32"
     attention: str = "xla"
     remat: bool = False
+    separator: str = " "  # stands before every x and y of texts: config.data.template of its training
 
     @property
     def num_vectors(self) -> int:
@@ -138,6 +139,10 @@ class Distiller:
             vectors = jnp.tanh(vectors)
         return Prefix(vectors, jnp.full((rows,), vectors.shape[1], jnp.int32))
 
+    def read(self, demos):
+        """Tokens (B,N) and lengths (B,) of what `distill` takes."""
+        return demo_tokens(demos, self.tokenizer, self.config.vocab_size, self.window, "distiller", self.separator)
+
     def distill(self, demos) -> Prefix:
         """The vectors of any demonstrations, with the distiller's own parameters.
 
@@ -147,9 +152,10 @@ class Distiller:
         Returns:
             Prefix((B, L, llm_width), L), B the number of contexts.
         Raises:
-            UserError: no demonstrations, no tokenizer for texts, or more tokens than the distiller's window.
+            UserError: no demonstrations, no tokenizer for texts, a token that the distiller does not have, or more tokens
+                than its window.
         """
-        tokens, length = demo_tokens(demos, self.tokenizer, self.window, "distiller")
+        tokens, length = self.read(demos)
         return jax.jit(self.apply)(self.params, tokens, length)
 
 
@@ -166,7 +172,14 @@ def init_distiller(config, llm, seed: int) -> Distiller:
         kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)
         params["projection"] = {"kernel": kernel, "bias": jnp.zeros(shape[1])}
     return Distiller(
-        backbone.config, params, projection, llm.config.width, backbone.tokenizer, config.dtype, llm.attention, config.remat
+        backbone.config,
+        params,
+        projection,
+        llm.config.width,
+        backbone.tokenizer,
+        config.dtype,
+        llm.attention,
+        config.remat,
     )
 
 
@@ -206,28 +219,40 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     return distiller
 
 
-def demo_tokens(demos, tokenizer, window: int, reader: str):
+def demo_tokens(demos, tokenizer, vocab_size: int, window: int, reader: str, separator: str = " "):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")
+    if isinstance(demos, str) or isinstance(demos[0], str):
+        raise UserError("Demonstrations as texts are a list of (x, y) pairs, not a text: give [(input, output), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
-        demos = [pair_tokens(demos, tokenizer)]
+        demos = [pair_tokens(demos, tokenizer, separator)]
     elif np.ndim(demos[0]) == 0:
         demos = [demos]
+    for row in demos:
+        if len(row) == 0:
+            raise UserError("A context of demonstrations is empty: every context needs at least one token.")
+        wrong = next((int(token) for token in row if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UserError(
+                f"The demonstrations hold token {wrong}, the {reader} has {vocab_size}: use its own tokenizer."
+            )
     longest = max(len(row) for row in demos)
     if longest > window:
-        raise UserError(f"The demonstrations have {longest} tokens, the {reader} reads at most {window}: give fewer or shorter ones.")
+        raise UserError(
+            f"The demonstrations have {longest} tokens, the {reader} reads at most {window}: give fewer or shorter ones."
+        )
     tokens = np.zeros((len(demos), longest), np.int32)
     for row, ids in zip(tokens, demos, strict=True):
         row[: len(ids)] = ids
     return jnp.asarray(tokens), jnp.asarray([len(row) for row in demos], jnp.int32)
 
 
-def pair_tokens(pairs, tokenizer) -> list[int]:
-    """The context of (x, y) string pairs: each x and y behind a space, as in training with data.template="space"."""
+def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
+    """The context of (x, y) string pairs: each x and y behind the separator, as in training."""
     if tokenizer is None:
         raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
-    texts = [f" {text}" for pair in pairs for text in pair]
+    texts = [separator + text for pair in pairs for text in pair]
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
 
 

@@ -14,8 +14,9 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
-from mend_jax.prefix import Prefix, no_prefix
+from mend_jax.prefix import Prefix, Query, demonstrations_prefix, no_prefix
 
 
 @struct.dataclass
@@ -129,20 +130,36 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         llm: of `load_llm`.
         distiller: of `load_distiller`.
         demos, x, y: token ids (lists of int) of the demonstrations, the input and the output.
+    Raises:
+        UserError: an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
     """
-    from mend_jax.prefix import Query, demo_tokens
-
-    tokens, length = demo_tokens(demos, llm.tokenizer, llm.window, "LLM")
+    tokens, length = distiller.read(demos)
+    teacher_prefix = demonstrations_prefix(llm, demos)
+    _check_query(llm, x, y, max(teacher_prefix.embeds.shape[1], distiller.num_vectors))
     ids = jnp.asarray([[*x, *y]], jnp.int32)
     query = Query(ids, jnp.asarray([ids.shape[1]], jnp.int32), jnp.asarray([len(x)], jnp.int32))
 
     @jax.jit
     def losses(params, llm_params):
         student = llm.states(llm_params, distiller.apply(params, tokens, length), query)
-        teacher = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
+        teacher = llm.states(llm_params, teacher_prefix, query)
         return query_losses(student, teacher, llm.head(llm_params), query, Weights(1.0, 1.0, 1.0), chunk=512)[1]
 
     return {name: float(value) for name, value in losses(distiller.params, llm.params).items()}
+
+
+def _check_query(llm, x, y, prefix_length: int) -> None:
+    if len(x) == 0 or len(y) == 0:
+        raise UserError("The input or the output is empty: each needs at least one token.")
+    wrong = next((token for token in (*x, *y) if not 0 <= token < llm.config.vocab_size), None)
+    if wrong is not None:
+        raise UserError(f"The query holds token {wrong}, the LLM has {llm.config.vocab_size}: use its own tokenizer.")
+    needed = prefix_length + len(x) + len(y)
+    if needed > llm.window:
+        raise UserError(
+            f"The query behind its prefix needs {needed} positions, {prefix_length} of them the prefix, the LLM reads at most"
+            f" {llm.window}: give fewer demonstrations or a shorter query."
+        )
 
 
 def _teacher_states(llm, llm_params, batch):

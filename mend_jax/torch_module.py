@@ -24,14 +24,16 @@ from transformers import AutoModel, AutoTokenizer
 class MendDistiller(nn.Module):
     """A decoder reads the demonstrations and then L placeholders; its states there, projected, are the vectors."""
 
-    def __init__(self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None):
+    def __init__(
+        self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " "
+    ):
         super().__init__()
         width = backbone.config.hidden_size
         self.backbone = backbone
         self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
         self.activation = torch.tanh if projection == "tanh" else nn.Identity()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.separator = tokenizer, separator  # of texts; the separator stands before every x and y
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "MendDistiller":
@@ -41,7 +43,8 @@ class MendDistiller(nn.Module):
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
         backbone = AutoModel.from_pretrained(folder, dtype=dtype)
-        model = cls(backbone, settings["num_vectors"], settings["llm_width"], settings["projection"], tokenizer)
+        names = ("num_vectors", "llm_width", "projection")
+        model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"])
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
@@ -75,7 +78,7 @@ class MendDistiller(nn.Module):
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, this folder has none: give token ids")
-            texts = [f" {text}" for pair in demos for text in pair]
+            texts = [self.separator + text for pair in demos for text in pair]
             demos = [sum(self.tokenizer(texts, add_special_tokens=False)["input_ids"], [])]
         elif not isinstance(demos[0], (tuple, list)):
             demos = [demos]

@@ -186,6 +186,13 @@ def test_load_distiller_reads_every_format_back(workdir, exported, llm, tiny_bac
         assert same_vectors(trained, mend_jax.load_distiller(path, llm, backbone=exported))
 
 
+def test_the_template_of_the_training_stays_with_the_distiller(llm, tiny_llm, tiny_backbone, tmp_path):
+    folder = make_workdir(tmp_path / "run", llm, tiny_llm, tiny_backbone, **{"data.template": "newline"})
+    export.export(folder, tmp_path / "out")
+    assert {export.read_distiller(place).separator for place in (folder, tmp_path / "out")} == {"\n"}
+    assert "behind a newline" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_best_checkpoint_is_exported(workdir, exported):
     kept = checkpoint.load_best(workdir)[0]["placeholders"]
     assert np.any(kept) and np.array_equal(load_file(exported / "distiller.safetensors")["placeholders"], kept)
@@ -209,7 +216,8 @@ def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backb
         from mend_distiller import MendDistiller
         distiller = MendDistiller.from_pretrained("it")
         rows, pairs = json.loads(sys.argv[1])
-        numpy.savez("vectors.npz", rows=distiller.distill(rows), one=distiller.distill(rows[1]), pairs=distiller.distill(pairs))
+        vectors = {"rows": distiller.distill(rows), "one": distiller.distill(rows[1]), "pairs": distiller.distill(pairs)}
+        numpy.savez("vectors.npz", **vectors)
         try:
             distiller.distill([2] * 1000)
         except ValueError as error:
