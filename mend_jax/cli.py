@@ -95,6 +95,8 @@ def load_config(name: str) -> ConfigDict:
         raise UserError(f'{path} has no variants: leave ":{variant}" out.')
     try:
         config = get_config(variant) if variant else get_config()
+    except UserError:
+        raise
     except (ValueError, KeyError) as error:
         if not variant:
             raise UserError(f"{path} fails: {_reason(error)}.") from error
@@ -194,7 +196,8 @@ def _tuple(text: str) -> tuple:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        value = tuple(int(part) if part.isdecimal() else part for part in parts)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 

@@ -92,7 +92,7 @@ def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:
 
 
 class Times:
-    """Seconds of each part, kept in a file: an interrupted part adds what it takes when it goes on, a finished one no more."""
+    """Seconds of each part, kept in a file: an interrupted part adds what it takes later, a finished one no more."""
 
     def __init__(self, path: Path):
         self.path = path

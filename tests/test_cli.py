@@ -1,0 +1,257 @@
+"""The command line: what it accepts, and the sentence that each mistake ends in."""
+
+import errno
+from typing import Literal
+
+import pytest
+
+from mend_jax import cli
+from mend_jax.errors import UserError
+from mend_jax.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
+
+BASE = str(cli.ROOT / "configs" / "base.py")
+
+
+def command(config, workdir):
+    """A command as `mend_jax.train` has it."""
+    return config, workdir
+
+
+def export(workdir, out, name="mend", repeats=5, share: float = 0.5, verbose: bool = False):
+    return workdir, out, name, repeats, share, verbose
+
+
+def benchmark(what: Literal["step", "inference"], /, size: Literal["small", "big"] = "small"):
+    return what, size
+
+
+@pytest.fixture(autouse=True)
+def no_world(monkeypatch):
+    """`resolve` writes the small world where it is named: not here."""
+    monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    def parse(*arguments):
+        return cli.parse(command, ["train", f"--config={BASE}", f"--workdir={tmp_path}", *arguments])[0]
+
+    return parse
+
+
+@pytest.fixture
+def refused(parsed):
+    def refuse(*arguments):
+        with pytest.raises(UserError) as error:
+            parsed(*arguments)
+        return str(error.value)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--config.train.steps=7"], "train.steps", 7),
+        (["--config.train.steps", "7"], "train.steps", 7),
+        (["--config.train.steps=7", "--config.train.steps=8"], "train.steps", 8),
+        (["--config.optimizer.learning_rate=1"], "optimizer.learning_rate", 1.0),
+        (["--config.llm.remat"], "llm.remat", True),
+        (["--config.llm.remat=true"], "llm.remat", True),
+        (["--noconfig.llm.remat"], "llm.remat", False),
+        (["--config.llm.path=a=b,c"], "llm.path", "a=b,c"),
+        (["--config.evaluate.seeds=13,21"], "evaluate.seeds", (13, 21)),
+        (["--config.evaluate.seeds=(13,)"], "evaluate.seeds", (13,)),
+        (["--config.evaluate.seeds=13"], "evaluate.seeds", (13,)),
+        (["--config.evaluate.tasks=a", "--config.evaluate.tasks=b"], "evaluate.tasks", ("a", "b")),
+        (["--config.evaluate.tasks="], "evaluate.tasks", ()),
+        (["--config.evaluate.methods=icl,mend=runs/a-b.1"], "evaluate.methods", ("icl", "mend=runs/a-b.1")),
+    ],
+)
+def test_overrides(parsed, arguments, key, value):
+    found = dotted_fields(parsed(*arguments))[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_may_stand_before_the_config(tmp_path):
+    config, workdir = cli.parse(command, ["x", "--config.seed=3", f"--workdir={tmp_path}", f"--config={BASE}"])
+    assert config.seed == 3 and workdir == str(tmp_path)
+
+
+def test_the_config_is_locked(parsed):
+    with pytest.raises(AttributeError):
+        parsed().train.stepz = 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.train.step=4", ["--config.train.step:", "--config.train.steps?"]),
+        ("--config.learning_rate=4", ["--config.optimizer.learning_rate?"]),
+        ("--config.train=4", ["section", "--config.train."]),
+        ("--config.train.steps=abc", ["--config.train.steps", "whole number", '"abc" (text)']),
+        ("--config.train.steps=1.5", ["whole number", '"1.5" (a fraction)']),
+        ("--config.train.steps", ["--config.train.steps needs a value", "whole number"]),
+        ("--config.optimizer.learning_rate=fast", ["--config.optimizer.learning_rate", "a number", '"fast" (text)']),
+        ("--config.llm.remat=maybe", ["true or false", '"maybe" (text)']),
+        ("--noconfig.llm.remat=true", ["--config.llm.remat=false"]),
+        ("--config.evaluate.seeds=13,x", ["evaluate.seeds", "whole numbers", "'x'"]),
+        ("--config.evaluate.tasks=1,2", ["evaluate.tasks", "names", "1"]),
+        ("--config.evaluate.seeds=", ["evaluate.seeds", "at least one"]),
+        ("--config.data.demo_buckets=0,5", ["data.demo_buckets", "at least 1", "0"]),
+        ("--config.stage=pretraining", ["stage", "pretrain, finetune, lm", 'did you mean "pretrain"']),
+        ("--config.experiment.methods=icl,mendd", ["experiment.methods", 'did you mean "mend"']),
+        ("--config.data.beta=1", ["data.beta", "more than 0 and less than 1", "1.0"]),
+        ("--config.train.steps=0", ["train.steps", "at least 1", "0"]),
+        ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "more than 0", "nan"]),
+        ("--config.optimizer.clip=inf", ["optimizer.clip", "inf"]),
+        ("--seed=1", ["no flag --seed", "--config", "--workdir"]),
+        ("--workdirr=1", ["no flag --workdirr", "did you mean --workdir?"]),
+        ("finetune", ['"finetune" is not understood', "--name=value"]),
+    ],
+)
+def test_mistakes(refused, argument, words):
+    sentence = refused(argument)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_checked(refused, key):
+    sentence = refused(f"--config.{key}={CHOICES[key][0]}x")
+    assert key in sentence and f'did you mean "{CHOICES[key][0]}"' in sentence
+
+
+def test_every_number_and_tuple_is_checked(parsed):
+    """Nothing of the tables is misspelt, and a number that is not in them may not be 0."""
+    fields = dotted_fields(parsed())
+    assert RANGES.keys() | CHOICES.keys() | TUPLES.keys() <= fields.keys() and NOT_REACHED.keys() <= RANGES.keys()
+    assert TUPLES.keys() == {key for key, value in fields.items() if isinstance(value, tuple)}
+    for key, value in fields.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            config = parsed()
+            with config.ignore_type():
+                config.update_from_flattened_dict({key: -1})
+            with pytest.raises(UserError, match=key):
+                check(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no config file", "base.py"]),
+        ("def get_config(:", ["cannot be read", "line 1"]),
+        ("import no_such_module", ["cannot be read", "no_such_module"]),
+        ("x = 1", ["no function get_config"]),
+        ("def get_config(): return 5", ["must return", "ConfigDict"]),
+        ("def get_config(): return {}['lr']", ["fails", "lr"]),
+        ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})", ["has no field"]),
+        (
+            "from configs import base\ndef get_config():\n  c = base.get_config()\n  c.train.stepz = 1\n  return c",
+            ["train.stepz", "train.steps"],
+        ),
+    ],
+)
+def test_config_files(tmp_path, content, words):
+    path = tmp_path / "bas.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        cli.load_config(str(path))
+    assert all(word in str(error.value) for word in ["bas.py", *words]), error.value
+
+
+def test_variants(monkeypatch):
+    monkeypatch.chdir(cli.ROOT)
+    with pytest.raises(UserError, match="quik.*quick"):
+        cli.load_config("configs/small_world.py:quik")
+    with pytest.raises(UserError, match=r'configs/base.py has no variants: leave ":quick" out'):
+        cli.load_config("configs/base.py:quick")
+    with pytest.raises(UserError, match="did you mean configs/small_world.py"):
+        cli.load_config("configs/smal_world.py:quick")
+
+
+def test_config_and_workdir_are_needed(tmp_path):
+    with pytest.raises(UserError, match="--config=FILE.py"):
+        cli.parse(command, ["x", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match="--workdir is needed"):
+        cli.parse(command, ["x", f"--config={BASE}"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        cli.parse(command, ["x", f"--config={BASE}", f"--workdir={tmp_path}/file"])
+
+
+def test_flags_of_a_command():
+    assert cli.parse(export, ["x", "--workdir=w", "--out=o"]) == ["w", "o", "mend", 5, 0.5, False]
+    everything = ["--workdir=w", "--out=o", "--name=n", "--repeats=2", "--share=1", "--verbose"]
+    assert cli.parse(export, ["x", *everything]) == ["w", "o", "n", 2, 1.0, True]
+    assert cli.parse(benchmark, ["x", "step", "--size=big"]) == ["step", "big"]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (export, ["--workdir=w"], ["--out is needed"]),
+        (export, ["--workdir=w", "--out=o", "--repeats=x"], ["--repeats", "whole number", '"x" (text)']),
+        (export, ["--workdir=w", "--out=o", "--nam=x"], ["no flag --nam", "--name?"]),
+        (export, ["--workdir=w", "--out=o", f"--config={BASE}"], ["takes no --config"]),
+        (export, ["--workdir=w", "--out=o", "--config.seed=1"], ["takes no --config"]),
+        (benchmark, [], ["step or inference", "nothing"]),
+        (benchmark, ["stp"], ["step or inference", '"stp"']),
+        (benchmark, ["step", "inference"], ['"inference" is not understood']),
+        (benchmark, ["step", "--size=bigg"], ["small, big", 'did you mean "big"']),
+    ],
+)
+def test_mistakes_in_the_flags_of_a_command(main, arguments, words):
+    with pytest.raises(UserError) as error:
+        cli.parse(main, ["x", *arguments])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def run_with(monkeypatch, capsys, outcome):
+    def main(workdir="w"):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, ["x"])
+    return stopped.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75), ({"a": 1}, 0)])
+def test_exit_code(monkeypatch, capsys, returned, code):
+    assert run_with(monkeypatch, capsys, returned)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("The sky is green: look up."), 2, "error: The sky is green: look up.\n"),
+        (KeyboardInterrupt(), 130, "goes on where it stopped"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
+    ],
+)
+def test_what_a_person_sees(monkeypatch, capsys, error, code, words):
+    found, output = run_with(monkeypatch, capsys, error)
+    assert found == code and words in output.err and "Traceback" not in output.err and output.out == ""
+
+
+def test_errors_of_the_program_keep_their_trace():
+    def main():
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError):
+        cli.run(main, ["x"])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(export, ["x", "--help"])
+    assert stopped.value.code == 0
+    assert "--repeats=int   (default 5)" in capsys.readouterr().out
+
+
+def test_nearest():
+    assert nearest("train.step", ["train.steps", "train.batch_size"]) == "train.steps"
+    assert nearest("steps", ["llm.path", "train.steps"]) == "train.steps"

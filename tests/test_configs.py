@@ -1,0 +1,160 @@
+"""Every config file loads in all its variants, and every command that is written anywhere is one that runs."""
+
+import re
+import runpy
+import shlex
+
+import pytest
+
+from mend_jax import cli
+from mend_jax.experiments import methods
+from mend_jax.settings import METHODS, check
+
+ROOT = cli.ROOT
+PARTITIONS = [
+    "class_to_class",
+    "non_class_to_class",
+    "qa_to_qa",
+    "non_qa_to_qa",
+    "non_nli_to_nli",
+    "hr_to_lr",
+    "non_paraphrase_to_paraphrase",
+]
+VARIANTS = {
+    "base": [],
+    "small_world": ["quick", "pretrain", "finetune", "full", "llm", "backbone"],
+    "c4_metaicl": ["methods", "llm"],
+    "gpt2_large": PARTITIONS,
+    "gpt2_xl": PARTITIONS,
+}
+NAMES = [f"configs/{file}.py{v and ':'}{v}" for file, variants in VARIANTS.items() for v in ["", *variants]]
+TEXTS = ["README.md", "docs/*.md", "configs/*.py", "mend_jax/*.py", "mend_jax/*/*.py", "launch/*.sh"]
+COMMAND = re.compile(r"^ *(?:[\w./]*/)?python -m (mend_jax[\w.]*)((?: (?:\\{1,2}\n|[^\n`])*)?)$", re.MULTILINE)
+
+
+def test_no_config_file_is_forgotten():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = cli.load_config(name)
+    check(config)
+    assert config.data.demo_buckets[-1] >= config.data.max_demo_tokens
+
+
+def commands():
+    """(file, module, arguments) of every `python -m mend_jax...` in the documentation, docstrings and scripts."""
+    found = []
+    for pattern in TEXTS:
+        for path in sorted(ROOT.glob(pattern)):
+            for module, rest in COMMAND.findall(path.read_text()):
+                words = shlex.split(re.sub(r"\\{1,2}\n", " ", rest), comments=True)
+                if not any("$" in word or "..." in word for word in words):
+                    found.append(pytest.param(module, words, id=f"{path.name}:{module}:{len(found)}"))
+    return found
+
+
+@pytest.mark.parametrize(("module", "arguments"), commands())
+def test_written_commands_run(module, arguments, monkeypatch):
+    """Up to the point where the work starts: the module exists, its flags are right, the config takes the overrides."""
+    mains = []
+    monkeypatch.setattr("mend_jax.cli.run", lambda main, *_: mains.append(main))
+    monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
+    monkeypatch.setattr("sys.argv", [module, "--out=unused"])
+    monkeypatch.chdir(ROOT)
+    if module == "mend_jax.data.small_world":  # has a parser of its own
+        return
+    runpy.run_module(module, run_name="__main__")
+    if arguments:
+        cli.parse(mains[0], [module, *arguments])
+
+
+def load(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return cli.load_config(name)
+
+
+def test_methods_are_the_papers(monkeypatch):
+    config = load("configs/small_world.py:quick", monkeypatch)
+    config.loss.kd = 10.0
+    weights = {
+        method: [
+            (stage, c.prefix.kind, c.loss.kd, c.loss.pred, c.loss.clm)
+            for stage, c in methods.stage_configs(config, method)
+        ]
+        for method in METHODS
+    }
+    assert weights == {
+        "zero_shot": [],
+        "icl": [],
+        "prompt_tuning": [("finetune", "soft_prompt", 0.0, 1.0, 0.0)],
+        "hypertuning": [("pretrain", "distiller", 0.0, 0.0, 1.0), ("finetune", "distiller", 0.0, 1.0, 0.0)],
+        "mend": [("pretrain", "distiller", 1.0, 0.0, 0.0), ("finetune", "distiller", 10.0, 1.0, 0.0)],
+    }
+
+
+def test_stage_configs_take_the_experiments_steps_and_leave_it_alone(monkeypatch):
+    config = load("configs/small_world.py:quick", monkeypatch)
+    before = config.to_json()
+    (first, pretrain), (second, finetune) = methods.stage_configs(config, "mend")
+    assert (first, second) == (pretrain.stage, finetune.stage) == ("pretrain", "finetune")
+    assert pretrain.train.steps == config.experiment.pretrain_steps
+    assert finetune.train.steps == config.experiment.finetune_steps
+    assert config.to_json() == before
+    assert pretrain.data.to_dict() == finetune.data.to_dict() == config.data.to_dict() and pretrain.seed == config.seed
+
+
+def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
+    calls = []
+
+    def train(config, workdir):
+        calls.append((workdir, config.stage, config.prefix.start_from))
+        return 0
+
+    def evaluate(config, workdir):
+        calls.append((workdir, config.evaluate.methods))
+        return {}
+
+    monkeypatch.setattr("mend_jax.train.train", train)
+    monkeypatch.setattr("mend_jax.evaluate.evaluate", evaluate)
+    config = load("configs/small_world.py:quick", monkeypatch)
+    config.experiment.methods = ("zero_shot", "prompt_tuning", "icl", "mend")
+    assert methods.main(config, str(tmp_path)) == 0
+    run = str(tmp_path / "mend" / "pretrain")
+    tuned, mend = str(tmp_path / "prompt_tuning" / "finetune"), str(tmp_path / "mend" / "finetune")
+    assert calls == [
+        (tuned, "finetune", ""),
+        (run, "pretrain", ""),
+        (mend, "finetune", run),
+        (str(tmp_path / "evaluation"), ("zero_shot", f"prompt_tuning={tuned}", "icl", f"mend={mend}")),
+    ]
+    assert list(methods.Times(tmp_path / "times.json").parts) == [
+        "prompt_tuning/finetune",
+        "mend/pretrain",
+        "mend/finetune",
+        "evaluation",
+    ]
+
+
+def test_an_experiment_stops_with_its_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("mend_jax.train.train", lambda config, workdir: 75)
+    monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda *_: pytest.fail("evaluated a training that was stopped"))
+    config = load("configs/small_world.py:quick", monkeypatch)
+    assert methods.main(config, str(tmp_path)) == 75
+    assert not methods.Times(tmp_path / "times.json").parts["mend/pretrain"]["finished"]
+
+
+def test_times_of_an_interrupted_part_add_up(tmp_path, monkeypatch):
+    clock = iter([0, 3, 10, 14, 20, 25])
+    monkeypatch.setattr(methods.time, "monotonic", lambda: next(clock))
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        methods.Times(tmp_path / "times.json").run("a", stopped)
+    assert methods.Times(tmp_path / "times.json").run("a", lambda: None) == 0
+    methods.Times(tmp_path / "times.json").run("a", lambda: None)  # finished: nothing to do, and nothing to add
+    assert methods.Times(tmp_path / "times.json").parts == {"a": {"seconds": 7.0, "finished": True}}

@@ -1,0 +1,117 @@
+"""The launch scripts: they parse, stop with a sentence, and install once. No package is installed here."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mend_jax.cli import ROOT
+
+SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", ".ci/run"]
+PIP = """#!/bin/sh
+# Stands for the environment's Python: writes down what it is asked to do, installs nothing.
+echo "$@" >>"$CALLS"
+case "$*" in
+*"pip install"*) exit "${PIP_CODE:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The scripts in a folder of their own, with an environment that is already made."""
+    for folder in ("launch", ".ci"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("requirements.txt", "requirements-test.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    _interpreter(tmp_path / ".venv" / "bin" / "python", PIP)
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text("")
+    return tmp_path
+
+
+def _interpreter(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def launch(clone, script, *arguments, **environment):
+    """(finished process, the calls of the environment's Python)"""
+    calls = clone / "calls"
+    calls.write_text("")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(clone), "CALLS": str(calls), **environment}
+    command = [str(clone / script), *arguments]
+    process = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+    return process, [line for line in calls.read_text().splitlines() if not line.startswith("-c")]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch/environment.sh"])
+def test_parses(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_is_executable(script):
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("script", "requirements", "work"),
+    [
+        (
+            "launch/quickstart.sh",
+            "requirements.txt",
+            "-m mend_jax.experiments.methods --config=configs/small_world.py:quick",
+        ),
+        ("launch/test.sh", "requirements-test.txt", "-m pytest"),
+        (".ci/run", "requirements-test.txt", "-m pytest"),
+    ],
+)
+def test_installs_once_and_passes_arguments_on(clone, script, requirements, work):
+    first, calls = launch(clone, script, "--seed", "a b")
+    assert first.returncode == 0, first.stderr
+    assert len(calls) == 2 and "pip install" in calls[0] and f"-r {requirements}" in calls[0]
+    assert calls[1].startswith(work) and calls[1].endswith(" --seed a b")
+    again, calls = launch(clone, script)
+    assert again.returncode == 0 and len(calls) == 1 and calls[0].startswith(work)
+    (clone / "requirements.txt").write_text("jax")
+    assert "pip install" in launch(clone, script)[1][0]
+
+
+def test_an_accelerators_jax_is_installed_when_it_is_named(clone):
+    launch(clone, "launch/quickstart.sh")
+    calls = launch(clone, "launch/quickstart.sh", JAX_EXTRA="cuda13")[1]
+    assert "pip install" in calls[0] and calls[0].endswith("jax[cuda13]")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stops_at_a_failed_installation_and_tries_again(clone, script):
+    failed, calls = launch(clone, script, PIP_CODE="1")
+    assert failed.returncode == 1 and len(calls) == 1
+    assert "error: pip could not install" in failed.stderr
+    assert "pip install" in launch(clone, script)[1][0]
+
+
+def test_makes_an_environment_that_is_broken_anew(clone):
+    _interpreter(clone / ".venv" / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    _interpreter(clone / "python", '#!/bin/sh\necho "$@" >>"$CALLS"\n')
+    failed, calls = launch(clone, "launch/test.sh", PYTHON=str(clone / "python"))
+    assert failed.returncode == 1 and "-m venv --clear .venv" in calls
+
+
+def test_another_folder_is_not_taken_for_an_environment(clone):
+    (clone / "documents").mkdir()
+    (clone / "documents" / "letter").write_text("dear")
+    failed, _ = launch(clone, "launch/test.sh", VENV="documents", PYTHON=sys.executable)
+    assert failed.returncode == 1 and "not a Python environment" in failed.stderr
+    assert (clone / "documents" / "letter").exists()
+
+
+def test_says_which_python_is_needed(clone):
+    old = clone / "old"
+    for name in ("python3", "python3.11", "python3.12"):
+        _interpreter(old / name, "#!/bin/sh\nexit 1\n")
+    failed, _ = launch(clone, "launch/quickstart.sh", VENV="new", PATH=f"{old}:/usr/bin:/bin")
+    assert failed.returncode == 1 and "Python 3.11 or 3.12 is needed" in failed.stderr
