@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mend_jax.data import metaicl, sampling
-from mend_jax.data.tokenize import encode, separator, tokenizer_text
+from mend_jax.data.tokenize import check_tokenizer, encode, separator, tokenizer_text
 from mend_jax.errors import UserError
 
 
@@ -44,11 +44,12 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
         llm: its `.tokenizer` is used.
         split: "test", or "dev" for the validation examples.
     Raises:
-        UserError: for bad files, free-form items, an unknown name in config.evaluate.tasks, or if no task is there.
+        UserError: for bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name in config.evaluate.tasks, or if no task is there.
     """
     data, seeds = config.data, tuple(config.evaluate.seeds)
     if llm.tokenizer is None:
         raise UserError(f"{llm.path} holds no tokenizer: put the LLM's tokenizer files there.")
+    check_tokenizer(llm.tokenizer, llm.config.vocab_size)
     names = metaicl.load_partition(data.tasks, data.partition)["test"]
     for name in config.evaluate.tasks:
         if name not in names:

@@ -108,9 +108,12 @@ def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Exam
 
 
 def load_partition(folder, name: str) -> dict[str, list[str]]:
-    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven settings."""
+    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven settings.
+
+    Raises UserError for a missing folder, an unknown name, or a partition of another form.
+    """
     partitions = dict(metaicl_partitions())
-    own = Path(folder).expanduser() / "partitions.json"
+    own = data_folder(folder).parent / "partitions.json"
     if own.is_file():
         partitions |= _read_json(own)
     if name not in partitions:

@@ -1,0 +1,333 @@
+"""Batches: a pure function of (seed, step), sharded by process, one shape for all, and what stands in them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import save_tokenizer
+from data_files import make_world, tiny_config, words, write_examples, write_text
+
+from mend_jax.data import draws as draws_module
+from mend_jax.data.batches import Batch, make_batches
+from mend_jax.errors import UserError
+
+STAGES = ("pretrain", "finetune", "lm")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def batches(world, tokenizer, stage, split="train", processes=(0, 1), **data):
+    return make_batches(tiny_config(world, stage, **data), tokenizer, split, 96, 80, *processes)
+
+
+def arrays(batch: Batch):
+    query = batch.query
+    return [batch.demos, batch.demos_length, query.tokens, query.length, query.target_start, batch.ids]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(arrays(a), arrays(b), strict=True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_function_of_seed_and_step(world, tokenizer, stage):
+    one, two = batches(world, tokenizer, stage), batches(world, tokenizer, stage)
+    backwards = {step: two[step] for step in reversed(range(12))}
+    for step in range(12):
+        assert same(one[step], backwards[step])
+    assert not same(one[0], one[1])
+    other = tiny_config(world, stage)
+    other.seed = 1
+    assert not same(make_batches(other, tokenizer, "train", 96, 80)[0], one[0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_iterator_goes_on_from_any_step(world, tokenizer, stage):
+    made = batches(world, tokenizer, stage)
+    iterator = made.iterator(7)
+    for step in range(7, 15):
+        assert same(next(iterator), made[step])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_processes_share_one_batch_of_one_shape(world, tokenizer, stage):
+    whole = batches(world, tokenizer, stage)
+    parts = [batches(world, tokenizer, stage, processes=(i, 2)) for i in range(2)]
+    for step in range(8):
+        both = [part[step] for part in parts]
+        for together, first, second in zip(arrays(whole[step]), *map(arrays, both), strict=True):
+            assert first.shape == second.shape and len(first) == 2
+            assert np.array_equal(together, np.concatenate([first, second]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_row_of_a_window_comes_once_and_padding_is_right(world, tokenizer, stage):
+    made = batches(world, tokenizer, stage)
+    seen = []
+    for step in range(8):
+        batch = made[step]
+        assert all(array.dtype == np.int32 for array in arrays(batch)[:-1]) and batch.ids.dtype == np.int64
+        for tokens, lengths in ((batch.demos, batch.demos_length), (batch.query.tokens, batch.query.length)):
+            for row, length in zip(tokens, lengths, strict=True):
+                assert not row[length:].any()
+        real = batch.demos_length.sum() + batch.query.length.sum()
+        assert made.padding(step) == pytest.approx(1 - real / (batch.demos.size + batch.query.tokens.size))
+        seen += batch.ids.tolist()
+    assert sorted(seen) == list(range(32))
+
+
+def test_finetuning_rows_are_examples_of_one_task(world, tokenizer):
+    made, options = batches(world, tokenizer, "finetune"), {"w50", "w51"}
+    files = {t: world / "metaicl" / "data" / t / f"{t}_16384_100_train.jsonl" for t in "abc"}
+    texts = {}
+    for task, file in files.items():
+        for i, line in enumerate(file.read_text().splitlines()):
+            row = json.loads(line)
+            x = tokenizer(row["input"])["input_ids"][:6]
+            texts[task, i] = x, tokenizer(row["output"])["input_ids"]
+    tasks = set()
+    for step in range(8):
+        batch = made[step]
+        for row in range(4):
+            task, chosen, query, budget = made.draws.draw(int(batch.ids[row]))
+            name = "abc"[task]
+            tasks.add(name)
+            assert query not in chosen and len(set(chosen)) == len(chosen) == 4
+            demos = [token for i in chosen for part in texts[name, i] for token in part]
+            assert batch.demos[row, : batch.demos_length[row]].tolist() == demos
+            x, y = texts[name, query]
+            length, start = batch.query.length[row], batch.query.target_start[row]
+            assert batch.query.tokens[row, :length].tolist() == x + y and start == len(x)
+            assert tokenizer.decode(batch.query.tokens[row, start:length]) in options
+            assert batch.demos_length[row] <= budget
+            assert made.describe(batch.ids[row]).startswith(f"task {name}: query {query}")
+    assert tasks == set("abc")
+
+
+def test_what_does_not_fit_is_left_out(world, tokenizer):
+    made = batches(world, tokenizer, "finetune", max_demo_tokens=15)
+    whole = [made.draws.cut[task][chosen] for task, chosen, *_ in map(made.draws.draw, range(60))]
+    assert {len(lengths) for lengths in whole} >= {2, 3, 4} and max(map(sum, whole)) <= 15
+    assert made[0].demos.shape[1] <= 15
+    narrow = make_batches(tiny_config(world, "finetune"), tokenizer, "train", 30, 80)  # the LLM's window: 30 tokens
+    for step in range(8):
+        batch = narrow[step]
+        assert (batch.demos_length + batch.query.length).max() <= 30
+
+
+def test_not_even_one_demonstration_fits(world, tokenizer):
+    with pytest.raises(
+        UserError, match="Not even one demonstration of task '[abc]' fits the context's budget of 2 tokens"
+    ):
+        batches(world, tokenizer, "finetune", max_demo_tokens=2)[0]
+
+
+def test_a_query_that_no_bucket_holds_is_never_drawn(world, tokenizer):
+    made = batches(world, tokenizer, "finetune", query_buckets=(4, 5))
+    assert max(made[step].query.length.max() for step in range(8)) <= 5
+    with pytest.raises(
+        UserError, match="No example of task 'a' fits 2 tokens, the largest of config.data.query_buckets"
+    ):
+        batches(world, tokenizer, "finetune", query_buckets=(2,))
+
+
+def test_release_truncation(tmp_path, tokenizer):
+    pairs = [(words(i, 100), "w50") for i in range(20)]
+    write_examples(tmp_path / "metaicl" / "data" / "a" / "a_16384_100_train.jsonl", "a", pairs, [])
+    (tmp_path / "metaicl" / "partitions.json").write_text(json.dumps({"tiny": {"train": ["a"], "test": ["a"]}}))
+    data = {
+        "max_input_tokens": 99,
+        "max_demo_tokens": 900,
+        "k": 10,
+        "demo_buckets": (512, 900),
+        "query_buckets": (100,),
+    }
+    config = tiny_config(tmp_path, "finetune", release_truncation=True, **data)
+    made = make_batches(config, tokenizer, "train", 1024, 1024)
+    batch = made[0]
+    assert batch.demos.shape == (4, 642) and batch.teacher_demos.shape == (4, 766)
+    assert (batch.demos_length == 642).all() and (batch.teacher_demos_length == 766).all()
+    assert (batch.teacher_demos[:, :642] == batch.demos).all()
+    assert made.padding(0) == 0
+    config.data.release_truncation = False
+    whole = make_batches(config, tokenizer, "train", 1024, 1024)[0]
+    assert (whole.demos_length == 900).all() and whole.teacher_demos is None
+
+
+def test_a_soft_prompt_reads_no_demonstrations(world, tokenizer):
+    config = tiny_config(world, "finetune")
+    config.prefix.kind, config.loss.kd = "soft_prompt", 0.0
+    batch = make_batches(config, tokenizer, "train", 96)[0]
+    assert batch.demos.shape == (4, 0) and not batch.demos_length.any() and batch.query.length.all()
+    config.loss.kd = 1.0  # a teacher does
+    assert make_batches(config, tokenizer, "train", 96)[0].demos.shape[1] > 0
+
+
+def test_pretraining_continues_the_context(world, tokenizer):
+    made = batches(world, tokenizer, "pretrain")
+    for step in range(8):
+        batch = made[step]
+        for row in range(4):
+            demos = batch.demos[row, : batch.demos_length[row]]
+            query = batch.query.tokens[row, : batch.query.length[row]]
+            text = made.draws.store[made.draws.document(int(batch.ids[row]))][:64]
+            assert np.array_equal(np.concatenate([demos, query]), text)
+            assert len(text) >= 32 and len(demos) == int(0.8 * len(text)) and batch.query.target_start[row] == 0
+
+
+def test_short_texts_are_skipped_and_an_epoch_has_every_other(world, tokenizer):
+    made = batches(world, tokenizer, "pretrain")
+    drawn = [made.draws.document(row) for row in range(60)]
+    short = {i for i in range(60) if made.draws.store.lengths[i] < 32}
+    assert short and not short & set(drawn)
+    assert set(drawn) == set(range(60)) - short
+    assert drawn != [made.draws.document(row) for row in range(60, 120)]  # another order in the next epoch
+
+
+def test_texts_too_short(tmp_path, tokenizer):
+    write_text(tmp_path / "c4", "c4-train.json.gz", [words(i, 20) for i in range(30)])
+    config = tiny_config(tmp_path, "pretrain")
+    with pytest.raises(UserError, match="longest text .* has 20 tokens .* pretraining needs 32"):
+        make_batches(config, tokenizer, "train", 96, 80)
+
+
+def test_a_continuation_beyond_the_window(world, tokenizer):
+    with pytest.raises(UserError, match="continuation of 58 tokens does not fit the LLM's window of 60 .*beta"):
+        make_batches(tiny_config(world, "pretrain", beta=0.1), tokenizer, "train", 60, 80)
+    wide = batches(world, tokenizer, "pretrain", beta=0.1)[0]  # longer than any of config.data.query_buckets
+    assert wide.query.tokens.shape[1] >= 0.9 * 32
+
+
+def test_vectors_that_leave_no_room(world, tokenizer):
+    with pytest.raises(
+        UserError, match="window of 4 tokens has no room for demonstrations beside config.prefix.length = 4"
+    ):
+        make_batches(tiny_config(world, "finetune"), tokenizer, "train", 96, 4)
+
+
+def test_language_model_rows(world, tokenizer):
+    made = batches(world, tokenizer, "lm", text_share=0.25)
+    counts, kinds = set(), []
+    for step in range(16):
+        batch = made[step]
+        assert (
+            batch.demos.shape == (4, 0) and batch.query.tokens.shape == (4, 32) and not batch.query.target_start.any()
+        )
+        for row, number in enumerate(batch.ids):
+            kinds.append(made.draws.text_number(int(number)))
+            if kinds[-1] is not None:
+                assert batch.query.length[row] == 32
+                continue
+            task, chosen = made.draws.draw(int(number))
+            counts.add(len(chosen))
+            examples = [made.draws.stores[task].example(i, 6) for i in chosen]
+            flat = [token for example in examples for part in example for token in part]
+            assert batch.query.tokens[row, : batch.query.length[row]].tolist() == flat
+    assert counts == {1, 2, 3, 4, 5}  # up to K + 1
+    assert [k for k in kinds if k is not None] == list(range(16))  # a quarter of each batch, no text twice in an epoch
+
+
+def test_short_texts_are_packed_with_an_end_between(tmp_path, tokenizer):
+    write_text(tmp_path / "c4", "c4-train.json.gz", [words(i, 10) for i in range(30)])
+    config = tiny_config(tmp_path, "lm", text_share=1.0, validation_items=4)
+    batch = make_batches(config, tokenizer, "train", 96)[0]
+    assert (batch.query.length == 32).all()
+    assert (batch.query.tokens[:, 10] == 1).all() and (batch.query.tokens[:, 21] == 1).all()  # <eos>
+    assert (batch.query.tokens == 1).sum() == 8
+
+
+def test_long_texts_are_cut_anywhere(world, tokenizer):
+    made = batches(world, tokenizer, "lm", text_share=1.0)
+    rows = [batch.query.tokens[i] for batch in map(made.__getitem__, range(8)) for i in range(4)]
+    assert len({int(row[0]) for row in rows}) > 10
+
+
+def test_lm_sequence_and_window(world, tokenizer):
+    with pytest.raises(UserError, match="sequence_length is 200, but the LLM's window is 96"):
+        batches(world, tokenizer, "lm", sequence_length=200)
+    with pytest.raises(UserError, match="Not even one example of task '[abc]' fits config.data.sequence_length = 2"):
+        batches(world, tokenizer, "lm", sequence_length=2, text_share=0.0)[0]
+
+
+def test_validation_is_held_out_and_fixed(world, tokenizer):
+    made = batches(world, tokenizer, "pretrain", "validation")
+    assert made.steps == 2
+    rows = [made.draws.document(int(row)) for batch in made.iterator() for row in batch.ids]
+    assert rows == list(range(8))
+    starts = [made.draws.store[i][0] for i in range(8)]
+    assert starts == [2 + 3 * i for i in range(8)]  # the validation file's words
+    tasks = batches(world, tokenizer, "lm", "validation", text_share=0.0)
+    assert {store.task for store in tasks.draws.stores} == {"t"} and len(tasks.draws.stores[0]) == 8
+
+
+def test_missing_tasks_are_named_once(world, tokenizer, caplog):
+    config = tiny_config(world, "finetune")
+    tasks = world / "metaicl" / "partitions.json"
+    tasks.write_text(json.dumps(json.loads(tasks.read_text()) | {"more": {"train": ["a", "q", "r"], "test": ["t"]}}))
+    config.data.partition = "more"
+    assert [store.task for store in make_batches(config, tokenizer, "train", 96, 80).draws.stores] == ["a"]
+    assert [r.getMessage() for r in caplog.records if "missing" in r.getMessage()] == [
+        f"2 of 3 meta-train tasks are missing in {world / 'metaicl'}: q, r"
+    ]
+    config.data.partition = "qa_to_qa"
+    with pytest.raises(UserError, match="has the train files of none of the 37 meta-train tasks of 'qa_to_qa'"):
+        make_batches(config, tokenizer, "train", 96, 80)
+
+
+def test_more_demonstrations_than_examples(world, tokenizer):
+    for stage in ("finetune", "lm"):
+        with pytest.raises(
+            UserError, match="Task 'a' has 20 examples, but config.data.k = 20 demonstrations and a query take 21"
+        ):
+            batches(world, tokenizer, stage, k=20, max_demo_tokens=800)
+
+
+def test_batches_that_do_not_divide(world, tokenizer):
+    with pytest.raises(UserError, match="batch_size = 4 does not divide over 3 processes"):
+        batches(world, tokenizer, "finetune", processes=(0, 3))
+
+
+def test_missing_paths(world, tokenizer):
+    for stage, name in (("pretrain", "text"), ("finetune", "tasks"), ("lm", "text"), ("lm", "tasks")):
+        with pytest.raises(UserError, match=f"config.data.{name}"):
+            batches(world, tokenizer, stage, **{name: ""})
+        with pytest.raises(UserError, match=f"is not a folder: config.data.{name}"):
+            batches(world, tokenizer, stage, **{name: str(world / "no")})
+
+
+def test_buckets_hold_every_length():
+    assert draws_module.buckets((128, 256, 900), 900) == (128, 256, 900)
+    assert draws_module.buckets((128, 256, 900), 300) == (128, 256, 300)
+    assert draws_module.buckets((900, 128), 1000) == (128, 900, 1000)
+
+
+def test_sorting_saves_padding(world, tokenizer):
+    sorted_, drawn = batches(world, tokenizer, "finetune"), batches(world, tokenizer, "finetune", bucket_window=1)
+    mean = lambda made: np.mean([made.padding(step) for step in range(32)])  # noqa: E731
+    assert mean(sorted_) < mean(drawn)
+
+
+@pytest.mark.parametrize("partition", ["class_to_class", "qa_to_qa"])
+def test_real_tasks(shared, tmp_path, partition):
+    from transformers import AutoTokenizer
+
+    config = tiny_config(tmp_path, "finetune", tasks=str(shared / "metaicl"), partition=partition, k=16)
+    config.data.max_demo_tokens, config.data.max_input_tokens = 900, 256
+    config.data.demo_buckets, config.data.query_buckets = (256, 512, 900), (64, 128, 512)
+    gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    made = make_batches(config, gpt2, "train", 1024, 1024)
+    for step in range(8):
+        batch = made[step]
+        assert (batch.demos_length + batch.query.length).max() <= 1024 and batch.demos_length.min() > 0

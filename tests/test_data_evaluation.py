@@ -1,0 +1,132 @@
+"""What evaluation reads: the demonstrations of each seed, the items with all their options, and what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import save_tokenizer
+from data_files import make_world, tiny_config, write_examples
+
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return SimpleNamespace(
+        tokenizer=AutoTokenizer.from_pretrained(folder), path=folder, config=SimpleNamespace(vocab_size=64)
+    )
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path)
+
+
+def raw(world, name):
+    return [json.loads(line) for line in (world / "metaicl" / "data" / "t" / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_every_task_and_seed(world, llm, split):
+    tasks, missing = load_tasks(tiny_config(world, "finetune"), llm, split)
+    assert [(task.task, task.seed) for task in tasks] == [("t", 13), ("t", 21)] and missing == []
+    ids = lambda text: llm.tokenizer(" " + text)["input_ids"]  # noqa: E731
+    for task in tasks:
+        assert task.classification
+        assert [(x.tolist(), y.tolist()) for x, y in task.demos] == [
+            (ids(row["input"]), ids(row["output"])) for row in raw(world, f"t_4_{task.seed}_train.jsonl")
+        ]
+        rows = raw(world, f"t_4_{task.seed}_{split}.jsonl")
+        assert len(task.items) == len(rows)
+        for item, row in zip(task.items, rows, strict=True):
+            assert item.x_tokens.tolist() == ids(row["input"])
+            assert [option.tolist() for option in item.options_tokens] == [ids(option) for option in row["options"]]
+            assert item.options == tuple(row["options"]) and item.options[item.label] == row["output"]
+
+
+def test_separators_stand_in_the_tokens(world, shared):
+    from transformers import AutoTokenizer
+
+    gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    llm = SimpleNamespace(tokenizer=gpt2, path="gpt2", config=SimpleNamespace(vocab_size=50257))
+    config = tiny_config(world, "finetune", max_input_tokens=900)
+    for template, mark in (("space", " "), ("newline", "\n")):
+        config.data.template = template
+        task = load_tasks(config, llm, "test")[0][0]
+        text = "".join(gpt2.decode(part) for pair in task.demos for part in pair)
+        rows = raw(world, "t_4_13_train.jsonl")
+        assert text == "".join(mark + part for row in rows for part in (row["input"], row["output"]))
+        item = task.items[0]
+        assert gpt2.decode(item.options_tokens[0]) == mark + item.options[0]
+
+
+def test_inputs_are_cut_and_options_are_not(world, llm):
+    long = " ".join(["w1"] * 9)
+    for seed in (13, 21):
+        for split in ("train", "test"):
+            path = world / "metaicl" / "data" / "t" / f"t_4_{seed}_{split}.jsonl"
+            write_examples(path, "t", [(long, long)] * 4, [long, "w2"])
+    for task in load_tasks(tiny_config(world, "finetune"), llm, "test")[0]:
+        assert {len(x) for x, _ in task.demos} == {6} and {len(y) for _, y in task.demos} == {9}
+        assert {len(item.x_tokens) for item in task.items} == {6}
+        assert {len(item.options_tokens[0]) for item in task.items} == {9}
+
+
+def test_limit_and_chosen_tasks(world, llm):
+    config = tiny_config(world, "finetune")
+    config.evaluate.limit = 3
+    config.evaluate.tasks = ("t",)
+    assert [len(task.items) for task in load_tasks(config, llm, "test")[0]] == [3, 3]
+    config.evaluate.tasks = ("a",)
+    with pytest.raises(UserError, match="config.evaluate.tasks names 'a', which is no meta-test task of 'tiny'"):
+        load_tasks(config, llm, "test")
+
+
+def test_missing_tasks(world, llm, caplog):
+    partitions = {"tiny": {"train": [], "test": ["zz", "t"]}, "none": {"train": [], "test": ["zz"]}}
+    (world / "metaicl" / "partitions.json").write_text(json.dumps(partitions))
+    config = tiny_config(world, "finetune")
+    tasks, missing = load_tasks(config, llm, "test")
+    assert {task.task for task in tasks} == {"t"} and missing == ["zz"]
+    assert "1 of 2 meta-test tasks are missing" in caplog.text
+    config.data.partition = "none"
+    with pytest.raises(UserError, match="files of none of the 1 meta-test tasks .such as zz_4_13_test.jsonl"):
+        load_tasks(config, llm, "test")
+
+
+def test_free_form_items_are_refused(world, llm):
+    path = world / "metaicl" / "data" / "t" / "t_4_13_test.jsonl"
+    write_examples(path, "t", [("w1", "w2")], [])
+    with pytest.raises(UserError, match="t_4_13_test.jsonl, example 1 has 0 options"):
+        load_tasks(tiny_config(world, "finetune"), llm, "test")
+
+
+def test_empty_task_and_bad_line(world, llm):
+    path = world / "metaicl" / "data" / "t" / "t_4_21_test.jsonl"
+    path.write_text("")
+    with pytest.raises(UserError, match="t_4_21_test.jsonl holds no examples"):
+        load_tasks(tiny_config(world, "finetune"), llm, "test")
+    path.write_text('{"task": "t", "input": "w1", "output": "w9", "options": ["w1", "w2"]}\n')
+    with pytest.raises(UserError, match="t_4_21_test.jsonl, line 1: the output 'w9' is not among the options"):
+        load_tasks(tiny_config(world, "finetune"), llm, "test")
+
+
+def test_tokenizers_that_do_not_do(world, llm):
+    config = tiny_config(world, "finetune")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tasks(config, SimpleNamespace(tokenizer=None, path="here"), "test")
+    small = SimpleNamespace(tokenizer=llm.tokenizer, path="here", config=SimpleNamespace(vocab_size=10))
+    with pytest.raises(UserError, match="ids up to 61, but the LLM knows 10 tokens"):
+        load_tasks(config, small, "test")
+
+
+def test_real_tasks(shared, llm, tmp_path):
+    config = tiny_config(tmp_path, "finetune", tasks=str(shared / "metaicl"), partition="class_to_class", k=16)
+    tasks, missing = load_tasks(config, llm, "dev")
+    assert missing == [] and all(task.classification for task in tasks)
+    assert len({task.task for task in tasks}) == 16 and all(len(task.demos) == 16 for task in tasks)
