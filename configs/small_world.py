@@ -58,8 +58,7 @@ def _language_model(c: ConfigDict, name: str) -> None:
     c.stage = "lm"
     c.llm.path = "small_world" if name == "llm" else "small_world_backbone"
     c.data.text_share = 0.25  # the words of the meta-test topics occur nowhere else
-    c.train.batch_size = 128
-    c.train.steps = 3_000
+    c.train.steps = 2_400 if name == "llm" else 3_000
     c.optimizer.learning_rate = 4e-3  # tried: width 64 learns in context within 700 steps of 64 sequences
     c.train.eval_every = 250
     c.train.save_every = 250

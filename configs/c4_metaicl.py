@@ -1,0 +1,43 @@
+"""Real text and real tasks at a size that two CPU cores can train: C4 and MetaICL's class_to_class, GPT-2's tokenizer.
+
+First the LLM, from random weights (a folder with configs/gpt2_tiny/config.json and the tokenizer's files beside it):
+
+    python -m mend_jax.train --config=configs/c4_metaicl.py:llm --workdir=runs/real/llm \
+        --config.llm.path=runs/gpt2_tiny --config.data.text=C4 --config.data.tasks=METAICL
+
+Then all five methods on it, and the table:
+
+    python -m mend_jax.experiments.methods --config=configs/c4_metaicl.py --workdir=runs/real/methods \
+        --config.data.text=C4 --config.data.tasks=METAICL
+
+Hardware, time and the scores that came out: docs/results.md.
+"""
+
+from configs import base
+
+
+def get_config(name: str = "methods"):
+    c = base.get_config()
+    c.llm.path = c.prefix.backbone = "runs/real/llm/llm"
+    if name == "llm":
+        c.stage = "lm"
+        c.data.text_share = 0.5
+        c.data.sequence_length = 1024
+        c.data.validation_items = 16
+        c.train.batch_size = 4
+        c.train.steps = 450
+        c.train.eval_every = 150
+        c.train.save_every = 50
+        c.optimizer.learning_rate = 2e-3
+        c.optimizer.warmup_steps = 30
+        c.optimizer.weight_decay = 0.01
+        return c
+    # 30,000 steps a stage in the paper; the rate is higher because so few steps must do.
+    c.experiment.pretrain_steps = c.experiment.finetune_steps = 300
+    c.optimizer.learning_rate = 5e-4
+    c.optimizer.warmup_steps = 10
+    c.train.eval_every = 300
+    c.train.save_every = 50
+    c.data.validation_items = 32
+    c.evaluate.batch_size = 64
+    return c
