@@ -4,6 +4,8 @@ Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; 
 teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes `demo_buckets`, `query_buckets`.
 """
 
+import functools
+
 import grain
 import numpy as np
 
@@ -13,6 +15,7 @@ from mend_jax.errors import UserError
 
 MIN_TEXT_TOKENS = 32  # pretraining: shorter texts teach nothing about distilling
 TRIES = 100  # draws until one fits
+KEPT = 1 << 14  # draws remembered between planning a window and making its batches
 
 
 class TextDraws:
@@ -69,6 +72,7 @@ class TaskDraws:
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
         self.vectors = config.prefix.length
         self.contexts = config.prefix.kind != "soft_prompt" or bool(config.loss.kd)  # else nobody reads them
+        self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k + 1)
         limit = min(max(self.config.query_buckets), windows[0] - self.vectors)
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
@@ -143,6 +147,7 @@ class SequenceDraws:
         self.range, self.end_of_text = documents, end_of_text
         self.demo_buckets, self.query_buckets = (0,), (self.size,)
         self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
+        self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k + 1)
 
     def text_number(self, row: int) -> int | None:
