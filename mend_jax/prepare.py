@@ -1,9 +1,10 @@
 """Tokenise a config's text and tasks once, so that training only reads.
 
-    python -m mend_jax.prepare --config=configs/base.py --config.data.text=c4/ --config.data.tasks=metaicl/ --config.llm.path=gpt2
+    python -m mend_jax.prepare --config=configs/base.py --config.llm.path=gpt2 \\
+        --config.data.text=c4/ --config.data.tasks=metaicl/
 
-Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them itself
-when this was not run. Interrupted, it goes on where it stopped.
+Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them
+itself when this was not run. Interrupted, it goes on where it stopped.
 """
 
 from mend_jax import cli

@@ -1,4 +1,4 @@
-"""Tokenising once: found again, resumed after an interruption, done by several processes, one sentence for what goes wrong."""
+"""Tokenising once: found again, resumed after an interruption, by several processes, one sentence for what goes wrong."""
 
 import copy
 import gzip
@@ -151,7 +151,8 @@ from data_files import tiny_config
 from transformers import AutoTokenizer
 from mend_jax.data import prepared
 prepared.IN_PROCESS = 0
-prepared.prepare_text(tiny_config(Path({world!r}), "pretrain", processes=2), AutoTokenizer.from_pretrained({tokenizer!r}))
+tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
+prepared.prepare_text(tiny_config(Path({world!r}), "pretrain", processes=2), tokenizer)
 """
 
 

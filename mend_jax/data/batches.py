@@ -34,7 +34,7 @@ class Batch:
 
 
 class Batches:
-    """`batches[step]` is this process's part of the global batch of a step, the same whenever and wherever it is asked for.
+    """`batches[step]` is this process's part of the global batch of a step, whenever and wherever it is asked for.
 
     `steps` is the number of batches of a validation split, None for training, which has no end.
     """
@@ -45,7 +45,8 @@ class Batches:
         self.seed, self.prefetch = config.seed, config.data.prefetch
         if self.batch_size % process_count:
             raise UserError(
-                f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: choose a multiple."
+                f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: "
+                "choose a multiple."
             )
         share = self.batch_size // process_count
         self.mine = slice(process_index * share, (process_index + 1) * share)
@@ -158,7 +159,7 @@ def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:
 
 
 def find_tasks(config, split: str) -> list[str]:
-    """The tasks of config.data.partition that have files: meta-training ("train"), or meta-test tasks' dev ("validation").
+    """The tasks of config.data.partition that have files: meta-training ("train"), or meta-test with dev files ("validation").
 
     Tasks without files are named in one warning; raises UserError where none is left.
     """

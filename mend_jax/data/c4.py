@@ -1,4 +1,4 @@
-"""Plain text in C4's form: a folder of AllenAI's `*.json.gz` (one {"text", "timestamp", "url"} a line), or a tfds `c4/en`.
+"""Plain text in C4's form: a folder of AllenAI's `*.json.gz` (lines {"text", "timestamp", "url"}), or a tfds `c4/en`.
 
 Files whose name has "validation" in it are held-out text.
 """
@@ -13,7 +13,7 @@ from mend_jax.errors import UserError
 
 
 def text_files(folder) -> dict[str, list[Path]]:
-    """{"train": files, "validation": files} of a folder of `*.json.gz`. Raises UserError where there is no training text."""
+    """{"train": files, "validation": files} of a folder of `*.json.gz`. Raises UserError where none is for training."""
     if not str(folder):
         raise UserError("No text is given: set config.data.text to a folder of C4's *.json.gz files.")
     path = Path(folder).expanduser()
@@ -75,8 +75,8 @@ def open_tfds(folder):
     builder = tfds.builder_from_directory(folder)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: give the *.json.gz "
-            "files, or prepare it with file_format='array_record'."
+            f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: give the "
+            "*.json.gz files, or prepare it with file_format='array_record'."
         )
     if "text" not in (builder.info.features or ()):
         raise UserError(f"{folder} has no feature 'text': config.data.text must be C4 or like it.")
@@ -92,7 +92,7 @@ def tfds_texts(folder, split: str, start: int, stop: int) -> Iterator[str]:
 
 
 def c4_builder(folder, data_dir):
-    """A tfds builder that reads AllenAI's `*.json.gz` of `folder` and prepares `<data_dir>/c4/en/3.1.0`, without TensorFlow.
+    """A tfds builder that reads AllenAI's `*.json.gz` of `folder` and prepares `<data_dir>/c4/en/3.1.0`: no TensorFlow.
 
     `c4_builder(folder, data_dir).download_and_prepare(file_format="array_record")` writes what the official class
     `tfds.text.C4` and `tfds.data_source("c4/en", data_dir=...)` read back.

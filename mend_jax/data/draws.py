@@ -1,7 +1,7 @@
 """What each row of training data is: a pure function of (seed, row number), one class per stage.
 
-Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query, target_start,
-teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes `demo_buckets`, `query_buckets`.
+Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query,
+target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes `demo_buckets`, `query_buckets`.
 """
 
 import functools
@@ -80,8 +80,8 @@ class TaskDraws:
         for store, queries in zip(stores, self.queries, strict=True):
             if not len(queries):
                 raise UserError(
-                    f"No example of task {store.task!r} fits {limit} tokens, the largest of config.data.query_buckets that "
-                    f"the LLM's window of {windows[0]} allows: leave the task out or raise it."
+                    f"No example of task {store.task!r} fits {limit} tokens, the largest of config.data.query_buckets "
+                    f"that the LLM's window of {windows[0]} allows: leave the task out or raise it."
                 )
         self.query_buckets = buckets(self.config.query_buckets, limit)
         self.demo_buckets = (
@@ -106,8 +106,8 @@ class TaskDraws:
             if fitting := sampling.fit_demos(cut[chosen], budget):
                 return task, chosen[:fitting], query, budget
         raise UserError(
-            f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} tokens: "
-            "raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
+            f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} "
+            "tokens: raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
         )
 
     def lengths(self, row: int) -> tuple[int, int]:
@@ -167,7 +167,8 @@ class SequenceDraws:
             if fitting := sampling.fit_demos(self.cut[task][chosen], self.size):
                 return task, chosen[:fitting]
         raise UserError(
-            f"Not even one example of task {self.stores[task].task!r} fits config.data.sequence_length = {self.size}: raise it."
+            f"Not even one example of task {self.stores[task].task!r} fits "
+            f"config.data.sequence_length = {self.size}: raise it."
         )
 
     def lengths(self, row: int) -> tuple[int, int]:
@@ -220,8 +221,8 @@ def check_enough_examples(stores: list[TaskStore], needed: int) -> None:
     for store in stores:
         if len(store) < needed:
             raise UserError(
-                f"Task {store.task!r} has {len(store)} examples, but config.data.k = {needed - 1} demonstrations and a query "
-                f"take {needed}: lower k or leave the task out."
+                f"Task {store.task!r} has {len(store)} examples, but config.data.k = {needed - 1} demonstrations and a "
+                f"query take {needed}: lower k or leave the task out."
             )
 
 
@@ -235,8 +236,8 @@ def _largest_budget(config, windows) -> int:
     budget = sampling.demo_budget(config.data.max_demo_tokens, windows[0], 1, windows[1], config.prefix.length)
     if budget < 1:
         raise UserError(
-            f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside config.prefix.length = "
-            f"{config.prefix.length} vectors: lower it or take another backbone."
+            f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside "
+            f"config.prefix.length = {config.prefix.length} vectors: lower it or take another backbone."
         )
     return min(budget, sampling.RELEASE_DISTILLER_TOKENS) if config.data.release_truncation else budget
 
@@ -244,6 +245,6 @@ def _largest_budget(config, windows) -> int:
 def _check_window(what: str, query: int, vectors: int, window: int) -> None:
     if query + vectors > window:
         raise UserError(
-            f"{what} of {query} tokens does not fit the LLM's window of {window} beside config.prefix.length = {vectors} "
-            "vectors: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
+            f"{what} of {query} tokens does not fit the LLM's window of {window} beside config.prefix.length = "
+            f"{vectors} vectors: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
         )

@@ -1,4 +1,4 @@
-"""What evaluation reads: for each task and seed the demonstrations and the test items, as token ids (MetaICL's protocol).
+"""What evaluation reads: for each task and seed the demonstrations and the test items, as token ids (as MetaICL).
 
 Every x, y and option is tokenised with the template's separator before it, so that a context is plain concatenation.
 """
@@ -37,14 +37,15 @@ class EvalTask:
 
 
 def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
-    """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of those without files.
+    """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of the missing.
 
     Args:
         config: a whole run's config.
         llm: its `.tokenizer` is used.
         split: "test", or "dev" for the validation examples.
     Raises:
-        UserError: for bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name in config.evaluate.tasks, or if no task is there.
+        UserError: for bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name
+            in config.evaluate.tasks, or if no task is there.
     """
     data, seeds = config.data, tuple(config.evaluate.seeds)
     if llm.tokenizer is None:
@@ -98,8 +99,8 @@ def check_options(items: list[metaicl.Example], path) -> None:
     for number, item in enumerate(items, 1):
         if len(item.options) < 2:
             raise UserError(
-                f"{path}, example {number} has {len(item.options)} options: evaluation chooses among at least two, so leave "
-                f"free-form tasks like {item.task!r} out of the meta-test tasks."
+                f"{path}, example {number} has {len(item.options)} options: evaluation chooses among at least two, so "
+                f"leave free-form tasks like {item.task!r} out of the meta-test tasks."
             )
 
 

@@ -2,8 +2,8 @@
 
     {"task": "ag_news", "input": "Stocks rose.", "output": "Business", "options": ["Business", "Sports", "World"]}
 
-`options` is empty (or null) where the output is free text: good for training, not for evaluation. A folder may bring its
-own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
+`options` is empty (or null) where the output is free text: good for training, not for evaluation. A folder may bring
+its own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
 """
 
 import functools
@@ -46,7 +46,7 @@ def meta_train_file(folder, task: str) -> Path:
 
 
 def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
-    """The file of a task, seed and split ("train", "dev", "test"); where there is none for k, that of the next larger k.
+    """The file of a task, seed and split ("train", "dev", "test"); where there is none for k, that of a larger k.
 
     Raises UserError when no file has at least k examples' name.
     """
@@ -62,7 +62,7 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
 
 
 def read_file(path) -> list[Example]:
-    """All examples of a file. Raises UserError (file and line) for what is not a MetaICL example, or for an empty file."""
+    """All examples of a file. Raises UserError (file and line) for what is no MetaICL example, or an empty file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: check config.data.tasks and the task's name.")
@@ -108,7 +108,7 @@ def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Exam
 
 
 def load_partition(folder, name: str) -> dict[str, list[str]]:
-    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven settings.
+    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven.
 
     Raises UserError for a missing folder, an unknown name, or a partition of another form.
     """

@@ -1,7 +1,7 @@
 """Tokenised data on disk: made once, by parallel processes, found again by fingerprint.
 
     <cache>/shards-<tokenizer, separator>/<file>-<source>.array_record    one per source file
-    <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests, written last: the shards of a source
+    <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests, written last: a source's shards
 
 Shards appear only when whole, so an interrupted `prepare` goes on with the first missing one.
 """
@@ -95,7 +95,7 @@ def _file_fingerprint(file: Path) -> str:
 
 
 def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dict:
-    """Runs the jobs whose shards are missing, then writes the manifest; under a lock, so that one process does the work."""
+    """Runs the jobs whose shards are missing, then writes the manifest; under a lock: one process does the work."""
     text = tokenizer_text(tokenizer)
     dtype = "uint16" if max(tokenizer.get_vocab().values(), default=0) < 1 << 16 else "uint32"
     shard_key = fingerprint(FORMAT, text, before, dtype)

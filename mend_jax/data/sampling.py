@@ -36,7 +36,7 @@ def join_demos(pairs) -> np.ndarray:
 
 
 def split_text(length: int, beta: float, budget: int) -> tuple[int, int]:
-    """(context, continuation) lengths of a text: the share beta, at most `budget`, then the other (1 - beta) share of it.
+    """(context, continuation) lengths of a text: the share beta, at most `budget`, then the other share (1 - beta).
 
     At least one token stands on each side (paper, section 3.2).
     """
@@ -45,7 +45,7 @@ def split_text(length: int, beta: float, budget: int) -> tuple[int, int]:
 
 
 def demo_budget(max_demo_tokens: int, llm_window: int, query_length: int, distiller_window: int, vectors: int) -> int:
-    """Tokens a context may have: config.data.max_demo_tokens, but the LLM reads the query too, the distiller l placeholders."""
+    """Tokens a context may have: the LLM reads the query too, and the distiller its l placeholders (`vectors`)."""
     return min(max_demo_tokens, llm_window - query_length, distiller_window - vectors)
 
 
@@ -65,8 +65,8 @@ def bucket(length: int, buckets: tuple[int, ...]) -> int:
 def window_plan(demo_lengths, query_lengths, demo_buckets, query_buckets, batches: int, rng) -> np.ndarray:
     """Rows of one window grouped into batches of similar length, the batches in random order: (batches, B) row numbers.
 
-    Rows are sorted by the bucket of the context, then by the length of the query: up in one bucket, down in the next, so
-    that a batch which spans two buckets has queries of one size.
+    Rows are sorted by the bucket of the context, then by the length of the query: up in one bucket, down in the next,
+    so that a batch which spans two buckets has queries of one size.
     """
     demo_bucket = np.searchsorted(demo_buckets, demo_lengths)
     direction = np.where(demo_bucket % 2, -1, 1)

@@ -84,6 +84,7 @@ def text_splits(manifest: dict, validation_items: int) -> dict[str, tuple[TextSt
     cut = len(train) - validation_items
     if cut <= 0:
         raise UserError(
-            f"{manifest['source']} holds {len(train)} texts, no more than config.data.validation_items = {validation_items}."
+            f"{manifest['source']} holds {len(train)} texts, no more than config.data.validation_items = "
+            f"{validation_items}: give more text or lower it."
         )
     return {"train": (train, range(cut)), "validation": (train, range(cut, len(train)))}

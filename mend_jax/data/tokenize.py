@@ -2,7 +2,7 @@
 
 A shard is an array_record file that appears under its name only when it is whole. Text: one record a document, then one
 record with every document's length. Tasks: one record per 1,024 examples, then one record with two counts.
-`python -m mend_jax.data.tokenize` is the worker: JSON lines in (the tokenizer, then jobs), JSON lines out (progress, results).
+`python -m mend_jax.data.tokenize` is the worker: JSON lines in (tokenizer, jobs) and out (progress, results).
 """
 
 import contextlib
@@ -62,8 +62,8 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
         raise UserError(f"The tokenizer {tokenizer.name_or_path!r} is empty: its folder needs the vocabulary files.")
     if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the LLM knows {vocab_size} tokens: "
-            "use the tokenizer that belongs to the LLM."
+            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the LLM knows {vocab_size} "
+            "tokens: use the tokenizer that belongs to the LLM."
         )
 
 
@@ -75,7 +75,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
     """Writes one shard and returns {"items", "tokens"}. `report(bytes of the source)` is called now and then.
 
-    job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError for bad input and a full disk.
+    job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
     """
     out = Path(job["out"])
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
