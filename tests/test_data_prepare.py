@@ -1,4 +1,4 @@
-"""Tokenising once: found again, resumed after an interruption, by several processes, one sentence for what goes wrong."""
+"""Tokenising once: found again, resumed after an interruption, by several processes, mistakes in one sentence."""
 
 import copy
 import gzip

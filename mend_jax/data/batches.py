@@ -159,7 +159,7 @@ def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:
 
 
 def find_tasks(config, split: str) -> list[str]:
-    """The tasks of config.data.partition that have files: meta-training ("train"), or meta-test with dev files ("validation").
+    """The partition's tasks that have files: meta-training ("train"), or meta-test with dev files ("validation").
 
     Tasks without files are named in one warning; raises UserError where none is left.
     """

@@ -1,7 +1,8 @@
 """What each row of training data is: a pure function of (seed, row number), one class per stage.
 
 Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query,
-target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes `demo_buckets`, `query_buckets`.
+target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes
+`demo_buckets`, `query_buckets`.
 """
 
 import functools
