@@ -6,9 +6,11 @@ Only trainable params, their optimizer state and a few numbers are here; the fro
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -45,6 +47,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unusable(self.folder)
         _wait_for_all_processes("checkpoints opened")
+        logging.getLogger("absl").addFilter(_without_orbax_traces)
         self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
         policy = managers.AnyPreservationPolicy([managers.LatestN(2), _KeepBest(self)])
         options = managers.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
@@ -92,10 +95,13 @@ class Checkpoints:
         return meta["step"], _read_tree(folder / "params", params), _read_tree(folder / "opt_state", opt_state), meta
 
     def close(self):
-        """Waits for the last save and ends the background threads."""
-        self.wait()
-        self.background.shutdown()
-        self.manager.close()
+        """Waits for the last save and ends the background threads; what went wrong is raised once, here or before."""
+        try:
+            self.wait()
+        finally:
+            self.background.shutdown()
+            with contextlib.suppress(Exception):  # orbax raises a failed save a second time
+                self.manager.close()
 
     def _seal(self, step):
         self.manager.wait_until_finished()
@@ -247,6 +253,11 @@ class _clear_disk_errors:
                 "intact. Make room and give the same command again."
             ) from error
         return False
+
+
+def _without_orbax_traces(record):
+    """Orbax prints the trace of a failed save from its threads; the error itself reaches us, and is said in one sentence."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _remove_unusable(folder):

@@ -4,6 +4,7 @@ metrics.jsonl holds only what is a function of the configuration, so that a run 
 very file of an unbroken one. Times are in speed.jsonl.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 PARAMS = "params.txt"
+BOARD = "tensorboard"
 QUIET_SECONDS = 15  # between lines where the output is not a terminal
 
 
@@ -36,12 +40,16 @@ class Reporter:
             return
         cut(self.workdir / METRICS, start)
         cut(self.workdir / SPEED, start)
-        self.metrics_file = open(self.workdir / METRICS, "a")
-        self.speed_file = open(self.workdir / SPEED, "a")
-        self.board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=start + 1)
+        self.files = contextlib.ExitStack()  # closes all of them, even where one cannot be written to its end
+        self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))
+        self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))
+        (self.workdir / BOARD).mkdir(exist_ok=True)
+        # Not SummaryWriter: it writes from a thread, whose errors (a full disk) would reach nobody but the terminal.
+        self.board = self.files.enter_context(contextlib.closing(EventsWriter(str(self.workdir / BOARD / "events"))))
+        self.board.write_event(Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = self.files.enter_context(tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True))
 
     def write(self, line):
         """One line {"step": int, name: float, ...} of metrics.jsonl, and the same to TensorBoard."""
@@ -51,7 +59,7 @@ class Reporter:
         self.metrics_file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if name != "step":
-                self.board.add_scalar(name, value, line["step"])
+                self._plot(name, value, line["step"])
 
     def progress(self, line):
         """The speed since the last call, to speed.jsonl and, with `line`'s loss and padding, to the person who waits."""
@@ -69,8 +77,11 @@ class Reporter:
         self.speed_file.write(json.dumps({k: float(f"{v:.6g}") if k != "step" else v for k, v in speed.items()}) + "\n")
         self.speed_file.flush()
         for name in ("tokens_per_second", "data_wait_per_step"):
-            self.board.add_scalar(f"speed/{name}", speed[name], line["step"])
+            self._plot(f"speed/{name}", speed[name], line["step"])
         self._show(line, speed)
+
+    def _plot(self, name, value, step):
+        self.board.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
 
     def _show(self, line, speed):
         shown = {
@@ -95,15 +106,13 @@ class Reporter:
         if self.writes:
             self.metrics_file.flush()
             os.fsync(self.metrics_file.fileno())
+            self.board.flush()
 
     def close(self):
+        """Closes the files; what was written reaches the disk."""
         if self.writes:
-            self.sync()
-            self.metrics_file.close()
-            self.speed_file.close()
-            self.board.close()
-            if self.bar is not None:
-                self.bar.close()
+            with self.files:
+                self.sync()
 
 
 def say(text):
