@@ -56,7 +56,10 @@ def continue_after(model: Decoder, params, prefix: Prefix, embeds):
     The LLM reads a query after a prefix, and a decoder distiller its placeholders after the demonstrations: one function.
     """
     joined, _ = join(prefix, embeds)
-    states = model.apply({"params": params}, joined)
+    # Padding may reach beyond the window though no row does: it is cut off, and comes back as zeros.
+    beyond = max(0, joined.shape[1] - model.config.max_positions)
+    states = model.apply({"params": params}, joined[:, : joined.shape[1] - beyond])
+    states = jnp.pad(states, ((0, 0), (0, beyond), (0, 0)))
     if prefix.embeds.shape[1] == 0:
         return states
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start, 0), embeds.shape[1:]))(states, prefix.length)
