@@ -56,6 +56,7 @@ def commands():
     return found
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy: the module is imported already
 @pytest.mark.parametrize(("module", "arguments"), commands())
 def test_written_commands_run(module, arguments, monkeypatch):
     """Up to the point where the work starts: the module exists, its flags are right, the config takes the overrides."""
