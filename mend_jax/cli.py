@@ -11,6 +11,7 @@ import ast
 import errno
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from difflib import SequenceMatcher
@@ -39,6 +40,7 @@ def run(main, argv=None) -> None:
     """
     argv = sys.argv if argv is None else argv
     logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
