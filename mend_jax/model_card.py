@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens")  # of a line of metrics.jsonl
+NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # of a line of metrics.jsonl
 
 _HEAD = """---
 library_name: transformers
@@ -105,12 +105,12 @@ def _training(config, meta, workdir) -> str:
 
 
 def _measured(workdir, step) -> dict[str, str]:
-    """What metrics.jsonl says of a step."""
+    """What metrics.jsonl says of a step; a loss that is exactly 0 was not computed."""
     path, values = Path(workdir).expanduser() / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
         if row.get("step") == step:
-            values |= {name: f"{value:.4f}" for name, value in row.items() if name not in NOT_MEASURED}
+            values |= {name: f"{value:.4f}" for name, value in row.items() if value and name not in NOT_MEASURED}
     return values
 
 
