@@ -14,9 +14,12 @@ Hardware, time and the scores that came out: docs/results.md.
 """
 
 from configs import base
+from mend_jax.errors import UserError
 
 
 def get_config(name: str = "methods"):
+    if name not in ("llm", "methods"):
+        raise UserError(f"configs/c4_metaicl.py has no {name!r}: use llm or methods.")
     c = base.get_config()
     c.llm.path = c.prefix.backbone = "runs/real/llm/llm"
     if name == "llm":

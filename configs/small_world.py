@@ -37,7 +37,7 @@ def get_config(name: str = "quick") -> ConfigDict:
     c.data.demo_buckets = (80,)  # one shape: compiling another takes longer than it saves
     c.data.query_buckets = (8, 24)  # an input with its label; a text's continuation
     c.data.sequence_length = 88
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup_steps = 50
     c.train.batch_size = 64
     c.train.log_every = 20
@@ -69,17 +69,17 @@ def _language_model(c: ConfigDict, name: str) -> None:
 def _quick(c: ConfigDict, name: str) -> None:
     c.stage = "pretrain" if name == "pretrain" else "finetune"
     c.experiment.methods = ("zero_shot", "icl", "mend")
-    c.experiment.pretrain_steps = 500
-    c.experiment.finetune_steps = 1_000
+    c.experiment.pretrain_steps = 300
+    c.experiment.finetune_steps = 700
     c.train.steps = c.experiment.pretrain_steps if name == "pretrain" else c.experiment.finetune_steps
-    c.train.eval_every = 250
-    c.train.save_every = 250
+    c.train.eval_every = 350
+    c.train.save_every = 100
     c.evaluate.seeds = (13, 21)
 
 
 def _full(c: ConfigDict) -> None:
-    c.experiment.pretrain_steps = 2_000
-    c.experiment.finetune_steps = 6_000
+    c.experiment.pretrain_steps = 800
+    c.experiment.finetune_steps = 2_000
     c.train.steps = c.experiment.finetune_steps
     c.train.eval_every = 500
-    c.train.save_every = 500
+    c.train.save_every = 200
