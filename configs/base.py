@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM
     loss.pred = 1.0  # weight of L_pred: finetuning only
     loss.clm = 0.0  # weight of L_CLM: pretraining only (and 1 in stage "lm")
-    loss.chunk = 512  # tokens whose (tokens, vocabulary) logits exist at one time
+    loss.chunk = 256  # tokens whose (tokens, vocabulary) logits exist at one time
 
     c.data = data = ConfigDict()
     data.text = ""  # C4: a folder of AllenAI's *.json.gz, or a prepared tfds c4/en directory
