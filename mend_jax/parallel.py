@@ -1,7 +1,7 @@
 """How the one train step is compiled over devices: "pmap" (data parallel) or "mesh" (jit over named shardings).
 
-Both take the same host batch of this process's rows and give the update of the whole global batch. In "pmap" every tree
-carries a leading axis of local devices and everything is replicated. In "mesh" the batch is sharded by rows and large
+Both take the same host batch of this process's rows and give the update of the whole global batch. In "pmap" the state
+and the batch carry a leading axis of local devices, and the LLM is whole on each. In "mesh" the batch is sharded by rows and large
 weights of the frozen LLM by one of their axes, so that an LLM too large for one device fits; XLA gathers a layer when it
 is needed.
 """
@@ -26,7 +26,7 @@ class Layout:
     """Where trees live, and how functions of them are compiled. Made by `make_layout`."""
 
     replicate: Callable  # host tree -> the same on every device (train state)
-    place_frozen: Callable  # host tree -> devices (LLM params)
+    place_frozen: Callable  # tree -> devices (LLM params); may share memory with it
     split: Callable  # host batch of this process -> its rows over the devices
     fetch: Callable  # a replicated tree -> numpy, freshly copied
     compile_step: Callable  # train_step(state, llm_params, batch) -> the same, compiled; the state is donated
@@ -56,7 +56,11 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
 
 def _pmap_layout() -> Layout:
     devices = jax.local_devices()
-    rows = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    mesh = Mesh(np.array(devices), (AXIS,))
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def place_frozen(tree):  # without an axis of devices: the first device keeps the arrays it has
+        return jax.device_put(tree, everywhere)
 
     def replicate(tree):
         return jax_utils.replicate(tree, devices)
@@ -69,12 +73,12 @@ def _pmap_layout() -> Layout:
         return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
 
     def compile_step(step):
-        return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,))
+        return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))
 
     def compile_loss(function):
-        return jax.pmap(lambda *args: jax.lax.pmean(function(*args), AXIS), axis_name=AXIS)
+        return jax.pmap(lambda *args: jax.lax.pmean(function(*args), AXIS), axis_name=AXIS, in_axes=(0, None, 0))
 
-    return Layout(replicate, replicate, split, fetch, compile_step, compile_loss, AXIS, None)
+    return Layout(replicate, place_frozen, split, fetch, compile_step, compile_loss, AXIS, None)
 
 
 def _mesh_layout() -> Layout:
@@ -86,7 +90,7 @@ def _mesh_layout() -> Layout:
         return jax.tree.map(lambda x: _put(np.array(x), everywhere), tree)
 
     def place_frozen(tree):
-        return jax.tree.map(lambda x: _put(np.asarray(x), NamedSharding(mesh, _frozen_spec(x.shape))), tree)
+        return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, _frozen_spec(x.shape))), tree)
 
     def split(batch):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
@@ -104,6 +108,9 @@ def _mesh_layout() -> Layout:
 
 
 def _put(array, sharding):
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -41,12 +41,14 @@ class Reporter:
         cut(self.workdir / METRICS, start)
         cut(self.workdir / SPEED, start)
         self.files = contextlib.ExitStack()  # closes all of them, even where one cannot be written to its end
-        self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))
-        self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))
+        self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))  # noqa: SIM115
+        self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))  # noqa: SIM115
         (self.workdir / BOARD).mkdir(exist_ok=True)
         # Not SummaryWriter: it writes from a thread, whose errors (a full disk) would reach nobody but the terminal.
         self.board = self.files.enter_context(contextlib.closing(EventsWriter(str(self.workdir / BOARD / "events"))))
-        self.board.write_event(Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        self.board.write_event(
+            Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+        )
         self.bar = None
         if sys.stderr.isatty():
             self.bar = self.files.enter_context(tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True))
@@ -57,6 +59,7 @@ class Reporter:
         if not self.writes:
             return
         self.metrics_file.write(json.dumps(line) + "\n")
+        self.metrics_file.flush()
         for name, value in line.items():
             if name != "step":
                 self._plot(name, value, line["step"])
@@ -95,7 +98,11 @@ class Reporter:
         elif time.monotonic() - self.last_line > QUIET_SECONDS or line["step"] == self.steps:
             self.last_line = time.monotonic()
             left = _duration((self.steps - line["step"]) * speed["seconds_per_step"])
-            say(f"step {line['step']}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left} left")
+            say(
+                f"step {line['step']}/{self.steps}  "
+                + "  ".join(f"{k} {v}" for k, v in shown.items())
+                + f"  {left} left"
+            )
 
     def skip_time(self):
         """Time since the last line (an evaluation, a save) is not counted as training."""
@@ -182,7 +189,10 @@ def parameter_table(trainable, frozen):
         for path, x in jax.tree_util.tree_leaves_with_path(trainable)
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])]) for row in rows]
+    lines = [
+        "  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])])
+        for row in rows
+    ]
     return "\n".join([*lines, "", parameter_summary(trainable, frozen)]) + "\n"
 
 

@@ -71,7 +71,9 @@ def _train(config, workdir):
         start = checkpoints.steps[-1] if checkpoints.steps else 0
         lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
         if _is_finished(config, start, lines, score):
-            reporting.say(f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}.")
+            reporting.say(
+                f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}."
+            )
         else:
             code = _Run(config, workdir, checkpoints, score).go()
             if code:
@@ -139,7 +141,7 @@ class _Run:
 
     def go(self):
         """Trains to the end (0) or until SIGTERM (75)."""
-        with _sigterm() as stopped, contextlib.closing(self.report):
+        with _sigterm() as told_to_stop, contextlib.closing(self.report):
             step, source = self.start, iter(self.batches.iterator(self.start))
             ready = self._next(source)
             while True:
@@ -150,12 +152,13 @@ class _Run:
                     ready = self._next(source)
                 while len(self.pending) > 1:  # one step stays in flight
                     self._absorb()
+                stops = told_to_stop(step)
                 evaluates = last or step % self.config.train.eval_every == 0
-                if evaluates or stopped.is_set() or step % self.config.train.save_every == 0:
+                if evaluates or stops or step % self.config.train.save_every == 0:
                     self._save(step, evaluates)
                 if last or (evaluates and self._stops_early(step)):
                     return 0
-                if stopped.is_set():
+                if stops:
                     self.checkpoints.wait()
                     reporting.say(f"Stopped at step {step}, which is saved: the same command goes on from there.")
                     return STOPPED
@@ -238,7 +241,9 @@ class _Run:
     def _stops_early(self, step):
         if _bad_evaluations(self.report.lines, self.score) < self.config.train.patience:
             return False
-        reporting.say(f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations.")
+        reporting.say(
+            f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations."
+        )
         return True
 
 
@@ -266,7 +271,9 @@ def build(config, llm):
 def batches(config, llm, model, split):
     """This process's rows of the batches of a split ("train" or "validation")."""
     distiller_window = model.config.max_positions if isinstance(model, Distiller) else None
-    return make_batches(config, llm.tokenizer, split, llm.window, distiller_window, jax.process_index(), jax.process_count())
+    return make_batches(
+        config, llm.tokenizer, split, llm.window, distiller_window, jax.process_index(), jax.process_count()
+    )
 
 
 def evaluation(config, llm, model, loss_fn, layout, frozen):
@@ -305,7 +312,7 @@ def _alone_in(workdir):
     """Holds the workdir, so that two runs never write the same files."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a")
+        file = open(workdir / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         if checkpoint.is_disk_full(error):
             raise
@@ -315,20 +322,27 @@ def _alone_in(workdir):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"Another run is training in {workdir}: wait for it, or name another workdir.") from None
+                raise UserError(
+                    f"Another run is training in {workdir}: wait for it, or name another workdir."
+                ) from None
         yield
 
 
 @contextlib.contextmanager
 def _sigterm():
-    """An event that is set when the machine is about to be taken away."""
+    """A function of the step: whether the machine is about to be taken away, and all processes are to stop there."""
+    if jax.process_count() > 1:  # JAX catches the signal on each and has them agree on a step
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
-        yield stopped
+        yield lambda step: stopped.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -28,7 +28,9 @@ def saved(workdir, scores, maximize=False):
 
 
 def largest_file(folder):
-    return max((p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"), key=lambda p: p.stat().st_size)
+    return max(
+        (p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"), key=lambda p: p.stat().st_size
+    )
 
 
 def restore(workdir):
@@ -192,7 +194,9 @@ def test_disk_errors_are_recognised_behind_others():
             raise ValueError("while writing") from error
     except ValueError as error:
         assert checkpoint.is_disk_full(error)
-    assert checkpoint.is_disk_full(RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]"))
+    assert checkpoint.is_disk_full(
+        RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]")
+    )
     assert not checkpoint.is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 

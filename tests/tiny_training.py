@@ -4,6 +4,7 @@ As a program (`python tests/tiny_training.py WORKDIR [field=value ...]`) it trai
 """
 
 import ast
+import json
 import os
 import sys
 import time
@@ -40,8 +41,6 @@ def model_folder(folder, with_weights=True):
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "vocab_size": VOCAB}
     settings = {"model_type": "gpt2", "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
-    import json
-
     (folder / "config.json").write_text(json.dumps(settings | sizes))
     if with_weights:
         save_model(folder, from_hf_config(folder), init_model(folder, seed=3).params, folder)
