@@ -202,6 +202,7 @@ def test_disk_errors_are_recognised_behind_others():
 
 def test_config_is_kept_and_compared(tmp_path):
     config = get_config()
+    config.data.demo_buckets = (128, 256, 512, 900)
     checkpoint.write_config(tmp_path, config)
     assert checkpoint.read_config(tmp_path)["data"]["demo_buckets"] == [128, 256, 512, 900]
     checkpoint.check_config(tmp_path, config)
