@@ -28,6 +28,7 @@ def get_config(name: str = "quick") -> ConfigDict:
     c.llm.path = "small_world"  # the packaged model; paths for this value: mend_jax/data/small_world.py:resolve
     c.prefix.backbone = "small_world"
     c.prefix.length = 8  # at most an eighth of the demonstrations' 64-80 tokens
+    c.prefix.projection_init = "embeddings"  # topics of no meta-training task are projected as well as the others
     c.data.text = "small_world"
     c.data.tasks = "small_world"
     c.data.partition = "small_world"
