@@ -79,8 +79,8 @@ def _quick(c: ConfigDict, name: str) -> None:
 
 
 def _full(c: ConfigDict) -> None:
-    c.experiment.pretrain_steps = 800
-    c.experiment.finetune_steps = 2_000
+    c.experiment.pretrain_steps = 500
+    c.experiment.finetune_steps = 1_500
     c.train.steps = c.experiment.finetune_steps
-    c.train.eval_every = 500
+    c.train.eval_every = 250
     c.train.save_every = 200
