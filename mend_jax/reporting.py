@@ -34,7 +34,8 @@ class Reporter:
         self.workdir, self.start, self.steps = Path(workdir), start, steps
         self.clock = self.last_line = time.monotonic()
         self.since = start
-        self.waited = 0.0
+        self.waited = self.paused = 0.0  # seconds for data; seconds of evaluations and saves, which are not training
+        self.tokens = 0
         self.lines = [line for line in read_lines(self.workdir / METRICS) if line["step"] <= start]
         if not self.writes:
             return
@@ -67,14 +68,14 @@ class Reporter:
     def progress(self, line):
         """The speed since the last call, to speed.jsonl and, with `line`'s loss and padding, to the person who waits."""
         now = time.monotonic()
-        seconds, done = now - self.clock, line["step"] - self.since
+        seconds, done = now - self.clock - self.paused, line["step"] - self.since
         speed = {
             "step": line["step"],
             "seconds_per_step": seconds / max(done, 1),
-            "tokens_per_second": line["tokens"] / max(seconds, 1e-9),
+            "tokens_per_second": self.tokens / max(seconds, 1e-9),
             "data_wait_per_step": self.waited / max(done, 1),
         }
-        self.clock, self.since, self.waited = now, line["step"], 0.0
+        self.clock, self.since, self.tokens, self.waited, self.paused = now, line["step"], 0, 0.0, 0.0
         if not self.writes:
             return
         self.speed_file.write(json.dumps({k: float(f"{v:.6g}") if k != "step" else v for k, v in speed.items()}) + "\n")
@@ -103,10 +104,6 @@ class Reporter:
                 + "  ".join(f"{k} {v}" for k, v in shown.items())
                 + f"  {left} left"
             )
-
-    def skip_time(self):
-        """Time since the last line (an evaluation, a save) is not counted as training."""
-        self.clock = time.monotonic()
 
     def sync(self):
         """Everything written so far is on disk: called before a checkpoint that stands after it."""

@@ -35,6 +35,7 @@ from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
 from mend_jax.errors import UserError
+from mend_jax.evaluate import dev_score
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import has_weights, local_folder, save_model
@@ -205,6 +206,7 @@ class _Run:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             self._stop_not_finite(f"the loss is {row['loss']}, the gradient's norm {row['grad_norm']}", step, ids)
         self.window.add(row | facts)
+        self.report.tokens += facts["tokens"]
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             line = self.window.line(step)
             self.report.write(line)
@@ -228,7 +230,7 @@ class _Run:
         state = self.layout.fetch(self.state)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
             self._stop_not_finite("a parameter overflowed", step, ids)
-        score = None
+        began, score = time.monotonic(), None
         if evaluates:
             values = self.evaluate(self.state.params)
             score = values[self.score.name]
@@ -236,7 +238,7 @@ class _Run:
             reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.report.sync()
         self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
-        self.report.skip_time()
+        self.report.paused += time.monotonic() - began
 
     def _stops_early(self, step):
         if _bad_evaluations(self.report.lines, self.score) < self.config.train.patience:
@@ -279,8 +281,6 @@ def batches(config, llm, model, split):
 def evaluation(config, llm, model, loss_fn, layout, frozen):
     """evaluate(params on the devices) -> {name: value}: the score on the validation data."""
     if config.stage == "finetune":
-        from mend_jax.evaluate import dev_score
-
         return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params))}
     loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
     held_out = batches(config, llm, model, "validation")
