@@ -5,7 +5,8 @@ Every row is right-padded and carries a length; rows are joined contiguously, so
 """
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +71,15 @@ def no_prefix(batch_size: int, width: int) -> Prefix:
     return Prefix(jnp.zeros((batch_size, 0, width)), jnp.zeros((batch_size,), jnp.int32))
 
 
-def demonstrations_prefix(llm, demos) -> Prefix:
+def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
     """Vanilla ICL: the embedded demonstrations.
 
     Args:
         llm: of `load_llm`.
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
+        separator: stands before every x and y of texts; that of a distiller is `distiller.separator`.
     """
-    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config.vocab_size, llm.window, "LLM")
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config.vocab_size, llm.window, "LLM", separator)
     return Prefix(llm.embed(llm.params, tokens), length)
 
 
@@ -128,23 +130,19 @@ class Distiller:
         """Demonstration tokens it can read: its positions less one for each vector."""
         return self.config.max_positions - self.num_vectors
 
+    @property
+    def settings(self) -> "Settings":
+        return Settings(self.config, self.projection, self.dtype, self.attention, self.remat)
+
     def apply(self, params, demos, length) -> Prefix:
         """(B,N) int32 tokens with lengths (B,) -> L vectors a row: Prefix((B,L,llm_width), L)."""
-        dtype, backbone, rows = jnp.dtype(self.dtype), params["backbone"], demos.shape[0]
-        model = Decoder(self.config, dtype, self.attention, self.remat)
-        context = Prefix(backbone["embed"]["tokens"][demos], length)
-        placeholders = jnp.broadcast_to(params["placeholders"], (rows, *params["placeholders"].shape))
-        vectors = continue_after(model, backbone, context, placeholders)
-        if self.projection != "identity":
-            kernel, bias = params["projection"]["kernel"].astype(dtype), params["projection"]["bias"].astype(dtype)
-            vectors = vectors @ kernel + bias
-        if self.projection == "tanh":
-            vectors = jnp.tanh(vectors)
-        return Prefix(vectors, jnp.full((rows,), vectors.shape[1], jnp.int32))
+        return make_vectors(self.settings, params, demos, length)
 
     def read(self, demos):
-        """Tokens (B,N) and lengths (B,) of what `distill` takes."""
-        return demo_tokens(demos, self.tokenizer, self.config.vocab_size, self.window, "distiller", self.separator)
+        """Tokens (B,N) and lengths (B,) of what `distill` takes; N is one of few, because each is compiled."""
+        reader = (self.tokenizer, self.config.vocab_size, self.window, "distiller", self.separator)
+        tokens, length = demo_tokens(demos, *reader)
+        return pad_columns(tokens, self.window), length
 
     def distill(self, demos) -> Prefix:
         """The vectors of any demonstrations, with the distiller's own parameters.
@@ -159,7 +157,35 @@ class Distiller:
                 than its window.
         """
         tokens, length = self.read(demos)
-        return jax.jit(self.apply)(self.params, tokens, length)
+        return _distill(self.settings, self.params, tokens, length)
+
+
+class Settings(NamedTuple):
+    """What a distiller's computation depends on besides its arguments: hashable, and without its parameters."""
+
+    config: DecoderConfig
+    projection: str
+    dtype: str
+    attention: str
+    remat: bool
+
+
+def make_vectors(settings: Settings, params, demos, length) -> Prefix:
+    """`Distiller.apply` as a function of its settings."""
+    dtype, backbone, rows = jnp.dtype(settings.dtype), params["backbone"], demos.shape[0]
+    model = Decoder(settings.config, dtype, settings.attention, settings.remat)
+    context = Prefix(backbone["embed"]["tokens"][demos], length)
+    placeholders = jnp.broadcast_to(params["placeholders"], (rows, *params["placeholders"].shape))
+    vectors = continue_after(model, backbone, context, placeholders)
+    if settings.projection != "identity":
+        kernel, bias = params["projection"]["kernel"].astype(dtype), params["projection"]["bias"].astype(dtype)
+        vectors = vectors @ kernel + bias
+    if settings.projection == "tanh":
+        vectors = jnp.tanh(vectors)
+    return Prefix(vectors, jnp.full((rows,), vectors.shape[1], jnp.int32))
+
+
+_distill = partial(jax.jit, static_argnums=0)(make_vectors)  # one for all distillers: each shape is compiled once
 
 
 def init_distiller(config, llm, seed: int) -> Distiller:
@@ -248,6 +274,19 @@ def demo_tokens(demos, tokenizer, vocab_size: int, window: int, reader: str, sep
     for row, ids in zip(tokens, demos, strict=True):
         row[: len(ids)] = ids
     return jnp.asarray(tokens), jnp.asarray([len(row) for row in demos], jnp.int32)
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`: at most a third is padding."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def pad_columns(tokens, window: int):
+    """(B,N) tokens with N padded to its bucket, or to the window where that is less."""
+    return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))
 
 
 def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:

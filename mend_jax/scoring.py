@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.errors import UserError
-from mend_jax.prefix import Prefix
+from mend_jax.prefix import Prefix, bucket
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
 
@@ -34,14 +34,16 @@ class Row(NamedTuple):
     lengths: np.ndarray  # tokens of each option
 
 
-def score_options(llm, prefix: Prefix, query, options) -> list[float]:
+def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> list[float]:
     """How well each option continues the prefix and the query.
 
     Args:
         llm: of `load_llm`.
         prefix: with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...
-        query: the input x: token ids, or a text where the LLM has a tokenizer (read behind a space, as in training).
+        query: the input x: token ids, or a text where the LLM has a tokenizer.
         options: the answers, likewise: lists of token ids, or texts.
+        separator: stands before the query and every option of texts, as in training; that of a distiller is
+            `distiller.separator`.
     Returns:
         The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain.
     Raises:
@@ -50,7 +52,8 @@ def score_options(llm, prefix: Prefix, query, options) -> list[float]:
     """
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
-    row = lay_out(_tokens(llm, query, "query"), [_tokens(llm, option, "option") for option in options])
+    x = _tokens(llm, query, "query", separator)
+    row = lay_out(x, [_tokens(llm, option, "option", separator) for option in options])
     return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
 
 
@@ -146,14 +149,6 @@ def score_rows(
     return scores
 
 
-def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`: at most a third is padding."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 def _batches(llm, cache, rows, batch_size):
     """(indices of rows, padded number of rows, padded T), longest first, so that the partial batch is the shortest."""
     P, order = cache.keys.shape[-3], sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
@@ -218,13 +213,12 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
             )
 
 
-def _tokens(llm, text_or_ids, what: str) -> list[int]:
+def _tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
     if not isinstance(text_or_ids, str):
         return [int(token) for token in text_or_ids]
     if llm.tokenizer is None:
         raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
-    text = text_or_ids.strip()
-    return llm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] if text else []
+    return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []
 
 
 # The LLM is a static argument (it hashes by identity) and its params a traced one: each shape is compiled once.

@@ -5,6 +5,7 @@ Gradients flow through the LLM into the prefix; only the teacher's pass is cut o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
-from mend_jax.prefix import Prefix, Query, demonstrations_prefix, no_prefix
+from mend_jax.prefix import Prefix, Query, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
 
 
 @struct.dataclass
@@ -129,23 +130,30 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     Args:
         llm: of `load_llm`.
         distiller: of `load_distiller`.
-        demos, x, y: token ids (lists of int) of the demonstrations, the input and the output.
+        demos: token ids of one context (list of int), or (x, y) string pairs, read by both models' tokenizers.
+        x, y: token ids (lists of int) of the input and the output.
     Raises:
         UserError: an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
     """
-    tokens, length = distiller.read(demos)
-    teacher_prefix = demonstrations_prefix(llm, demos)
-    _check_query(llm, x, y, max(teacher_prefix.embeds.shape[1], distiller.num_vectors))
-    ids = jnp.asarray([[*x, *y]], jnp.int32)
-    query = Query(ids, jnp.asarray([ids.shape[1]], jnp.int32), jnp.asarray([len(x)], jnp.int32))
+    context = distiller.read(demos)
+    reader = (llm.tokenizer, llm.config.vocab_size, llm.window, "LLM", distiller.separator)
+    shown, shown_length = demo_tokens(demos, *reader)
+    _check_query(llm, x, y, max(shown.shape[1], distiller.num_vectors))
+    ids = [*x, *y]
+    tokens = jnp.asarray([ids + [0] * (bucket(len(ids)) - len(ids))], jnp.int32)
+    query = Query(tokens, jnp.asarray([len(ids)], jnp.int32), jnp.asarray([len(x)], jnp.int32))
+    teacher = (pad_columns(shown, llm.window), shown_length)
+    values = _example_losses(llm, distiller.settings, distiller.params, llm.params, context, teacher, query)
+    return {name: float(value) for name, value in values.items()}
 
-    @jax.jit
-    def losses(params, llm_params):
-        student = llm.states(llm_params, distiller.apply(params, tokens, length), query)
-        teacher = llm.states(llm_params, teacher_prefix, query)
-        return query_losses(student, teacher, llm.head(llm_params), query, Weights(1.0, 1.0, 1.0), chunk=512)[1]
 
-    return {name: float(value) for name, value in losses(distiller.params, llm.params).items()}
+# Static are the LLM, which hashes by identity, and the distiller's settings: each shape is compiled once.
+@partial(jax.jit, static_argnums=(0, 1))
+def _example_losses(llm, settings, params, llm_params, context, teacher, query):
+    student = llm.states(llm_params, make_vectors(settings, params, *context), query)
+    tokens, length = teacher
+    taught = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
+    return query_losses(student, taught, llm.head(llm_params), query, Weights(1.0, 1.0, 1.0), chunk=512)[1]
 
 
 def _check_query(llm, x, y, prefix_length: int) -> None:

@@ -14,8 +14,8 @@ from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefix import Prefix, Query, demonstrations_prefix, no_prefix
-from mend_jax.scoring import bucket, cache_prefix, lay_out, score_items, score_options
+from mend_jax.prefix import Prefix, Query, bucket, demonstrations_prefix, no_prefix
+from mend_jax.scoring import cache_prefix, lay_out, score_items, score_options
 
 CONFIG = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=96)
 
@@ -163,18 +163,21 @@ def test_buckets_waste_at_most_a_third():
 
 
 class _Spelling:
-    """A tokenizer of letters: what stands before the first letter (a space) is token 0."""
+    """A tokenizer of letters: a space is token 0, a line break token 11."""
 
     def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": ["_abcdefghij".replace("_", " ").index(c) for c in text]}
+        return {"input_ids": [" abcdefghij\n".index(c) for c in text]}
 
 
-def test_texts_are_read_behind_a_space(llm):
+@pytest.mark.parametrize("arguments, before", [((), 0), ((" ",), 0), (("\n",), 11)])
+def test_texts_are_read_behind_the_separator_and_as_they_are(llm, arguments, before):
     with_tokenizer = dataclasses.replace(llm, tokenizer=_Spelling())
     prefix = no_prefix(1, CONFIG.width)
-    texts = score_options(with_tokenizer, prefix, "ab", ["c", "de"])
-    ids = score_options(llm, prefix, [0, 1, 2], [[0, 3], [0, 4, 5]])
+    texts = score_options(with_tokenizer, prefix, " ab", ["c", "de "], *arguments)
+    ids = score_options(llm, prefix, [before, 0, 1, 2], [[before, 3], [before, 4, 5, 0]])
     np.testing.assert_allclose(texts, ids, atol=1e-6)
+    with pytest.raises(UserError, match="input is empty"):
+        score_options(with_tokenizer, prefix, "", ["c"], *arguments)
 
 
 @pytest.mark.parametrize(
