@@ -302,8 +302,7 @@ def test_the_packaged_llm_learns_in_context(world):
     from mend_jax.llm import load_llm
     from mend_jax.prefix import Prefix, Query, no_prefix
 
-    if not (small_world.PACKAGED_MODELS / "llm" / "model.safetensors").exists():
-        pytest.skip("the packaged model has no weights yet")
+    assert (small_world.PACKAGED_MODELS / "llm" / "model.safetensors").exists()
     llm = load_llm(small_world.PACKAGED_MODELS / "llm")
     states = jax.jit(llm.states)
 
