@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
 
     c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods
+    # Each run of it sets stage, train.steps, prefix.kind, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too.
     experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
     experiment.pretrain_steps = 30_000
     experiment.finetune_steps = 30_000
