@@ -13,6 +13,7 @@ The names in the release's layout are GPT2Model's behind `hypernet.`, with `hype
 where the widths differ, `hypernet.adap_pooler.dense.{weight,bias}`, a Linear that is followed by tanh.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from mend_jax import checkpoint
 from mend_jax.data import small_world
@@ -173,13 +173,17 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
     """The release's own file; `path` ends in .safetensors, or in .bin (needs PyTorch)."""
     tensors, path = release_tensors(distiller), Path(path)
     if path.suffix == ".safetensors":
-        save_file(tensors, path)
+        weights.write_file(tensors, path, metadata=None)
         return
     try:
         import torch
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be written: pip install torch, or take the .safetensors.") from None
-    torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}, path)
+    content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # PyTorch's word for a disk that is full, among others
+        raise OSError(errno.EIO, f"PyTorch: {str(error).splitlines()[0]}", str(path)) from error
 
 
 # The exported folder
@@ -191,12 +195,12 @@ def write_folder(distiller: Distiller, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", to_hf_config(distiller.config) | {"architectures": ["GPT2Model"]})
     backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
-    save_file(_contiguous(backbone), folder / "model.safetensors", metadata={"format": "pt"})
+    weights.write_file(_contiguous(backbone), folder / "model.safetensors")
     tensors = {"placeholders": np.asarray(params["placeholders"])}
     if "projection" in params:
         tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
         tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
-    save_file(_contiguous(tensors), folder / TENSORS, metadata={"format": "pt"})
+    weights.write_file(_contiguous(tensors), folder / TENSORS)
     settings = {
         "num_vectors": distiller.num_vectors,
         "width": distiller.config.width,
@@ -290,7 +294,7 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
     if isinstance(model, SoftPrompt):
-        save_file(_contiguous(model.params), folder / SOFT_PROMPT, metadata={"format": "pt"})
+        weights.write_file(_contiguous(model.params), folder / SOFT_PROMPT)
         card.write_text(soft_prompt_card(config, meta, workdir, model))
         return f"A soft prompt: {model.num_vectors} vectors in {SOFT_PROMPT}."
     write_folder(model, folder)

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mend_jax.errors import UserError
@@ -99,6 +100,7 @@ def load_llm(path: str | Path, dtype: str = "float32", attention: str = "xla", r
 
 def init_llm(path: str | Path, seed: int, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
+    _check(dtype, attention)
     return _llm(init_model(path, seed, dtype), dtype, attention, remat)
 
 
@@ -107,6 +109,8 @@ def _check(dtype: str, attention: str) -> None:
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}.")
     if attention not in ATTENTION:
         raise UserError(f"attention is {attention!r}: it must be one of {', '.join(ATTENTION)}.")
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".')
 
 
 def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM:

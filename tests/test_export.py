@@ -15,6 +15,7 @@ import mend_jax
 from configs import base
 from mend_jax import checkpoint, export
 from mend_jax.errors import UserError
+from mend_jax.models import weights
 from mend_jax.prefix import init_distiller, init_soft_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -320,10 +321,38 @@ def test_a_full_disk_leaves_nothing(workdir, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         export.export(workdir, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kilobytes", [4, 40])
+def test_a_file_that_cannot_grow_is_one_sentence(workdir, tmp_path, kilobytes):
+    """The operating system's own refusal, which safetensors and PyTorch report in their own ways."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _, model, _ = export._read_workdir(workdir, None)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            export.write_release(model, tmp_path / "big.safetensors")
+        with pytest.raises(UserError, match="cannot be written"):
+            export.export(workdir, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
+
+
+def test_pytorchs_error_for_a_full_disk_is_an_oserror(workdir, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    def full(*_args, **_kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="out cannot be written .*unexpected pos 64 vs 0"):
+        export.export(workdir, tmp_path / "out")
 
 
 def test_a_backbone_that_has_moved_is_named_and_can_be_given(llm, tiny_llm, tiny_backbone, tmp_path):

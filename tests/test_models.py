@@ -4,6 +4,8 @@ Axes: B batch, T any sequence, P prefix, Q query tokens, D width, V vocabulary.
 """
 
 import dataclasses
+import errno
+import fnmatch
 import functools
 import json
 import math
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mend_jax import checkpoint
 from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.llm import init_llm, load_llm
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder, init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
@@ -236,11 +239,22 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"')
     with pytest.raises(UserError, match="line 1"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"config.json holds no JSON object but \[1, 2\]"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(GPT2 | {"n_layer": 1, "n_embd": 8, "n_head": 2}))
     assert not has_weights(tmp_path)
     with pytest.raises(UserError, match="no weights"):
         load_model(tmp_path)
     assert local_folder(str(tmp_path)) == tmp_path
+
+
+def test_cudnn_without_a_gpu_is_refused(tiny_llm):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    for make in (load_llm, lambda *args, **kwargs: init_llm(*args, 0, **kwargs)):
+        with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+            make(tiny_llm, dtype="bfloat16", attention="cudnn")
 
 
 # Weights
@@ -280,6 +294,57 @@ def test_shards_and_bin_hold_the_same(llm, torch_model, tiny_llm, tmp_path):
     (tmp_path / "bin_shards" / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin"):
         load_model(tmp_path / "bin_shards")
+    assert has_weights(tmp_path / "bin_shards")  # else stage "lm" would begin with random weights, without a word
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(tiny_llm, tmp_path, content):
+    (tmp_path / "config.json").write_text((tiny_llm / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert has_weights(tmp_path)
+    with pytest.raises(UserError, match="model.safetensors.index.json is no index of weights"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("weights_file", ["model.safetensors", "pytorch_model.bin"])
+def test_bin_is_fetched_only_where_the_hub_has_no_safetensors(tmp_path, monkeypatch, weights_file):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if any(fnmatch.fnmatch(weights_file, pattern) for pattern in allow_patterns):
+            (tmp_path / weights_file).write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert local_folder("someone/model") == tmp_path
+    assert has_weights(tmp_path) and len(asked) == (1 if weights_file == "model.safetensors" else 2)
+    assert not any(fnmatch.fnmatch("training_args.bin", pattern) for pattern in asked[-1])
+
+
+def test_a_file_that_cannot_grow_is_an_oserror(llm, tmp_path):
+    """train.py and export.py turn OSErrors into a sentence; safetensors has its own error for a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        with pytest.raises(OSError, match="model.safetensors") as error:
+            weights.write_params(tmp_path, llm.config, llm.params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+
+
+def test_a_full_disk_is_recognised_in_safetensors_words(llm, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise weights.SafetensorError(
+            "Error while serializing: I/O error: Out of room (os error 28)"
+        )
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError) as error:
+        weights.write_params(tmp_path, llm.config, llm.params)
+    assert checkpoint.is_disk_full(error.value)
 
 
 def test_half_precision_files_are_read(llm, torch_model, tmp_path):

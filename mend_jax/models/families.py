@@ -97,8 +97,13 @@ _READERS = {"gpt2": _read_gpt2}
 def _read_json(path: Path) -> dict:
     path = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.")
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text: copy the model's folder again.")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object but {content!r:.40}: copy the model's folder again.")
+    return content

@@ -16,6 +16,7 @@ from mend_jax.models.families import DecoderConfig, from_hf_config, to_hf_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where there are no safetensors
 
 
 class Model(NamedTuple):
@@ -44,11 +45,8 @@ def init_model(path: str | Path, seed: int, dtype: str = "float32") -> Model:
 
 
 def has_weights(path: str | Path) -> bool:
-    """Whether a folder holds weights (a hub name does)."""
-    try:
-        return bool(weights.weight_files(local_folder(path)))
-    except UserError:
-        return False
+    """Whether a folder, or a hub's model, holds weights. True for damaged ones too, so that reading them says so."""
+    return weights.has_weights(local_folder(path))
 
 
 def save_model(folder: str | Path, config: DecoderConfig, params, tokenizer_folder: str | Path) -> None:
@@ -74,7 +72,10 @@ def local_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+        if weights.has_weights(folder):
+            return folder
+        return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.")

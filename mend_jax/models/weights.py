@@ -3,7 +3,10 @@
 Reading refuses, by name: a key it does not know, one that is missing, one that comes twice, one of another shape.
 """
 
+import errno
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,8 @@ from mend_jax.errors import UserError
 from mend_jax.models.families import DecoderConfig
 
 GPT2_PREFIX = "transformer."  # of GPT2LMHeadModel; GPT2Model's files come without it
+FORMAT = {"format": "pt"}  # transformers reads no .safetensors without it
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, which <name>.index.json lists
 
 
 class Entry(NamedTuple):
@@ -100,22 +105,50 @@ def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32
 def write_params(folder: str | Path, config: DecoderConfig, params: Mapping) -> None:
     """`model.safetensors` in `folder`, as transformers' GPT2LMHeadModel saves it."""
     tensors = {name: np.ascontiguousarray(a) for name, a in to_tensors(config, params).items()}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    write_file(tensors, Path(folder) / "model.safetensors")
+
+
+def write_file(tensors: dict[str, np.ndarray], path: str | Path, metadata: dict | None = FORMAT) -> None:
+    """One .safetensors file. Raises OSError where it cannot be written: safetensors has an error of its own for that."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        code = re.search(r"(?:os error|code:) (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds a file of weights or an index of some, whole or not."""
+    return any((folder / name).exists() or _index(folder, name).exists() for name in SINGLE_FILES)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights in a Hugging Face folder, safetensors before .bin; a missing shard is an error."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
+    for single in SINGLE_FILES:
+        index = _index(folder, single)
         if (folder / single).exists():
             return [folder / single]
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = _shards(index)
             missing = [shard for shard in shards if not (folder / shard).exists()]
             if missing:
                 raise UserError(f"{folder / missing[0]} is not there, though {index.name} names it: copy the model's folder again.")
             return [folder / shard for shard in shards]
     raise UserError(f"{folder} holds no weights: model.safetensors or pytorch_model.bin is expected there.")
+
+
+def _index(folder: Path, single: str) -> Path:
+    return folder / f"{single}.index.json"
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is no index of weights ({type(error).__name__}: {error}): copy the model's folder again."
+        ) from None
 
 
 def read_file(path: str | Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
