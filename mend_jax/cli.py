@@ -8,7 +8,6 @@ A mistake of the user's ends in one sentence and exit code 2.
 """
 
 import ast
-import errno
 import importlib.util
 import inspect
 import os
@@ -54,7 +53,9 @@ def run(main, argv=None) -> None:
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if not _disk_full(error):
+        from mend_jax.checkpoint import is_disk_full  # slow to import
+
+        if not is_disk_full(error):
             raise
         print("error: the disk is full: make room, then the same command goes on where it stopped.", file=sys.stderr)
         sys.exit(MISTAKE)
@@ -335,11 +336,3 @@ def _help(main) -> str:
             f"  {text}" + ("" if parameter.default is parameter.empty else f"   (default {parameter.default!r})")
         )
     return "\n".join(lines)
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -66,6 +66,9 @@ def check(config: ConfigDict) -> None:
             _check_range(key, value)
     for method in config.experiment.methods:
         _check_choice("experiment.methods", method, METHODS)
+    _check_weights(config)
+    _check_text_share(config)
+    _check_attention(config)
 
 
 def dotted_fields(config: ConfigDict, before: str = "") -> dict:
@@ -87,6 +90,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return SequenceMatcher(None, name, other).ratio() + last
 
     return max(known, key=likeness)
+
+
+def _check_weights(config: ConfigDict) -> None:
+    """A loss that is always 0 would train nothing."""
+    read = {"pretrain": ("kd", "clm"), "finetune": ("kd", "pred")}.get(config.stage, ())
+    if read and not any(config.loss[name] for name in read):
+        names = " and ".join(f"loss.{name}" for name in read)
+        raise UserError(f'{names} are both 0, so stage "{config.stage}" has nothing to learn: set one of them above 0.')
+
+
+def _check_text_share(config: ConfigDict) -> None:
+    """Rows of text are a whole number of each batch (data/draws.py: SequenceDraws.text_number)."""
+    share, rows = config.data.text_share, config.train.batch_size
+    if config.stage == "lm" and config.data.text and config.data.tasks and share > 0 and int(rows * share + 1e-9) < 1:
+        raise UserError(
+            f"data.text_share = {share} of train.batch_size = {rows} is less than one row of text: set it to 0, or to "
+            f"{1 / rows:.3g} at least."
+        )
+
+
+def _check_attention(config: ConfigDict) -> None:
+    """cuDNN's kernel has no float32; the distiller takes the LLM's attention."""
+    if config.llm.attention != "cudnn":
+        return
+    for section in ("llm",) if config.stage == "lm" else ("llm", "prefix"):
+        if config[section].dtype != "bfloat16":
+            raise UserError(
+                f'llm.attention="cudnn" computes in bfloat16, but {section}.dtype is "{config[section].dtype}": set '
+                f'--config.{section}.dtype=bfloat16, or --config.llm.attention=xla.'
+            )
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -116,6 +116,36 @@ def test_mistakes(refused, argument, words):
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["loss.kd=0", "loss.pred=0"], ["loss.kd and loss.pred", "finetune"]),
+        (["stage=pretrain", "loss.kd=0"], ["loss.kd and loss.clm", "pretrain"]),
+        (["stage=lm", "data.text=a", "data.tasks=b", "data.text_share=0.1"], ["data.text_share", "batch_size", "0.125"]),
+        (["llm.attention=cudnn"], ["cudnn", "llm.dtype=bfloat16"]),
+        (["llm.attention=cudnn", "llm.dtype=bfloat16"], ["cudnn", "prefix.dtype=bfloat16"]),
+    ],
+)
+def test_values_that_do_not_go_together(refused, arguments, words):
+    sentence = refused(*(f"--config.{argument}" for argument in arguments))
+    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss.kd=0"],
+        ["stage=pretrain", "loss.kd=0", "loss.clm=1"],
+        ["stage=lm", "loss.kd=0", "loss.pred=0"],
+        ["stage=lm", "data.text=a", "data.tasks=b", "data.text_share=0.125"],
+        ["stage=lm", "data.text=a", "data.text_share=0.1"],  # no tasks: every row is text
+        ["llm.attention=cudnn", "llm.dtype=bfloat16", "prefix.dtype=bfloat16"],
+    ],
+)
+def test_values_that_go_together(parsed, arguments):
+    parsed(*(f"--config.{argument}" for argument in arguments))
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_checked(refused, key):
     sentence = refused(f"--config.{key}={CHOICES[key][0]}x")
