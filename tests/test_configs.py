@@ -5,8 +5,10 @@ import runpy
 import shlex
 
 import pytest
+from data_files import make_world, tiny_config
 
 from mend_jax import cli
+from mend_jax.errors import UserError
 from mend_jax.experiments import methods
 from mend_jax.settings import METHODS, check
 
@@ -107,6 +109,22 @@ def test_stage_configs_take_the_experiments_steps_and_leave_it_alone(monkeypatch
     assert pretrain.data.to_dict() == finetune.data.to_dict() == config.data.to_dict() and pretrain.seed == config.seed
 
 
+@pytest.mark.parametrize(("method", "split"), [("mend", "dev"), ("mend", "test"), ("icl", "test")])
+def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, monkeypatch, method, split):
+    monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained before the test data was read"))
+    config = tiny_config(make_world(tmp_path), "finetune")
+    config.llm.path, config.experiment.methods = str(tiny_llm), (method,)
+    (tmp_path / "metaicl" / "data" / "t" / f"t_4_21_{split}.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match=f"t_4_21_{split}.jsonl, line 1 is not valid JSON"):
+        methods.main(config, str(tmp_path / "run"))
+
+
+def test_an_experiment_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="workdir .*file/run cannot be made"):
+        methods.main(load("configs/small_world.py:quick", monkeypatch), str(tmp_path / "file" / "run"))
+
+
 def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
     calls = []
 
@@ -121,11 +139,13 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", train)
     monkeypatch.setattr("mend_jax.evaluate.evaluate", evaluate)
     config = load("configs/small_world.py:quick", monkeypatch)
+    monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: calls.append("checked"))
     config.experiment.methods = ("zero_shot", "prompt_tuning", "icl", "mend")
     assert methods.main(config, str(tmp_path)) == 0
     run = str(tmp_path / "mend" / "pretrain")
     tuned, mend = str(tmp_path / "prompt_tuning" / "finetune"), str(tmp_path / "mend" / "finetune")
     assert calls == [
+        "checked",
         (tuned, "finetune", ""),
         (run, "pretrain", ""),
         (mend, "finetune", run),
@@ -141,6 +161,7 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
 
 def test_an_experiment_stops_with_its_training(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", lambda config, workdir: 75)
+    monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: None)
     monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda *_: pytest.fail("evaluated a training that was stopped"))
     config = load("configs/small_world.py:quick", monkeypatch)
     assert methods.main(config, str(tmp_path)) == 75

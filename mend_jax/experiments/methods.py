@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from mend_jax.errors import UserError
 from mend_jax.settings import METHODS
 
 # Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
@@ -64,7 +65,11 @@ def main(config: ConfigDict, workdir: str) -> int:
     from mend_jax.train import train
 
     folder = Path(workdir).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir {folder} cannot be made ({error.strerror}): name another.") from error
+    _check_evaluation_data(config)
     times = Times(folder / "times.json")
     for method in config.experiment.methods:
         before = ""
@@ -78,6 +83,22 @@ def main(config: ConfigDict, workdir: str) -> int:
             before = str(run)
     _evaluate(config, folder, times)
     return 0
+
+
+def _check_evaluation_data(config: ConfigDict) -> None:
+    """Reads all that will be evaluated, now: a mistake in it would else be found after hours of training."""
+    from mend_jax.data.evaluation import load_tasks
+    from mend_jax.data.small_world import resolve
+    from mend_jax.llm import LLM
+    from mend_jax.models.families import from_hf_config
+    from mend_jax.models.folders import load_tokenizer, local_folder
+
+    config = resolve(config)
+    folder = local_folder(config.llm.path)
+    llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
+    finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
+    for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
+        load_tasks(config, llm, split)
 
 
 def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:
