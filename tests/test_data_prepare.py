@@ -198,6 +198,31 @@ def test_full_disk(world, tokenizer, monkeypatch):
     assert not list(world.glob("cache/shards-*/*"))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"dtype": "uint16", "shards": [{}]}', '"dtype"'])
+def test_a_damaged_manifest_is_made_again(world, tokenizer, content):
+    config = tiny_config(world, "pretrain")
+    made = prepared.prepare_text(config, tokenizer)
+    [manifest] = (world / "cache").glob("text-*.json")
+    manifest.write_text(content)
+    assert prepared.prepare_text(config, tokenizer) == made
+
+
+def test_a_source_that_cannot_be_read_is_named(world, tokenizer, monkeypatch):
+    def broken(file, report=None):
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(c4, "read_documents", broken)
+    with pytest.raises(UserError, match="c4-train.00000-of-00002.json.gz cannot be read .Input/output error"):
+        prepared.prepare_text(tiny_config(world, "pretrain"), tokenizer)
+    assert not list(world.glob("cache/shards-*/*"))
+
+
+def test_a_source_that_cannot_be_opened_is_named(world, tokenizer):
+    (world / "c4" / "c4-train.00002.json.gz").mkdir()
+    with pytest.raises(UserError, match="c4-train.00002.json.gz cannot be read .Is a directory"):
+        prepared.prepare_text(tiny_config(world, "pretrain"), tokenizer)
+
+
 def test_a_cache_that_cannot_be_made(world, tokenizer):
     (world / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made .*config.data.cache"):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from mend_jax.data import c4, metaicl
-from mend_jax.data.tokenize import fingerprint, run_job, separator, shard_counts, tokenizer_text
+from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
 from mend_jax.errors import UserError
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
@@ -51,7 +51,8 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train") -> 
             files = [metaicl.meta_train_file(folder, task)]
         else:
             files = [metaicl.example_file(folder, task, config.data.k, s, split) for s in config.evaluate.seeds]
-        data = [file.read_bytes() for file in files]
+        with readable(folder):
+            data = [file.read_bytes() for file in files]
         name = task.replace("/", "_").replace(":", "_")
         jobs.append(
             {"kind": "task", "task": task, "files": [str(f) for f in files], "source": str(files[0]), "split": split,
@@ -87,11 +88,12 @@ def _tfds_jobs(folder) -> list[dict]:
 
 def _file_fingerprint(file: Path) -> str:
     """By name, size, time, and the first and last 64 KiB: C4 is too large to be read whole at every start."""
-    stat = file.stat()
-    with file.open("rb") as content:
-        head = content.read(1 << 16)
-        content.seek(max(0, stat.st_size - (1 << 16)))
-        return fingerprint(file.name, stat.st_size, stat.st_mtime_ns, head, content.read())
+    with readable(file):
+        stat = file.stat()
+        with file.open("rb") as content:
+            head = content.read(1 << 16)
+            content.seek(max(0, stat.st_size - (1 << 16)))
+            return fingerprint(file.name, stat.st_size, stat.st_mtime_ns, head, content.read())
 
 
 def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dict:
@@ -129,12 +131,15 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
 
 
 def _read_manifest(path: Path, shards: Path, source: str) -> dict | None:
-    """What the manifest lists, or None where it, or a shard of it, is not there."""
+    """What the manifest lists, or None where it, or a shard of it, is not there. A damaged one is made again."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text()) | {"source": source}
-    for shard in content["shards"]:
-        shard["path"] = str(shards / shard["file"])
+    try:
+        content = json.loads(path.read_text())
+        listed = [shard | {"path": str(shards / shard["file"])} for shard in content["shards"]]
+        content = {"dtype": content["dtype"], "shards": listed, "source": source}
+    except (ValueError, KeyError, TypeError):
+        return None
     return content if all(os.path.exists(shard["path"]) for shard in content["shards"]) else None
 
 

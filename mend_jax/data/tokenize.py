@@ -83,7 +83,7 @@ def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
-            for record in records(tokenizer, job, report):
+            for record in _read(records(tokenizer, job, report), job["source"]):
                 writer.write(record)
         finally:
             writer.close()
@@ -99,6 +99,21 @@ def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
         raise UserError(f"{out} cannot be written ({reason}): check config.data.cache.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _read(records: Iterator[bytes], source: str) -> Iterator[bytes]:
+    with readable(source):
+        yield from records
+
+
+@contextlib.contextmanager
+def readable(source) -> Iterator[None]:
+    """Names the source, or the file of it, that the system does not let us read."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # tfds' reader says everything with RuntimeError
+        path, reason = getattr(error, "filename", None) or source, getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): check that it is a whole file that you may read.") from error
 
 
 def text_records(tokenizer: Tokenizer, job: dict, report) -> Iterator[bytes]:
