@@ -33,13 +33,20 @@ def _random_batches(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(model, tmp_path_factory):
-    """The workdir of an unbroken run of `config(model)`."""
-    workdir = tmp_path_factory.mktemp("finished")
+def finished_run(model, tmp_path_factory):
+    """An unbroken run of `config(model)`, after its end."""
+    runs, go = [], train._Run.go
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_batches", RandomBatches)
-        assert train.train(config(model), workdir) == 0
-    return workdir
+        patch.setattr(train._Run, "go", lambda run: (runs.append(run), go(run))[1])
+        assert train.train(config(model), tmp_path_factory.mktemp("finished")) == 0
+    return runs[0]
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run):
+    """Its workdir."""
+    return finished_run.workdir
 
 
 def assert_same_run(workdir, other):
@@ -189,12 +196,8 @@ def test_frozen_llm_is_not_changed_and_not_on_disk(model, finished):
         assert sum(p.stat().st_size for p in files) < state + 60_000  # and what orbax says about them
 
 
-def test_llm_params_are_the_same_after_training(model, tmp_path, monkeypatch):
-    runs = []
-    original = train._Run.go
-    monkeypatch.setattr(train._Run, "go", lambda run: (runs.append(run), original(run))[1])
-    assert train.train(config(model, **{"train.steps": 3}), tmp_path) == 0
-    frozen = jax.device_get(runs[0].frozen)
+def test_llm_params_are_the_same_after_training(model, finished_run):
+    frozen = jax.device_get(finished_run.frozen)
     jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(load_llm(model).params))
 
 
