@@ -34,8 +34,8 @@ from mend_jax.errors import UserError
 from mend_jax.export import read_trained
 from mend_jax.llm import LLM, load_llm
 from mend_jax.metrics import aggregate, task_scores
-from mend_jax.prefix import Distiller, Prefix, SoftPrompt, no_prefix
-from mend_jax.scoring import bucket, cache_prefix, score_items
+from mend_jax.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
+from mend_jax.scoring import cache_prefix, score_items
 
 BUILT_IN = ("zero_shot", "icl")  # methods without a trained model
 
@@ -183,9 +183,10 @@ def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params) -> float:
         model: the `Distiller` or `SoftPrompt`; always the same object, so that nothing is compiled again.
         params: its current params.
     """
-    prefix_of = prefix_maker(config, llm, Method("model in training", model), jax.device_put(params))
-    tasks = _dev_tasks(llm, config.to_json())
-    return evaluate_prefix(llm, prefix_of, tasks, config.evaluate.batch_size, chunk=config.loss.chunk)["score"]["mean"]
+    method = Method("model in training", model)
+    prefix_of = prefix_maker(config, llm, method, jax.device_put(params))
+    tasks, options = _dev_tasks(llm, config.to_json()), _options(config, method)
+    return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
 
 
 def evaluate(config, workdir) -> dict:
@@ -197,7 +198,8 @@ def evaluate(config, workdir) -> dict:
     config, workdir = resolve(config), Path(workdir).expanduser()
     c = config.llm
     llm = load_llm(c.path, c.dtype, c.attention)
-    methods = load_methods(config.evaluate.methods, llm)
+    methods = load_methods(config.evaluate.methods, llm, config.prefix.dtype)
+    results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
     llm_hash, found = results.tree_hash(llm.params), {}
     with _progress(len(methods) * sum(len(task.items) for task in tasks)) as bar:
@@ -219,8 +221,8 @@ def evaluate(config, workdir) -> dict:
     return summary
 
 
-def load_methods(specs: Iterable[str], llm: LLM) -> list[Method]:
-    """The methods of config.evaluate.methods: "zero_shot", "icl", or "NAME=PATH"."""
+def load_methods(specs: Iterable[str], llm: LLM, dtype: str = "float32") -> list[Method]:
+    """The methods of config.evaluate.methods: "zero_shot", "icl", or "NAME=PATH"; `dtype` is config.prefix.dtype."""
     methods = []
     for spec in specs:
         name, _, path = spec.partition("=")
@@ -234,21 +236,25 @@ def load_methods(specs: Iterable[str], llm: LLM) -> list[Method]:
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        methods.append(Method(name, load_prefix_model(path, llm) if path else None, path))
+        methods.append(Method(name, load_prefix_model(path, llm, dtype) if path else None, path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods
 
 
-def load_prefix_model(path: str, llm: LLM) -> Distiller | SoftPrompt:
-    """A trained distiller or soft prompt, of a training workdir or an exported folder, for this LLM."""
+def load_prefix_model(path: str, llm: LLM, dtype: str = "float32") -> Distiller | SoftPrompt:
+    """A trained distiller or soft prompt, of a training workdir or an exported folder, for this LLM.
+
+    A distiller computes in `dtype`, so that its test scores have the precision of its scores in training.
+    """
     model = read_trained(path)
     if model.llm_width != llm.config.width:
         raise UserError(
             f"The model in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}:"
             " take its own LLM."
         )
-    return dataclasses.replace(model, params=jax.device_put(model.params))
+    arithmetic = {"dtype": dtype} if isinstance(model, Distiller) else {}
+    return dataclasses.replace(model, params=jax.device_put(model.params), **arithmetic)
 
 
 def made_of(config, method: Method, llm_hash: str) -> dict:
@@ -263,25 +269,21 @@ def made_of(config, method: Method, llm_hash: str) -> dict:
             "model": results.tree_hash(method.model.params),
             "projection": getattr(method.model, "projection", ""),
         }
+        if getattr(method.model, "dtype", "float32") != "float32":  # the usual one is not named
+            facts |= {"dtype": method.model.dtype}
     return facts
 
 
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
     """One method's entry in scores.json."""
     scores, spent, prefix_of = {}, [], prefix_maker(config, llm, method)
-    options = {
-        "batch_size": config.evaluate.batch_size,
-        "shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos,
-        "chunk": config.loss.chunk,
-        "progress": bar.update,
-    }
     for task in tasks:
         bar.set_description(f"{method.name}  {task.task} {task.seed}", refresh=False)
         context = make_context(config, llm, method, task) if method.reads_demos else np.zeros(0, np.int32)
         content = results.content_hash(_content(task, method, context))
         kept = store.read(task.task, task.seed, content, len(task.items))
         if kept is None:
-            result = evaluate_task(llm, prefix_of, task, **options)
+            result = evaluate_task(llm, prefix_of, task, progress=bar.update, **_options(config, method))
             counted = _counted(llm, method, task, len(context), result.cost["prefix_length"])
             kept = result.lines, {"content": content, **result.cost, **counted}
             store.write(task.task, task.seed, *kept)
@@ -290,6 +292,15 @@ def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
         scores.setdefault(task.task, {})[task.seed] = _scores(task, kept[0])
         spent.append(kept[1])
     return {"path": method.path, **aggregate(scores), "cost": _mean_cost(spent)}
+
+
+def _options(config, method: Method) -> dict:
+    """What a config says about `evaluate_task`, for validation and for test alike."""
+    return {
+        "batch_size": config.evaluate.batch_size,
+        "shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos,
+        "chunk": config.loss.chunk,
+    }
 
 
 def _counted(llm, method, task, demo_tokens: int, prefix_length: float) -> dict:

@@ -1,5 +1,6 @@
 """What an evaluation leaves in its workdir: predictions that are never computed twice, scores.json and table.md.
 
+    config.json                                           the settings it was made with
     predictions/<method>-<key>/made_of.json               what the key stands for
     predictions/<method>-<key>/<task>_<seed>.jsonl        every item: scores of all options, prediction, gold
     predictions/<method>-<key>/<task>_<seed>.cost.json    prefix length, FLOPs, seconds, and what was read
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mend_jax.checkpoint import is_disk_full
+from mend_jax import checkpoint
 from mend_jax.errors import UserError
 from mend_jax.metrics import TITLES, percent
 
@@ -52,6 +53,13 @@ class Store:
 
     def _cost(self, task, seed):
         return self.folder / f"{_file_name(task)}_{seed}.cost.json"
+
+
+def write_config(workdir, config) -> None:
+    """Keeps the resolved configuration as <workdir>/config.json; a training's own stays."""
+    workdir = Path(workdir)
+    if not (workdir / checkpoint.FOLDER).exists():
+        _write(workdir / checkpoint.CONFIG, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
 
 
 def write_results(workdir, results: dict) -> str:
@@ -158,7 +166,7 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if is_disk_full(error):
+        if checkpoint.is_disk_full(error):
             raise UserError(
                 f"The disk of {path.parent} is full: make room and give the same command again, it goes on."
             ) from error

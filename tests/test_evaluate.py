@@ -140,6 +140,7 @@ def test_the_files_that_are_left(config, models, tmp_path, capsys):
     config.evaluate.methods = METHODS
     summary = ev.evaluate(config, tmp_path)
     assert len(files(tmp_path)) == 4 * 2 * 2
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(config.to_json())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["methods"]["mend"]["score"]["mean"] == summary["methods"]["mend"]["score"]["mean"]
     assert [scores["methods"][m]["cost"]["prefix_length"] for m in ("zero_shot", "prompt", "mend")] == [0, 3, 5]
@@ -253,6 +254,48 @@ def test_dev_score_follows_the_params_without_compiling_again(config, llm, disti
     assert 0 <= first <= 1 and 0 <= second <= 1
     replaced = dataclasses.replace(distiller, params=other)
     assert ev.dev_score(config, llm, replaced, other) == second
+
+
+def test_an_evaluation_leaves_the_config_of_a_training_in_its_workdir(config, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("the training's")
+    config.evaluate.methods, config.evaluate.limit = ("zero_shot",), 1
+    ev.evaluate(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == "the training's"
+
+
+def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, tmp_path):
+    """prefix.dtype is that of a trained distiller too, and its predictions are kept apart from float32's."""
+    config.evaluate.methods, config.evaluate.seeds, config.evaluate.limit = ("mend=a/distiller",), (13,), 3
+    ev.evaluate(config, tmp_path)
+    config.prefix.dtype = "bfloat16"
+    ev.evaluate(config, tmp_path)
+    assert len(files(tmp_path)) == 2 * 2
+    [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype)
+    task = load_tasks(config, llm, "test")[0][0]
+    in_training = dataclasses.replace(distiller, dtype="bfloat16")
+    prefixes = [
+        ev.prefix_maker(config, llm, ev.Method("mend", model))(task) for model in (method.model, in_training, distiller)
+    ]
+    assert np.array_equal(prefixes[0].embeds, prefixes[1].embeds)
+    assert 0 < np.abs(prefixes[0].embeds - prefixes[2].embeds).max() < 0.2
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_dev_score_takes_the_order_of_the_demonstrations_of_the_test(config, llm, distiller, monkeypatch, shuffled):
+    original, orders = ev.evaluate_task, []
+
+    def watched(llm, prefix_of, task, *args, **options):
+        return original(llm, lambda t, order=None: orders.append(order) or prefix_of(t, order), task, *args, **options)
+
+    monkeypatch.setattr(ev, "evaluate_task", watched)
+    config.evaluate.shuffle_demos, config.evaluate.seeds, config.evaluate.limit = shuffled, (13,), 2
+    ev.dev_score(config, llm, distiller, distiller.params)
+    assert [order is not None for order in orders] == ([True] * 4 if shuffled else [False] * 2)
+    orders.clear()
+    prompt = SoftPrompt({"vectors": distiller.params["projection"]["kernel"][:3]})
+    ev.dev_score(config, llm, prompt, prompt.params)
+    assert orders == [None, None]
 
 
 def test_the_hash_of_weights_sees_every_change():
