@@ -36,6 +36,7 @@ RANGES = {
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
     "optimizer.clip": (0, math.inf),
+    "llm.layers": (0, math.inf),
     "evaluate.limit": (0, math.inf),
 }
 NOT_REACHED = {

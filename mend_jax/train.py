@@ -255,8 +255,21 @@ def load(config):
     if config.stage != "lm":
         return load_llm(c.path, c.dtype, c.attention, c.remat)
     if has_weights(c.path):
-        return dataclasses.replace(load_llm(c.path, "float32", c.attention, c.remat), dtype=c.dtype)
-    return dataclasses.replace(init_llm(c.path, config.seed, "float32", c.attention, c.remat), dtype=c.dtype)
+        llm = load_llm(c.path, "float32", c.attention, c.remat)
+    else:
+        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat)
+    return dataclasses.replace(first_layers(llm, c.layers), dtype=c.dtype)
+
+
+def first_layers(llm, layers: int):
+    """The LLM without the layers after the first `layers`; 0 keeps all. Raises UserError where it has fewer."""
+    if layers > llm.config.layers:
+        raise UserError(f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers: ask for fewer.")
+    if not layers:
+        return llm
+    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
+    config = dataclasses.replace(llm.config, layers=layers)
+    return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 
 def build(config, llm):
@@ -302,7 +315,9 @@ def _write_llm(config, workdir):
     params, meta = checkpoint.load_best(workdir)
     temporary = workdir / (LLM_FOLDER + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, from_hf_config(folder), params, folder)
+    settings = from_hf_config(folder)
+    settings = dataclasses.replace(settings, layers=config.llm.layers or settings.layers)
+    save_model(temporary, settings, params, folder)
     os.replace(temporary, target)
     reporting.say(f"The weights of step {meta['step']} are in {target}, as a Hugging Face folder.")
 

@@ -46,7 +46,7 @@ PEOPLE = [
 # The unknown word comes first; the end of text last, where GPT-2 has it.
 FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
 END_OF_TEXT = "<eos>"
-MODEL_SIZES = {"llm": (96, 3, 4), "backbone": (64, 2, 2)}  # width, layers, heads
+MODEL_SIZES = {"llm": (96, 3, 4), "backbone": (96, 2, 4)}  # width, layers, heads
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
@@ -361,10 +361,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A copy of the config with paths for the special value "small_world"; the world is written when it is missing.
 
     `data.text`, `data.tasks`: below `data.cache`. `llm.path`, `prefix.backbone`: the packaged models; but stage "lm", which
-    makes them, starts from their settings without weights. `llm.path` may be "small_world_backbone" too.
+    makes the LLM, starts from its settings without weights.
     """
     config = config.copy_and_resolve_references()
-    sizes = {NAME: "llm", f"{NAME}_backbone": "backbone"}
+    sizes = {NAME: "llm"}
     needs_world = NAME in (config.data.text, config.data.tasks) or (config.stage == "lm" and config.llm.path in sizes)
     if needs_world:
         world = World()
