@@ -4,9 +4,10 @@
     python -m mend_jax.benchmark step --llm=gpt2-large --dtype=bfloat16 --batch_size=8 --no_pytorch     # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
 
-Weights are random, sizes are known: nothing is downloaded. `--llm` and `--distiller` are gpt2, gpt2-medium, gpt2-large,
-gpt2-xl, or a folder with a config.json. Each side runs in a process of its own, so that its peak memory is its own; sides
-take turns step by step, so that a busy moment of the machine meets both. Figures are medians. Use a quiet machine.
+Weights are random, sizes are known: nothing is downloaded. `--llm` and `--distiller` are gpt2, gpt2-medium,
+gpt2-large, gpt2-xl, or a folder with a config.json. Each side runs in a process of its own, so that its peak memory is
+its own; sides take turns step by step, so that a busy moment of the machine meets both. Figures are medians. Use a
+quiet machine.
 """
 
 import dataclasses
@@ -115,10 +116,11 @@ def benchmark_step(arguments) -> tuple[dict, str, bool]:
     _check_window("student", settings.vectors + settings.query, settings.llm)
     _check_window("distiller", settings.demos + settings.vectors, settings.distiller)
     report = _start_report(arguments, settings)
+    pytorch_side = None if arguments.no_pytorch else _pytorch_side()
     sides = {"MEND-JAX": measure.Worker(StepSide, settings)}
     try:
-        if not arguments.no_pytorch:
-            sides["PyTorch"] = measure.Worker(_pytorch_side(), settings, arguments.query_head)
+        if pytorch_side is not None:
+            sides["PyTorch"] = measure.Worker(pytorch_side, settings, arguments.query_head)
         runs, memory = _interleave(sides, arguments.repeats)
         report["sides"] = {
             name: {**worker.call("description"), "matmul_flops": worker.call("matmul_flops")}
@@ -169,7 +171,9 @@ def settings_of(arguments) -> Settings:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} is too small: give 1 or more.")
     if arguments.what == "step" and arguments.target >= arguments.query:
-        raise UserError(f"--target={arguments.target} is the end of the query: give fewer tokens than --query={arguments.query}.")
+        raise UserError(
+            f"--target={arguments.target} is the end of the query: give fewer tokens than --query={arguments.query}."
+        )
     if arguments.what == "inference" and min(arguments.items, arguments.options) < 1:
         raise UserError("--items and --options must be 1 or more.")
     shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
@@ -330,7 +334,8 @@ def inference_flops(settings: Settings, method: str, reuse: bool, items: int, op
 def _saving(rows, reuse: bool) -> str:
     icl, mend = (next(row for row in rows if row["method"] == m and row["reuse"] == reuse) for m in ("icl", "mend"))
     item, task = (1 - mend[name] / icl[name] for name in ("item_flops", "task_flops"))
-    text = f"MEND against Vanilla ICL, {'cached' if reuse else 'release'}: {item:.0%} fewer FLOPs per item, {task:.0%} per task"
+    text = f"MEND against Vanilla ICL, {'cached' if reuse else 'release'}: "
+    text += f"{item:.0%} fewer FLOPs per item, {task:.0%} per task"
     text += f", {icl['task_seconds'] / mend['task_seconds']:.2f}x as fast"
     if reuse:
         text += f", {icl['cache_bytes'] / mend['cache_bytes']:.1f}x less K/V cache"
@@ -374,7 +379,11 @@ def _pytorch_side():
 
 
 def _start_report(arguments, settings: Settings) -> dict:
-    return {"arguments": dataclasses.asdict(arguments), "settings": dataclasses.asdict(settings), "machine": measure.machine()}
+    return {
+        "arguments": dataclasses.asdict(arguments),
+        "settings": dataclasses.asdict(settings),
+        "machine": measure.machine(),
+    }
 
 
 def _machine_line(report: dict) -> str:
@@ -387,7 +396,9 @@ def _machine_line(report: dict) -> str:
 
 def _check_window(reader: str, tokens: int, config: DecoderConfig) -> None:
     if tokens > config.max_positions:
-        raise UserError(f"The {reader} would read {tokens} tokens, its window is {config.max_positions}: choose smaller sizes.")
+        raise UserError(
+            f"The {reader} would read {tokens} tokens, its window is {config.max_positions}: choose smaller sizes."
+        )
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class StepSide(Side):
         return super().description() | {"counted_flops": self.flops}
 
     def reset_peak(self) -> int:
-        self.compiled  # what compiling takes is not the step's
+        _ = self.compiled  # what compiling takes is not the step's
         return super().reset_peak()
 
     def run(self) -> dict[str, float]:
@@ -170,8 +170,8 @@ class StepSide(Side):
 class InferenceSide(Side):
     """One method on one task: what is done once, then test items with all their options.
 
-    `method` is "icl" or "mend". With `reuse` the prefix is made and read once per task and its cache shared; without, as
-    the paper and the release count, every item makes its prefix and every option reads it anew.
+    `method` is "icl" or "mend". With `reuse` the prefix is made and read once per task and its cache shared; without,
+    as the paper and the release count, every item makes its prefix and every option reads it anew.
     """
 
     def __init__(self, settings: Settings, method: str, reuse: bool, items: int, options: int):
@@ -184,9 +184,7 @@ class InferenceSide(Side):
             return random.integers(0, vocabulary, count).tolist()
 
         self.demos = jnp.asarray([draw(settings.demos)], jnp.int32)
-        self.items = [
-            Item(draw(settings.query), [draw(settings.target) for _ in range(options)]) for _ in range(items)
-        ]
+        self.items = [Item(draw(settings.query), [draw(settings.target) for _ in range(options)]) for _ in range(items)]
         self.make_prefix = jax.jit(self._prefix)
         self.reread = jax.jit(self._reread)
         self.cache = None

@@ -1,7 +1,7 @@
 """The same train step in PyTorch with transformers, the way the public release does it.
 
-Logits at all positions, the teacher under no_grad, autograd through the frozen LLM. Kinder than the release in what does
-not change the result: no dropout, no cache of keys and values, transformers' fast attention (sdpa), no padding.
+Logits at all positions, the teacher under no_grad, autograd through the frozen LLM. Kinder than the release in what
+does not change the result: no dropout, no cache of keys and values, transformers' fast attention (sdpa), no padding.
 """
 
 import time
@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from mend_jax import measure
-from mend_jax.benchmark_jax import CLIP, LEARNING_RATE, LLM_SEED, STEPS, Settings, batch_tokens, distiller_params, random_params
+from mend_jax.benchmark_jax import (
+    CLIP,
+    LEARNING_RATE,
+    LLM_SEED,
+    STEPS,
+    Settings,
+    batch_tokens,
+    distiller_params,
+    random_params,
+)
 from mend_jax.models.families import to_hf_config
 from mend_jax.models.weights import to_tensors
 

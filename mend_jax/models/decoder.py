@@ -9,8 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from mend_jax.models.attention import causal_attention
 from mend_jax.models.families import DecoderConfig
+
+# What a layer keeps for the backward pass: the products. Norms and GELU are computed again, which is quicker than to
+# write and read what they would keep (three times as much).
+KEPT = ("qkv", "attended", "normaliser", "middle", "up")
 
 
 class Cache(NamedTuple):
@@ -21,17 +27,10 @@ class Cache(NamedTuple):
     length: jax.Array  # () int32: rows beyond are padding
 
 
-def attend(q, k, v, mask):
-    """Softmax attention, scores and softmax in float32. q (B,T,H,F), k and v (B,S,H,F), mask (B|1,T,S) -> (B,T,H,F)."""
-    q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhts,bshf->bthf", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
 def attend_after(q, cache, k, v, mask):
-    """`attend` to a prefix that all rows share, (keys, values) each (P,H,F), and to themselves; mask (B,T,P+T).
+    """Softmax attention to a prefix that all rows share, (keys, values) each (P,H,F), and to the rows themselves.
 
+    q, k, v (B,T,H,F), mask (B,T,P+T) -> (B,T,H,F); scores and softmax in float32.
     The prefix is not copied per row: it is multiplied with all rows' queries at once.
     """
     keys, values = cache
@@ -57,13 +56,15 @@ class Block(nn.Module):
         """x (B,T,D); cache None or this layer's (keys, values) of a prefix; mask None (causal) or (B,T,P+T)."""
         config = self.config
         y = _norm(config, self.dtype, "norm1")(x)
-        q, k, v = jnp.split(_dense(3 * config.width, self.dtype, "qkv")(y), 3, axis=-1)
+        qkv = checkpoint_name(_dense(3 * config.width, self.dtype, "qkv")(y), "qkv")
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k, v = (a.reshape(*a.shape[:2], config.heads, config.head_width) for a in (q, k, v))
         y = self._attend(q, k, v, cache, mask).reshape(x.shape)
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
-        x = x + _dense(config.width, self.dtype, "out", residual_std)(y)
+        x = checkpoint_name(x + _dense(config.width, self.dtype, "out", residual_std)(y), "middle")
         y = _norm(config, self.dtype, "norm2")(x)
-        y = nn.gelu(_dense(config.mlp_width, self.dtype, "up")(y), approximate=True)
+        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
+        y = nn.gelu(up, approximate=True)
         x = x + _dense(config.width, self.dtype, "down", residual_std)(y)
         return x, ((k, v) if self.keep_cache else None)
 
@@ -73,8 +74,7 @@ class Block(nn.Module):
         if self.attention == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         # Rows are right-padded, so the causal mask alone keeps padding from every valid token.
-        length = q.shape[1]
-        return attend(q, k, v, jnp.tril(jnp.ones((1, length, length), bool)))
+        return causal_attention(q, k, v)
 
 
 class Decoder(nn.Module):
@@ -99,8 +99,11 @@ class Decoder(nn.Module):
         config = self.config
         table = Embed(config, name="embed")()["positions"]
         length = embeds.shape[1]
-        x = embeds.astype(self.dtype) + (table[None, :length] if positions is None else table[positions]).astype(self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        x = embeds.astype(self.dtype) + (table[None, :length] if positions is None else table[positions]).astype(
+            self.dtype
+        )
+        kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
+        block = nn.remat(Block, prevent_cse=False, policy=kept)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -1,0 +1,94 @@
+"""Attention in blocks against plain softmax attention, and what a layer keeps for its backward pass."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mend_jax.models.attention import BLOCK, causal_attention
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.families import DecoderConfig
+
+
+def plain(q, k, v):
+    length = q.shape[1]
+    scores = jnp.einsum("bthf,bshf->bhts", q, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
+    return jnp.einsum("bhts,bshf->bthf", jax.nn.softmax(scores), v)
+
+
+def inputs(length, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(length), 4)
+    return [2 * jax.random.normal(key, (2, length, 3, 8)).astype(dtype) for key in keys]
+
+
+def with_gradients(attention, q, k, v, out_grad):
+    out, pull = jax.vjp(attention, q, k, v)
+    return out, *pull(out_grad)
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
+def test_values_and_gradients(length):
+    arguments = inputs(length)
+    for ours, theirs in zip(
+        with_gradients(causal_attention, *arguments), with_gradients(plain, *arguments), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # of values up to 25
+
+
+def test_large_scores_stay_finite():
+    q, k, v, out_grad = inputs(BLOCK + 3)
+    arguments = (100 * q, 100 * k, v, out_grad)
+    for ours, theirs in zip(
+        with_gradients(causal_attention, *arguments), with_gradients(plain, *arguments), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-2, rtol=1e-3)
+
+
+def test_bfloat16_is_as_near_as_its_digits():
+    arguments = inputs(BLOCK + 7, jnp.bfloat16)
+    exact = with_gradients(plain, *(a.astype(jnp.float32) for a in arguments))
+    for ours, theirs in zip(with_gradients(causal_attention, *arguments), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
+        assert error < 0.01
+
+
+def test_no_square_array_and_half_the_products():
+    length = 6 * BLOCK
+    q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    step = jax.make_jaxpr(lambda *a: with_gradients(causal_attention, *a))(q, q, q, q)
+    assert max(_sizes(step.jaxpr)) <= BLOCK * length
+    from mend_jax.costs import count_products
+
+    masked, full = (count_products(f, q, q, q) for f in (causal_attention, plain))
+    assert masked / full == pytest.approx((1 + 1 / 6) / 2)
+
+
+def test_a_layer_keeps_its_products_alone():
+    width, length = 16, 40
+    config = DecoderConfig("gpt2", 50, width, 3, 2, 4 * width, 64)
+    x = jnp.ones((1, length, width))
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), x)["params"]
+
+    def kept(remat):
+        def loss(params):
+            return (Decoder(config, remat=remat).apply({"params": params}, x) ** 2).sum()
+
+        forward = next(e for e in jax.make_jaxpr(jax.grad(loss))(params).eqns if e.primitive.name == "scan")
+        return sum(math.prod(v.aval.shape) for v in forward.outvars[forward.params["num_carry"] :])
+
+    inputs_alone = config.layers * length * width
+    # x, queries with keys and values, attention's output and normalisers, the middle, and the MLP before its GELU
+    assert kept(remat=False) == inputs_alone * (1 + 3 + 1 + 1 + 4) + config.layers * length * config.heads
+    assert kept(remat=True) == inputs_alone
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (math.prod(v.aval.shape) for v in equation.outvars)
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from _sizes(value.jaxpr)
