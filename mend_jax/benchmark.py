@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -33,29 +34,6 @@ SIZES = {  # width, layers, heads
 DEFAULTS = {"step": {"query": 124, "target": 4}, "inference": {"query": 56, "target": 3}}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between the two sides' losses
 RULES = "release: every option reads the prefix anew; cached: its keys and values are shared by all items and options"
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The command line; 0 stands for the workload's own number (DEFAULTS)."""
-
-    what: str
-    llm: str = "gpt2"
-    distiller: str = "gpt2"
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: bool = False
-    demos: int = 900
-    vectors: int = 100
-    query: int = 0
-    target: int = 0
-    batch_size: int = 1
-    repeats: int = 5
-    items: int = 16
-    options: int = 3
-    no_pytorch: bool = False
-    query_head: bool = False
-    out: str = ""
 
 
 def benchmark(
@@ -95,10 +73,9 @@ def benchmark(
         query_head: step: PyTorch, too, applies the head at the query alone, which the release does not.
         out: a JSON file for the figures.
     """
-    arguments = Arguments(**locals())
-    arguments = dataclasses.replace(
-        arguments, query=query or DEFAULTS[what]["query"], target=target or DEFAULTS[what]["target"]
-    )
+    arguments = SimpleNamespace(**locals())
+    arguments.query = query or DEFAULTS[what]["query"]
+    arguments.target = target or DEFAULTS[what]["target"]
     if out and not Path(out).expanduser().absolute().parent.is_dir():
         raise UserError(f"The folder of --out={out} is not there: make it, or give another file.")
     run = {"step": benchmark_step, "inference": benchmark_inference}[what]
@@ -380,7 +357,7 @@ def _pytorch_side():
 
 def _start_report(arguments, settings: Settings) -> dict:
     return {
-        "arguments": dataclasses.asdict(arguments),
+        "arguments": vars(arguments),
         "settings": dataclasses.asdict(settings),
         "machine": measure.machine(),
     }

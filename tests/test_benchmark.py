@@ -145,8 +145,9 @@ def test_losses_that_differ_are_seen():
     assert not benchmark.compare_losses({"a": [run], "b": [run | {"kd": float("nan")}]}, 1e-3)["yes"]
 
 
-def test_step_command(folder, capsys):
+def test_step_command(folder, capsys, monkeypatch):
     pytest.importorskip("torch")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # PyTorch's threads spin, which takes long where tests share cores
     out = folder / "step.json"
     assert command("step", f"--llm={folder}", f"--distiller={folder}", *TINY, f"--out={out}") == 0
     report = json.loads(out.read_text())
