@@ -28,11 +28,11 @@ def get_config(name: str = "methods"):
         c.data.sequence_length = 1024
         c.data.validation_items = 16
         c.train.batch_size = 4
-        c.train.steps = 240
-        c.train.eval_every = 120
+        c.train.steps = 1_500
+        c.train.eval_every = 250
         c.train.save_every = 50
         c.optimizer.learning_rate = 2e-3
-        c.optimizer.warmup_steps = 30
+        c.optimizer.warmup_steps = 100
         c.optimizer.weight_decay = 0.01
         return c
     # 30,000 steps a stage in the paper; the rate is higher because so few steps must do.
