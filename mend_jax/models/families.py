@@ -38,7 +38,7 @@ def from_hf_config(source: dict | str | Path) -> DecoderConfig:
     try:
         config = _READERS[model_type](source)
     except KeyError as missing:
-        raise UserError(f"config.json of a {model_type} model lacks the field {missing}: take the model's own file.")
+        raise UserError(f"config.json of a {model_type} model lacks the field {missing}: take the model's own file.") from None
     if config.width % config.heads:
         raise UserError(f"config.json says width {config.width} and {config.heads} heads: the width must be a multiple.")
     return config
@@ -99,11 +99,11 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.")
+        raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.")
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.") from error
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: copy the model's folder again.")
+        raise UserError(f"{path} is not text: copy the model's folder again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object but {content!r:.40}: copy the model's folder again.")
     return content

@@ -78,7 +78,7 @@ def local_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.")
+        raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.") from error
 
 
 def load_tokenizer(folder: str | Path):
@@ -91,4 +91,4 @@ def load_tokenizer(folder: str | Path):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again.")
+        raise UserError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again.") from error

@@ -164,21 +164,21 @@ def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarra
 def _read_safetensors(path: Path):
     try:
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (it is no dict and cannot be iterated)
                 yield name, lambda name=name: file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.")
+        raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.") from error
 
 
 def _read_torch(path: Path):
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.")
+        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.") from None
     try:  # weights only: an arbitrary pickle could run code
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, all of them mean the same to the user
-        raise UserError(f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again.")
+        raise UserError(f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again.") from error
     for name, tensor in tensors.items():
         yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy()
 
