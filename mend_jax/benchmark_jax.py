@@ -18,7 +18,8 @@ from mend_jax.data.batches import Batch
 from mend_jax.llm import LLM
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
-from mend_jax.prefix import Distiller, Prefix, Query, resolve_projection
+from mend_jax.prefix import Distiller, Prefix, resolve_projection
+from mend_jax.query import Query
 from mend_jax.scoring import cache_prefix, score_items
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 

@@ -14,7 +14,8 @@ from mend_jax.errors import UserError
 from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
-from mend_jax.prefix import Prefix, Query, continue_after
+from mend_jax.prefix import Prefix, continue_after
+from mend_jax.query import Query
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("xla", "cudnn")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mend_jax.prefix import Query
+from mend_jax.query import Query
 
 
 class Weights(NamedTuple):

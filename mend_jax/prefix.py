@@ -29,15 +29,6 @@ class Prefix:
     length: jax.Array  # (B,) int32, at most P
 
 
-@struct.dataclass
-class Query:
-    """The test input x and its output y = tokens[target_start:length]."""
-
-    tokens: jax.Array  # (B,Q) int32
-    length: jax.Array  # (B,) int32
-    target_start: jax.Array  # (B,) int32
-
-
 def join(prefix: Prefix, embeds, length=None):
     """Rows of `embeds` (B,Q,D) put right where each prefix ends: ((B,P+Q,D), length (B,))."""
     B, Q, D = embeds.shape
@@ -225,26 +216,6 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
             f'prefix.projection="identity" needs a backbone as wide as the LLM, not {width} against {llm_width}: use "tanh" or "linear".'
         )
     return projection
-
-
-def load_distiller(path, llm, backbone=None) -> Distiller:
-    """A trained distiller.
-
-    Args:
-        path: a training workdir, an exported folder, or the public release's own .safetensors / .bin file.
-        llm: the LLM its vectors are for.
-        backbone: only for the release's file: the Hugging Face folder of its backbone (config.json and tokenizer).
-    Raises:
-        UserError: nothing there, or a distiller whose vectors are not as wide as the LLM's embeddings.
-    """
-    from mend_jax.export import read_distiller
-
-    distiller = read_distiller(path, backbone)
-    if distiller.llm_width != llm.config.width:
-        raise UserError(
-            f"The distiller in {path} makes vectors of width {distiller.llm_width}, the LLM reads {llm.config.width}: take the LLM it was trained for."
-        )
-    return distiller
 
 
 def demo_tokens(demos, tokenizer, vocab_size: int, window: int, reader: str, separator: str = " "):

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
-from mend_jax.prefix import Prefix, Query, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
+from mend_jax.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
+from mend_jax.query import Query
 
 
 @struct.dataclass

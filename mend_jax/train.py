@@ -35,12 +35,12 @@ from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
 from mend_jax.errors import UserError
-from mend_jax.evaluate import dev_score
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import has_weights, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
+from mend_jax.task_scoring import dev_score
 
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 LLM_FOLDER = "llm"

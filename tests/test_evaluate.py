@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from mend_jax import evaluate as ev
+from mend_jax import task_scoring
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
@@ -235,25 +236,25 @@ def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(confi
 def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
     task = load_tasks(config, llm, "test")[0][0]
     lengths = [len(x) + len(y) for x, y in task.demos]
-    icl = ev.Method("icl")
+    icl = task_scoring.Method("icl")
     config.data.max_demo_tokens = sum(lengths[:3])
-    assert len(ev.make_context(config, llm, icl, task)) == sum(lengths[:3])
+    assert len(task_scoring.make_context(config, llm, icl, task)) == sum(lengths[:3])
     config.data.max_demo_tokens = sum(lengths[:3]) - 1
-    assert len(ev.make_context(config, llm, icl, task)) == sum(lengths[:2])
+    assert len(task_scoring.make_context(config, llm, icl, task)) == sum(lengths[:2])
     config.data.max_demo_tokens = lengths[0] - 1
     with pytest.raises(UserError, match="No demonstration of colour"):
-        ev.make_context(config, llm, icl, task)
+        task_scoring.make_context(config, llm, icl, task)
 
 
 def test_dev_score_follows_the_params_without_compiling_again(config, llm, distiller):
-    first = ev.dev_score(config, llm, distiller, distiller.params)
-    compiled = ev._apply._cache_size()
+    first = task_scoring.dev_score(config, llm, distiller, distiller.params)
+    compiled = task_scoring._apply._cache_size()
     other = jax.tree.map(lambda a: -3 * a, distiller.params)
-    second = ev.dev_score(config, llm, distiller, other)
-    assert ev._apply._cache_size() == compiled
+    second = task_scoring.dev_score(config, llm, distiller, other)
+    assert task_scoring._apply._cache_size() == compiled
     assert 0 <= first <= 1 and 0 <= second <= 1
     replaced = dataclasses.replace(distiller, params=other)
-    assert ev.dev_score(config, llm, replaced, other) == second
+    assert task_scoring.dev_score(config, llm, replaced, other) == second
 
 
 def test_an_evaluation_leaves_the_config_of_a_training_in_its_workdir(config, tmp_path):
@@ -274,27 +275,26 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype)
     task = load_tasks(config, llm, "test")[0][0]
     in_training = dataclasses.replace(distiller, dtype="bfloat16")
-    prefixes = [
-        ev.prefix_maker(config, llm, ev.Method("mend", model))(task) for model in (method.model, in_training, distiller)
-    ]
+    methods = [task_scoring.Method("mend", model) for model in (method.model, in_training, distiller)]
+    prefixes = [task_scoring.prefix_maker(config, llm, method)(task) for method in methods]
     assert np.array_equal(prefixes[0].embeds, prefixes[1].embeds)
     assert 0 < np.abs(prefixes[0].embeds - prefixes[2].embeds).max() < 0.2
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_dev_score_takes_the_order_of_the_demonstrations_of_the_test(config, llm, distiller, monkeypatch, shuffled):
-    original, orders = ev.evaluate_task, []
+    original, orders = task_scoring.evaluate_task, []
 
     def watched(llm, prefix_of, task, *args, **options):
         return original(llm, lambda t, order=None: orders.append(order) or prefix_of(t, order), task, *args, **options)
 
-    monkeypatch.setattr(ev, "evaluate_task", watched)
+    monkeypatch.setattr(task_scoring, "evaluate_task", watched)
     config.evaluate.shuffle_demos, config.evaluate.seeds, config.evaluate.limit = shuffled, (13,), 2
-    ev.dev_score(config, llm, distiller, distiller.params)
+    task_scoring.dev_score(config, llm, distiller, distiller.params)
     assert [order is not None for order in orders] == ([True] * 4 if shuffled else [False] * 2)
     orders.clear()
     prompt = SoftPrompt({"vectors": distiller.params["projection"]["kernel"][:3]})
-    ev.dev_score(config, llm, prompt, prompt.params)
+    task_scoring.dev_score(config, llm, prompt, prompt.params)
     assert orders == [None, None]
 
 

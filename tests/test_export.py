@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import mend_jax
 from configs import base
-from mend_jax import checkpoint, export
+from mend_jax import checkpoint, export, trained
 from mend_jax.errors import UserError
 from mend_jax.models import weights
 from mend_jax.prefix import init_distiller, init_soft_prompt
@@ -82,7 +82,7 @@ def same_vectors(one, other, demos=ROWS, tolerance=1e-6):
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_same_width"])
 def test_safetensors_of_the_release_survive_byte_for_byte(golden, tmp_path, name):
     original = golden / name / "distiller_official.safetensors"
-    distiller = export.read_release(original, golden / name / "distiller_backbone")
+    distiller = trained.read_release(original, golden / name / "distiller_backbone")
     export.write_release(distiller, tmp_path / original.name)
     assert (tmp_path / original.name).read_bytes() == original.read_bytes()
 
@@ -90,7 +90,7 @@ def test_safetensors_of_the_release_survive_byte_for_byte(golden, tmp_path, name
 def test_bin_of_the_release_survives_byte_for_byte(golden, tmp_path):
     torch = pytest.importorskip("torch")
     original, written = golden / "gpt2" / "distiller_official.bin", tmp_path / "distiller_official.bin"
-    export.write_release(export.read_release(original, golden / "gpt2" / "distiller_backbone"), written)
+    export.write_release(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), written)
     wanted, found = (torch.load(path, weights_only=True) for path in (original, written))
     assert list(wanted) == list(found)
     assert all(wanted[name].dtype == found[name].dtype for name in wanted)
@@ -107,15 +107,15 @@ def test_bin_and_safetensors_of_the_release_hold_the_same(golden):
     pytest.importorskip("torch")
     folder = golden / "gpt2"
     files = (folder / f"distiller_official{suffix}" for suffix in (".bin", ".safetensors"))
-    one, other = (export.read_release(path, folder / "distiller_backbone") for path in files)
+    one, other = (trained.read_release(path, folder / "distiller_backbone") for path in files)
     assert jax.tree.all(jax.tree.map(np.array_equal, one.params, other.params))
 
 
 def test_the_golden_distillers_survive_the_folder_too(golden, tmp_path):
     """Release file -> Hugging Face folder -> release file, byte for byte."""
     original = golden / "gpt2" / "distiller_official.safetensors"
-    export.write_folder(export.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
-    export.write_release(export.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
+    export.write_folder(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
+    export.write_release(trained.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == original.read_bytes()
 
 
@@ -125,7 +125,7 @@ def test_buffers_of_old_releases_are_passed_over(golden, tmp_path):
     tensors["hypernet.h.0.attn.bias"] = np.ones((1, 1, 192, 192), bool)
     tensors["hypernet.h.0.attn.masked_bias"] = np.full((1,), -1e4, np.float32)
     save_file(tensors, tmp_path / "old.safetensors")
-    export.read_release(tmp_path / "old.safetensors", folder / "distiller_backbone")
+    trained.read_release(tmp_path / "old.safetensors", folder / "distiller_backbone")
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_keys_that_do_not_fit_are_refused_by_name(golden, tmp_path, change, name
     folder = golden / "gpt2"
     save_file(change(load_file(folder / "distiller_official.safetensors")), tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match=named):
-        export.read_release(tmp_path / "bad.safetensors", folder / "distiller_backbone")
+        trained.read_release(tmp_path / "bad.safetensors", folder / "distiller_backbone")
 
 
 def test_the_release_has_no_linear_projection(golden, tmp_path, llm, tiny_llm, tiny_backbone, workdir):
     folder = make_workdir(tmp_path / "linear", llm, tiny_llm, tiny_backbone, **{"prefix.projection": "linear"})
     said = export.export(folder, tmp_path / "out")
     assert "linear" in said and not (tmp_path / "out" / "release").exists()
-    assert same_vectors(export.read_distiller(folder), export.read_distiller(tmp_path / "out"))
+    assert same_vectors(trained.read_distiller(folder), trained.read_distiller(tmp_path / "out"))
 
 
 def test_without_pytorch_the_safetensors_are_written(workdir, tmp_path):
@@ -162,9 +162,9 @@ def test_without_pytorch_the_safetensors_are_written(workdir, tmp_path):
         from importlib.machinery import PathFinder
         find = PathFinder.find_spec
         PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
-        from mend_jax import export
+        from mend_jax import export, trained
         print(export.export({str(workdir)!r}, {str(tmp_path / "out")!r}))
-        print(export.read_distiller({str(tmp_path / "out")!r}).distill({PAIRS!r}).embeds.shape)
+        print(trained.read_distiller({str(tmp_path / "out")!r}).distill({PAIRS!r}).embeds.shape)
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -190,7 +190,7 @@ def test_load_distiller_reads_every_format_back(workdir, exported, llm, tiny_bac
 def test_the_template_of_the_training_stays_with_the_distiller(llm, tiny_llm, tiny_backbone, tmp_path):
     folder = make_workdir(tmp_path / "run", llm, tiny_llm, tiny_backbone, **{"data.template": "newline"})
     export.export(folder, tmp_path / "out")
-    assert {export.read_distiller(place).separator for place in (folder, tmp_path / "out")} == {"\n"}
+    assert {trained.read_distiller(place).separator for place in (folder, tmp_path / "out")} == {"\n"}
     assert "behind a newline" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -228,7 +228,7 @@ def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backb
     done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reads at most" in done.stdout
-    theirs, ours = np.load(tmp_path / "elsewhere" / "vectors.npz"), export.read_distiller(folder)
+    theirs, ours = np.load(tmp_path / "elsewhere" / "vectors.npz"), trained.read_distiller(folder)
     for name, demos in (("rows", ROWS), ("one", ROWS[1]), ("pairs", PAIRS)):
         assert np.abs(theirs[name] - np.asarray(ours.distill(demos).embeds)).max() < 1e-5, name
     assert theirs["rows"].shape == (4, 6, 32)
@@ -291,16 +291,16 @@ def test_an_llm_is_exported_with_the_same_logits(llm, tiny_llm, tiny_backbone, t
     again = mend_jax.load_llm(tmp_path / "out")
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
     with pytest.raises(UserError, match="stage lm"):
-        export.read_distiller(folder)
+        trained.read_distiller(folder)
 
 
 def test_a_soft_prompt_is_exported(llm, tiny_llm, tiny_backbone, tmp_path):
     folder = make_workdir(tmp_path / "prompt", llm, tiny_llm, tiny_backbone, **{"prefix.kind": "soft_prompt"})
     assert "6 vectors" in export.export(folder, tmp_path / "out")
     for place in (folder, tmp_path / "out"):
-        assert export.read_trained(place).llm_width == 32
+        assert trained.read_trained(place).llm_width == 32
         with pytest.raises(UserError, match="soft prompt"):
-            export.read_distiller(place)
+            trained.read_distiller(place)
     assert np.array_equal(
         load_file(tmp_path / "out" / "soft_prompt.safetensors")["vectors"], checkpoint.load_best(folder)[0]["vectors"]
     )
@@ -332,7 +332,7 @@ def test_a_file_that_cannot_grow_is_one_sentence(workdir, tmp_path, kilobytes):
     """The operating system's own refusal, which safetensors and PyTorch report in their own ways."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    _, model, _ = export._read_workdir(workdir, None)
+    _, model, _ = trained.read_workdir(workdir, None)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
         with pytest.raises(OSError, match="File too large"):
@@ -360,7 +360,7 @@ def test_a_backbone_that_has_moved_is_named_and_can_be_given(llm, tiny_llm, tiny
     shutil.copytree(tiny_backbone, moved)
     folder = make_workdir(tmp_path / "run", llm, tiny_llm, moved)
     shutil.rmtree(moved)
-    with pytest.raises(UserError, match=str(moved)):
+    with pytest.raises(UserError, match=rf"{moved}.*mend_jax.export.* with --backbone=FOLDER"):
         export.export(folder, tmp_path / "out")
     export.export(folder, tmp_path / "out", tiny_backbone)
     with pytest.raises(UserError, match=r"another backbone.*embed/positions.*80, 24.*96, 32"):

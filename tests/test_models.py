@@ -23,7 +23,8 @@ from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder, init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import has_weights, load_model, local_folder, save_model
-from mend_jax.prefix import Prefix, Query, join, no_prefix
+from mend_jax.prefix import Prefix, join, no_prefix
+from mend_jax.query import Query
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 SIZES = {  # layers, width, heads, parameters (published)

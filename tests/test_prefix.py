@@ -14,6 +14,7 @@ from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import save_model
 from mend_jax.prefix import Distiller, demonstrations_prefix, init_distiller, init_soft_prompt
+from mend_jax.query import Query
 
 BACKBONE = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=72)
 WIDER = DecoderConfig("gpt2", vocab_size=61, width=24, layers=1, heads=2, mlp_width=48, max_positions=96)
@@ -83,7 +84,7 @@ def test_training_losses_again_compile_nothing_and_padding_changes_nothing(backb
     assert step._example_losses._cache_size() == compiled
 
     tokens, length = jnp.asarray([demos]), jnp.asarray([len(demos)])
-    query = prefixes.Query(jnp.asarray([x + y]), jnp.asarray([5]), jnp.asarray([3]))
+    query = Query(jnp.asarray([x + y]), jnp.asarray([5]), jnp.asarray([3]))
     shown = demonstrations_prefix(llm, demos)
     student = llm.states(llm.params, distiller.apply(distiller.params, tokens, length), query)
     teacher, weights = llm.states(llm.params, shown, query), step.Weights(1.0, 1.0, 1.0)

@@ -14,7 +14,8 @@ from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefix import Prefix, Query, bucket, demonstrations_prefix, no_prefix
+from mend_jax.prefix import Prefix, bucket, demonstrations_prefix, no_prefix
+from mend_jax.query import Query
 from mend_jax.scoring import cache_prefix, lay_out, score_items, score_options
 
 CONFIG = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=96)

@@ -300,7 +300,8 @@ def test_the_packaged_llm_learns_in_context(world):
     import jax
 
     from mend_jax.llm import load_llm
-    from mend_jax.prefix import Prefix, Query, no_prefix
+    from mend_jax.prefix import Prefix, no_prefix
+    from mend_jax.query import Query
 
     assert (small_world.PACKAGED_MODELS / "llm" / "model.safetensors").exists()
     llm = load_llm(small_world.PACKAGED_MODELS / "llm")

@@ -59,7 +59,7 @@ class RandomBatches:
         import numpy as np
 
         from mend_jax.data.batches import Batch
-        from mend_jax.prefix import Query
+        from mend_jax.query import Query
 
         rng, B, Q = np.random.default_rng([*self.seed, step]), self.rows, 16
         N = 0 if self.config.stage == "lm" else 16

@@ -1,0 +1,215 @@
+"""A method's scores on a task: from a task's demonstrations to a prefix, and from its items to predictions and scores.
+
+The test (evaluate.py) and the dev set that chooses the best checkpoint in training (train.py) are scored by this same code.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mend_jax.data.evaluation import EvalTask, load_tasks
+from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
+from mend_jax.errors import UserError
+from mend_jax.llm import LLM
+from mend_jax.metrics import aggregate, task_scores
+from mend_jax.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
+from mend_jax.scoring import cache_prefix, score_items
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """What makes a prefix of demonstrations. With no model: "icl" embeds them, "zero_shot" ignores them."""
+
+    name: str
+    model: Distiller | SoftPrompt | None = None
+    path: str = ""
+
+    @property
+    def reads_demos(self) -> bool:
+        return self.name == "icl" if self.model is None else isinstance(self.model, Distiller)
+
+    def window(self, llm: LLM) -> int:
+        """Demonstration tokens that it can read, whatever the query."""
+        return getattr(self.model, "window", llm.window)
+
+
+def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[..., Prefix]:
+    """prefix_of(task, order=None) -> Prefix (B == 1): a method's prefix of an `EvalTask`'s demonstrations.
+
+    Args:
+        config: a whole run's config.
+        llm: the LLM that will read it.
+        method: how it is made.
+        params: of the method's model; None is its own. (Training gives the current ones.)
+    """
+
+    def prefix_of(task: EvalTask, order=None) -> Prefix:
+        if method.model is None and not method.reads_demos:
+            return no_prefix(1, llm.config.width)
+        context = make_context(config, llm, method, task, order) if method.reads_demos else np.zeros(1, np.int32)
+        sizes = [size for size in config.data.demo_buckets if size >= len(context)]  # few, because each is compiled
+        columns = min(method.window(llm), min(sizes, default=bucket(len(context))))
+        tokens, length = np.zeros((1, columns), np.int32), np.asarray([len(context)], np.int32)
+        tokens[0, : len(context)] = context
+        if method.model is None:
+            return Prefix(_embed(llm, llm.params, tokens), length)
+        return _apply(method.model, method.model.params if params is None else params, tokens, length)
+
+    return prefix_of
+
+
+def make_context(config, llm: LLM, method: Method, task: EvalTask, order=None) -> np.ndarray:
+    """The (N,) tokens of a task's demonstrations that fit beside its longest query, in the file's order or `order`.
+
+    Examples that do not fit are left out; with data.release_truncation the last one is cut, as the release does.
+    """
+    query = max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+    budget = demo_budget(config.data.max_demo_tokens, llm.window, query, method.window(llm), 0)
+    pairs = task.demos if order is None else [task.demos[i] for i in order]
+    if config.data.release_truncation:
+        cut = release_truncation(join_demos(pairs), min(method.window(llm), llm.window - query), llm.window - query)
+        return cut[method.model is None]
+    count = fit_demos([len(x) + len(y) for x, y in pairs], budget)
+    if count == 0:
+        raise UserError(
+            f"No demonstration of {task.task}, seed {task.seed} fits into {budget} tokens: raise data.max_demo_tokens"
+            " or lower data.max_input_tokens."
+        )
+    return join_demos(pairs[:count])
+
+
+@dataclasses.dataclass
+class TaskResult:
+    """One task and seed: the lines of its prediction file and what they cost."""
+
+    lines: list[dict]
+    cost: dict
+
+
+def evaluate_task(
+    llm: LLM,
+    prefix_of: Callable[..., Prefix],
+    task: EvalTask,
+    batch_size: int,
+    shuffle_demos: bool = False,
+    params=None,
+    chunk: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> TaskResult:
+    """Scores all options of all items of one task and seed.
+
+    Args:
+        llm: the LLM.
+        prefix_of: of `prefix_maker`.
+        task: demonstrations and items.
+        batch_size: items in one pass of the LLM.
+        shuffle_demos: a fresh order of the demonstrations, and so a new prefix, for every item.
+        params: of the LLM; None is `llm.params`.
+        chunk: see `score_items`.
+        progress: called with the number of items finished.
+    Raises:
+        UserError: a demonstration set or an item that does not fit, or scores that are not finite.
+    """
+    groups = [(None, task.items)]
+    if shuffle_demos:
+        groups = [(row_rng(task.seed, i).permutation(len(task.demos)), [item]) for i, item in enumerate(task.items)]
+    scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
+    for order, items in groups:
+        began = time.perf_counter()
+        cache = jax.block_until_ready(cache_prefix(llm, prefix_of(task, order), params))
+        made = time.perf_counter()
+        scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+        prefix_seconds += made - began
+        seconds += time.perf_counter() - made
+        positions += int(cache.length)
+    where = f"{task.task}, seed {task.seed}"
+    lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
+    cost = {
+        "prefix_length": positions / len(groups),
+        "prefix_seconds": prefix_seconds / len(groups),
+        "item_seconds": seconds / len(task.items),
+    }
+    return TaskResult(lines, cost)
+
+
+def evaluate_prefix(
+    llm: LLM, prefix_of: Callable[..., Prefix], tasks: Iterable[EvalTask], batch_size: int, **options
+) -> dict:
+    """`metrics.aggregate` of one way to make prefixes, over tasks and seeds; nothing is written.
+
+    Args:
+        llm: the LLM.
+        prefix_of: of `prefix_maker`.
+        tasks: one for each task and seed.
+        batch_size: as in `evaluate_task`; so are `options`.
+    """
+    scores: dict[str, dict[int, dict]] = {}
+    for task in tasks:
+        result = evaluate_task(llm, prefix_of, task, batch_size, **options)
+        scores.setdefault(task.task, {})[task.seed] = scores_of(task, result.lines)
+    return aggregate(scores)
+
+
+def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params) -> float:
+    """The score (0 to 1) of a model in training on the meta-test *validation* examples.
+
+    Args:
+        config: a whole run's config, paths resolved.
+        llm: the run's LLM.
+        model: the `Distiller` or `SoftPrompt`; always the same object, so that nothing is compiled again.
+        params: its current params.
+    """
+    method = Method("model in training", model)
+    prefix_of = prefix_maker(config, llm, method, jax.device_put(params))
+    tasks, options = _dev_tasks(llm, config.to_json()), scoring_options(config, method)
+    return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
+
+
+def scoring_options(config, method: Method) -> dict:
+    """What a config says about `evaluate_task`, for validation and for test alike."""
+    return {
+        "batch_size": config.evaluate.batch_size,
+        "shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos,
+        "chunk": config.loss.chunk,
+    }
+
+
+def scores_of(task: EvalTask, lines: list[dict]) -> dict:
+    return task_scores([line["prediction"] for line in lines], [line["gold"] for line in lines], task.classification)
+
+
+def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:
+    if not np.all(np.isfinite(scores)):
+        raise UserError(
+            f"The scores of item {index} of {where} are not finite: the model diverged or its weights are damaged."
+        )
+    return {
+        "item": index,
+        "scores": [round(float(score), 6) for score in scores],
+        "options": list(item.options),
+        "prediction": item.options[int(np.argmax(scores))],
+        "gold": item.options[item.label],
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _dev_tasks(llm, settings: str) -> list[EvalTask]:
+    """Read and tokenised once for a run; `settings` is its config as JSON."""
+    return load_tasks(ConfigDict(json.loads(settings)), llm, "dev")[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(llm, params, tokens):
+    return llm.embed(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens, length):
+    return model.apply(params, tokens, length)
