@@ -137,7 +137,7 @@ def test_bad_text(tmp_path):
     path.write_bytes(whole[: len(whole) - 12])
     with pytest.raises(UserError, match="c4-train.json.gz is damaged"):
         list(c4.read_documents(path))
-    for line, message in (('{"text": 1}', "has no text"), ("{", "is not valid JSON"), ("[]", "has no text")):
+    for line, message in (('{"text": 1}', "has no text"), ("{", "is not valid JSON"), ("[]", "is not a JSON object")):
         path.write_bytes(gzip.compress(b'{"text": "one"}\n' + line.encode() + b"\n"))
         with pytest.raises(UserError, match=f"c4-train.json.gz, line 2 {message}"):
             list(c4.read_documents(path))

@@ -4,11 +4,11 @@ Files whose name has "validation" in it are held-out text.
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mend_jax.data.json_lines import parse_object
 from mend_jax.errors import UserError
 
 
@@ -47,13 +47,8 @@ def read_documents(file, report=None) -> Iterator[dict]:
 
 
 def _parse(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    row = parse_object(line, where)
+    if not isinstance(row.get("text"), str):
         raise UserError(f"{where} has no text in the field 'text'.")
     return row
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from mend_jax.data.json_lines import parse_object
 from mend_jax.errors import UserError
 
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
@@ -75,14 +76,7 @@ def read_file(path) -> list[Example]:
 
 def parse_line(line: str, where: str) -> Example:
     """One example of one line; `where` (file and line) begins the message of a UserError."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object with task, input, output and options.")
+    row = parse_object(line, where)
     for field in ("task", "input", "output"):
         if not isinstance(row.get(field), str):
             raise UserError(f"{where} has no text in the field {field!r}: every example needs task, input and output.")
