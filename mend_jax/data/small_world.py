@@ -46,7 +46,7 @@ PEOPLE = [
 # The unknown word comes first; the end of text last, where GPT-2 has it.
 FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
 END_OF_TEXT = "<eos>"
-MODEL_SIZES = {"llm": (96, 3, 4), "backbone": (96, 2, 4)}  # width, layers, heads
+MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the LLM; the backbone is cut from it
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
@@ -80,11 +80,11 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """The parts of a written world: `data.text`, `data.tasks`, and model folders without weights, for stage "lm"."""
+    """The parts of a written world: `data.text`, `data.tasks`, and the LLM's folder without weights, for stage "lm"."""
 
     text: Path
     tasks: Path
-    models: Path
+    llm: Path
 
 
 # The language
@@ -163,7 +163,7 @@ def _labels(rng: random.Random, meaning: dict[str, list[str]], count: int, at_le
 
 
 def write_small_world(folder: str | Path, world: World = World()) -> Paths:
-    """Writes the world below `folder` (c4/, metaicl/, models/), or finds it there already.
+    """Writes the world below `folder` (c4/, metaicl/, llm/), or finds it there already.
 
     The folder appears complete or not at all: killed, or run twice at once, it does no harm.
     Raises UserError if the folder holds something else, or cannot be written.
@@ -185,8 +185,7 @@ def write_small_world(folder: str | Path, world: World = World()) -> Paths:
     try:
         _write_text(temporary / "c4", world)
         _write_tasks(temporary / "metaicl", world)
-        for size in MODEL_SIZES:
-            write_model_folder(temporary / "models" / size, size, world)
+        _write_model_folder(temporary / "llm", world)
         (temporary / "world.json").write_text(_description(world))
         temporary.chmod(0o755)  # mkdtemp's folders are private; these are as shareable as any other
         try:
@@ -202,14 +201,14 @@ def write_small_world(folder: str | Path, world: World = World()) -> Paths:
 
 
 def _paths(folder: Path) -> Paths:
-    return Paths(text=folder / "c4", tasks=folder / "metaicl", models=folder / "models")
+    return Paths(text=folder / "c4", tasks=folder / "metaicl", llm=folder / "llm")
 
 
 def _description(world: World) -> str:
     # The settings, and a sample of what this generator makes of them: a changed generator is noticed, a comment is not.
     rng, all_topics = random.Random("sample"), topics(world)
     meaning = draw_task(rng, world, all_topics, max(world.classes))
-    made = [document(rng, world, all_topics) for _ in range(4)], vocabulary(world), MODEL_SIZES
+    made = [document(rng, world, all_topics) for _ in range(4)], vocabulary(world), MODEL_SIZE
     made += next(_tasks(world)), _test_files(rng, world, "sample", meaning)
     sample = hashlib.sha256(json.dumps(made).encode()).hexdigest()
     return json.dumps({"sample": sample, **dataclasses.asdict(world)}, indent=1) + "\n"
@@ -309,12 +308,12 @@ def _test_files(rng: random.Random, world: World, task: str, meaning: dict) -> d
     return files
 
 
-# The models
+# The model
 
 
-def write_model_folder(folder: Path, size: str, world: World = World()) -> None:
-    """A GPT-2 folder without weights: config.json and a word-level tokenizer. `size` is a key of MODEL_SIZES."""
-    width, layers, heads = MODEL_SIZES[size]
+def _write_model_folder(folder: Path, world: World) -> None:
+    """A GPT-2 folder without weights: config.json and a word-level tokenizer."""
+    width, layers, heads = MODEL_SIZE
     words = vocabulary(world)
     last = len(words) - 1
     config = {
@@ -364,18 +363,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
     makes the LLM, starts from its settings without weights.
     """
     config = config.copy_and_resolve_references()
-    sizes = {NAME: "llm"}
-    needs_world = NAME in (config.data.text, config.data.tasks) or (config.stage == "lm" and config.llm.path in sizes)
-    if needs_world:
+    fresh_llm = config.stage == "lm" and config.llm.path == NAME
+    if fresh_llm or NAME in (config.data.text, config.data.tasks):
         world = World()
         paths = write_small_world(Path(config.data.cache).expanduser() / f"{NAME}-{fingerprint(world)}", world)
         if config.data.text == NAME:
             config.data.text = str(paths.text)
         if config.data.tasks == NAME:
             config.data.tasks = str(paths.tasks)
-    if config.llm.path in sizes:
-        folder = paths.models if config.stage == "lm" else PACKAGED_MODELS
-        config.llm.path = str(folder / sizes[config.llm.path])
+    if config.llm.path == NAME:
+        config.llm.path = str(paths.llm if fresh_llm else PACKAGED_MODELS / "llm")
     if config.prefix.backbone == NAME:
         config.prefix.backbone = str(PACKAGED_MODELS / "backbone")
     return config
@@ -391,7 +388,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(f"text:   {paths.text}\ntasks:  {paths.tasks}\nmodels: {paths.models} (without weights)")
+    print(f"text:  {paths.text}\ntasks: {paths.tasks}\nllm:   {paths.llm} (without weights)")
 
 
 if __name__ == "__main__":
