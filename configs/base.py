@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
     prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
-    prefix.projection_init = "random"  # or "embeddings": the map between both models' token tables (one vocabulary)
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
     prefix.start_from = ""  # workdir of an earlier stage: begin with its best checkpoint; "" begins from the backbone

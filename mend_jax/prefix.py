@@ -188,7 +188,8 @@ def init_distiller(config, llm, seed: int) -> Distiller:
     }
     projection = resolve_projection(config.projection, backbone.config.width, llm.config.width)
     if projection != "identity":
-        kernel = _initial_projection(config.projection_init, backbone.params, llm, seed + 1)
+        shape = backbone.config.width, llm.config.width
+        kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
         params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
     return Distiller(
         backbone.config,
@@ -266,27 +267,6 @@ def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
         raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
     texts = [separator + text for pair in pairs for text in pair]
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
-
-
-def _initial_projection(how: str, backbone, llm, seed: int):
-    """(width, llm_width): random normal (as the release), or the map between the two models' token tables.
-
-    A language model's state points to the embedding of the word it speaks of (the head is the token table). With
-    "embeddings" the least-squares map sends that direction to the same word's embedding in the LLM, so the vectors
-    begin as something the LLM can read, for words of every topic alike.
-    """
-    table, llm_table = backbone["embed"]["tokens"], llm.params["embed"]["tokens"].astype(jnp.float32)
-    if how == "random":
-        return 0.02 * jax.random.normal(jax.random.key(seed), (table.shape[1], llm_table.shape[1]))
-    if len(table) != len(llm_table):
-        raise UserError(
-            f'prefix.projection_init="embeddings" needs one vocabulary: the backbone has {len(table)} tokens, the LLM '
-            f'{len(llm_table)}; use "random".'
-        )
-    # The states come from a norm: their size is that of its scale, not that of the table's rows.
-    size = jnp.sqrt(jnp.mean(backbone["final_norm"]["scale"] ** 2))
-    rows = table / jnp.sqrt(jnp.mean(table**2, axis=1, keepdims=True)) * size
-    return jnp.linalg.lstsq(rows, llm_table)[0]
 
 
 def _initial_rows(config, table, seed: int):

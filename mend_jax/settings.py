@@ -15,7 +15,6 @@ CHOICES = {
     "prefix.kind": ("distiller", "soft_prompt"),
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
-    "prefix.projection_init": ("random", "embeddings"),
     "prefix.dtype": ("float32", "bfloat16"),
     "data.template": ("space", "newline"),
     "train.parallel": ("pmap", "mesh"),

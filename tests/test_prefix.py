@@ -8,7 +8,6 @@ import pytest
 from configs import base
 from mend_jax import prefix as prefixes
 from mend_jax import step
-from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
@@ -148,33 +147,3 @@ def test_a_random_projection_has_the_releases_size(config, llm):
     projection = init_distiller(config, llm, 0).params["projection"]
     assert projection["kernel"].shape == (16, 24) and not projection["bias"].any()
     assert 0.017 < np.std(projection["kernel"]) < 0.023 and abs(np.mean(projection["kernel"])) < 0.004
-
-
-def test_a_projection_of_embeddings_is_the_least_squares_map_between_the_tables(config, llm, backbone):
-    config.projection_init = "embeddings"
-    projection = init_distiller(config, llm, 0).params["projection"]
-    kernel, table = np.asarray(projection["kernel"], np.float64), np.asarray(backbone["embed"]["tokens"], np.float64)
-    rows = table / np.sqrt((table**2).mean(1, keepdims=True)) * np.sqrt(np.mean(backbone["final_norm"]["scale"] ** 2))
-    residual = np.asarray(llm.params["embed"]["tokens"], np.float64) - rows @ kernel
-    assert np.abs(rows.T @ residual).max() < 1e-4 * np.abs(rows.T @ np.asarray(llm.params["embed"]["tokens"])).max()
-    assert np.abs(kernel).max() > 0 and not projection["bias"].any()
-
-
-def test_a_map_between_the_tables_is_found_where_there_is_one(config, llm, backbone):
-    """Where the LLM's table is a linear map of the backbone's directions, that map is the projection."""
-    table = np.asarray(backbone["embed"]["tokens"])
-    scale = np.sqrt(np.mean(backbone["final_norm"]["scale"] ** 2))
-    rows = table / np.sqrt((table**2).mean(1, keepdims=True)) * scale
-    true = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
-    params = llm.params | {"embed": llm.params["embed"] | {"tokens": jnp.asarray(rows @ true)}}
-    config.projection_init = "embeddings"
-    mapped = LLM(WIDER, params, None, "mapped", "float32")
-    np.testing.assert_allclose(init_distiller(config, mapped, 0).params["projection"]["kernel"], true, atol=1e-3)
-
-
-def test_a_projection_of_embeddings_needs_one_vocabulary(config, llm):
-    config.projection_init = "embeddings"
-    smaller = jax.tree.map(lambda a: a, llm.params)
-    smaller["embed"]["tokens"] = smaller["embed"]["tokens"][:50]
-    with pytest.raises(UserError, match=r"projection_init.*61 tokens.*50.*random"):
-        init_distiller(config, LLM(WIDER, smaller, None, "a smaller LLM", "float32"), 0)
