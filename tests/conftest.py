@@ -53,6 +53,14 @@ def tiny_backbone(tmp_path_factory):
     return _torch_gpt2(tmp_path_factory.mktemp("tiny_backbone"), seed=2, n_embd=24, n_layer=2, n_head=2, n_positions=80)
 
 
+@pytest.fixture(scope="session")
+def torch_llm(tiny_llm):
+    """PyTorch's model of `tiny_llm`."""
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(tiny_llm).eval()
+
+
 def _torch_gpt2(folder, seed, **sizes):
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
