@@ -99,6 +99,8 @@ def test_a_folder_that_we_write_is_read_by_transformers(llm, torch_llm, tiny_llm
     from transformers import AutoModelForCausalLM
 
     save_model(tmp_path / "new", llm.config, llm.params, tiny_llm)
+    modes = {file.stat().st_mode for file in (tmp_path / "new" / name for name in ("config.json", "model.safetensors"))}
+    assert len(modes) == 1  # whoever may read the one may read the other
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     theirs = torch_llm.state_dict()

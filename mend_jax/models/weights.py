@@ -110,8 +110,11 @@ def write_params(folder: str | Path, config: DecoderConfig, params: Mapping) -> 
 
 def write_file(tensors: dict[str, np.ndarray], path: str | Path, metadata: dict | None = FORMAT) -> None:
     """One .safetensors file. Raises OSError where it cannot be written: safetensors has an error of its own for that."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # what the umask allows; safetensors' own files are their owner's alone
     try:
         save_file(tensors, path, metadata=metadata)
+        os.chmod(path, mode)
     except SafetensorError as error:
         code = re.search(r"(?:os error|code:) (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
