@@ -69,6 +69,7 @@ class Reporter:
         """The speed since the last call, to speed.jsonl and, with `line`'s loss and padding, to the person who waits."""
         now = time.monotonic()
         seconds, done = now - self.clock - self.paused, line["step"] - self.since
+        compiled = self.since == self.start
         speed = {
             "step": line["step"],
             "seconds_per_step": seconds / max(done, 1),
@@ -82,12 +83,12 @@ class Reporter:
         self.speed_file.flush()
         for name in ("tokens_per_second", "data_wait_per_step"):
             self._plot(f"speed/{name}", speed[name], line["step"])
-        self._show(line, speed)
+        self._show(line, speed, compiled)
 
     def _plot(self, name, value, step):
         self.board.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
 
-    def _show(self, line, speed):
+    def _show(self, line, speed, compiled):
         shown = {
             "loss": f"{line['loss']:.4f}",
             "tokens/s": f"{speed['tokens_per_second']:,.0f}",
@@ -98,12 +99,10 @@ class Reporter:
             self.bar.update(line["step"] - self.bar.n)
         elif time.monotonic() - self.last_line > QUIET_SECONDS or line["step"] == self.steps:
             self.last_line = time.monotonic()
-            left = _duration((self.steps - line["step"]) * speed["seconds_per_step"])
-            say(
-                f"step {line['step']}/{self.steps}  "
-                + "  ".join(f"{k} {v}" for k, v in shown.items())
-                + f"  {left} left"
-            )
+            texts = [f"step {line['step']}/{self.steps}", *(f"{name} {text}" for name, text in shown.items())]
+            if line["step"] < self.steps and not compiled:  # compiling is done once: it says nothing about the rest
+                texts.append(f"{_duration((self.steps - line['step']) * speed['seconds_per_step'])} left")
+            say("  ".join(texts))
 
     def sync(self):
         """Everything written so far is on disk: called before a checkpoint that stands after it."""

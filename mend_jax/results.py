@@ -20,6 +20,7 @@ import numpy as np
 
 from mend_jax import checkpoint
 from mend_jax.errors import UserError
+from mend_jax.files import temporary_for
 from mend_jax.metrics import TITLES, percent
 
 FORMAT = 1  # of the prediction files: raised when older ones must not be used
@@ -155,7 +156,7 @@ def _file_name(task: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """What all tests share: 8 simulated CPU devices, a kept compile cache, no network, tiny models."""
 
 import os
+import random
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,15 @@ WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(60))]  # of the tiny models'
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     np.random.seed(0)
+
+
+@pytest.fixture
+def kill_rng():
+    """Draws the moments at which a test kills a run. They are others every time; `MEND_KILL_SEED=N pytest ...` repeats
+    those of a run that failed, whose N stands in its captured output."""
+    seed = int(os.environ.get("MEND_KILL_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"the moments of this test's kills: MEND_KILL_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture

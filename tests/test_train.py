@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -117,8 +116,11 @@ def test_broken_run_goes_on_to_the_same_end(broken_at, model, finished, tmp_path
     assert_same_run(tmp_path, finished)
 
 
-def test_killed_at_random_moments_ends_the_same(tmp_path):
-    """SIGKILL three times, each somewhere after new steps were saved: bit-equal to an unbroken run."""
+def test_killed_at_random_moments_ends_the_same(tmp_path, kill_rng):
+    """SIGKILL three times, each somewhere after new steps were saved: bit-equal to an unbroken run.
+
+    MEND_KILL_SEED=N (printed; tests/conftest.py) kills at the same moments again.
+    """
     model_folder(tmp_path / "model")
     fields = ["train.steps=48", "train.eval_every=16", "train.save_every=4", "train.log_every=3"]
     environment = os.environ | {"XLA_FLAGS": "", "TINY_STEP_SECONDS": "0.04"}
@@ -128,14 +130,14 @@ def test_killed_at_random_moments_ends_the_same(tmp_path):
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     unbroken = start("unbroken")
-    rng, codes = random.Random(), []
+    codes = []
     for _ in range(3):
         run = start("broken")
         before = set(_folders(tmp_path / "broken"))
         until = time.monotonic() + 60
         while set(_folders(tmp_path / "broken")) <= before and run.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(kill_rng.uniform(0, 0.4))
         run.kill()
         said = run.communicate()[1]
         codes.append(run.returncode)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mend_jax.data import c4, metaicl
 from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
 from mend_jax.errors import UserError
+from mend_jax.files import temporary_for
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
 IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longer than the work
@@ -124,7 +125,7 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
             | shard_counts(job["out"], job["kind"])
             for job in jobs
         ]
-        temporary = manifest.with_suffix(f".{os.getpid()}.tmp")
+        temporary = temporary_for(manifest)
         temporary.write_text(json.dumps({"dtype": dtype, "shards": made}, indent=1))
         os.replace(temporary, manifest)
         return _read_manifest(manifest, shards, source)
@@ -182,9 +183,7 @@ class Progress:
         with self.lock:
             self.tokens += result["tokens"]
             seconds = self.bar.format_dict["elapsed"]
-            self.bar.set_postfix_str(
-                f"{self.tokens / 1e6:.1f}M tokens, {self.tokens / max(seconds, 1e-9) / 1e3:.0f}k/s"
-            )
+            self.bar.set_postfix_str(f"{self.tokens:,} tokens, {self.tokens / max(seconds, 1e-9) / 1e3:,.0f}k/s")
 
 
 def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Progress) -> None:

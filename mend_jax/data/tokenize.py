@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from mend_jax.data import c4, metaicl
 from mend_jax.errors import UserError
+from mend_jax.files import temporary_for
 
 SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: stands before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard
@@ -78,7 +79,7 @@ def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
     job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
     """
     out = Path(job["out"])
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(out)
     records = {"text": text_records, "tfds": text_records, "task": task_records}[job["kind"]]
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")

@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all: written beside their place under another name, then renamed."""
+
+import contextlib
+import glob
+import os
+from pathlib import Path
+
+
+def temporary_for(path: Path) -> Path:
+    """Where this process writes a file before it is renamed to `path`: `.<name>.<process>.tmp`, in the same folder.
+
+    What processes that were killed left there is removed; of those that live it stays.
+    """
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = other.name.split(".")[-2]
+        if number.isdigit() and not _lives(int(number)):
+            with contextlib.suppress(OSError):  # litter is no reason to stop
+                other.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
