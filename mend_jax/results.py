@@ -135,7 +135,8 @@ def _notes(results: dict) -> str:
     seeds = ", ".join(str(seed) for seed in results["seeds"])
     tasks = next(iter(results["methods"].values()))["per_task"]
     text = (
-        f"{len(tasks)} tasks of `{results['partition']}` ({results['split']}), seeds {seeds}, k = {results['k']}."
+        f"{len(tasks)} task{'s' * (len(tasks) != 1)} of `{results['partition']}` ({results['split']}), seeds {seeds},"
+        f" k = {results['k']}."
         " The score is the mean over tasks of Macro-F1 for classification and accuracy for the rest; ± is the sample"
         " standard deviation over seeds. All scores x 100. Prefix length is in positions of the LLM; GFLOPs/item"
         " score all options of one item after a cached prefix, *uncached* makes and reads the prefix anew for every"
