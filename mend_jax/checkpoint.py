@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Checkpoints:
             _remove_unusable(self.folder)
         _wait_for_all_processes("checkpoints opened")
         logging.getLogger("absl").addFilter(_without_orbax_traces)
+        if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+            sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
         self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
         policy = managers.AnyPreservationPolicy([managers.LatestN(2), _KeepBest(self)])
         options = managers.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
@@ -73,7 +76,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state), meta=ocp.args.JsonSave(meta)
         )
-        with _clear_disk_errors(self.folder, step):
+        with self._clear_disk_errors(step):
             self.manager.save(step, args=items, force=True)
         self.unfinished = step, self.background.submit(self._seal, step)
 
@@ -82,7 +85,7 @@ class Checkpoints:
         if self.unfinished is None:
             return
         (step, future), self.unfinished = self.unfinished, None
-        with _clear_disk_errors(self.folder, step):
+        with self._clear_disk_errors(step):
             future.result()
 
     def restore(self, params, opt_state):
@@ -102,6 +105,20 @@ class Checkpoints:
             self.background.shutdown()
             with contextlib.suppress(Exception):  # orbax raises a failed save a second time
                 self.manager.close()
+
+    @contextlib.contextmanager
+    def _clear_disk_errors(self, step):
+        """Turns a full disk, however orbax reports it, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            earlier = "the earlier ones are intact" if len(self.steps) > 1 else "it would have been the first"
+            raise UserError(
+                f"The disk is full: checkpoint {step} could not be written to {self.folder}; {earlier}. Make room and give "
+                "the same command again."
+            ) from error
 
     def _seal(self, step):
         self.manager.wait_until_finished()
@@ -237,27 +254,20 @@ def is_disk_full(error):
     return False
 
 
-class _clear_disk_errors:
-    """Turns a full disk, however orbax reports it, into one sentence."""
-
-    def __init__(self, folder, step):
-        self.folder, self.step = folder, step
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if error is not None and is_disk_full(error):
-            raise UserError(
-                f"The disk is full: checkpoint {self.step} could not be written to {self.folder}; the earlier ones are "
-                "intact. Make room and give the same command again."
-            ) from error
-        return False
-
-
 def _without_orbax_traces(record):
     """Orbax prints the trace of a failed save from its threads; the error itself reaches us, and is said in one sentence."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _WithoutClosedLoops:
+    """After a failed save, TensorStore's threads still report to orbax's event loop, which is closed: that is not news."""
+
+    def __init__(self, before):
+        self.before = before
+
+    def __call__(self, unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self.before(unraisable)
 
 
 def _remove_unusable(folder):

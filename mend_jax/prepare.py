@@ -24,9 +24,7 @@ def prepare(config) -> dict:
     """
     folder = local_folder(config.llm.path)
     tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserError(f"{config.llm.path} holds no tokenizer: put the LLM's tokenizer files there.")
-    check_tokenizer(tokenizer, from_hf_config(folder).vocab_size)
+    check_tokenizer(tokenizer, from_hf_config(folder).vocab_size, config.llm.path)
     if not config.data.text and not config.data.tasks:
         raise UserError("There is nothing to prepare: set config.data.text, config.data.tasks or both.")
     made = {}

@@ -87,6 +87,11 @@ def score_items(
     return score_rows(llm, cache, rows, batch_size, params, chunk, progress)
 
 
+def check_items(llm, prefix_length: int, items) -> None:
+    """Raises the UserErrors that `score_items` would after a prefix of this length, without reading anything."""
+    _check_rows(llm, prefix_length, [lay_out(item.x_tokens, item.options_tokens) for item in items])
+
+
 def cache_prefix(llm, prefix: Prefix, params=None):
     """Keys and values of a prefix of one row (see `LLM.prefix_cache`), compiled once per padded length."""
     rows, _, width = prefix.embeds.shape

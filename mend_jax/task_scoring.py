@@ -5,14 +5,12 @@ The test (evaluate.py) and the dev set that chooses the best checkpoint in train
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
@@ -20,7 +18,7 @@ from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.metrics import aggregate, task_scores
 from mend_jax.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
-from mend_jax.scoring import cache_prefix, score_items
+from mend_jax.scoring import cache_prefix, check_items, score_items
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,18 +155,35 @@ def evaluate_prefix(
     return aggregate(scores)
 
 
-def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params) -> float:
-    """The score (0 to 1) of a model in training on the meta-test *validation* examples.
+def dev_tasks(config, llm: LLM, model: Distiller | SoftPrompt) -> list[EvalTask]:
+    """The meta-test *validation* examples, for `dev_score`, after everything was checked that the scoring of them checks.
+
+    Raises:
+        UserError: files that are missing or bad, demonstrations or an item that do not fit beside the model's vectors.
+    """
+    method, tasks = Method("model in training", model), load_tasks(config, llm, "dev")[0]
+    for task in tasks:
+        try:
+            check_items(llm, model.num_vectors, task.items)
+            if method.reads_demos:
+                make_context(config, llm, method, task)
+        except UserError as error:
+            raise UserError(f"{task.task}, seed {task.seed}, dev: {error}") from error
+    return tasks
+
+
+def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params, tasks: list[EvalTask]) -> float:
+    """The score (0 to 1) of a model in training.
 
     Args:
         config: a whole run's config, paths resolved.
         llm: the run's LLM.
         model: the `Distiller` or `SoftPrompt`; always the same object, so that nothing is compiled again.
         params: its current params.
+        tasks: of `dev_tasks`.
     """
     method = Method("model in training", model)
-    prefix_of = prefix_maker(config, llm, method, jax.device_put(params))
-    tasks, options = _dev_tasks(llm, config.to_json()), scoring_options(config, method)
+    prefix_of, options = prefix_maker(config, llm, method, jax.device_put(params)), scoring_options(config, method)
     return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
 
 
@@ -197,12 +212,6 @@ def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:
         "prediction": item.options[int(np.argmax(scores))],
         "gold": item.options[item.label],
     }
-
-
-@functools.lru_cache(maxsize=1)
-def _dev_tasks(llm, settings: str) -> list[EvalTask]:
-    """Read and tokenised once for a run; `settings` is its config as JSON."""
-    return load_tasks(ConfigDict(json.loads(settings)), llm, "dev")[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

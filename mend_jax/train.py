@@ -34,13 +34,16 @@ from mend_jax import checkpoint, parallel, reporting
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
+from mend_jax.data.tokenize import check_backbone, check_tokenizer
+from mend_jax.errors import UserError
+from mend_jax.data.tokenize import check_backbone, check_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import has_weights, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
-from mend_jax.task_scoring import dev_score
+from mend_jax.task_scoring import dev_score, dev_tasks
 
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 LLM_FOLDER = "llm"
@@ -124,6 +127,7 @@ class _Run:
         self.layout = parallel.make_layout(config.train.parallel)
         self.llm = load(config)
         self.model = None if config.stage == "lm" else build(config, self.llm)
+        check_tokenizers(config, self.llm, self.model)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
         step = make_train_step(config, self.loss_fn, optimizer, self.layout.axis)
@@ -136,8 +140,8 @@ class _Run:
         self.window = reporting.Window(meta.get("window", ()))
         self.pending = collections.deque()
         self._write_start(params, frozen)
-        self.batches = batches(config, self.llm, self.model, "train")
         self.evaluate = evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
+        self.batches = batches(config, self.llm, self.model, "train")
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 
     def go(self):
@@ -283,6 +287,13 @@ def build(config, llm):
     return model
 
 
+def check_tokenizers(config, llm, model):
+    """Raises UserError where the LLM has no tokenizer, or one that does not fit the LLM or the distiller's backbone."""
+    check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
+    if isinstance(model, Distiller):
+        check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+
+
 def batches(config, llm, model, split):
     """This process's rows of the batches of a split ("train" or "validation")."""
     distiller_window = model.config.max_positions if isinstance(model, Distiller) else None
@@ -292,9 +303,10 @@ def batches(config, llm, model, split):
 
 
 def evaluation(config, llm, model, loss_fn, layout, frozen):
-    """evaluate(params on the devices) -> {name: value}: the score on the validation data."""
+    """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now."""
     if config.stage == "finetune":
-        return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params))}
+        tasks = dev_tasks(config, llm, model)
+        return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params), tasks)}
     loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
     held_out = batches(config, llm, model, "validation")
     parts = [held_out[i] for i in range(held_out.steps)]

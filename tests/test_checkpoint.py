@@ -3,6 +3,9 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -184,6 +187,59 @@ def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatc
     monkeypatch.undo()
     checkpoints.close()
     assert checkpoint.whole_steps(tmp_path) == [1]
+
+
+def test_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, False)
+    monkeypatch.setattr(checkpoint, "_checksums", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    checkpoints.save(1, *trees(1), {})
+    with pytest.raises(UserError, match="checkpoint 1 could not be written to .*; it would have been the first. Make"):
+        checkpoints.close()
+
+
+def test_reports_of_a_failed_save_to_a_closed_loop_are_not_printed(tmp_path, monkeypatch):
+    """Where a disk is really full, TensorStore's threads print hundreds of these traces."""
+    passed_on = []
+    monkeypatch.setattr(sys, "unraisablehook", passed_on.append)
+    checkpoints = Checkpoints(tmp_path, False)
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+    assert not passed_on
+    another = SimpleNamespace(exc_value=RuntimeError("something else"))
+    sys.unraisablehook(another)
+    assert passed_on == [another]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("room", [12, 60, 200])
+def test_really_full_disk_is_one_sentence(room, tmp_path):
+    """Kilobytes left: too few for orbax to begin, to write its files, and for the second of two saves at once."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        run = subprocess.run([sys.executable, "-c", FULL_DISK, disk], capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert "Traceback" not in run.stderr and "Error" not in run.stderr, run.stderr
+    assert run.stdout.startswith("The disk is full: checkpoint 1 could not be written")
+
+
+FULL_DISK = """
+import sys
+import numpy as np
+from mend_jax.checkpoint import Checkpoints
+from mend_jax.errors import UserError
+
+checkpoints = Checkpoints(sys.argv[1], False)
+values = np.random.default_rng(0).normal(size=(32, 2000)).astype(np.float32)
+params = {str(i): row for i, row in enumerate(values)}
+try:
+    checkpoints.save(1, params, params, {})
+    checkpoints.close()
+except UserError as error:
+    print(error)
+"""
 
 
 def test_disk_errors_are_recognised_behind_others():

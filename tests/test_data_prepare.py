@@ -271,9 +271,11 @@ def test_without_held_out_files_the_last_texts_are(world, tokenizer):
 
 def test_tokenizer_that_does_not_fit(tokenizer):
     largest = max(tokenizer.get_vocab().values())
-    tokenize.check_tokenizer(tokenizer, largest + 1)
+    tokenize.check_tokenizer(tokenizer, largest + 1, "llm")
     with pytest.raises(UserError, match=f"ids up to {largest}, but the LLM knows {largest} tokens"):
-        tokenize.check_tokenizer(tokenizer, largest)
+        tokenize.check_tokenizer(tokenizer, largest, "llm")
+    with pytest.raises(UserError, match="llm holds no tokenizer: put the LLM's tokenizer files there"):
+        tokenize.check_tokenizer(None, largest, "llm")
 
 
 def test_a_large_vocabulary_is_kept_in_32_bits(world, tokenizer):

@@ -247,14 +247,15 @@ def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
 
 
 def test_dev_score_follows_the_params_without_compiling_again(config, llm, distiller):
-    first = task_scoring.dev_score(config, llm, distiller, distiller.params)
+    tasks = task_scoring.dev_tasks(config, llm, distiller)
+    first = task_scoring.dev_score(config, llm, distiller, distiller.params, tasks)
     compiled = task_scoring._apply._cache_size()
     other = jax.tree.map(lambda a: -3 * a, distiller.params)
-    second = task_scoring.dev_score(config, llm, distiller, other)
+    second = task_scoring.dev_score(config, llm, distiller, other, tasks)
     assert task_scoring._apply._cache_size() == compiled
     assert 0 <= first <= 1 and 0 <= second <= 1
     replaced = dataclasses.replace(distiller, params=other)
-    assert task_scoring.dev_score(config, llm, replaced, other) == second
+    assert task_scoring.dev_score(config, llm, replaced, other, tasks) == second
 
 
 def test_an_evaluation_leaves_the_config_of_a_training_in_its_workdir(config, tmp_path):
@@ -290,11 +291,12 @@ def test_dev_score_takes_the_order_of_the_demonstrations_of_the_test(config, llm
 
     monkeypatch.setattr(task_scoring, "evaluate_task", watched)
     config.evaluate.shuffle_demos, config.evaluate.seeds, config.evaluate.limit = shuffled, (13,), 2
-    task_scoring.dev_score(config, llm, distiller, distiller.params)
+    tasks = task_scoring.dev_tasks(config, llm, distiller)
+    task_scoring.dev_score(config, llm, distiller, distiller.params, tasks)
     assert [order is not None for order in orders] == ([True] * 4 if shuffled else [False] * 2)
     orders.clear()
     prompt = SoftPrompt({"vectors": distiller.params["projection"]["kernel"][:3]})
-    task_scoring.dev_score(config, llm, prompt, prompt.params)
+    task_scoring.dev_score(config, llm, prompt, prompt.params, tasks)
     assert orders == [None, None]
 
 

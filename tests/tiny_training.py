@@ -33,8 +33,8 @@ def config(folder, **fields):
     return c
 
 
-def model_folder(folder, with_weights=True):
-    """A Hugging Face folder of a random model; alone its config.json where stage "lm" begins with random weights."""
+def model_folder(folder, with_weights=True, words=VOCAB):
+    """A Hugging Face folder of a random model and a tokenizer; without weights stage "lm" begins with random ones."""
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import init_model, save_model
 
@@ -42,9 +42,20 @@ def model_folder(folder, with_weights=True):
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "vocab_size": VOCAB}
     settings = {"model_type": "gpt2", "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
     (folder / "config.json").write_text(json.dumps(settings | sizes))
+    write_tokenizer(folder, [f"w{i}" for i in range(words)])
     if with_weights:
         save_model(folder, from_hf_config(folder), init_model(folder, seed=3).params, folder)
     return folder
+
+
+def write_tokenizer(folder, words):
+    """A tokenizer of these words, whose numbers are their places."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 class RandomBatches:

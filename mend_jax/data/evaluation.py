@@ -48,9 +48,7 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
             in config.evaluate.tasks, or if no task is there.
     """
     data, seeds = config.data, tuple(config.evaluate.seeds)
-    if llm.tokenizer is None:
-        raise UserError(f"{llm.path} holds no tokenizer: put the LLM's tokenizer files there.")
-    check_tokenizer(llm.tokenizer, llm.config.vocab_size)
+    check_tokenizer(llm.tokenizer, llm.config.vocab_size, llm.path)
     names = metaicl.load_partition(data.tasks, data.partition)["test"]
     for name in config.evaluate.tasks:
         if name not in names:

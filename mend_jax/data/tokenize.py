@@ -56,8 +56,10 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_tokenizer(tokenizer, vocab_size: int) -> None:
-    """Raises UserError where the tokenizer can give an id that the LLM has no embedding for."""
+def check_tokenizer(tokenizer, vocab_size: int, path) -> None:
+    """Raises UserError where the LLM's folder `path` has no tokenizer, or one with an id that the LLM has no embedding for."""
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer: put the LLM's tokenizer files there.")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise UserError(f"The tokenizer {tokenizer.name_or_path!r} is empty: its folder needs the vocabulary files.")
@@ -66,6 +68,29 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
             f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the LLM knows {vocab_size} "
             "tokens: use the tokenizer that belongs to the LLM."
         )
+
+
+def check_backbone(tokenizer, own, vocab_size: int, path) -> None:
+    """Raises UserError where a distiller cannot read the LLM's token ids, or reads other words in them.
+
+    Args:
+        tokenizer: the LLM's, which makes the ids that the distiller reads in training.
+        own: of the backbone, which reads texts later, or None where its folder `path` has none.
+        vocab_size: ids that the backbone has an embedding for.
+    """
+    words = tokenizer.get_vocab()
+    if max(words.values()) >= vocab_size:
+        raise UserError(
+            f"The LLM's tokenizer {tokenizer.name_or_path!r} gives ids up to {max(words.values())}, but the backbone {path} "
+            f"knows {vocab_size} tokens: set prefix.backbone to a model with the LLM's vocabulary."
+        )
+    theirs = own.get_vocab() if own is not None else {}
+    for word, number in sorted(words.items(), key=lambda item: item[1]):
+        if theirs.get(word, number) != number:
+            raise UserError(
+                f"The tokenizers of the LLM ({tokenizer.name_or_path}) and of the backbone ({path}) differ: {word!r} is "
+                f"{number} in one and {theirs[word]} in the other; set prefix.backbone to a model with the LLM's vocabulary."
+            )
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
