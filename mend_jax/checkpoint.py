@@ -27,12 +27,6 @@ from mend_jax.errors import UserError
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
-# What may change when a run goes on: where and how fast it computes, what it prints, what evaluates it later.
-FREE_FIELDS = (
-    "train.log_every", "train.save_every", "train.parallel", "train.accumulate", "data.cache", "data.processes",
-    "data.prefetch", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "evaluate.methods", "evaluate.split",
-    "evaluate.batch_size", "evaluate.shuffle_demos", "experiment.",
-)  # fmt: skip
 
 
 class Checkpoints:
@@ -124,7 +118,7 @@ class Checkpoints:
         self.manager.wait_until_finished()
         if jax.process_index() == 0:
             folder = self.folder / str(step)
-            _write_json(folder / CHECKSUMS, _checksums(folder))
+            write_json(folder / CHECKSUMS, _checksums(folder))
         kept = set(self.manager.all_steps())
         self.scores = {s: score for s, score in self.scores.items() if s in kept}
 
@@ -159,6 +153,12 @@ def load_best(workdir):
     best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
     step = max(candidates) if best is None else best
     return read_step(workdir, step), candidates[step]
+
+
+def has_checkpoint(workdir):
+    """Whether a training workdir holds a whole checkpoint."""
+    folder = Path(workdir).expanduser().absolute() / FOLDER
+    return any(find_damage(folder / str(step)) is None for step in reversed(_steps(folder)))
 
 
 def whole_steps(workdir):
@@ -217,7 +217,7 @@ def check_shapes(saved, wanted, folder):
 
 def write_config(workdir, config):
     """Keeps the resolved configuration as <workdir>/config.json."""
-    _write_json(Path(workdir) / CONFIG, config.to_dict() if hasattr(config, "to_dict") else config)
+    write_json(Path(workdir) / CONFIG, config.to_dict() if hasattr(config, "to_dict") else config)
 
 
 def read_config(workdir):
@@ -229,17 +229,6 @@ def read_config(workdir):
         raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}.") from None
     except ValueError:
         raise UserError(f"{path} is not readable JSON: restore it, or use another workdir.") from None
-
-
-def check_config(workdir, config):
-    """Raises UserError, naming the field and both values, where a run would go on with another meaning."""
-    saved, wanted = (_flatten(c) for c in (read_config(workdir), json.loads(config.to_json())))
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name) and not name.startswith(FREE_FIELDS):
-            there, here = (json.dumps(c[name]) if name in c else "absent" for c in (saved, wanted))
-            raise UserError(
-                f"{workdir} was trained with {name}={there}, now it is {here}: set it back, or use another workdir."
-            )
 
 
 def is_disk_full(error):
@@ -320,7 +309,8 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path, content):
+def write_json(path, content):
+    """Writes a JSON file that appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         json.dump(content, file, indent=1, sort_keys=True)
@@ -328,13 +318,6 @@ def _write_json(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _flatten(tree, prefix=""):
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _describe(shape_and_dtype):

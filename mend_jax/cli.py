@@ -109,10 +109,16 @@ def load_config(name: str) -> ConfigDict:
         raise UserError(f"{path} fails: {_reason(error)}.") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} must return an ml_collections ConfigDict, as configs/base.py does.")
-    base = ROOT / "configs" / "base.py"
-    if base.is_file() and Path(path).resolve() != base:
-        _compare_fields(path, config, _get_config(str(base))())
+    base = base_config()
+    if base is not None:
+        _compare_fields(path, config, base)
     return config
+
+
+def base_config() -> ConfigDict | None:
+    """configs/base.py: every field with its default. None where the package is installed without configs/."""
+    base = ROOT / "configs" / "base.py"
+    return _get_config(str(base))() if base.is_file() else None
 
 
 def _get_config(path: str):

@@ -11,7 +11,7 @@ A run begins with the first of these that is there:
 4. random weights (stage "lm", where `llm.path` holds a config.json alone).
 
 Exit codes: 0 finished; 2 a mistake of the user's, said in one sentence; 75 stopped by SIGTERM after a checkpoint, to be
-started again. Files in the workdir: config.json, params.txt, checkpoints/, metrics.jsonl (deterministic), speed.jsonl
+started again. Files in the workdir: config.json, sources.json, params.txt, checkpoints/, metrics.jsonl (deterministic), speed.jsonl
 (times), tensorboard/, and, when stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
 """
 
@@ -30,12 +30,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mend_jax import checkpoint, parallel, reporting
+from mend_jax import checkpoint, meaning, parallel, reporting
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
-from mend_jax.data.tokenize import check_backbone, check_tokenizer
-from mend_jax.errors import UserError
 from mend_jax.data.tokenize import check_backbone, check_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
@@ -70,11 +68,14 @@ def _train(config, workdir):
     score = _score_of(config)
     checkpoints = Checkpoints(workdir, score.maximize)
     try:
-        if checkpoints.steps:
-            checkpoint.check_config(workdir, config)
         start = checkpoints.steps[-1] if checkpoints.steps else 0
         lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
-        if _is_finished(config, start, lines, score):
+        finished = _is_finished(config, start, lines, score)
+        if checkpoints.steps:
+            meaning.check_resume(workdir, config, finished)
+        elif config.stage != "lm" and config.prefix.start_from:
+            meaning.check_start(config)
+        if finished:
             reporting.say(
                 f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}."
             )
@@ -126,7 +127,7 @@ class _Run:
         self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
         self.layout = parallel.make_layout(config.train.parallel)
         self.llm = load(config)
-        self.model = None if config.stage == "lm" else build(config, self.llm)
+        self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps)
         check_tokenizers(config, self.llm, self.model)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
@@ -187,6 +188,8 @@ class _Run:
         )
         if jax.process_index() == 0:
             checkpoint.write_config(self.workdir, self.config)
+            begins = self.start == 0 and self.config.stage != "lm" and self.config.prefix.start_from
+            meaning.write_sources(self.workdir, self.config, params if begins else None)
             (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
 
     def _next(self, source):
@@ -276,11 +279,11 @@ def first_layers(llm, layers: int):
     return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 
-def build(config, llm):
-    """The `Distiller` or `SoftPrompt` that is trained, with the params it begins with."""
+def build(config, llm, begins: bool = True):
+    """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
     make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
     model = make(config.prefix, llm, config.seed)
-    if config.prefix.start_from:
+    if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser())
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
         model = dataclasses.replace(model, params=params)

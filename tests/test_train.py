@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,18 +223,38 @@ def test_where_and_how_it_computes_may_change(model, finished, tmp_path, monkeyp
     assert ours[-1]["validation_loss"] == pytest.approx(theirs[-1]["validation_loss"], rel=1e-4)
 
 
-def test_another_model_is_refused(model, finished, tmp_path):
-    start = {"prefix.start_from": str(finished), "prefix.length": 5, "data.max_demo_tokens": 16}
-    with pytest.raises(UserError, match=r"placeholders is \(4, 16\).*and \(5, 16\)"):
-        train.train(config(model, **start), tmp_path)
+def test_finished_run_may_be_evaluated_with_other_settings(model, finished, capsys):
+    changed = config(model, **{"evaluate.seeds": (1, 2), "evaluate.tasks": ("a",), "evaluate.limit": 5})
+    assert train.train(changed, finished) == 0
+    assert "is finished: 12 steps" in capsys.readouterr().err
 
 
 def test_second_stage_starts_from_the_best_of_the_first(model, finished, tmp_path):
     built = train.build(config(model, **{"prefix.start_from": str(finished)}), load_llm(model))
     best, _ = checkpoint.load_best(finished)
     jax.tree.map(np.testing.assert_array_equal, built.params, best)
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="prefix.start_from=.*nothing is not a folder"):
         train.train(config(model, **{"prefix.start_from": str(tmp_path / "nothing")}), tmp_path / "run")
+    with pytest.raises(UserError, match="prefix.length=4, now it is 5"):
+        train.train(config(model, **{"prefix.start_from": str(finished), "prefix.length": 5}), tmp_path / "run")
+
+
+def test_second_stage_goes_on_after_both_were_moved(model, finished, tmp_path, monkeypatch):
+    """And where the first was thrown away: its result is in the second's checkpoints."""
+    shutil.copytree(finished, tmp_path / "a" / "first")
+    fields = {"train.steps": 5, "train.save_every": 1, "prefix.start_from": str(tmp_path / "a" / "first")}
+    monkeypatch.setattr(train, "make_batches", stop_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model, **fields), tmp_path / "a" / "second")
+    (tmp_path / "a").rename(tmp_path / "b")
+    fields["prefix.start_from"] = str(tmp_path / "b" / "first")
+    monkeypatch.setattr(train, "make_batches", stop_after(4))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model, **fields), tmp_path / "b" / "second")
+    shutil.rmtree(tmp_path / "b" / "first")
+    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    assert train.train(config(model, **fields), tmp_path / "b" / "second") == 0
+    assert checkpoint.whole_steps(tmp_path / "b" / "second")[-1] == 5
 
 
 def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, tmp_path):

@@ -1,5 +1,7 @@
 """Hugging Face folders and hub names: where a model's config.json, weights and tokenizer come from and go to."""
 
+import functools
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -79,6 +81,25 @@ def local_folder(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.") from error
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 hexadecimal digits that change with any byte of a model's config.json or weights, wherever its folder lies."""
+    folder = local_folder(path)
+    files = [folder / "config.json", *(weights.weight_files(folder) if weights.has_weights(folder) else [])]
+    stats = [file.stat() for file in files]
+    return _fingerprint(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
+
+
+@functools.lru_cache(maxsize=8)
+def _fingerprint(files: tuple) -> str:
+    """Of (path, size, time of change): a model of many gigabytes is read once in a process."""
+    digest = hashlib.sha256()
+    for name, size, _ in files:
+        digest.update(f"{size} ".encode())
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(folder: str | Path):

@@ -1,0 +1,187 @@
+"""Which changes of a config a run goes on with, and which earlier run may be its start."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny_training import config, model_folder
+
+from configs.base import get_config
+from mend_jax import checkpoint, meaning
+from mend_jax.checkpoint import Checkpoints
+from mend_jax.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with two models that differ in one byte of their weights: "one" and "other"."""
+    folder = tmp_path_factory.mktemp("models")
+    weights = model_folder(folder / "one") / "model.safetensors"
+    shutil.copytree(folder / "one", folder / "other")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    (folder / "other" / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def written(workdir, c, value=None):
+    """A workdir as the training of `c` leaves it; with a value, with a checkpoint."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_config(workdir, c)
+    start = checkpoint.load_best(c.prefix.start_from)[0] if c.prefix.start_from else None
+    meaning.write_sources(workdir, c, start)
+    if value is not None:
+        checkpoints = Checkpoints(workdir, False)
+        params = {"vectors": np.full((4, 16), value, np.float32)}
+        checkpoints.save(1, params, params, {}, 0.5)
+        checkpoints.close()
+    return workdir
+
+
+def test_config_is_compared(tmp_path):
+    c = get_config()
+    c.data.demo_buckets = (128, 256, 512, 900)
+    checkpoint.write_config(tmp_path, c)
+    meaning.check_resume(tmp_path, c, False)
+    c.train.save_every, c.data.cache, c.experiment.pretrain_steps = 1, "elsewhere", 5
+    meaning.check_resume(tmp_path, c, False)
+    c.data.demo_buckets = (128, 900)
+    with pytest.raises(UserError, match=r"data.demo_buckets=\[128, 256, 512, 900\], now it is \[128, 900\]"):
+        meaning.check_resume(tmp_path, c, False)
+
+
+def test_field_of_a_newer_version_had_its_default(tmp_path):
+    older = get_config().to_dict()
+    del older["data"]["beta"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    c = get_config()
+    meaning.check_resume(tmp_path, c, False)
+    c.data.beta = 0.5
+    with pytest.raises(UserError, match="data.beta=0.8, now it is 0.5"):
+        meaning.check_resume(tmp_path, c, False)
+
+
+EVALUATION = {"seeds": (1, 2), "tasks": ("t",), "limit": 3, "shuffle_demos": True, "batch_size": 7, "split": "dev"}
+
+
+@pytest.mark.parametrize(
+    "fields, finished, refused",
+    [
+        ({"stage": "pretrain"}, False, []),
+        ({"stage": "lm", "data.text_share": 1.0}, False, []),
+        ({"stage": "lm", "data.text_share": 0.5}, False, ["seeds"]),  # the dev examples are its validation data
+        ({"stage": "finetune"}, False, ["seeds", "tasks", "limit", "shuffle_demos"]),
+        ({"stage": "finetune", "prefix.kind": "soft_prompt"}, False, ["seeds", "tasks", "limit"]),
+        ({"stage": "finetune"}, True, []),
+    ],
+)
+def test_evaluation_settings_matter_where_they_change_the_rest_of_a_run(fields, finished, refused, models, tmp_path):
+    checkpoint.write_config(tmp_path, config(models / "one", **fields))
+    found = []
+    for name, value in EVALUATION.items():
+        try:
+            meaning.check_resume(tmp_path, config(models / "one", **fields, **{f"evaluate.{name}": value}), finished)
+        except UserError as error:
+            assert f"evaluate.{name}=" in str(error)
+            found.append(name)
+    assert found == refused
+
+
+def test_finished_run_of_another_meaning_is_refused(models, tmp_path):
+    checkpoint.write_config(tmp_path, config(models / "one"))
+    with pytest.raises(UserError, match="seed=0, now it is 1"):
+        meaning.check_resume(tmp_path, config(models / "one", seed=1), True)
+
+
+def test_folders_that_a_stage_does_not_read_may_change(models, tmp_path):
+    checkpoint.write_config(tmp_path, config(models / "one", stage="pretrain"))
+    meaning.check_resume(tmp_path, config(models / "one", stage="pretrain", **{"data.tasks": "elsewhere"}), False)
+    with pytest.raises(UserError, match='data.text="", now it is "elsewhere"'):
+        meaning.check_resume(tmp_path, config(models / "one", **{"data.text": "elsewhere"}), False)
+
+
+def test_one_folder_written_in_two_ways(models, tmp_path, monkeypatch):
+    names = ("data.text", "prefix.start_from")
+    written(tmp_path / "start", config(models / "one"), 1.0)
+    monkeypatch.chdir(tmp_path)
+    run = written(tmp_path / "run", config(models / "one", **dict.fromkeys(names, "start")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in (str(tmp_path / "start"), "../start"):
+        meaning.check_resume(run, config(models / "one", **dict.fromkeys(names, path)), False)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_models_are_known_by_their_content(finished, models, tmp_path):
+    llm = shutil.copytree(models / "one", tmp_path / "llm")
+    run = written(tmp_path / "run", config(llm))
+    llm.rename(tmp_path / "moved")
+    meaning.check_resume(run, config(tmp_path / "moved"), finished)
+    with pytest.raises(UserError, match=r'llm.path=".*llm" \(content \w{16}\), now it is ".*other" \(content \w{16}\)'):
+        meaning.check_resume(run, config(models / "other", **{"prefix.backbone": str(tmp_path / "moved")}), finished)
+
+
+def test_another_model_under_the_old_name(models, tmp_path):
+    llm = shutil.copytree(models / "one", tmp_path / "llm")
+    run = written(tmp_path / "run", config(llm))
+    shutil.rmtree(llm)
+    shutil.copytree(models / "other", llm)
+    with pytest.raises(UserError, match=r'llm.path="(.*)" \(content (\w*)\), now it is "\1" \(content (?!\2)'):
+        meaning.check_resume(run, config(llm, **{"prefix.backbone": str(models / "one")}), False)
+
+
+def test_start_that_moved(models, tmp_path):
+    start = written(tmp_path / "start", config(models / "one"), 1.0)
+    run = written(tmp_path / "run", config(models / "one", **{"prefix.start_from": str(start)}))
+    start.rename(tmp_path / "moved")
+    moved = config(models / "one", **{"prefix.start_from": str(tmp_path / "moved")})
+    meaning.check_resume(run, moved, False)
+    meaning.write_sources(run, moved)  # the fingerprint is kept when the run goes on
+    (tmp_path / "moved").rename(tmp_path / "again")
+    meaning.check_resume(run, config(models / "one", **{"prefix.start_from": str(tmp_path / "again")}), False)
+    other = str(written(tmp_path / "other", config(models / "one"), 2.0))
+    with pytest.raises(UserError, match='prefix.start_from=".*start", now it is ".*other"'):
+        meaning.check_resume(run, config(models / "one", **{"prefix.start_from": other}), False)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_start_of_the_same_meaning(older, models, tmp_path):
+    """Steps, losses and data may differ; "auto" is what it stands for; older runs have no sources.json."""
+    start = written(tmp_path / "start", config(models / "one"), 1.0)
+    if older:
+        (start / "sources.json").unlink()
+    moved = shutil.copytree(models / "one", tmp_path / "moved")
+    fields = {"prefix.start_from": str(start), "prefix.projection": "identity", "loss.kd": 0.5, "data.k": 3}
+    meaning.check_start(config(moved, stage="finetune", **fields))
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("prefix.kind", "soft_prompt", 'prefix.kind="distiller", now it is "soft_prompt"'),
+        ("prefix.length", 5, "prefix.length=4, now it is 5"),
+        ("prefix.projection", "tanh", 'prefix.projection="auto", now it is "tanh"'),
+        ("data.template", "newline", 'data.template="space", now it is "newline"'),
+        ("llm.path", "other", r'llm.path=".*one" \(content \w{16}\), now it is ".*other" \(content \w{16}\)'),
+        ("prefix.backbone", "other", r"prefix.backbone=.*one.*, now it is .*other"),
+    ],
+)
+def test_start_of_another_meaning_is_refused(field, value, said, models, tmp_path):
+    start = written(tmp_path / "start", config(models / "one"), 1.0)
+    value = str(models / value) if value == "other" else value
+    c = config(models / "one", stage="finetune", **{"prefix.start_from": str(start), field: value})
+    with pytest.raises(UserError, match=f"prefix.start_from={start} was trained with {said}.*set it as it was"):
+        meaning.check_start(c)
+
+
+def test_start_that_is_none(models, tmp_path):
+    def start_from(folder, said):
+        with pytest.raises(UserError, match=f"prefix.start_from={folder} {said}"):
+            meaning.check_start(config(models / "one", **{"prefix.start_from": str(folder)}))
+
+    start_from(tmp_path / "nothing", "is not a folder; name the workdir")
+    (tmp_path / "empty").mkdir()
+    start_from(tmp_path / "empty", "is not a training workdir: it has no config.json")
+    start_from(written(tmp_path / "new", config(models / "one")), "holds no whole checkpoint")
+    start_from(written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'was trained with stage="lm"')
