@@ -165,10 +165,10 @@ def dev_tasks(config, llm: LLM, model: Distiller | SoftPrompt) -> list[EvalTask]
     for task in tasks:
         try:
             check_items(llm, model.num_vectors, task.items)
-            if method.reads_demos:
-                make_context(config, llm, method, task)
         except UserError as error:
             raise UserError(f"{task.task}, seed {task.seed}, dev: {error}") from error
+        if method.reads_demos:
+            make_context(config, llm, method, task)
     return tasks
 
 

@@ -68,12 +68,19 @@ def test_bad_dev_file_is_found_before_the_first_step(finetuning, tmp_path, no_da
     assert not (tmp_path / "world" / "cache").exists()
 
 
-def test_dev_item_that_does_not_fit_is_found_before_the_first_step(finetuning, tmp_path, no_data):
+@pytest.mark.parametrize(
+    "length, said",
+    [
+        (120, "t, seed 21, dev: A query with its longest option needs .* positions"),
+        (90, "No demonstration of t, seed 21 fits into 3 tokens"),
+    ],
+)
+def test_dev_item_that_does_not_fit_is_found_before_the_first_step(length, said, finetuning, tmp_path, no_data):
     path = tmp_path / "world/metaicl/data/t/t_4_21_dev.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[2]["options"] = [words(0, 90), rows[2]["output"]]
+    rows[2]["options"] = [words(0, length), rows[2]["output"]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="t, seed 21, dev: A query with its longest option needs .* positions"):
+    with pytest.raises(UserError, match=said):
         train.train(finetuning, tmp_path / "run")
 
 
