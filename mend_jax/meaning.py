@@ -40,7 +40,14 @@ def check_resume(workdir, config, finished: bool) -> None:
             continue
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
+        if name not in wanted and finished:
+            continue
         there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
+        if name not in wanted:
+            raise UserError(
+                f"{workdir} was trained with {name}={there}, which this version has no more: go on with the version that "
+                "began it, or use another workdir."
+            )
         raise UserError(
             f"{workdir} was trained with {name}={there}, now it is {here}: set it back, or use another workdir."
         )
@@ -161,7 +168,7 @@ def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
 
 def _describe(name: str, fields: dict, recorded: dict) -> str:
     """A field's value as JSON; of a model with its fingerprint, because the path may be the same."""
-    if name not in fields:
+    if name not in fields:  # a field of ours, where the package is installed without configs/base.py
         return "absent"
     value = json.dumps(fields[name])
     if name not in MODELS:

@@ -62,6 +62,15 @@ def test_field_of_a_newer_version_had_its_default(tmp_path):
         meaning.check_resume(tmp_path, c, False)
 
 
+def test_field_of_an_older_version(tmp_path):
+    older = get_config().to_dict()
+    older["prefix"]["gone"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="prefix.gone=1, which this version has no more: go on with the version that"):
+        meaning.check_resume(tmp_path, get_config(), False)
+    meaning.check_resume(tmp_path, get_config(), True)
+
+
 EVALUATION = {"seeds": (1, 2), "tasks": ("t",), "limit": 3, "shuffle_demos": True, "batch_size": 7, "split": "dev"}
 
 
