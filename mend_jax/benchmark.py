@@ -372,9 +372,9 @@ def _machine_line(report: dict) -> str:
 
 
 def _check_window(reader: str, tokens: int, config: DecoderConfig) -> None:
-    if tokens > config.max_positions:
+    if tokens > config.window:
         raise UserError(
-            f"The {reader} would read {tokens} tokens, its window is {config.max_positions}: choose smaller sizes."
+            f"The {reader} would read {tokens} tokens, its window is {config.window}: choose smaller sizes."
         )
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mend_jax.errors import UserError
-from mend_jax.models.decoder import Cache, Decoder
+from mend_jax.models.decoder import Cache, Decoder, head_table
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
 from mend_jax.prefix import Prefix, continue_after
@@ -26,7 +26,7 @@ class LLM:
     """A decoder-only LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
 
     config: DecoderConfig
-    params: Any  # {"embed": {"tokens" (V,D), "positions"}, "layers", "final_norm"}, in `dtype`
+    params: Any  # a Decoder's tree, {"embed": {"tokens" (V,D), ...}, "layers", ...}, in `dtype`
     tokenizer: Any  # of transformers, or None where the folder has none
     path: str  # the folder it was read from
     dtype: str
@@ -36,7 +36,7 @@ class LLM:
     @property
     def window(self) -> int:
         """Positions the LLM can read at once."""
-        return self.config.max_positions
+        return self.config.window
 
     @property
     def model(self) -> Decoder:
@@ -52,7 +52,7 @@ class LLM:
 
     def head(self, params):
         """(V,D): a state's logits are its products with these rows."""
-        return params["embed"]["tokens"]
+        return head_table(self.config, params)
 
     def logits(self, params, states):
         """(B,Q,D) -> (B,Q,V) float32. Large: call it on chunks, only where a loss or a score needs it."""

@@ -49,7 +49,7 @@ def continue_after(model: Decoder, params, prefix: Prefix, embeds):
     """
     joined, _ = join(prefix, embeds)
     # Padding may reach beyond the window though no row does: it is cut off, and comes back as zeros.
-    beyond = max(0, joined.shape[1] - model.config.max_positions)
+    beyond = max(0, joined.shape[1] - model.config.window)
     states = model.apply({"params": params}, joined[:, : joined.shape[1] - beyond])
     states = jnp.pad(states, ((0, 0), (0, beyond), (0, 0)))
     if prefix.embeds.shape[1] == 0:
@@ -119,7 +119,7 @@ class Distiller:
     @property
     def window(self) -> int:
         """Demonstration tokens it can read: its positions less one for each vector."""
-        return self.config.max_positions - self.num_vectors
+        return self.config.window - self.num_vectors
 
     @property
     def settings(self) -> "Settings":

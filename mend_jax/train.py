@@ -299,7 +299,7 @@ def check_tokenizers(config, llm, model):
 
 def batches(config, llm, model, split):
     """This process's rows of the batches of a split ("train" or "validation")."""
-    distiller_window = model.config.max_positions if isinstance(model, Distiller) else None
+    distiller_window = model.config.window if isinstance(model, Distiller) else None
     return make_batches(
         config, llm.tokenizer, split, llm.window, distiller_window, jax.process_index(), jax.process_count()
     )

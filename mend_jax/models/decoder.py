@@ -1,9 +1,11 @@
-"""One decoder-only transformer (GPT-2's) that reads embeddings; tokens are embedded outside it.
+"""One decoder-only transformer that reads embeddings; tokens are embedded outside it. Families are settings of it.
 
-Axes: B batch, T any sequence, P prefix, S keys (P + T), D width, H heads, V vocabulary.
+Axes: B batch, T any sequence, P prefix, S keys (P + T), D width, W width inside the layers (D but for opt-350m),
+H heads, G heads of keys and values, F width of a head, V vocabulary.
 The layers are scanned: their parameters are stacked, (layers, ...), and compile time does not grow with depth.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,40 +13,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from mend_jax.models.attention import causal_attention
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models import rope
+from mend_jax.models.attention import attention_after, causal_attention
+from mend_jax.models.config import DecoderConfig
 
-# What a layer keeps for the backward pass: the products. Norms and GELU are computed again, which is quicker than to
-# write and read what they would keep (three times as much).
+# What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
+# quicker than to write and read what they would keep (three times as much).
 KEPT = ("qkv", "attended", "normaliser", "middle", "up")
+ACTIVATIONS = {"gelu_tanh": partial(nn.gelu, approximate=True), "relu": nn.relu, "silu": nn.silu}
 
 
 class Cache(NamedTuple):
     """Keys and values of one prefix, shared by every row that is read after it."""
 
-    keys: jax.Array  # (layers, P, H, D/H)
-    values: jax.Array  # (layers, P, H, D/H)
+    keys: jax.Array  # (layers, P, G, F)
+    values: jax.Array  # (layers, P, G, F)
     length: jax.Array  # () int32: rows beyond are padding
 
 
-def attend_after(q, cache, k, v, mask):
-    """Softmax attention to a prefix that all rows share, (keys, values) each (P,H,F), and to the rows themselves.
-
-    q, k, v (B,T,H,F), mask (B,T,P+T) -> (B,T,H,F); scores and softmax in float32.
-    The prefix is not copied per row: it is multiplied with all rows' queries at once.
-    """
-    keys, values = cache
-    P = keys.shape[0]
-    q = q * q.shape[-1] ** -0.5
-    before = jnp.einsum("bthf,phf->bhtp", q, keys, preferred_element_type=jnp.float32)
-    within = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], jnp.concatenate([before, within], -1), jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("bhtp,phf->bthf", shares[..., :P], values) + jnp.einsum("bhts,bshf->bthf", shares[..., P:], v)
-
-
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Attention and MLP with residuals, each after a norm or (norm_first=False) before one."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -52,33 +40,59 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x, cache, mask):
-        """x (B,T,D); cache None or this layer's (keys, values) of a prefix; mask None (causal) or (B,T,P+T)."""
+    def __call__(self, x, cache, mask, rotations):
+        """x (B,T,W); cache None or this layer's (keys, values) of a prefix; mask None (causal) or (B,T,P+T);
+        rotations None or those of the tokens' positions."""
         config = self.config
-        y = _norm(config, self.dtype, "norm1")(x)
-        qkv = checkpoint_name(_dense(3 * config.width, self.dtype, "qkv")(y), "qkv")
-        q, k, v = jnp.split(qkv, 3, axis=-1)
-        q, k, v = (a.reshape(*a.shape[:2], config.heads, config.head_width) for a in (q, k, v))
-        y = self._attend(q, k, v, cache, mask).reshape(x.shape)
+        norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
-        x = checkpoint_name(x + _dense(config.width, self.dtype, "out", residual_std)(y), "middle")
-        y = _norm(config, self.dtype, "norm2")(x)
-        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
-        y = nn.gelu(up, approximate=True)
-        x = x + _dense(config.width, self.dtype, "down", residual_std)(y)
+        q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
+        y = self._attend(q, k, v, cache, mask).reshape(*x.shape[:2], -1)
+        x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
+        x = checkpoint_name(x if config.norm_first else norm1(x), "middle")
+        y = self._up(norm2(x) if config.norm_first else x)
+        x = x + _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
+        x = x if config.norm_first else norm2(x)
         return x, ((k, v) if self.keep_cache else None)
+
+    def _heads(self, y, rotations):
+        """Queries (B,T,H,F), keys and values (B,T,G,F), turned by their positions."""
+        config, F = self.config, self.config.head_width
+        if config.fused_qkv:
+            qkv = checkpoint_name(_dense(3 * config.hidden_width, self.dtype, "qkv", config.qkv_bias)(y), "qkv")
+            q, k, v = jnp.split(qkv, 3, axis=-1)
+        else:
+            heads = (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
+            q, k, v = (
+                checkpoint_name(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads
+            )
+        q, k, v = (a.reshape(*a.shape[:2], -1, F) for a in (q, k, v))
+        if config.qk_norm:
+            q, k = _norm(config, self.dtype, "q_norm")(q), _norm(config, self.dtype, "k_norm")(k)
+        if rotations is not None:
+            q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
+        return q, k, v
 
     def _attend(self, q, k, v, cache, mask):
         if cache is not None:
-            return attend_after(q, cache, k, v, mask)
+            return attention_after(q, cache, k, v, mask)
         if self.attention == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         # Rows are right-padded, so the causal mask alone keeps padding from every valid token.
         return causal_attention(q, k, v)
 
+    def _up(self, y):
+        """The activated inside of the MLP (B,T,mlp_width)."""
+        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up", config.mlp_bias)(y), "up")
+        if not config.gated:
+            return activation(up)
+        gate = checkpoint_name(_dense(config.mlp_width, self.dtype, "gate", config.mlp_bias)(y), "up")
+        return activation(gate) * up
+
 
 class Decoder(nn.Module):
-    """(B,T,D) embeddings -> (B,T,D) states after the final norm. Positions 0, 1, 2, ... are added here."""
+    """(B,T,D) embeddings -> (B,T,D) states, of which the head makes logits. Positions 0, 1, 2, ... come in here."""
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32  # of the arithmetic; parameters keep the dtype they are given in
@@ -88,7 +102,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, embeds, positions=None, cache=None, mask=None):
-        """States (B,T,D); with `keep_cache` also keys and values, each (layers,B,T,H,D/H).
+        """States (B,T,D); with `keep_cache` also keys and values, each (layers,B,T,G,F).
 
         Args:
             embeds: (B,T,D).
@@ -96,50 +110,74 @@ class Decoder(nn.Module):
             cache: a `Cache`: the rows are read after this prefix. Needs `positions` and `mask`.
             mask: (B,T,P+T) bool, what each token sees; None is causal.
         """
-        config = self.config
-        table = Embed(config, name="embed")()["positions"]
-        length = embeds.shape[1]
-        x = embeds.astype(self.dtype) + (table[None, :length] if positions is None else table[positions]).astype(
-            self.dtype
-        )
+        config, project = self.config, partial(_dense, dtype=self.dtype, bias=False)
+        tables, rotations = Embed(config, name="embed")(), None
+        x, length = embeds.astype(self.dtype), embeds.shape[1]
+        if config.width != config.hidden_width:
+            x = project(config.hidden_width, name="project_in")(x)
+        if config.rope is not None:
+            at = jnp.arange(length)[None] if positions is None else positions
+            rotations = rope.rotations(config.rope, config.head_width, at)
+        else:
+            table, first = tables["positions"], config.position_offset
+            rows = table[None, first : first + length] if positions is None else table[first + positions]
+            x = x + rows.astype(self.dtype)
         kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
         block = nn.remat(Block, prevent_cse=False, policy=kept)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
-        x, kept = layers(x, None if cache is None else (cache.keys, cache.values), mask)
-        x = _norm(config, self.dtype, "final_norm")(x)
+        x, kept = layers(x, None if cache is None else (cache.keys, cache.values), mask, rotations)
+        if config.final_norm:
+            x = _norm(config, self.dtype, "final_norm")(x)
+        if config.width != config.hidden_width:
+            x = project(config.width, name="project_out")(x)
         return (x, kept) if self.keep_cache else x
 
 
 class Embed(nn.Module):
-    """The token and position tables: parameters only, read by whoever needs them."""
+    """The tables of tokens, of positions (where they are learned) and of the head (where it is not the tokens').
+
+    Parameters only, read by whoever needs them.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self):
         config, normal = self.config, nn.initializers.normal(0.02)
-        return {
-            "tokens": self.param("tokens", normal, (config.vocab_size, config.width)),
-            "positions": self.param("positions", normal, (config.max_positions, config.width)),
-        }
+        shapes = {"tokens": (config.vocab_size, config.width)}
+        if config.rope is None:
+            shapes["positions"] = (config.max_positions + config.position_offset, config.hidden_width)
+        if not config.tied_head:
+            shapes["head"] = (config.vocab_size, config.width)
+        return {name: self.param(name, normal, shape) for name, shape in shapes.items()}
+
+
+def head_table(config: DecoderConfig, params):
+    """(V,D): a state's logits are its products with these rows."""
+    return params["embed"]["tokens" if config.tied_head else "head"]
 
 
 def init_params(config: DecoderConfig, seed: int) -> dict:
-    """Random float32 parameters, GPT-2's initialisation: {"embed", "layers", "final_norm"}."""
+    """Random float32 parameters, GPT-2's initialisation for every family.
+
+    {"embed", "layers"}, and where the model has them "final_norm", "project_in", "project_out".
+    """
     sample = jnp.zeros((1, 2, config.width))
     return jax.jit(Decoder(config).init)(jax.random.key(seed), sample)["params"]
 
 
-def _dense(features, dtype, name, std=0.02):
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(std), name=name)
+def _dense(features, dtype, name, bias=True, std=0.02):
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(std), name=name)
 
 
 def _norm(config, dtype, name):
+    if config.rms_norm or name in ("q_norm", "k_norm"):
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
     # The two-pass variance is PyTorch's; Flax's fast one loses digits where the mean is large.
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -1,107 +1,98 @@
 """Model families: a Hugging Face `config.json` read as our settings, and written back.
 
-A family is a function from its `config.json` to `DecoderConfig`; its key table is in `weights.py`.
+A family is a file of its own: `read` and `write` (config.json <-> `DecoderConfig`), and `table`, which says where each
+tensor of its files lives in our tree. Weights are read and written by `weights.py`.
 """
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from mend_jax.errors import UserError
+from mend_jax.models import gpt2, llama, opt
+from mend_jax.models.config import DecoderConfig
+from mend_jax.models.tables import Entry, Table
+
+__all__ = ["DecoderConfig", "Family", "FAMILIES", "from_hf_config", "key_table", "to_hf_config"]
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and choices of one decoder-only transformer; hashable, so that it may be a static argument."""
+class Family(NamedTuple):
+    """How models of one `model_type` are described and stored."""
 
-    family: str  # Hugging Face's `model_type`
-    vocab_size: int
-    width: int  # D
-    layers: int
-    heads: int
-    mlp_width: int
-    max_positions: int  # the window: tokens and vectors the model can read at once
-    norm_eps: float = 1e-5
+    read: Callable[[dict], DecoderConfig]
+    write: Callable[[DecoderConfig], dict]
+    table: Callable[[DecoderConfig], Table]  # of the base model, without the head
+    derived: Callable[[str], bool]  # whether a file's tensor follows from the rest and is passed over
+    prefix: str  # of the base model's names in a file with a head
+    lm_class: str  # of transformers
+    base_class: str
 
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+
+def _family(module, prefix: str, lm_class: str, base_class: str) -> Family:
+    return Family(module.read, module.write, module.table, module.derived, prefix, lm_class, base_class)
+
+
+FAMILIES = {
+    "gpt2": _family(gpt2, "transformer.", "GPT2LMHeadModel", "GPT2Model"),
+    "opt": _family(opt, "model.", "OPTForCausalLM", "OPTModel"),
+    "llama": _family(llama, "model.", "LlamaForCausalLM", "LlamaModel"),
+    "mistral": _family(llama, "model.", "MistralForCausalLM", "MistralModel"),
+    "qwen2": _family(llama, "model.", "Qwen2ForCausalLM", "Qwen2Model"),
+    "qwen3": _family(llama, "model.", "Qwen3ForCausalLM", "Qwen3Model"),
+}
+HEAD = "lm_head.weight"  # in every family, without the prefix
 
 
 def from_hf_config(source: dict | str | Path) -> DecoderConfig:
     """Settings of the model described by a `config.json`: its content, its path, or its folder's path."""
     if not isinstance(source, dict):
-        source = _read_json(Path(source))
+        source = read_json(Path(source))
     model_type = source.get("model_type")
-    if model_type not in _READERS:
-        raise UserError(f"model_type {model_type!r} is not supported: use one of {', '.join(sorted(_READERS))}.")
+    if model_type not in FAMILIES:
+        raise UserError(f"model_type {model_type!r} is not supported: use one of {', '.join(sorted(FAMILIES))}.")
     try:
-        config = _READERS[model_type](source)
+        config = FAMILIES[model_type].read(source)
     except KeyError as missing:
         raise UserError(f"config.json of a {model_type} model lacks the field {missing}: take the model's own file.") from None
-    if config.width % config.heads:
-        raise UserError(f"config.json says width {config.width} and {config.heads} heads: the width must be a multiple.")
+    # Where a width of heads is given (qwen3) it need not follow from the others.
+    if config.hidden_width % config.heads and "head_dim" not in source:
+        raise UserError(
+            f"config.json says width {config.hidden_width} and {config.heads} heads: the width must be a multiple."
+        )
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"config.json says {config.heads} heads and {config.kv_heads} of keys and values: the first must be a multiple."
+        )
     return config
 
 
-def to_hf_config(config: DecoderConfig) -> dict:
-    """The inverse of `from_hf_config`: a `config.json` that transformers reads."""
+def to_hf_config(config: DecoderConfig, head: bool = True) -> dict:
+    """The inverse of `from_hf_config`: a `config.json` that transformers reads, of the model with or without its head."""
+    family = FAMILIES[config.family]
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_inner": None if config.mlp_width == 4 * config.width else config.mlp_width,
-        "n_positions": config.max_positions,
-        "n_ctx": config.max_positions,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": "gelu_new",
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": min(50256, config.vocab_size - 1),
-        "eos_token_id": min(50256, config.vocab_size - 1),
-        "tie_word_embeddings": True,
+        "architectures": [family.lm_class if head else family.base_class],
+        "model_type": config.family,
+        **family.write(config),
+        "tie_word_embeddings": config.tied_head,
     }
 
 
-def _read_gpt2(hf: dict) -> DecoderConfig:
-    # What would change the arithmetic must be what the decoder computes, else parity is lost without a word.
-    expected = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "tie_word_embeddings": (True,),
-        "add_cross_attention": (False,),
-    }
-    for field, allowed in expected.items():
-        if hf.get(field, allowed[0]) not in allowed:
-            raise UserError(f"config.json says {field}={hf[field]!r}, which is not supported for gpt2: only {allowed[0]!r}.")
-    return DecoderConfig(
-        family="gpt2",
-        vocab_size=hf["vocab_size"],
-        width=hf["n_embd"],
-        layers=hf["n_layer"],
-        heads=hf["n_head"],
-        mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
-        max_positions=hf.get("n_positions") or hf["n_ctx"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-    )
+def key_table(config: DecoderConfig) -> Table:
+    """Their name, without the family's prefix -> our place, in the order of the model."""
+    table = FAMILIES[config.family].table(config)
+    return table if config.tied_head else table | {HEAD: Entry(("embed", "head"), (config.vocab_size, config.width))}
 
 
-_READERS = {"gpt2": _read_gpt2}
-
-
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object that a JSON file, or a folder's config.json, holds."""
     path = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.") from error
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text: copy the model's folder again.") from None
     if not isinstance(content, dict):

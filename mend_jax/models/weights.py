@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 import numpy as np
@@ -17,58 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mend_jax.errors import UserError
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models.families import FAMILIES, HEAD, DecoderConfig, key_table
+from mend_jax.models.tables import Entry
 
-GPT2_PREFIX = "transformer."  # of GPT2LMHeadModel; GPT2Model's files come without it
 FORMAT = {"format": "pt"}  # transformers reads no .safetensors without it
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, which <name>.index.json lists
-
-
-class Entry(NamedTuple):
-    """Where a tensor lives in our tree: a path, and the index in the stack of layers (None: not stacked)."""
-
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-def key_table(config: DecoderConfig) -> dict[str, Entry]:
-    """Their name -> our place, in the order of the model. Conv1D kernels are (in, out) as ours: nothing is transposed."""
-    D, M = config.width, config.mlp_width
-    table = {
-        "wte.weight": Entry(("embed", "tokens"), None, (config.vocab_size, D)),
-        "wpe.weight": Entry(("embed", "positions"), None, (config.max_positions, D)),
-    }
-    layer_rows = [
-        ("ln_1.weight", ("norm1", "scale"), (D,)),
-        ("ln_1.bias", ("norm1", "bias"), (D,)),
-        ("attn.c_attn.weight", ("qkv", "kernel"), (D, 3 * D)),
-        ("attn.c_attn.bias", ("qkv", "bias"), (3 * D,)),
-        ("attn.c_proj.weight", ("out", "kernel"), (D, D)),
-        ("attn.c_proj.bias", ("out", "bias"), (D,)),
-        ("ln_2.weight", ("norm2", "scale"), (D,)),
-        ("ln_2.bias", ("norm2", "bias"), (D,)),
-        ("mlp.c_fc.weight", ("up", "kernel"), (D, M)),
-        ("mlp.c_fc.bias", ("up", "bias"), (M,)),
-        ("mlp.c_proj.weight", ("down", "kernel"), (M, D)),
-        ("mlp.c_proj.bias", ("down", "bias"), (D,)),
-    ]
-    for i in range(config.layers):
-        for name, path, shape in layer_rows:
-            table[f"h.{i}.{name}"] = Entry(("layers", *path), i, shape)
-    table["ln_f.weight"] = Entry(("final_norm", "scale"), None, (D,))
-    table["ln_f.bias"] = Entry(("final_norm", "bias"), None, (D,))
-    return table
 
 
 def from_tensors(
     tensors: Iterator[tuple[str, Callable[[], np.ndarray]]], config: DecoderConfig, dtype="float32", where="the weights"
 ) -> dict:
     """The tree of (their name, function that reads it), read one tensor at a time into place in `dtype`."""
-    table, params, seen = key_table(config), {}, set()
+    family, table, params, seen = FAMILIES[config.family], key_table(config), {}, set()
     for raw_name, read in tensors:
-        name = raw_name.removeprefix(GPT2_PREFIX)
-        if _derived(name):
+        name = raw_name.removeprefix(family.prefix)
+        if family.derived(name) or (name == HEAD and config.tied_head):  # the head is the token table again
             continue
         if name not in table:
             raise UserError(f"{where} holds {raw_name}, which a {config.layers}-layer {config.family} model does not have.")
@@ -85,14 +47,19 @@ def from_tensors(
     return params
 
 
-def to_tensors(config: DecoderConfig, params: Mapping, prefix: str = GPT2_PREFIX) -> dict[str, np.ndarray]:
-    """The inverse: their names (behind `prefix`) -> arrays, in the order of the model."""
+def to_tensors(config: DecoderConfig, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
+    """The inverse: their names -> arrays, in the order of the model.
+
+    `prefix` stands before all names but the head's; None is that of the family's model with a head.
+    """
+    prefix = FAMILIES[config.family].prefix if prefix is None else prefix
     tensors = {}
     for name, entry in key_table(config).items():
         leaf = params
         for part in entry.path:
             leaf = leaf[part]
-        tensors[prefix + name] = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+        array = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+        tensors[name if name == HEAD else prefix + name] = array.T if entry.transposed else array
     return tensors
 
 
@@ -103,7 +70,7 @@ def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32
 
 
 def write_params(folder: str | Path, config: DecoderConfig, params: Mapping) -> None:
-    """`model.safetensors` in `folder`, as transformers' GPT2LMHeadModel saves it."""
+    """`model.safetensors` in `folder`, as transformers saves the model with its head."""
     tensors = {name: np.ascontiguousarray(a) for name, a in to_tensors(config, params).items()}
     write_file(tensors, Path(folder) / "model.safetensors")
 
@@ -186,16 +153,12 @@ def _read_torch(path: Path):
         yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
-def _derived(name: str) -> bool:
-    """Masks that old files carry as buffers, and the head, which is the token table again (tied)."""
-    return name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias"))
-
-
 def _place(params: dict, entry: Entry, array: np.ndarray, layers: int, dtype: str) -> None:
     *parents, leaf = entry.path
     for part in parents:
         params = params.setdefault(part, {})
+    array = array.T if entry.transposed else array
     if entry.layer is None:
-        params[leaf] = array.astype(dtype)
+        params[leaf] = np.ascontiguousarray(array, dtype)
     else:
-        params.setdefault(leaf, np.empty((layers, *entry.shape), dtype))[entry.layer] = array
+        params.setdefault(leaf, np.empty((layers, *entry.our_shape), dtype))[entry.layer] = array

@@ -1,0 +1,59 @@
+"""What one decoder-only transformer is: its sizes and choices. A family (families.py) reads them from a config.json."""
+
+import dataclasses
+
+from mend_jax.models.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and choices of one decoder-only transformer; hashable, so that it may be a static argument.
+
+    The defaults are GPT-2's. A size of 0 stands for its usual value and is replaced by it.
+    """
+
+    family: str  # Hugging Face's `model_type`
+    vocab_size: int
+    width: int  # D: of the embeddings that it reads, and of the states that it gives
+    layers: int
+    heads: int
+    mlp_width: int
+    max_positions: int  # of config.json; `window` is what can be read at once
+    norm_eps: float = 1e-5
+    hidden_width: int = 0  # inside the layers; another than D in opt-350m alone, which projects at both ends
+    kv_heads: int = 0  # heads of keys and values; fewer than `heads`: grouped-query attention (Ainslie et al., 2023)
+    head_width: int = 0
+    activation: str = "gelu_tanh"  # or "relu", "silu"
+    gated: bool = False  # the MLP is down(activation(gate(x)) * up(x)) (Shazeer, 2020)
+    rms_norm: bool = False  # instead of LayerNorm
+    norm_first: bool = True  # before attention and MLP; else after their residuals (opt-350m)
+    final_norm: bool = True
+    fused_qkv: bool = True  # one kernel for queries, keys and values
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False  # RMSNorm of every head's queries and keys
+    position_offset: int = 0  # rows of the position table before that of position 0
+    rope: Rope | None = None  # rotary positions instead of a position table
+    attention_span: int = 0  # tokens that a token sees (sliding window); 0: all before it
+    tied_head: bool = True  # the head is the token table
+
+    def __post_init__(self):
+        usual = {"hidden_width": self.width, "kv_heads": self.heads}
+        usual["head_width"] = (self.hidden_width or self.width) // self.heads
+        for name, value in usual.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+
+    @property
+    def window(self) -> int:
+        """Tokens and vectors the model can read at once.
+
+        A sliding window bounds it: up to that many tokens sliding attention is plain causal attention, which is all
+        that is computed here.
+        """
+        return min(self.max_positions, self.attention_span or self.max_positions)
+
+    @property
+    def headless(self) -> "DecoderConfig":
+        """The same model without a head of its own: what a distiller's backbone is."""
+        return dataclasses.replace(self, tied_head=True)
