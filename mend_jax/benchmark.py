@@ -143,7 +143,7 @@ def benchmark_inference(arguments) -> tuple[dict, str, bool]:
 
 def settings_of(arguments) -> Settings:
     """The workload that the command line asks for."""
-    llm, distiller = model_config(arguments.llm), model_config(arguments.distiller)
+    llm, distiller = model_config(arguments.llm), model_config(arguments.distiller).headless
     for name in ("batch_size", "demos", "query", "vectors", "target", "repeats"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} is too small: give 1 or more.")

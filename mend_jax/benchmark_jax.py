@@ -54,12 +54,12 @@ def random_params(config: DecoderConfig, seed: int) -> dict:
     """Random float32 weights (numpy) of GPT-2's scale, biases and norms too, in the tree of a `Decoder`."""
     random = np.random.default_rng(seed)
 
-    def tensor(name, shape):
-        values = random.standard_normal(shape, np.float32) * np.float32(0.02)
-        return values + 1 if ".ln_" in f".{name}" and name.endswith("weight") else values
+    def tensor(entry):
+        values = random.standard_normal(entry.shape, np.float32) * np.float32(0.02)
+        return values + 1 if entry.path[-1] == "scale" else values
 
     table = key_table(config)
-    return from_tensors(((name, functools.partial(tensor, name, entry.shape)) for name, entry in table.items()), config)
+    return from_tensors(((name, functools.partial(tensor, entry)) for name, entry in table.items()), config)
 
 
 def distiller_params(settings: Settings) -> dict:

@@ -8,7 +8,7 @@ import time
 
 import torch
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mend_jax import measure
 from mend_jax.benchmark_jax import (
@@ -34,10 +34,10 @@ class PyTorchStep:
         self.settings, self.query_head = settings, query_head
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, settings.dtype)
-        self.llm = _load(GPT2LMHeadModel, settings.llm, random_params(settings.llm, LLM_SEED), "transformer.")
+        self.llm = _load(AutoModelForCausalLM, settings.llm, random_params(settings.llm, LLM_SEED))
         self.llm.requires_grad_(False).to(self.device, dtype).eval()
         params = distiller_params(settings)
-        self.backbone = _load(GPT2Model, settings.distiller, params["backbone"], "").to(self.device)
+        self.backbone = _load(AutoModel, settings.distiller, params["backbone"], "").to(self.device)
         self.placeholders = torch.nn.Parameter(torch.from_numpy(params["placeholders"]).to(self.device))
         trained, self.projection = [*self.backbone.parameters(), self.placeholders], None
         if "projection" in params:
@@ -123,9 +123,9 @@ class PyTorchStep:
             torch.cuda.synchronize()
 
 
-def _load(model_class, config, params, prefix: str):
+def _load(model_class, config, params, prefix: str | None = None):
     """The transformers model of `config` with our weights."""
-    model = model_class(GPT2Config(**to_hf_config(config)))
+    model = model_class.from_config(AutoConfig.for_model(**to_hf_config(config)))
     tensors = {name: torch.from_numpy(array) for name, array in to_tensors(config, params, prefix).items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:

@@ -1,8 +1,8 @@
 """What things cost, by formula: FLOPs of matrix products, bytes of prefixes. And a count of any function's products.
 
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width,
-V vocabulary. A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs
-of tokens, the masked ones too (the convention of model-FLOPs utilisation); norms, softmax and GELU are left out, under
+W width inside the layers, V vocabulary. A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs
+of tokens, the masked ones too (the convention of model-FLOPs utilisation); norms, softmax, rotations and activations are left out, under
 2% at these sizes.
 """
 
@@ -45,9 +45,12 @@ class Products(NamedTuple):
 
 def reading(config: DecoderConfig, tokens: int, keys: int | None = None) -> Products:
     """The decoder on one row of T tokens that attend to S keys each (None: to one another); no embedding, no head."""
-    D, keys = config.width, tokens if keys is None else keys
-    weights = 4 * D * D + 2 * D * config.mlp_width
-    return Products(config.layers * 2 * tokens * weights, config.layers * 4 * tokens * keys * D)
+    W, keys = config.hidden_width, tokens if keys is None else keys
+    heads = 2 * (config.heads + config.kv_heads) * config.head_width  # of queries and output, of keys and values
+    layer = W * heads + (3 if config.gated else 2) * W * config.mlp_width
+    ends = 2 * config.width * W if config.width != W else 0  # embeddings and states are projected
+    attention = config.layers * 4 * tokens * keys * config.heads * config.head_width
+    return Products(2 * tokens * (config.layers * layer + ends), attention)
 
 
 def head(config: DecoderConfig, tokens: int) -> int:
@@ -110,7 +113,7 @@ def score_rereading(llm: DecoderConfig, prefix: int, query: int, options: list[i
 
 def cache_bytes(llm: DecoderConfig, positions: int, itemsize: int) -> int:
     """Bytes of the keys and values of one row."""
-    return 2 * llm.layers * positions * llm.width * itemsize
+    return 2 * llm.layers * positions * llm.kv_heads * llm.head_width * itemsize
 
 
 def vector_bytes(llm: DecoderConfig, vectors: int, itemsize: int) -> int:

@@ -81,6 +81,8 @@ def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
     Raises:
         UserError: a projection that the release does not have (its code adds tanh, and only where the widths differ).
     """
+    if distiller.config.family != "gpt2":
+        raise UserError(f"The release's layout has GPT-2 backbones alone: it cannot hold this one ({distiller.config.family}).")
     if distiller.projection != resolve_projection("auto", distiller.config.width, distiller.llm_width):
         raise UserError(
             f'The release\'s layout has no "{distiller.projection}" projection from width {distiller.config.width} to '
@@ -119,7 +121,7 @@ def write_folder(distiller: Distiller, folder: str | Path) -> None:
     """The distiller as a Hugging Face folder, without card and release files."""
     folder, params = Path(folder), distiller.params
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", to_hf_config(distiller.config) | {"architectures": ["GPT2Model"]})
+    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
     backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
     weights.write_file(_contiguous(backbone), folder / "model.safetensors")
     tensors = {"placeholders": np.asarray(params["placeholders"])}

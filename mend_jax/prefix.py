@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from mend_jax.errors import UserError
-from mend_jax.models.decoder import Decoder
+from mend_jax.models.decoder import Decoder, drop_head
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import load_model
 
@@ -183,7 +183,7 @@ def init_distiller(config, llm, seed: int) -> Distiller:
     """A fresh distiller for `llm`, as the section `prefix` of a run's config says (configs/base.py)."""
     backbone = load_model(config.backbone)
     params = {
-        "backbone": backbone.params,
+        "backbone": drop_head(backbone.params),
         "placeholders": _initial_rows(config, backbone.params["embed"]["tokens"], seed),
     }
     projection = resolve_projection(config.projection, backbone.config.width, llm.config.width)
@@ -192,7 +192,7 @@ def init_distiller(config, llm, seed: int) -> Distiller:
         kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
         params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
     return Distiller(
-        backbone.config,
+        backbone.config.headless,
         params,
         projection,
         llm.config.width,

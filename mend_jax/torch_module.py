@@ -28,7 +28,7 @@ class MendDistiller(nn.Module):
         self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " "
     ):
         super().__init__()
-        width = backbone.config.hidden_size
+        width = backbone.get_input_embeddings().embedding_dim  # of its states too
         self.backbone = backbone
         self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)

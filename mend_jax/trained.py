@@ -157,7 +157,7 @@ def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
     if config["prefix"]["kind"] == "soft_prompt":
         return config, _soft_prompt(params, workdir), meta
     folder = source_folder(config["prefix"]["backbone"], backbone, workdir)
-    decoder = from_hf_config(folder)
+    decoder = from_hf_config(folder).headless
     _check_backbone(params["backbone"], decoder, folder, workdir)
     # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
     llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else decoder.width

@@ -86,19 +86,21 @@ def _scores(q, k, rows: slice):
     scores = _product("bhtf,bhsf->bhts", q, k)
     length = rows.stop - rows.start
     later = jnp.arange(k.shape[2])[None] > rows.start + jnp.arange(length)[:, None]
-    if q.shape[2] != length:
+    if q.shape[2] > length:
         later = jnp.tile(later, (q.shape[2] // length, 1))
     return jnp.where(later, MASKED, scores)
 
 
 def _fold(a, groups: int):
     """(B,H,t,x) -> (B,G,R*t,x)."""
-    return a if a.shape[1] == groups else a.reshape(a.shape[0], groups, -1, a.shape[3])
+    B, H, t, x = a.shape
+    return a if groups == H else a.reshape(B, groups, H // groups * t, x)
 
 
 def _unfold(a, heads: int):
     """(B,G,R*t,x) -> (B,H,t,x)."""
-    return a if a.shape[1] == heads else a.reshape(a.shape[0], heads, -1, a.shape[3])
+    B, G, rows, x = a.shape
+    return a if heads == G else a.reshape(B, heads, rows * G // heads, x)
 
 
 def _product(form: str, a, b):

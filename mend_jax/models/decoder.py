@@ -47,7 +47,7 @@ class Block(nn.Module):
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
-        y = self._attend(q, k, v, cache, mask).reshape(*x.shape[:2], -1)
+        y = self._attend(q, k, v, cache, mask).reshape(*x.shape[:2], config.heads * config.head_width)
         x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
         x = checkpoint_name(x if config.norm_first else norm1(x), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
@@ -66,7 +66,7 @@ class Block(nn.Module):
             q, k, v = (
                 checkpoint_name(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads
             )
-        q, k, v = (a.reshape(*a.shape[:2], -1, F) for a in (q, k, v))
+        q, k, v = (a.reshape(*a.shape[:2], a.shape[2] // F, F) for a in (q, k, v))
         if config.qk_norm:
             q, k = _norm(config, self.dtype, "q_norm")(q), _norm(config, self.dtype, "k_norm")(k)
         if rotations is not None:
@@ -161,6 +161,11 @@ class Embed(nn.Module):
 def head_table(config: DecoderConfig, params):
     """(V,D): a state's logits are its products with these rows."""
     return params["embed"]["tokens" if config.tied_head else "head"]
+
+
+def drop_head(params):
+    """The parameters of the `DecoderConfig.headless` model: a distiller's backbone gives states, not words."""
+    return {**params, "embed": {name: table for name, table in params["embed"].items() if name != "head"}}
 
 
 def init_params(config: DecoderConfig, seed: int) -> dict:

@@ -54,9 +54,11 @@ def from_hf_config(source: dict | str | Path) -> DecoderConfig:
     try:
         config = FAMILIES[model_type].read(source)
     except KeyError as missing:
-        raise UserError(f"config.json of a {model_type} model lacks the field {missing}: take the model's own file.") from None
-    # Where a width of heads is given (qwen3) it need not follow from the others.
-    if config.hidden_width % config.heads and "head_dim" not in source:
+        raise UserError(
+            f"config.json of a {model_type} model lacks the field {missing}: take the model's own file."
+        ) from None
+    # A width of heads that is given need not follow from the others.
+    if config.hidden_width % config.heads and not source.get("head_dim"):
         raise UserError(
             f"config.json says width {config.hidden_width} and {config.heads} heads: the width must be a multiple."
         )
@@ -92,7 +94,9 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again.") from None
+        raise UserError(
+            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again."
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text: copy the model's folder again.") from None
     if not isinstance(content, dict):

@@ -14,9 +14,18 @@ import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 from mend_jax.errors import UserError
 from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
-from mend_jax.models.families import DecoderConfig, from_hf_config, to_hf_config
+from mend_jax.models.families import DecoderConfig, from_hf_config, read_json, to_hf_config
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a tokenizer has one of them
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Fields of a config.json that change no number of ours, but what others do with the model: they go along.
+KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers")
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where there are no safetensors
 
@@ -51,16 +60,24 @@ def has_weights(path: str | Path) -> bool:
     return weights.has_weights(local_folder(path))
 
 
-def save_model(folder: str | Path, config: DecoderConfig, params, tokenizer_folder: str | Path) -> None:
-    """A Hugging Face folder: config.json, model.safetensors, and the tokenizer's files of `tokenizer_folder`."""
-    folder = Path(folder)
+def save_model(folder: str | Path, config: DecoderConfig, params, source: str | Path, dtype: str | None = None) -> None:
+    """A Hugging Face folder: config.json, model.safetensors, and the tokenizer of the folder `source`.
+
+    `dtype` is that of the file, None that of `params`; config.json names it.
+    """
+    folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_hf_config(config), indent=2) + "\n")
+    fields = to_hf_config(config) | {"dtype": dtype or str(params["embed"]["tokens"].dtype)}
+    if (source / "config.json").exists():
+        known = read_json(source)
+        if known.get("model_type") == config.family:
+            fields |= {name: known[name] for name in KEPT_FIELDS if name in known}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     for name in TOKENIZER_FILES:
-        source = Path(tokenizer_folder) / name
-        if source.exists() and source.resolve() != (folder / name).resolve():
-            shutil.copyfile(source, folder / name)
-    weights.write_params(folder, config, params)
+        file = source / name
+        if file.exists() and file.resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
+    weights.write_params(folder, config, params, dtype)
 
 
 def local_folder(path: str | Path) -> Path:
@@ -80,7 +97,9 @@ def local_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name.") from error
+        raise UserError(
+            f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name."
+        ) from error
 
 
 def fingerprint(path: str | Path) -> str:
@@ -105,11 +124,13 @@ def _fingerprint(files: tuple) -> str:
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a Hugging Face folder, or None where it has none. Nothing is downloaded."""
     folder = Path(folder)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+    if not any((folder / name).exists() for name in VOCABULARIES):
         return None
     from transformers import AutoTokenizer  # slow to import: only where texts are read
 
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again.") from error
+        raise UserError(
+            f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again."
+        ) from error

@@ -27,13 +27,18 @@ def from_tensors(
     tensors: Iterator[tuple[str, Callable[[], np.ndarray]]], config: DecoderConfig, dtype="float32", where="the weights"
 ) -> dict:
     """The tree of (their name, function that reads it), read one tensor at a time into place in `dtype`."""
-    family, table, params, seen = FAMILIES[config.family], key_table(config), {}, set()
+    family, table, params, seen, tied = FAMILIES[config.family], key_table(config), {}, set(), None
     for raw_name, read in tensors:
         name = raw_name.removeprefix(family.prefix)
-        if family.derived(name) or (name == HEAD and config.tied_head):  # the head is the token table again
+        if family.derived(name):
+            continue
+        if name == HEAD and config.tied_head:
+            tied = read()
             continue
         if name not in table:
-            raise UserError(f"{where} holds {raw_name}, which a {config.layers}-layer {config.family} model does not have.")
+            raise UserError(
+                f"{where} holds {raw_name}, which a {config.layers}-layer {config.family} model does not have."
+            )
         if name in seen:
             raise UserError(f"{where} holds {name} twice: remove the stray file or key.")
         seen.add(name)
@@ -43,7 +48,14 @@ def from_tensors(
         _place(params, entry, array, config.layers, dtype)
     missing = [name for name in table if name not in seen]
     if missing:
-        raise UserError(f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete.")
+        raise UserError(
+            f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete."
+        )
+    if tied is not None and not np.array_equal(tied.astype(dtype), params["embed"]["tokens"]):
+        raise UserError(
+            f"{where} holds a head ({HEAD}) that is not the token table, though config.json says so"
+            " (tie_word_embeddings): take the config.json that belongs to the weights."
+        )
     return params
 
 
@@ -69,9 +81,13 @@ def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32
     return from_tensors(_tensors_of(weight_files(folder)), config, dtype, where=str(folder))
 
 
-def write_params(folder: str | Path, config: DecoderConfig, params: Mapping) -> None:
-    """`model.safetensors` in `folder`, as transformers saves the model with its head."""
-    tensors = {name: np.ascontiguousarray(a) for name, a in to_tensors(config, params).items()}
+def write_params(folder: str | Path, config: DecoderConfig, params: Mapping, dtype: str | None = None) -> None:
+    """`model.safetensors` in `folder`, as transformers saves the model with its head; `dtype` None is that of `params`.
+
+    float32 holds every bfloat16 and float16 number: what was read as float32 and is written in the dtype it had is the
+    same bytes again.
+    """
+    tensors = {name: np.ascontiguousarray(a, dtype or a.dtype) for name, a in to_tensors(config, params).items()}
     write_file(tensors, Path(folder) / "model.safetensors")
 
 
@@ -103,7 +119,9 @@ def weight_files(folder: Path) -> list[Path]:
             shards = _shards(index)
             missing = [shard for shard in shards if not (folder / shard).exists()]
             if missing:
-                raise UserError(f"{folder / missing[0]} is not there, though {index.name} names it: copy the model's folder again.")
+                raise UserError(
+                    f"{folder / missing[0]} is not there, though {index.name} names it: copy the model's folder again."
+                )
             return [folder / shard for shard in shards]
     raise UserError(f"{folder} holds no weights: model.safetensors or pytorch_model.bin is expected there.")
 
@@ -148,9 +166,14 @@ def _read_torch(path: Path):
     try:  # weights only: an arbitrary pickle could run code
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, all of them mean the same to the user
-        raise UserError(f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again.") from error
+        raise UserError(
+            f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again."
+        ) from error
     for name, tensor in tensors.items():
-        yield name, lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy()
+        yield (
+            name,
+            lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy(),
+        )
 
 
 def _place(params: dict, entry: Entry, array: np.ndarray, layers: int, dtype: str) -> None:
