@@ -23,7 +23,8 @@ from mend_jax.models.decoder import init_params
 from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
 from mend_jax.models.folders import load_model, save_model
 from mend_jax.models.rope import frequencies, read_rope
-from mend_jax.prefix import Prefix, Query, demonstrations_prefix, init_distiller, no_prefix
+from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
+from mend_jax.query import Query
 from mend_jax.scoring import score_options
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
