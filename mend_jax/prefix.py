@@ -70,7 +70,7 @@ def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
         separator: stands before every x and y of texts; that of a distiller is `distiller.separator`.
     """
-    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config.vocab_size, llm.window, "LLM", separator)
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config, llm.window, "LLM", separator)
     return Prefix(llm.embed(llm.params, tokens), length)
 
 
@@ -131,7 +131,7 @@ class Distiller:
 
     def read(self, demos):
         """Tokens (B,N) and lengths (B,) of what `distill` takes; N is one of few, because each is compiled."""
-        reader = (self.tokenizer, self.config.vocab_size, self.window, "distiller", self.separator)
+        reader = (self.tokenizer, self.config, self.window, "distiller", self.separator)
         tokens, length = demo_tokens(demos, *reader)
         return pad_columns(tokens, self.window), length
 
@@ -219,7 +219,7 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
     return projection
 
 
-def demo_tokens(demos, tokenizer, vocab_size: int, window: int, reader: str, separator: str = " "):
+def demo_tokens(demos, tokenizer, config: DecoderConfig, window: int, reader: str, separator: str = " "):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")
@@ -232,15 +232,16 @@ def demo_tokens(demos, tokenizer, vocab_size: int, window: int, reader: str, sep
     for row in demos:
         if len(row) == 0:
             raise UserError("A context of demonstrations is empty: every context needs at least one token.")
-        wrong = next((int(token) for token in row if not 0 <= token < vocab_size), None)
+        wrong = next((int(token) for token in row if not 0 <= token < config.vocab_size), None)
         if wrong is not None:
             raise UserError(
-                f"The demonstrations hold token {wrong}, the {reader} has {vocab_size}: use its own tokenizer."
+                f"The demonstrations hold token {wrong}, the {reader} has {config.vocab_size}: use its own tokenizer."
             )
     longest = max(len(row) for row in demos)
     if longest > window:
         raise UserError(
-            f"The demonstrations have {longest} tokens, the {reader} reads at most {window}: give fewer or shorter ones."
+            f"The demonstrations have {longest} tokens, the {reader} reads at most {window}{config.window_reason}:"
+            " give fewer or shorter ones."
         )
     tokens = np.zeros((len(demos), longest), np.int32)
     for row, ids in zip(tokens, demos, strict=True):

@@ -104,7 +104,8 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     length = int(prefix.length[0])
     if length > llm.window:
         raise UserError(
-            f"The prefix has {length} positions, the LLM reads at most {llm.window}: give fewer demonstrations."
+            f"The prefix has {length} positions, the LLM reads at most {llm.window}"
+            f"{llm.config.window_reason}: give fewer demonstrations."
         )
     return _cache(llm, llm.params if params is None else params, prefix)
 
@@ -208,7 +209,7 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         if needed > llm.window:
             raise UserError(
                 f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
-                f" reads at most {llm.window}: shorten the input or give fewer demonstrations."
+                f" reads at most {llm.window}{llm.config.window_reason}: shorten the input or give fewer demonstrations."
             )
         largest = int(max(row.tokens.max(), row.targets.max()))
         if largest >= llm.config.vocab_size:

@@ -137,7 +137,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         UserError: an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
     """
     context = distiller.read(demos)
-    reader = (llm.tokenizer, llm.config.vocab_size, llm.window, "LLM", distiller.separator)
+    reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
     shown, shown_length = demo_tokens(demos, *reader)
     _check_query(llm, x, y, max(shown.shape[1], distiller.num_vectors))
     ids = [*x, *y]
@@ -167,7 +167,7 @@ def _check_query(llm, x, y, prefix_length: int) -> None:
     if needed > llm.window:
         raise UserError(
             f"The query behind its prefix needs {needed} positions, {prefix_length} of them the prefix, the LLM reads at most"
-            f" {llm.window}: give fewer demonstrations or a shorter query."
+            f" {llm.window}{llm.config.window_reason}: give fewer demonstrations or a shorter query."
         )
 
 

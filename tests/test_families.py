@@ -6,6 +6,7 @@ Axes: B batch, P prefix, Q query tokens, D width, V vocabulary.
 import functools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import family_sizes
@@ -16,8 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_training import config as tiny_config
 
+from mend_jax import costs
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
+from mend_jax.export import write_folder
 from mend_jax.llm import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
@@ -27,6 +30,7 @@ from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_pr
 from mend_jax.query import Query
 from mend_jax.scoring import score_options
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
+from mend_jax.trained import read_distiller
 
 OPT = {
     "model_type": "opt",
@@ -144,8 +148,27 @@ def test_scores_after_a_shared_cache_are_those_of_rereading_everything(row):
         np.testing.assert_allclose(score_options(row.llm, prefix, x, options), expected, atol=1e-4)
 
 
+def test_costs_are_what_is_computed_and_kept(row):
+    llm, tokens_read, positions = row.llm, 20, 12
+    embeds, params = jax.ShapeDtypeStruct((1, tokens_read, llm.config.width), jnp.float32), llm.params
+    read = costs.count_products(lambda e: llm.model.apply({"params": params}, e), embeds)
+    assert read == costs.reading(llm.config, tokens_read).forward
+    states = jax.ShapeDtypeStruct((1, tokens_read, llm.config.width), jnp.float32)
+    assert costs.count_products(functools.partial(llm.logits, params), states) == costs.head(llm.config, tokens_read)
+    prefix = Prefix(jnp.zeros((1, positions, llm.config.width)), jnp.array([positions]))
+    cache = jax.eval_shape(llm.prefix_cache, params, prefix)
+    kept = sum(math.prod(a.shape) * a.dtype.itemsize for a in (cache.keys, cache.values))
+    assert kept == costs.cache_bytes(llm.config, positions, 4)
+    assert costs.vector_bytes(llm.config, positions, 4) == prefix.embeds.nbytes
+    ids, at = jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None]
+    after = costs.count_products(lambda c: llm.cached_states(params, c, ids, at, ids), cache)
+    assert after == costs.reading(llm.config, 8, positions + 8).forward
+
+
 def test_the_distiller_of_a_family_trains_in_both_stages_and_evaluates(row, tmp_path):
     """A step of pretraining and of finetuning, with a smaller model of the same family as the backbone."""
+    from mend_jax.torch_module import MendDistiller
+
     small = ROWS[row.name] | {"hidden_size": 12 * ROWS[row.name]["num_attention_heads"] // 3}
     torch_model(small, seed=1).save_pretrained(tmp_path)
     fields = {"prefix.backbone": str(tmp_path), "llm.path": str(row.folder)}
@@ -162,10 +185,15 @@ def test_the_distiller_of_a_family_trains_in_both_stages_and_evaluates(row, tmp_
         assert metrics["kd"] > 0 and np.isfinite(metrics["grad_norm"])
         moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, model.params)
         assert jax.tree.all(moved), [path for path, leaf in jax.tree.leaves_with_path(moved) if not leaf]
-    vectors = model.distill(tokens(12).tolist())
+    context = tokens(12).tolist()
+    vectors = model.distill(context)
     assert vectors.embeds.shape == (1, model.num_vectors, row.llm.config.width)
     scores = score_options(row.llm, vectors, [5, 6], [[7, 8], [9]])
     assert np.all(np.isfinite(scores)) and scores[0] != scores[1]
+    write_folder(model, tmp_path / "out")  # and in PyTorch, and back
+    theirs = MendDistiller.from_pretrained(tmp_path / "out").distill(context).numpy()
+    assert np.abs(vectors.embeds - theirs).max() < 1e-5
+    assert jax.tree.all(jax.tree.map(np.array_equal, read_distiller(tmp_path / "out").params, model.params))
 
 
 # Folders
@@ -327,10 +355,12 @@ def test_a_missing_shard_is_named(row, tmp_path):
 def test_a_position_beyond_the_window_is_refused(row):
     window = 48 if row.name == "mistral" else 64
     assert row.llm.window == window
-    with pytest.raises(UserError, match=f"have {window + 1} tokens.*reads at most {window}"):
+    reason = re.escape(" (sliding_window=48 in its config.json: longer sequences are not supported)")
+    end = f"reads at most {window}{reason if row.name == 'mistral' else ''}: "
+    with pytest.raises(UserError, match=f"have {window + 1} tokens, the LLM {end}give fewer"):
         demonstrations_prefix(row.llm, [1] * (window + 1))
     prefix = no_prefix(1, row.llm.config.width)
-    with pytest.raises(UserError, match=f"reads at most {window}"):
+    with pytest.raises(UserError, match=f"{end}shorten"):
         score_options(row.llm, prefix, [1] * window, [[2, 3]])
 
 

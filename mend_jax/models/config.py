@@ -54,6 +54,13 @@ class DecoderConfig:
         return min(self.max_positions, self.attention_span or self.max_positions)
 
     @property
+    def window_reason(self) -> str:
+        """What to add to a sentence on the window where it is not the model's own."""
+        if self.window == self.max_positions:
+            return ""
+        return f" (sliding_window={self.attention_span} in its config.json: longer sequences are not supported)"
+
+    @property
     def headless(self) -> "DecoderConfig":
         """The same model without a head of its own: what a distiller's backbone is."""
         return dataclasses.replace(self, tied_head=True)
