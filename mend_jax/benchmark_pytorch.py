@@ -82,7 +82,7 @@ class PyTorchStep:
     def run(self) -> dict[str, float]:
         """One step: seconds, losses and the norm of the gradient."""
         self._wait()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         mixed = self.settings.dtype != "float32"
         with torch.autocast(self.device.type, dtype=getattr(torch, self.settings.dtype), enabled=mixed):
             kd, pred = self._losses()
@@ -93,9 +93,9 @@ class PyTorchStep:
         self.schedule.step()
         self.optimizer.zero_grad()
         self._wait()
-        seconds = time.perf_counter() - start
+        times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
         values = {"loss": loss, "kd": kd, "pred": pred, "grad_norm": norm}
-        return {"seconds": seconds} | {name: value.item() for name, value in values.items()}
+        return times | {name: value.item() for name, value in values.items()}
 
     def _losses(self):
         rows, target = len(self.demos), self.settings.target
