@@ -25,6 +25,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mend_jax.errors import UserError
+from mend_jax.files import temporary_for
 from mend_jax.settings import METHODS
 
 # Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
@@ -117,10 +118,14 @@ class Times:
 
     def __init__(self, path: Path):
         self.path = path
+
+    @property
+    def parts(self) -> dict:
+        """Read anew each time: another command may train another method in the same workdir."""
         try:
-            self.parts = json.loads(path.read_text())
+            return json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):  # a file of times is not worth stopping for
-            self.parts = {}
+            return {}
 
     def run(self, name: str, part: Callable[[], int | None]) -> int:
         """What `part()` returns: 0 or None when it has finished."""
@@ -132,12 +137,13 @@ class Times:
         return code
 
     def _add(self, name: str, seconds: float, finished: bool) -> None:
-        before = self.parts.get(name, {"seconds": 0.0, "finished": False})
+        parts = self.parts
+        before = parts.get(name, {"seconds": 0.0, "finished": False})
         if before["finished"]:
             return
-        self.parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.parts, indent=1) + "\n")
+        parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
+        temporary = temporary_for(self.path)
+        temporary.write_text(json.dumps(parts, indent=1) + "\n")
         os.replace(temporary, self.path)
 
 
