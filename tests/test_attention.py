@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax.models.attention import BLOCK, causal_attention
+from mend_jax.models.attention import BLOCK, attention_after, causal_attention
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
@@ -36,6 +36,40 @@ def test_values_and_gradients(length):
         with_gradients(causal_attention, *arguments), with_gradients(plain, *arguments), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)  # of values up to 25
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("length", [0, 5, 2 * BLOCK + 40])
+def test_heads_that_share_keys_and_values(length, groups):
+    """As with every shared head repeated: the gradient of a shared one is the sum over those that read it."""
+    keys = jax.random.split(jax.random.key(length), 4)
+    q, k, v, out_grad = (
+        jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (4, groups, groups, 4), strict=True)
+    )
+
+    def repeated(q, k, v):
+        return plain(q, jnp.repeat(k, 4 // groups, axis=2), jnp.repeat(v, 4 // groups, axis=2))
+
+    ours, theirs = (with_gradients(attention, q, k, v, out_grad) for attention in (causal_attention, repeated))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_reading_after_a_shared_prefix_is_reading_on(groups):
+    P, T, cut = 7, 5, 3
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (2, T, heads, 8)) for key, heads in zip(keys, (4, groups, groups), strict=False))
+    before = [jax.random.normal(key, (P, groups, 8)) for key in keys[3:]]
+    mask = jnp.concatenate([jnp.broadcast_to(jnp.arange(P) < P - cut, (T, P)), jnp.tril(jnp.ones((T, T), bool))], 1)
+    got = attention_after(q, before, k, v, jnp.broadcast_to(mask, (2, T, P + T)))
+    whole = [
+        jnp.concatenate([jnp.broadcast_to(a[: P - cut], (2, P - cut, groups, 8)), b], 1)
+        for a, b in zip(before, (k, v), strict=True)
+    ]
+    whole = [jnp.repeat(a, 4 // groups, axis=2) for a in whole]
+    padded = jnp.concatenate([jnp.zeros((2, P - cut, 4, 8)), q], 1)
+    np.testing.assert_allclose(got, plain(padded, *whole)[:, P - cut :], atol=1e-5)
 
 
 def test_large_scores_stay_finite():

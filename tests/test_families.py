@@ -364,6 +364,32 @@ def test_a_position_beyond_the_window_is_refused(row):
         score_options(row.llm, prefix, [1] * window, [[2, 3]])
 
 
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, 32768),
+        ({"model_type": "llama", "sliding_window": 8}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 32768),
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, 8),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "full_attention"],
+            },
+            32768,
+        ),
+    ],
+)
+def test_a_sliding_window_bounds_the_window_where_it_is_active(fields, window):
+    config = from_hf_config(COMMON | LLAMA | fields | {"max_position_embeddings": 32768})
+    assert config.window == window
+    assert from_hf_config(to_hf_config(config)) == config
+
+
 def test_old_files_with_buffers_and_heads_are_read(tmp_path):
     """Llama files carried their angles, OPT's of the hub the head as well as the token table, or no `model.`."""
     for name, drop in (("llama-3", "model."), ("opt-125m", "model."), ("opt-125m", "")):
