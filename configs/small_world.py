@@ -63,7 +63,7 @@ def _language_model(c: ConfigDict, name: str) -> None:
     if name == "llm":
         c.optimizer.learning_rate = 4e-3
         c.optimizer.warmup_steps = 200
-        c.train.steps = 2_400
+        c.train.steps = 3_000
         c.train.eval_every = c.train.save_every = 250
     else:
         # Cut from the LLM, it speaks the LLM's language: one that was trained apart distils far worse (docs/results.md).

@@ -74,16 +74,16 @@ def test_text_is_c4s_format(world):
         "c4-validation.00000-of-00001.json.gz",
     ]
     documents = [texts(world.text / name) for name in names]
-    assert [len(part) for part in documents] == [10_000, 10_000, 1_000]
+    assert [len(part) for part in documents] == [20_000, 20_000, 1_000]
     assert all(set(row) == {"text", "timestamp", "url"} for part in documents for row in part)
-    assert len({row["url"] for part in documents for row in part}) == 21_000
-    assert len({row["text"] for part in documents for row in part}) == 21_000
+    assert len({row["url"] for part in documents for row in part}) == 41_000
+    assert len({row["text"] for part in documents for row in part}) == 41_000
     assert min(len(row["text"].replace("\n", " \n ").split(" ")) for row in documents[2]) >= 88
 
 
 def test_tasks_are_metaicls_format(world):
     tasks = partition(world)
-    assert len(tasks["train"]) == 600 and len(tasks["test"]) == 24
+    assert len(tasks["train"]) == 1_200 and len(tasks["test"]) == 24
     assert sorted(path.name for path in (world.tasks / "data").iterdir()) == sorted(tasks["train"] + tasks["test"])
     kinds = json.loads((world.tasks / "tasks.json").read_text())
     for task in tasks["train"] + tasks["test"]:
@@ -124,9 +124,9 @@ def test_unseen_tasks_have_unseen_words_that_the_text_knows(world):
         words[split] = {word for task in tasks for row in rows(world, task, name) for word in row["input"].split()}
     topics = small_world.topics(World())
     every = {word for topic in topics for word in topic}
-    assert len(every) == 96 * 5
+    assert len(every) == 240 * 5
     assert not words["train"] & words["test"] and words["train"] | words["test"] <= every
-    assert len(words["train"]) == 72 * 5 and len(words["test"]) >= 20 * 5
+    assert len(words["train"]) == 216 * 5 and len(words["test"]) >= 20 * 5
     text = collections.Counter()
     for path in world.text.glob("c4-train*"):
         for row in texts(path):
@@ -151,7 +151,7 @@ def test_the_input_alone_does_not_give_the_answer(world):
         for topic, colour in meaning:
             colours[topic][colour] += 1
     assert len(set(meanings)) == len(meanings)
-    assert len(colours) == 72
+    assert len(colours) == 216
     assert np.mean([max(count.values()) / sum(count.values()) for count in colours.values()]) < 0.2
 
 

@@ -55,19 +55,19 @@ class World:
     """What the generator can be told; lengths in words. The language itself is the same for every seed."""
 
     seed: int = 0
-    train_topics: int = 72
+    train_topics: int = 216
     test_topics: int = 24
     topic_words: int = 5
     input_words: tuple[int, int] = (3, 4)  # of one topic, none twice: fewest and most
     classes: tuple[int, ...] = (2, 3, 4)  # per task, in turn
-    train_tasks: int = 600
+    train_tasks: int = 1_200
     train_examples: int = 64
     test_tasks: int = 24
     demonstrations: int = 16
     demonstrations_per_class: int = 2  # at least
     dev_examples: int = 32
     test_examples: int = 60
-    train_documents: int = 20_000
+    train_documents: int = 40_000
     validation_documents: int = 1_000
     document_words: int = 88  # a document ends with the paragraph that reaches it
 
