@@ -87,7 +87,7 @@ def _quick(c: ConfigDict, name: str) -> None:
 
 def _full(c: ConfigDict) -> None:
     c.experiment.pretrain_steps = 1_000  # on text with the words of all topics: what the unseen tasks speak of
-    c.experiment.finetune_steps = 2_000
+    c.experiment.finetune_steps = 5_000
     c.train.steps = c.experiment.finetune_steps
     c.train.eval_every = 500
     c.train.save_every = 250
