@@ -1,10 +1,38 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: the project's own environment, .venv, with the packages of one requirements file.
-# What may be set: PYTHON (the interpreter), VENV (the environment's folder), JAX_EXTRA (cuda13 or tpu).
+# What may be set: PYTHON (the interpreter), VENV (the environment's folder), JAX_EXTRA (cuda13 or tpu); and for the
+# scripts that start several processes DRY_RUN=1, which prints what they would run.
 
 stop() {
     printf 'error: %s\n' "$*" >&2
     exit 1
+}
+
+# need NAME SENTENCE: stops with the sentence where the setting NAME is not there.
+need() {
+    [ -n "${!1:-}" ] || stop "$1 is not set: $2"
+}
+
+# run COMMAND...: runs it; with DRY_RUN=1 prints it instead, as it could be given to a shell.
+run() {
+    if [ -n "${DRY_RUN:-}" ]; then
+        printf '%q ' "$@" | sed 's/ $//'
+        echo
+    else
+        "$@"
+    fi
+}
+
+# project_python: the interpreter to run with: PYTHON, that of the project's environment, or python3.
+project_python() {
+    local venv=${VENV:-.venv}
+    if [ -n "${PYTHON:-}" ]; then
+        printf '%s' "$PYTHON"
+    elif [ -x "$venv/bin/python" ]; then
+        printf '%s' "$venv/bin/python"
+    else
+        printf 'python3'
+    fi
 }
 
 find_python() {

@@ -10,6 +10,7 @@ import pytest
 from mend_jax.cli import ROOT
 
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", ".ci/run"]
+JOBS = [f"launch/{name}.sh" for name in ("local", "slurm", "kubernetes", "tpu_pod")]  # see test_launch_jobs.py
 PIP = """#!/bin/sh
 # Stands for the environment's Python: writes down what it is asked to do, installs nothing.
 echo "$@" >>"$CALLS"
@@ -47,12 +48,20 @@ def launch(clone, script, *arguments, **environment):
     return process, [line for line in calls.read_text().splitlines() if not line.startswith("-c")]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/environment.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *JOBS, "launch/environment.sh"])
 def test_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not there: pip install -r requirements-test.txt")
+    scripts = [*SCRIPTS, *JOBS, "launch/environment.sh"]
+    found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *JOBS])
 def test_is_executable(script):
     assert os.access(ROOT / script, os.X_OK)
 

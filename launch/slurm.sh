@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# A command of mend_jax as a SLURM job on GPUs. JAX learns addresses and numbers from SLURM.
+#
+#   PARTITION=gpu NODES=2 GPUS=8 ./launch/slurm.sh train --config=configs/gpt2_xl.py:class_to_class --workdir=/shared/run
+#
+# Everything after the command's name goes on to it. Run from the clone, which all nodes must see, as they must the workdir.
+# Settings: PARTITION, NODES (1), GPUS per node (8), TASK=gpu or node (gpu: one process per GPU, the default; node: one per
+# node), TIME (24:00:00), CPUS per GPU (8), GRACE seconds before the end (300), SBATCH_ARGS (more flags of sbatch, by words),
+# PYTHON, DRY_RUN=1 (print, do not run). Told to end, by a preemption or because TIME is nearly over, the run saves and
+# leaves with 75; the job is then requeued and goes on.
+
+set -euo pipefail
+cd "${MEND_JAX_ROOT:-$(dirname "${BASH_SOURCE[0]}")/..}" # sbatch runs a copy, which lies elsewhere
+source launch/environment.sh
+
+[ $# -gt 0 ] || stop "name a command of mend_jax, such as: PARTITION=gpu $0 train --config=... --workdir=..."
+nodes=${NODES:-1} gpus=${GPUS:-8} task=${TASK:-gpu}
+for setting in "NODES=$nodes" "GPUS=$gpus" "CPUS=${CPUS:-8}" "GRACE=${GRACE:-300}"; do
+    [[ $setting =~ =[1-9][0-9]*$ ]] || stop "$setting is not a whole number of at least 1: set it to one."
+done
+case $task in
+gpu) tasks=$gpus devices='' ;;
+node) tasks=1 devices=$(seq -s, 0 $((gpus - 1))) ;; # JAX would give a task one GPU, its own
+*) stop "TASK=$task is unknown: set it to gpu (one process per GPU) or node (one per node)." ;;
+esac
+
+# Where a task dies, the others are ended after --wait seconds; not at once, because all leave with 75 together.
+cpus=$((${CPUS:-8} * gpus / tasks))
+step=(srun "--nodes=$nodes" "--ntasks-per-node=$tasks" "--cpus-per-task=$cpus" --gpu-bind=none --kill-on-bad-exit=0 --wait=60 --label)
+command=("$(project_python)" -m "mend_jax.$1" "${@:2}")
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    need PARTITION "name the SLURM partition with the GPUs (sinfo lists them)."
+    run mkdir -p logs
+    read -ra more <<<"${SBATCH_ARGS:-}"
+    export MEND_JAX_ROOT=$PWD NODES=$nodes GPUS=$gpus TASK=$task
+    run sbatch "--job-name=mend_jax.$1" "--partition=$PARTITION" "--nodes=$nodes" "--ntasks-per-node=$tasks" \
+        "--gpus-per-node=$gpus" "--cpus-per-task=$cpus" "--time=${TIME:-24:00:00}" \
+        "--signal=TERM@${GRACE:-300}" --requeue --open-mode=append "--output=logs/%x-%j.txt" --export=ALL \
+        ${more[@]+"${more[@]}"} launch/slurm.sh "$@"
+    [ -n "${DRY_RUN:-}" ] || exit 0
+fi
+
+# In the job (and, in a dry run, what the job would do).
+if [ -n "$devices" ]; then step=(env "JAX_LOCAL_DEVICE_IDS=$devices" "${step[@]}"); fi
+trap : TERM # the step's own processes get the signal; this shell is to hear how they end
+code=0
+run "${step[@]}" "${command[@]}" || code=$?
+if [ "$code" -eq 75 ] || { [ -n "${DRY_RUN:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; }; then
+    [ -z "${DRY_RUN:-}" ] || echo "# and, when that ends with 75:"
+    run scontrol requeue "${SLURM_JOB_ID:-JOB}"
+fi
+exit "$code"
