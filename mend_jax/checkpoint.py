@@ -20,8 +20,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as managers
 
+from mend_jax.distributed import wait_for_all
 from mend_jax.errors import UserError
 
 FOLDER = "checkpoints"
@@ -41,14 +43,16 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unusable(self.folder)
-        _wait_for_all_processes("checkpoints opened")
+        wait_for_all("checkpoints opened")
         logging.getLogger("absl").addFilter(_without_orbax_traces)
         if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
             sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
         self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
         policy = managers.AnyPreservationPolicy([managers.LatestN(2), _KeepBest(self)])
-        options = managers.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        options = managers.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=True, **_waiting_beside_the_step()
+        )
+        self.manager = _Manager(self.folder, options=options)
         self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
         self.unfinished = None
 
@@ -63,12 +67,17 @@ class Checkpoints:
         return _best(self.scores, self.maximize)
 
     def save(self, step, params, opt_state, meta, score=None):
-        """Begins to save host (numpy) trees; returns before they are on disk. `meta` is JSON; `score` that of the evaluation at this step."""
+        """Begins to save host (numpy) trees, the same on all processes, which all write a part; returns before they are on disk.
+
+        `meta` is JSON; `score` that of the evaluation at this step.
+        """
         self.wait()
         meta = dict(meta, step=step, score=score, maximize=self.maximize, shapes=shapes_of(params))
         self.scores[step] = score
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state), meta=ocp.args.JsonSave(meta)
+            params=ocp.args.PyTreeSave(_spread(params)),
+            opt_state=ocp.args.PyTreeSave(_spread(opt_state)),
+            meta=ocp.args.JsonSave(meta),
         )
         with self._clear_disk_errors(step):
             self.manager.save(step, args=items, force=True)
@@ -121,6 +130,13 @@ class Checkpoints:
             write_json(folder / CHECKSUMS, _checksums(folder))
         kept = set(self.manager.all_steps())
         self.scores = {s: score for s, score in self.scores.items() if s in kept}
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask whether to stop: the processes agree on that by counting how often each has asked."""
+
+    def reached_preemption(self, step):
+        return False
 
 
 class _KeepBest:
@@ -284,7 +300,8 @@ def _best(scores, maximize):
 
 def _read_tree(folder, template):
     types = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), template)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    alone = ocp.options.MultiprocessingOptions(None, {jax.process_index()})  # a process reads without the others
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
         return reader.restore(folder, args=ocp.args.PyTreeRestore(item=template, restore_args=types))
 
 
@@ -324,8 +341,29 @@ def _describe(shape_and_dtype):
     return "absent" if shape_and_dtype is None else f"{tuple(shape_and_dtype[0])} {shape_and_dtype[1]}"
 
 
-def _wait_for_all_processes(name):
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _waiting_beside_the_step():
+    """Options of orbax's manager: its threads wait for other processes through JAX's coordinator, never on the devices.
 
-        multihost_utils.sync_global_devices(name)
+    On the devices they would wait in the midst of the train steps, whose order must be the same on every process.
+    """
+    if jax.process_count() == 1:
+        return {}
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return {"multiprocessing_options": everyone, "create": False}
+
+
+def _spread(tree):
+    """Numpy arrays as one array over the processes, a part on each: orbax lets only process 0 write numpy arrays."""
+    count = jax.process_count()
+    if count == 1:
+        return tree
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([firsts[i] for i in range(count)]), ("process",))
+
+    def part(x):
+        x = np.asarray(x)
+        axis = next((i for i, size in enumerate(x.shape) if size % count == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "process")
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    return jax.tree.map(part, tree)

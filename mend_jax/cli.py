@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -21,44 +22,58 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from mend_jax import distributed
 from mend_jax.errors import UserError
 from mend_jax.settings import check, dotted_fields, nearest
 
 ROOT = Path(__file__).resolve().parents[1]  # where configs/ lies beside the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
-MISTAKE, INTERRUPTED = 2, 130  # exit codes
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
-def run(main, argv=None) -> None:
+def run(main, argv=None, several=False) -> None:
     """Parses the command line, calls `main` with it, and exits with the whole number it returns, or 0.
 
     Args:
         main: its parameter `config` is a file of configs/, `workdir` a folder; any other is a flag of the type of its
             annotation or default, needed if it has none; a positional-only one is a word without a flag.
         argv: for tests; else sys.argv.
+        several: whether the command may run as several processes (distributed.py); others run as one.
     """
-    argv = sys.argv if argv is None else argv
+    code = _code_of(main, sys.argv if argv is None else argv, several)
+    distributed.leave(code)
+    sys.exit(code)
+
+
+def _code_of(main, argv: list[str], several: bool) -> int:
+    """The exit code; what went wrong is printed."""
     logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
-            sys.exit(0)
-        code = main(*parse(main, argv))
-        sys.exit(code if isinstance(code, int) else 0)
+            return 0
+        arguments = parse(main, argv)
+        if several:
+            distributed.start()
+        code = main(*arguments)
+        return code if isinstance(code, int) else 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(MISTAKE)
+        print(f"{distributed.label()}error: {error}", file=sys.stderr)
+        return MISTAKE
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         from mend_jax.checkpoint import is_disk_full  # slow to import
 
         if not is_disk_full(error):
-            raise
+            if not distributed.is_running():
+                raise
+            traceback.print_exc()  # here, because `leave` may end the process before Python would print it
+            return FAILED
         print("error: the disk is full: make room, then the same command goes on where it stopped.", file=sys.stderr)
-        sys.exit(MISTAKE)
+        return MISTAKE
 
 
 def parse(main, argv) -> list:

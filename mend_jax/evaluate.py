@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mend_jax import costs, results
+from mend_jax import costs, distributed, results
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.small_world import resolve
 from mend_jax.errors import UserError
@@ -47,12 +47,14 @@ def evaluate(config, workdir) -> dict:
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
     llm_hash, found = results.tree_hash(llm.params), {}
+    stores = [results.Store(workdir, method.name, made_of(config, method, llm_hash)) for method in methods]
+    _evaluate_share(config, llm, methods, tasks, stores)
     with _progress(len(methods) * sum(len(task.items) for task in tasks)) as bar:
-        for method in methods:
-            store = results.Store(workdir, method.name, made_of(config, method, llm_hash))
+        for method, store in zip(methods, stores, strict=True):
             found[method.name] = _evaluate_method(config, llm, method, tasks, store, bar)
             score = found[method.name]["score"]["mean"]
-            tqdm.write(f"{method.name}: {100 * score:.2f}", file=sys.stderr)
+            if distributed.is_first():
+                tqdm.write(f"{method.name}: {100 * score:.2f}", file=sys.stderr)
     summary = {
         "llm": str(config.llm.path),
         "partition": config.data.partition,
@@ -62,8 +64,22 @@ def evaluate(config, workdir) -> dict:
         "missing_tasks": list(missing),
         "methods": found,
     }
-    print(results.write_results(workdir, summary))
+    if distributed.is_first():
+        print(results.write_results(workdir, summary))
     return summary
+
+
+def _evaluate_share(config, llm, methods, tasks, stores) -> None:
+    """As one of several processes: this one's tasks and seeds, of all methods; the others' are then in the stores too."""
+    count = jax.process_count()
+    if count == 1:
+        return
+    share = tasks[jax.process_index() :: count]
+    with _progress(len(methods) * sum(len(task.items) for task in share)) as bar:
+        for method, store in zip(methods, stores, strict=True):
+            if share:
+                _evaluate_method(config, llm, method, share, store, bar)
+    distributed.wait_for_all("evaluated")
 
 
 def load_methods(specs: Iterable[str], llm: LLM, dtype: str = "float32") -> list[Method]:
@@ -178,7 +194,8 @@ def _ints(ids) -> list[int]:
 
 
 def _progress(items: int) -> tqdm:
-    return tqdm(total=items, unit="item", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    silent = not (distributed.is_first() and sys.stderr.isatty())
+    return tqdm(total=items, unit="item", dynamic_ncols=True, disable=silent)
 
 
 def main(config, workdir) -> int:
@@ -190,4 +207,4 @@ def main(config, workdir) -> int:
 if __name__ == "__main__":
     from mend_jax.cli import run
 
-    run(main)
+    run(main, several=True)

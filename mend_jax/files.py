@@ -3,20 +3,22 @@
 import contextlib
 import glob
 import os
+import socket
 from pathlib import Path
 
 
 def temporary_for(path: Path) -> Path:
-    """Where this process writes a file before it is renamed to `path`: `.<name>.<process>.tmp`, in the same folder.
+    """Where this process writes a file before it is renamed to `path`: `.<name>.<machine>.<process>.tmp`, in the same folder.
 
-    What processes that were killed left there is removed; of those that live it stays.
+    What processes of this machine that were killed left there is removed; of those that live, and of others, it stays.
     """
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    mine = f".{path.name}.{socket.gethostname()}"
+    for other in path.parent.glob(f"{glob.escape(mine)}.*.tmp"):
         number = other.name.split(".")[-2]
         if number.isdigit() and not _lives(int(number)):
             with contextlib.suppress(OSError):  # litter is no reason to stop
                 other.unlink()
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{mine}.{os.getpid()}.tmp")
 
 
 def _lives(process: int) -> bool:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -170,12 +169,6 @@ def cut(path, step):
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return lines
-
-
-def count_tokens(batch):
-    """(tokens, share of padding) of a host batch: what its arrays hold, demonstrations and query together."""
-    tokens = int(np.sum(batch.demos_length) + np.sum(batch.query.length))
-    return tokens, 1.0 - tokens / (batch.demos.size + batch.query.tokens.size)
 
 
 def parameter_table(trainable, frozen):

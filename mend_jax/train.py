@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mend_jax import checkpoint, meaning, parallel, reporting
+from mend_jax import checkpoint, distributed, meaning, parallel, reporting
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
@@ -85,6 +85,7 @@ def _train(config, workdir):
                 return code
         checkpoints.wait()
         _write_llm(config, workdir)
+        distributed.wait_for_all("trained")  # what reads it next finds it whole
         return 0
     finally:
         checkpoints.close()
@@ -149,13 +150,13 @@ class _Run:
         """Trains to the end (0) or until SIGTERM (75)."""
         with _sigterm() as told_to_stop, contextlib.closing(self.report):
             step, source = self.start, iter(self.batches.iterator(self.start))
-            ready = self._next(source)
+            ready = self._next(source, step)
             while True:
                 self._dispatch(step, ready)
                 step += 1
                 last = step == self.config.train.steps
                 if not last:
-                    ready = self._next(source)
+                    ready = self._next(source, step)
                 while len(self.pending) > 1:  # one step stays in flight
                     self._absorb()
                 stops = told_to_stop(step)
@@ -192,14 +193,18 @@ class _Run:
             meaning.write_sources(self.workdir, self.config, params if begins else None)
             (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
 
-    def _next(self, source):
-        """The next batch on its way to the devices, with what the host must know of it."""
+    def _next(self, source, step):
+        """The batch of a step on its way to the devices, with what the host must know of the batch of all processes."""
         began = time.monotonic()
         batch = next(source)
         self.report.waited += time.monotonic() - began
-        tokens, padding = reporting.count_tokens(batch)
-        facts = {"padding": padding, "tokens": tokens * jax.process_count()}
-        return self.layout.split(batch.replace(ids=None)), facts, batch.ids
+        ids, demos_length, query_length = self.batches.plan(step)
+        tokens, columns = (
+            int(demos_length.sum() + query_length.sum()),
+            batch.demos.shape[1] + batch.query.tokens.shape[1],
+        )
+        facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
+        return self.layout.split(batch.replace(ids=None)), facts, ids
 
     def _dispatch(self, step, ready):
         batch, facts, ids = ready
@@ -239,7 +244,7 @@ class _Run:
             self._stop_not_finite("a parameter overflowed", step, ids)
         began, score = time.monotonic(), None
         if evaluates:
-            values = self.evaluate(self.state.params)
+            values = {name: distributed.of_first(value) for name, value in self.evaluate(self.state.params).items()}
             score = values[self.score.name]
             self.report.write({"step": step} | values)
             reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -362,9 +367,7 @@ def _alone_in(workdir):
 def _sigterm():
     """A function of the step: whether the machine is about to be taken away, and all processes are to stop there."""
     if jax.process_count() > 1:  # JAX catches the signal on each and has them agree on a step
-        from jax.experimental import multihost_utils
-
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: distributed.told_to_stop()
         return
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -378,4 +381,4 @@ def _sigterm():
 
 
 if __name__ == "__main__":
-    run(train)
+    run(train, several=True)

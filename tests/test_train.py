@@ -76,9 +76,11 @@ def test_metrics_have_every_line_once(finished):
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
     assert {"kd", "pred", "clm", "grad_norm", "learning_rate", "padding", "tokens"} <= lines[0].keys()
-    expected = [reporting.count_tokens(RandomBatches(config("x"), None, "train", 0, 0, 0, 1)[i]) for i in range(4)]
-    assert lines[0]["tokens"] == sum(tokens for tokens, _ in expected)
-    assert lines[0]["padding"] == pytest.approx(np.mean([padding for _, padding in expected]))
+    batches = [RandomBatches(config("x"), None, "train", 0, 0, 0, 1)[i] for i in range(4)]
+    tokens = [int(batch.demos_length.sum() + batch.query.length.sum()) for batch in batches]
+    assert lines[0]["tokens"] == sum(tokens)
+    sizes = [batch.demos.size + batch.query.tokens.size for batch in batches]
+    assert lines[0]["padding"] == pytest.approx(np.mean([1 - n / size for n, size in zip(tokens, sizes, strict=True)]))
     for line in reporting.read_lines(finished / "speed.jsonl"):
         assert {"step", "seconds_per_step", "tokens_per_second", "data_wait_per_step"} == line.keys()
 

@@ -71,7 +71,7 @@ class Batches:
         window, place = divmod(int(step), self.window)
         with self.lock:  # many threads ask for the same window at once
             if window not in self.plans:
-                if len(self.plans) > 3:
+                if len(self.plans) > 3 + self.prefetch:  # the train step asks once more, for what was made ahead
                     self.plans.pop(min(self.plans))
                 self.plans[window] = self._plan_window(window)
             return tuple(array[place] for array in self.plans[window])

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from mend_jax import distributed
 from mend_jax.errors import UserError
 from mend_jax.files import temporary_for
 from mend_jax.settings import METHODS
@@ -137,6 +138,8 @@ class Times:
         return code
 
     def _add(self, name: str, seconds: float, finished: bool) -> None:
+        if not distributed.is_first():
+            return
         parts = self.parts
         before = parts.get(name, {"seconds": 0.0, "finished": False})
         if before["finished"]:
@@ -162,10 +165,11 @@ def _duration(seconds: float) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"== {text}", file=sys.stderr, flush=True)
+    if distributed.is_first():
+        print(f"== {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     from mend_jax.cli import run
 
-    run(main)
+    run(main, several=True)
