@@ -69,6 +69,8 @@ install() {
         printf '%s' "$wanted" >"$stamp"
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
+    # Linux: large arrays in huge pages; a train step on a CPU takes a tenth less time (docs/benchmarks.md).
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     # Compiled programs are kept: the second start takes seconds.
     export PATH JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
     export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}

@@ -374,7 +374,8 @@ def _machine_line(report: dict) -> str:
     peak = f", matmul peak {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s" if "matmul_flops" in machine else ""
     name = machine["cpu"] if device["platform"] == "cpu" else device["device"]
     versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("jax", "torch") if machine["versions"][p])
-    return f"{name}, {machine['cores']} cores{peak}, load {machine['load_before']:.1f} before, {versions}"
+    memory = f", {machine['glibc_tunables']}" if device["platform"] == "cpu" else ""
+    return f"{name}, {machine['cores']} cores{peak}, load {machine['load_before']:.1f} before, {versions}{memory}"
 
 
 def _check_window(reader: str, tokens: int, config: DecoderConfig) -> None:

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from mend_jax.errors import UserError
 
+# Large arrays in huge pages, as launch/environment.sh sets it: a step makes and frees gigabytes, page by page. Read by
+# glibc when a process starts; every side gets it.
+TUNABLES = "glibc.malloc.hugetlb=1"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -25,6 +28,7 @@ class Worker:
     """A side in a process of its own: `worker.call("name", *args)` runs its method there and returns the answer."""
 
     def __init__(self, side: Callable, *args):
+        os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, args), daemon=True)
@@ -114,6 +118,7 @@ def machine() -> dict:
         "load_before": os.getloadavg()[0],
         "system": platform.platform(),
         "versions": versions,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", TUNABLES),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "mend_jax.benchmark", *sys.argv[1:]]),
     }
