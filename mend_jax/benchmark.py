@@ -164,7 +164,10 @@ def model_config(name: str) -> DecoderConfig:
         return DecoderConfig("gpt2", 50257, width, layers, heads, 4 * width, 1024)
     if not Path(name).exists():
         raise UserError(f"{name} is neither a known size ({', '.join(SIZES)}) nor a folder with a config.json.")
-    return from_hf_config(name)
+    config = from_hf_config(name)
+    if not isinstance(config, DecoderConfig):
+        raise UserError(f"The benchmarks measure decoder-only models, {name} is {config.family}: name another folder.")
+    return config
 
 
 def compare_losses(runs: dict, tolerance: float) -> dict:

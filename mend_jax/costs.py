@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models.families import Config, EncoderDecoderConfig
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -43,8 +43,13 @@ class Products(NamedTuple):
         return 2 * self.linear + 2 * self.attention
 
 
-def reading(config: DecoderConfig, tokens: int, keys: int | None = None) -> Products:
-    """The decoder on one row of T tokens that attend to S keys each (None: to one another); no embedding, no head."""
+def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
+    """The model on one row of T tokens that attend to S keys each (None: to one another); no embedding, no head.
+
+    Of an encoder–decoder this is the encoder, whose tokens always attend to one another.
+    """
+    if isinstance(config, EncoderDecoderConfig):
+        return _encoder_decoder(config, tokens, 0)
     W, keys = config.hidden_width, tokens if keys is None else keys
     heads = 2 * (config.heads + config.kv_heads) * config.head_width  # of queries and output, of keys and values
     layer = W * heads + (3 if config.gated else 2) * W * config.mlp_width
@@ -53,7 +58,26 @@ def reading(config: DecoderConfig, tokens: int, keys: int | None = None) -> Prod
     return Products(2 * tokens * (config.layers * layer + ends), attention)
 
 
-def head(config: DecoderConfig, tokens: int) -> int:
+def query_reading(llm: Config, before: int, query: int, said: int) -> Products:
+    """The LLM on a query behind a prefix of `before` positions; an encoder–decoder says the last `said` of its tokens."""
+    if isinstance(llm, EncoderDecoderConfig):
+        return _encoder_decoder(llm, before + query - said, said)
+    return reading(llm, before + query)
+
+
+def _encoder_decoder(config: EncoderDecoderConfig, tokens: int, said: int) -> Products:
+    """The encoder on S tokens and the decoder on Y; 0 leaves the decoder out."""
+    D, W, S, Y = config.width, config.heads * config.head_width, tokens, said
+    mlp = (3 if config.gated else 2) * D * config.mlp_width
+    linear = config.layers * 2 * S * (4 * D * W + mlp)
+    attention = config.layers * 4 * S * S * W
+    if Y:
+        linear += config.decoder_layers * (2 * Y * (6 * D * W + mlp) + 2 * S * 2 * D * W)
+        attention += config.decoder_layers * 4 * Y * (Y + S) * W
+    return Products(linear, attention)
+
+
+def head(config: Config, tokens: int) -> int:
     """FLOPs of the logits of T tokens."""
     return 2 * tokens * config.width * config.vocab_size
 
@@ -64,59 +88,74 @@ def projection(width: int, llm_width: int, vectors: int) -> int:
 
 
 def step(
-    llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int
+    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, said: int = 0
 ) -> dict[str, int]:
     """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
 
     Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the
-    teacher's forward, and the head at the query's tokens: both logits and one gradient.
+    teacher's forward, and the head at the query's tokens: both logits and one gradient. `said` are the tokens of y, which
+    only an encoder–decoder tells from x; it has the head at these.
     """
     own = reading(distiller, demos + vectors)
-    student = reading(llm, vectors + query)
+    student = query_reading(llm, vectors, query, said)
+    predicted = said if isinstance(llm, EncoderDecoderConfig) else query
     parts = {
         "distiller": own.forward + own.gradient + 3 * projection(distiller.width, llm.width, vectors),
         "student": student.forward + student.input_gradient,
-        "teacher": reading(llm, demos + query).forward,
-        "head": 3 * head(llm, query),
+        "teacher": query_reading(llm, demos, query, said).forward,
+        "head": 3 * head(llm, predicted),
     }
     parts = {name: rows * flops for name, flops in parts.items()}
     return parts | {"total": sum(parts.values())}
 
 
-def release_step(llm: DecoderConfig, distiller: DecoderConfig, rows: int, demos: int, query: int, vectors: int) -> int:
+def release_step(llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int) -> int:
     """FLOPs of the same step with the public release's head: logits, and the student's gradient, at every position."""
     ours = step(llm, distiller, rows, demos, query, vectors)
     return ours["total"] - ours["head"] + rows * (head(llm, demos + query) + 2 * head(llm, vectors + query))
 
 
-def distil(distiller: DecoderConfig, llm: DecoderConfig, demos: int, vectors: int) -> int:
+def distil(distiller: Config, llm: Config, demos: int, vectors: int) -> int:
     """FLOPs of turning N demonstration tokens into L vectors."""
     return reading(distiller, demos + vectors).forward + projection(distiller.width, llm.width, vectors)
 
 
-def score_cached(llm: DecoderConfig, prefix: int, query: int, options: list[int]) -> int:
+def score_cached(llm: Config, prefix: int, query: int, options: list[int]) -> int:
     """FLOPs of scoring one item after a prefix whose keys and values are at hand: x and all options in one pass.
 
-    `options` are lengths in tokens. An option's last token is predicted, not read.
+    `options` are lengths in tokens. An option's last token is predicted, not read. An encoder–decoder reads the prefix
+    with every item (its states there depend on x), once for all options.
     """
+    if isinstance(llm, EncoderDecoderConfig):
+        said = sum(options)
+        return _encoder_decoder(llm, prefix + query, said).forward + head(llm, said)
     read = sum(options) - len(options)
     return reading(llm, query + read, prefix + query + read).forward + head(llm, 1 + read)
 
 
-def score_rereading(llm: DecoderConfig, prefix: int, query: int, options: list[int]) -> int:
+def score_rereading(llm: Config, prefix: int, query: int, options: list[int]) -> int:
     """FLOPs of scoring one item where every option reads the prefix and x anew, as the paper and the release do.
 
     The head is applied at the option's tokens alone (the release applies it everywhere).
     """
+    if isinstance(llm, EncoderDecoderConfig):
+        return sum(_encoder_decoder(llm, prefix + query, n).forward + head(llm, n) for n in options)
     return sum(reading(llm, prefix + query + n - 1).forward + head(llm, n) for n in options)
 
 
-def cache_bytes(llm: DecoderConfig, positions: int, itemsize: int) -> int:
-    """Bytes of the keys and values of one row."""
+def read_prefix(llm: Config, positions: int) -> int:
+    """FLOPs of what is kept of a prefix for all items: its keys and values; an encoder–decoder keeps it as it is."""
+    return 0 if isinstance(llm, EncoderDecoderConfig) else reading(llm, positions).forward
+
+
+def cache_bytes(llm: Config, positions: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one row; of an encoder–decoder, of the embeddings that stand in their place."""
+    if isinstance(llm, EncoderDecoderConfig):
+        return vector_bytes(llm, positions, itemsize)
     return 2 * llm.layers * positions * llm.kv_heads * llm.head_width * itemsize
 
 
-def vector_bytes(llm: DecoderConfig, vectors: int, itemsize: int) -> int:
+def vector_bytes(llm: Config, vectors: int, itemsize: int) -> int:
     """Bytes of L vectors in the LLM's embedding space."""
     return vectors * llm.width * itemsize
 

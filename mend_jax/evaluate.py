@@ -160,7 +160,7 @@ def _counted(llm, method, task, demo_tokens: int, prefix_length: float) -> dict:
     P, itemsize = round(prefix_length), jnp.dtype(llm.dtype).itemsize
     lengths = [(len(item.x_tokens), [len(option) for option in item.options_tokens]) for item in task.items]
     item = sum(costs.score_cached(llm.config, P, *of_item) for of_item in lengths) / len(lengths)
-    prefix = costs.reading(llm.config, P).forward
+    prefix = costs.read_prefix(llm.config, P)
     if isinstance(method.model, Distiller):
         prefix += costs.distil(method.model.config, llm.config, demo_tokens, method.model.num_vectors)
     return {

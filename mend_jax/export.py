@@ -4,8 +4,8 @@
 
 --backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) where it has moved since the training.
 
-A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)`, beside it are
-distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
+A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)` (T5's with
+`T5EncoderModel`), beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
 distiller_config.json, the tokenizer, a model card, mend_distiller.py (one PyTorch module) and release/: the layout of
 MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors.
 

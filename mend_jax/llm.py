@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mend_jax.errors import UserError
+from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
 from mend_jax.models.decoder import Cache, Decoder, head_table
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
 from mend_jax.prefix import Prefix, continue_after
 from mend_jax.query import Query
@@ -41,6 +42,12 @@ class LLM:
     @property
     def model(self) -> Decoder:
         return Decoder(self.config, jnp.dtype(self.dtype), self.attention, self.remat)
+
+    start_token = None  # of an encoder–decoder: what its decoder reads first
+
+    def said(self, query: Query) -> Query:
+        """The tokens that the states stand at: all of the query."""
+        return query
 
     def embed(self, params, tokens):
         """(B,T) int32 -> (B,T,D), without positions."""
@@ -82,7 +89,9 @@ class LLM:
         return self.model.apply({"params": params}, embeds, cache.length + positions, cache, mask)
 
 
-def load_llm(path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
+def load_llm(
+    path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False
+) -> LLM | EncoderDecoderLLM:
     """The LLM of a Hugging Face folder or hub name.
 
     Args:
@@ -114,5 +123,8 @@ def _check(dtype: str, attention: str) -> None:
         raise UserError(f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".')
 
 
-def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM:
-    return LLM(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)
+def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM | EncoderDecoderLLM:
+    kind = EncoderDecoderLLM if isinstance(model.config, EncoderDecoderConfig) else LLM
+    if kind is EncoderDecoderLLM and attention != "xla":
+        raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
+    return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)

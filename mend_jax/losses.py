@@ -27,20 +27,21 @@ class Weights(NamedTuple):
     clm: jax.Array
 
 
-def token_weights(query: Query) -> tuple[jax.Array, Weights]:
+def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
     """The token that each state predicts, (B,Q) int32, and the weights of the three losses there.
 
-    The state at token t predicts t + 1: the first token of the query, which the prefix predicts, carries no
-    cross-entropy; L_distill covers the prediction at every token, the last included (as the release).
+    The state at token t predicts t + `shift`. Decoder-only (1): the first token of the query, which the prefix predicts,
+    carries no cross-entropy; L_distill covers the prediction at every token, the last included (as the release).
+    Encoder–decoder (0): `query` is y, which the decoder says from its first token on, and all losses cover just that.
     """
     B, Q = query.tokens.shape
-    targets = jnp.roll(query.tokens, -1, axis=1)
+    targets = jnp.roll(query.tokens, -shift, axis=1)
     at = jnp.arange(Q)[None]
     length, start = query.length[:, None], query.target_start[:, None]
     return targets, Weights(
         kd=_mean_weights(at < length),
-        pred=_mean_weights((at + 1 >= start) & (at + 1 < length)),
-        clm=_mean_weights(at + 1 < length),
+        pred=_mean_weights((at + shift >= start) & (at + shift < length)),
+        clm=_mean_weights(at + shift < length),
     )
 
 

@@ -17,7 +17,7 @@ tags: [mend, in-context-learning, demonstration-distillation]
 _DISTILLER = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
 {llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
 In-Context Learning (Li et al., ICLR 2024). The backbone is a {layers}-layer {family} of width {width};
-projection to the LLM's width: {projection}. It reads at most {window} demonstration tokens.
+projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
 
 ## Use
 
@@ -61,7 +61,7 @@ def distiller_card(config: dict, meta: dict, workdir, distiller) -> str:
         family=distiller.config.family,
         width=distiller.config.width,
         projection=distiller.projection,
-        window=distiller.window,
+        window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
         separator={" ": "a space", "\n": "a newline"}[distiller.separator],
     )
     return _HEAD.format(title="A MEND distiller") + text + _training(config, meta, workdir)

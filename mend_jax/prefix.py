@@ -14,9 +14,10 @@ import numpy as np
 from flax import struct
 
 from mend_jax.errors import UserError
-from mend_jax.models.decoder import Decoder, drop_head
-from mend_jax.models.families import DecoderConfig
-from mend_jax.models.folders import load_model
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.encoder_decoder import encode
+from mend_jax.models.families import Config, EncoderDecoderConfig
+from mend_jax.models.folders import headless_params, load_model
 
 PROJECTIONS = ("tanh", "linear", "identity")
 
@@ -52,9 +53,13 @@ def continue_after(model: Decoder, params, prefix: Prefix, embeds):
     beyond = max(0, joined.shape[1] - model.config.window)
     states = model.apply({"params": params}, joined[:, : joined.shape[1] - beyond])
     states = jnp.pad(states, ((0, 0), (0, beyond), (0, 0)))
-    if prefix.embeds.shape[1] == 0:
-        return states
-    return jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start, 0), embeds.shape[1:]))(states, prefix.length)
+    return states if prefix.embeds.shape[1] == 0 else take_rows(states, prefix.length, embeds.shape[1])
+
+
+def take_rows(states, start, count: int):
+    """`count` columns of (B,T,D) from each row's `start` (B,) on: (B,count,D)."""
+    shape = count, states.shape[2]
+    return jax.vmap(lambda row, first: jax.lax.dynamic_slice(row, (first, 0), shape))(states, start)
 
 
 def no_prefix(batch_size: int, width: int) -> Prefix:
@@ -98,12 +103,12 @@ class SoftPrompt:
 class Distiller:
     """The trainable model from demonstrations to vectors (paper, section 3.1).
 
-    A decoder reads the demonstrations and then L placeholder embeddings; its states there, projected to the LLM's
-    width, are the vectors.
+    A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its
+    states there, projected to the LLM's width, are the vectors.
     """
 
-    config: DecoderConfig  # of the backbone
-    params: Any  # {"backbone": a Decoder's tree, "placeholders": (L, width)} and {"projection": {"kernel", "bias"}}
+    config: Config  # of the backbone
+    params: Any  # {"backbone": a model's tree, "placeholders": (L, width)} and {"projection": {"kernel", "bias"}}
     projection: str  # "tanh", "linear" or "identity"
     llm_width: int
     tokenizer: Any = None
@@ -154,7 +159,7 @@ class Distiller:
 class Settings(NamedTuple):
     """What a distiller's computation depends on besides its arguments: hashable, and without its parameters."""
 
-    config: DecoderConfig
+    config: Config
     projection: str
     dtype: str
     attention: str
@@ -164,16 +169,26 @@ class Settings(NamedTuple):
 def make_vectors(settings: Settings, params, demos, length) -> Prefix:
     """`Distiller.apply` as a function of its settings."""
     dtype, backbone, rows = jnp.dtype(settings.dtype), params["backbone"], demos.shape[0]
-    model = Decoder(settings.config, dtype, settings.attention, settings.remat)
     context = Prefix(backbone["embed"]["tokens"][demos], length)
     placeholders = jnp.broadcast_to(params["placeholders"], (rows, *params["placeholders"].shape))
-    vectors = continue_after(model, backbone, context, placeholders)
+    vectors = _states_at(placeholders, settings, backbone, context)
     if settings.projection != "identity":
         kernel, bias = params["projection"]["kernel"].astype(dtype), params["projection"]["bias"].astype(dtype)
         vectors = vectors @ kernel + bias
     if settings.projection == "tanh":
         vectors = jnp.tanh(vectors)
     return Prefix(vectors, jnp.full((rows,), vectors.shape[1], jnp.int32))
+
+
+def _states_at(placeholders, settings: Settings, backbone, context: Prefix):
+    """The backbone's states at the placeholders (B,L,width), which it reads behind the context."""
+    config, dtype = settings.config, jnp.dtype(settings.dtype)
+    if isinstance(config, EncoderDecoderConfig):
+        L = placeholders.shape[1]
+        joined, length = join(context, placeholders, jnp.full_like(context.length, L))
+        return take_rows(encode(config, backbone, joined, length, dtype, settings.remat), context.length, L)
+    model = Decoder(config, dtype, settings.attention, settings.remat)
+    return continue_after(model, backbone, context, placeholders)
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # one for all distillers: each shape is compiled once
@@ -183,7 +198,7 @@ def init_distiller(config, llm, seed: int) -> Distiller:
     """A fresh distiller for `llm`, as the section `prefix` of a run's config says (configs/base.py)."""
     backbone = load_model(config.backbone)
     params = {
-        "backbone": drop_head(backbone.params),
+        "backbone": headless_params(backbone.config, backbone.params),
         "placeholders": _initial_rows(config, backbone.params["embed"]["tokens"], seed),
     }
     projection = resolve_projection(config.projection, backbone.config.width, llm.config.width)
@@ -219,7 +234,7 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
     return projection
 
 
-def demo_tokens(demos, tokenizer, config: DecoderConfig, window: int, reader: str, separator: str = " "):
+def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, separator: str = " "):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")

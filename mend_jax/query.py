@@ -14,3 +14,5 @@ class Query:
     tokens: jax.Array  # (B,Q) int32
     length: jax.Array  # (B,) int32
     target_start: jax.Array  # (B,) int32
+    # No row's x is longer; None: not known. Static: an encoder does not read columns that hold no x (pretraining: all).
+    input_columns: int | None = struct.field(pytree_node=False, default=None)

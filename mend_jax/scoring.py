@@ -1,11 +1,12 @@
 """Scores of answer options: mean log-probability per token, all options in one pass after a shared prefix.
 
-Axes: R rows (items of one pass), T a row's tokens (input x, then the options), U states that predict something,
-K targets of one state, P prefix, D width, V vocabulary.
+Axes: R rows (items of one pass), X tokens of the encoder, T a row's tokens (input x, then the options), U states that
+predict something, K targets of one state, P prefix, D width, V vocabulary.
 
 A row holds x once and behind it every option, each continuing x's positions and seeing the prefix, x and itself
 (`LLM.cached_states`). An option's last token is predicted but never read. The last state of x predicts the first
-token of every option.
+token of every option. Of an encoder–decoder the encoder reads x, and the row holds the options alone, each behind the
+start token, whose state predicts the first token.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +26,10 @@ ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows 
 class Row(NamedTuple):
     """One item laid out for one pass."""
 
-    tokens: np.ndarray  # (T,) x, then each option but its last token
+    inputs: np.ndarray  # (X,) what an encoder reads: x; empty for a decoder-only LLM
+    tokens: np.ndarray  # (T,) x (or nothing), then each option but its last token
     positions: np.ndarray  # (T,) from the end of the prefix
-    segments: np.ndarray  # (T,) 0 for x, j for option j
+    segments: np.ndarray  # (T,) 0 for x, j for option j from 1
     sources: np.ndarray  # (U,) columns whose states predict
     targets: np.ndarray  # (U,K) the tokens they predict
     options: np.ndarray  # (U,K) the option a target belongs to, -1: none
@@ -53,7 +55,7 @@ def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> 
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
     x = _tokens(llm, query, "query", separator)
-    row = lay_out(x, [_tokens(llm, option, "option", separator) for option in options])
+    row = lay_out(x, [_tokens(llm, option, "option", separator) for option in options], llm.start_token)
     return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
 
 
@@ -83,7 +85,7 @@ def score_items(
     Raises:
         UserError: an empty input, no option or an empty one, or an item longer than the LLM's window allows.
     """
-    rows = [lay_out(item.x_tokens, item.options_tokens) for item in items]
+    rows = [lay_out(item.x_tokens, item.options_tokens, llm.start_token) for item in items]
     return score_rows(llm, cache, rows, batch_size, params, chunk, progress)
 
 
@@ -110,12 +112,14 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     return _cache(llm, llm.params if params is None else params, prefix)
 
 
-def lay_out(x: Sequence[int], options: Sequence[Sequence[int]]) -> Row:
-    """The row of an input and its options (see the top of this file)."""
+def lay_out(x: Sequence[int], options: Sequence[Sequence[int]], start_token: int | None = None) -> Row:
+    """The row of an input and its options (see the top of this file); `start_token` is the LLM's."""
     if len(x) == 0:
         raise UserError("An input is empty: every item needs at least one token before its options.")
     if len(options) == 0 or min(len(option) for option in options) == 0:
         raise UserError("An item has no option, or an empty one: every option needs at least one token.")
+    if start_token is not None:
+        return _lay_out_apart(x, options, start_token)
     tokens, positions, segments = [list(x)], [np.arange(len(x))], [np.zeros(len(x))]
     first = [option[0] for option in options]
     sources, later, owner, column = [len(x) - 1], [], [], len(x)
@@ -133,7 +137,21 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]]) -> Row:
     targets[0], owners[0] = first, np.arange(len(options))
     targets[1:, 0], owners[1:, 0] = later, owner
     joined = (np.concatenate(parts).astype(np.int32) for parts in (tokens, positions, segments))
-    return Row(*joined, np.asarray(sources, np.int32), targets, owners, np.asarray([len(o) for o in options]))
+    lengths = np.asarray([len(o) for o in options])
+    return Row(np.zeros(0, np.int32), *joined, np.asarray(sources, np.int32), targets, owners, lengths)
+
+
+def _lay_out_apart(x, options, start_token: int) -> Row:
+    """The row of an encoder–decoder: every column predicts one token of its own option."""
+    lengths = np.asarray([len(option) for option in options])
+    owner = np.repeat(np.arange(len(options)), lengths)
+    tokens = np.concatenate([[start_token, *option[:-1]] for option in options]).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    targets, owners = np.zeros((2, len(tokens), len(options)), np.int32)
+    targets[:, 0], owners[:] = np.concatenate([np.asarray(option) for option in options]), -1
+    owners[:, 0] = owner
+    columns = np.arange(len(tokens), dtype=np.int32)
+    return Row(np.asarray(x, np.int32), tokens, positions, owner + 1, columns, targets, owners, lengths)
 
 
 def score_rows(
@@ -144,9 +162,9 @@ def score_rows(
     _check_rows(llm, int(cache.length), rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a batch while the host lays out the next and reads the last
-    for batch, count, columns in _batches(llm, cache, rows, batch_size):
+    for batch, count, *columns in _batches(llm, cache, rows, batch_size):
         picked = [rows[i] for i in batch]
-        started = (batch, picked, _start(llm, params, cache, picked, count, columns, chunk))
+        started = (batch, picked, _start(llm, params, cache, picked, count, *columns, chunk))
         if waiting is not None:
             _finish(waiting, scores, progress)
         waiting = started
@@ -156,25 +174,31 @@ def score_rows(
 
 
 def _batches(llm, cache, rows, batch_size):
-    """(indices of rows, padded number of rows, padded T), longest first, so that the partial batch is the shortest."""
-    P, order = cache.keys.shape[-3], sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+    """(indices of rows, padded number of rows, X and T), longest first, so that the partial batch is the shortest."""
+    P, order = cache.columns, sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs) - len(rows[i].tokens))
     most = min(batch_size, 1 << (len(rows) - 1).bit_length()) if rows else batch_size
     while order:
-        columns = bucket(len(rows[order[0]].tokens))
-        one = 4 * llm.config.heads * columns * (P + columns)
+        inputs, columns = (max(len(rows[i][part]) for i in order[:most]) for part in (0, 1))
+        X, T = bucket(inputs) if inputs else 0, bucket(columns)
+        one = 4 * llm.config.heads * max(T * (P + X + T), (P + X) ** 2 if X else 0)
         count = max(1, min(most, 1 << (max(1, ATTENTION_BYTES // one).bit_length() - 1)))
-        yield order[:count], count, columns
+        yield order[:count], count, X, T
         order = order[count:]
 
 
-def _start(llm, params, cache, rows, count, columns, chunk):
+def _start(llm, params, cache, rows, count, input_columns, columns, chunk):
     """Dispatches one pass: a list of (log-probabilities (C,K) on the device, how many of them count)."""
     tokens, positions = np.zeros((2, count, columns), np.int32)
+    inputs, input_length = np.zeros((count, input_columns), np.int32), np.zeros(count, np.int32)
     segments = np.full((count, columns), -1, np.int32)
     for i, row in enumerate(rows):
         used = len(row.tokens)
         tokens[i, :used], positions[i, :used], segments[i, :used] = row.tokens, row.positions, row.segments
-    states = _states(llm, params, cache, tokens, positions, segments)
+        inputs[i, : len(row.inputs)], input_length[i] = row.inputs, len(row.inputs)
+    if llm.start_token is None:
+        states = _states(llm, params, cache, tokens, positions, segments)
+    else:
+        states = _states(llm, params, cache, inputs, input_length, tokens, segments)
     where = np.concatenate([np.full(len(row.sources), i, np.int32) for i, row in enumerate(rows)])
     source = np.concatenate([row.sources for row in rows])
     K = 1 << (max(row.targets.shape[1] for row in rows) - 1).bit_length()
@@ -211,7 +235,7 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
                 f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
                 f" reads at most {llm.window}{llm.config.window_reason}: shorten the input or give fewer demonstrations."
             )
-        largest = int(max(row.tokens.max(), row.targets.max()))
+        largest = int(max(row.tokens.max(), row.targets.max(), row.inputs.max(initial=0)))
         if largest >= llm.config.vocab_size:
             raise UserError(
                 f"A query holds token {largest}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
@@ -234,8 +258,8 @@ def _cache(llm, params, prefix):
 
 
 @partial(jax.jit, static_argnums=0)
-def _states(llm, params, cache, tokens, positions, segments):
-    return llm.cached_states(params, cache, tokens, positions, segments)
+def _states(llm, params, cache, *rows):
+    return llm.cached_states(params, cache, *rows)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -60,7 +60,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         model: the `Distiller` or `SoftPrompt`; None in stage "lm".
         mesh: with parallel="mesh", the mesh: the losses are computed where the rows are.
     """
-    lm = config.stage == "lm"
+    lm, shift = config.stage == "lm", _shift(llm)
     # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
     weights = Weights(
         kd=0.0 if lm else config.loss.kd,
@@ -76,16 +76,20 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
             prefix = model.apply(params, batch.demos, batch.demos_length)
         student = llm.states(llm_params, prefix, query)
         teacher = _teacher_states(llm, llm_params, batch) if weights.kd else None
-        return query_losses(student, teacher, llm.head(llm_params), query, weights, config.loss.chunk, lm, mesh)
+        said, head = llm.said(query), llm.head(llm_params)
+        return query_losses(student, teacher, head, said, weights, config.loss.chunk, lm, mesh, shift)
 
     return loss_fn
 
 
-def query_losses(student, teacher, head, query, weights: Weights, chunk: int, head_grad: bool = False, mesh=None):
-    """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed)."""
+def query_losses(student, teacher, head, said, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1):
+    """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed).
 
-    def local(student, teacher, head, query):
-        targets, tokens = token_weights(query)
+    `said` is what the states stand at or predict (`llm.said(query)`), and `shift` which (`token_weights`).
+    """
+
+    def local(student, teacher, head, said):
+        targets, tokens = token_weights(said, shift)
         kd_weight = weights.kd * tokens.kd
         ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
         loss, (kd, ce) = head_loss(student, teacher, head, targets, kd_weight, ce_weight, chunk, head_grad)
@@ -98,7 +102,7 @@ def query_losses(student, teacher, head, query, weights: Weights, chunk: int, he
         local = jax.shard_map(
             local, mesh=mesh, in_specs=(P("data"), P("data"), P(), P("data")), out_specs=P("data"), check_vma=False
         )
-    loss, metrics = local(student, teacher, head, query)
+    loss, metrics = local(student, teacher, head, said)
     return loss.mean(), jax.tree.map(jnp.mean, metrics)
 
 
@@ -154,7 +158,13 @@ def _example_losses(llm, settings, params, llm_params, context, teacher, query):
     student = llm.states(llm_params, make_vectors(settings, params, *context), query)
     tokens, length = teacher
     taught = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
-    return query_losses(student, taught, llm.head(llm_params), query, Weights(1.0, 1.0, 1.0), chunk=512)[1]
+    ones, said, head = Weights(1.0, 1.0, 1.0), llm.said(query), llm.head(llm_params)
+    return query_losses(student, taught, head, said, ones, chunk=512, shift=_shift(llm))[1]
+
+
+def _shift(llm) -> int:
+    """How far ahead of its own token a state predicts (`token_weights`)."""
+    return 1 if llm.start_token is None else 0
 
 
 def _check_query(llm, x, y, prefix_length: int) -> None:

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
 
 class MendDistiller(nn.Module):
-    """A decoder reads the demonstrations and then L placeholders; its states there, projected, are the vectors."""
+    """A decoder, or T5's encoder, reads the demonstrations and then L placeholders; its states there, projected, are the
+    vectors."""
 
     def __init__(
         self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " "
@@ -42,7 +43,8 @@ class MendDistiller(nn.Module):
         settings = json.loads((folder / "distiller_config.json").read_text())
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-        backbone = AutoModel.from_pretrained(folder, dtype=dtype)
+        is_t5 = AutoConfig.from_pretrained(folder).model_type == "t5"
+        backbone = (T5EncoderModel if is_t5 else AutoModel).from_pretrained(folder, dtype=dtype)
         names = ("num_vectors", "llm_width", "projection")
         model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"])
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
@@ -53,8 +55,8 @@ class MendDistiller(nn.Module):
 
     @property
     def window(self) -> int:
-        """Demonstration tokens it can read: the backbone's positions less one for each vector."""
-        return self.backbone.config.max_position_embeddings - len(self.placeholders)
+        """Demonstration tokens it can read: the backbone's positions (T5 has no last one) less one for each vector."""
+        return getattr(self.backbone.config, "max_position_embeddings", 2**30) - len(self.placeholders)
 
     def forward(self, input_ids, lengths=None):
         """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width)."""
@@ -66,10 +68,14 @@ class MendDistiller(nn.Module):
         embeds = self.backbone.get_input_embeddings()(input_ids)
         L, D = self.placeholders.shape
         embeds = torch.cat([embeds, embeds.new_zeros(B, L, D)], dim=1)
-        # The placeholders stand right behind each row's last token: causal attention then never sees padding.
+        # The placeholders stand right behind each row's last token: causal attention then never sees padding, T5's
+        # encoder must be told where it begins.
         places = (lengths[:, None] + torch.arange(L, device=input_ids.device))[..., None].expand(B, L, D)
         embeds = embeds.scatter(1, places, self.placeholders.to(embeds.dtype).expand(B, L, D))
-        states = self.backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state.gather(1, places)
+        options = {"use_cache": False}
+        if isinstance(self.backbone, T5EncoderModel):
+            options = {"attention_mask": torch.arange(N + L, device=input_ids.device) < (lengths + L)[:, None]}
+        states = self.backbone(inputs_embeds=embeds, **options).last_hidden_state.gather(1, places)
         return self.activation(states if self.projection is None else self.projection(states))
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ from mend_jax.data.batches import make_batches
 from mend_jax.data.tokenize import check_backbone, check_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
-from mend_jax.models.families import from_hf_config
+from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
@@ -266,6 +266,8 @@ def load(config):
     c = config.llm
     if config.stage != "lm":
         return load_llm(c.path, c.dtype, c.attention, c.remat)
+    if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
+        raise UserError(f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.')
     if has_weights(c.path):
         llm = load_llm(c.path, "float32", c.attention, c.remat)
     else:

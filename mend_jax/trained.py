@@ -17,9 +17,8 @@ from mend_jax import checkpoint
 from mend_jax.data.tokenize import separator
 from mend_jax.errors import UserError
 from mend_jax.models import weights
-from mend_jax.models.decoder import init_params
-from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.models.families import Config, from_hf_config
+from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefix import PROJECTIONS, Distiller, SoftPrompt, resolve_projection
 
 SETTINGS = "distiller_config.json"
@@ -166,7 +165,7 @@ def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
     return config, model, meta
 
 
-def _check_backbone(params, config: DecoderConfig, folder, workdir) -> None:
+def _check_backbone(params, config: Config, folder, workdir) -> None:
     saved = checkpoint.shapes_of(params)
     wanted = checkpoint.shapes_of(jax.eval_shape(lambda: init_params(config, 0)))
     for name in sorted(saved.keys() | wanted.keys()):
@@ -188,7 +187,7 @@ def source_folder(named: str, given, workdir) -> Path:
         ) from None
 
 
-def _distiller(config: DecoderConfig, params: Mapping, projection: str, tokenizer, before: str = " ") -> Distiller:
+def _distiller(config: Config, params: Mapping, projection: str, tokenizer, before: str = " ") -> Distiller:
     llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
     params = jax.tree.map(jax.numpy.asarray, params)
     return Distiller(config, params, projection, llm_width, tokenizer, separator=before)

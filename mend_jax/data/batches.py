@@ -60,7 +60,8 @@ class Batches:
         demos, queries, starts, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
         tokens, length = pad(queries, query_size)
         demos, demos_length = pad(demos, demo_size)
-        batch = Batch(demos, demos_length, Query(tokens, length, np.asarray(starts, np.int32)), mine)
+        query = Query(tokens, length, np.asarray(starts, np.int32), self.draws.input_columns)
+        batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
             teacher, teacher_length = pad(teachers, self.draws.teacher_size)
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)

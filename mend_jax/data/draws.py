@@ -2,7 +2,7 @@
 
 Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query,
 target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes
-`demo_buckets`, `query_buckets`.
+`demo_buckets`, `query_buckets`; and `input_columns`, the longest x.
 """
 
 import functools
@@ -21,6 +21,8 @@ KEPT = 1 << 14  # draws remembered between planning a window and making its batc
 
 class TextDraws:
     """Meta-distillation pretraining: the share beta of a text is the context, the rest the query."""
+
+    input_columns = 0  # all of a query is said, there is no x
 
     def __init__(self, config, store: TextStore, documents: range, shuffle: bool, windows):
         self.config, self.store, self.windows = config.data, store, windows
@@ -71,7 +73,7 @@ class TaskDraws:
 
     def __init__(self, config, stores: list[TaskStore], windows):
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
-        self.vectors = config.prefix.length
+        self.vectors, self.input_columns = config.prefix.length, config.data.max_input_tokens
         self.contexts = config.prefix.kind != "soft_prompt" or bool(config.loss.kd)  # else nobody reads them
         self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k + 1)
@@ -136,6 +138,8 @@ class TaskDraws:
 
 class SequenceDraws:
     """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
+
+    input_columns = 0  # all of a query is said, there is no x
 
     def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows, end_of_text):
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size

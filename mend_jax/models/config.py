@@ -64,3 +64,34 @@ class DecoderConfig:
     def headless(self) -> "DecoderConfig":
         """The same model without a head of its own: what a distiller's backbone is."""
         return dataclasses.replace(self, tied_head=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """Sizes and choices of one encoder–decoder (T5's family); hashable. The defaults are T5's of 2019 (v1.0)."""
+
+    family: str  # Hugging Face's `model_type`
+    vocab_size: int
+    width: int  # D
+    layers: int  # of the encoder
+    decoder_layers: int  # 0: the encoder alone, which a distiller's backbone is
+    heads: int
+    head_width: int  # does not follow from the others
+    mlp_width: int
+    norm_eps: float = 1e-6
+    activation: str = "relu"  # or "gelu_tanh"
+    gated: bool = False  # as in `DecoderConfig`
+    buckets: int = 32  # of distances between tokens, each with a bias per head
+    max_distance: int = 128  # farther tokens share a bucket
+    tied_head: bool = True  # the head is the token table, and reads states scaled by D^-0.5
+    start_token: int = 0  # what the decoder reads first
+
+    @property
+    def window(self) -> int:
+        """Tokens the model can read at once: distances have no end, so the budgets of `config.data` alone bind."""
+        return 2**30
+
+    @property
+    def headless(self) -> "EncoderDecoderConfig":
+        """The encoder alone: what a distiller's backbone is."""
+        return dataclasses.replace(self, decoder_layers=0, tied_head=True)

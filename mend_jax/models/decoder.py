@@ -30,6 +30,10 @@ class Cache(NamedTuple):
     values: jax.Array  # (layers, P, G, F)
     length: jax.Array  # () int32: rows beyond are padding
 
+    @property
+    def columns(self) -> int:
+        return self.keys.shape[1]
+
 
 class Block(nn.Module):
     """Attention and MLP with residuals, each after a norm or (norm_first=False) before one."""

@@ -10,19 +10,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mend_jax.errors import UserError
-from mend_jax.models import gpt2, llama, opt
-from mend_jax.models.config import DecoderConfig
+from mend_jax.models import gpt2, llama, opt, t5
+from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.tables import Entry, Table
 
-__all__ = ["DecoderConfig", "Family", "FAMILIES", "from_hf_config", "key_table", "to_hf_config"]
+__all__ = [
+    "Config",
+    "DecoderConfig",
+    "EncoderDecoderConfig",
+    "Family",
+    "FAMILIES",
+    "from_hf_config",
+    "key_table",
+    "to_hf_config",
+]
+
+Config = DecoderConfig | EncoderDecoderConfig
 
 
 class Family(NamedTuple):
     """How models of one `model_type` are described and stored."""
 
-    read: Callable[[dict], DecoderConfig]
-    write: Callable[[DecoderConfig], dict]
-    table: Callable[[DecoderConfig], Table]  # of the base model, without the head
+    read: Callable[[dict], Config]
+    write: Callable[[Config], dict]
+    table: Callable[[Config], Table]  # of the base model, without the head
     derived: Callable[[str], bool]  # whether a file's tensor follows from the rest and is passed over
     prefix: str  # of the base model's names in a file with a head
     lm_class: str  # of transformers
@@ -40,11 +51,12 @@ FAMILIES = {
     "mistral": _family(llama, "model.", "MistralForCausalLM", "MistralModel"),
     "qwen2": _family(llama, "model.", "Qwen2ForCausalLM", "Qwen2Model"),
     "qwen3": _family(llama, "model.", "Qwen3ForCausalLM", "Qwen3Model"),
+    "t5": _family(t5, "", "T5ForConditionalGeneration", "T5EncoderModel"),
 }
 HEAD = "lm_head.weight"  # in every family, without the prefix
 
 
-def from_hf_config(source: dict | str | Path) -> DecoderConfig:
+def from_hf_config(source: dict | str | Path) -> Config:
     """Settings of the model described by a `config.json`: its content, its path, or its folder's path."""
     if not isinstance(source, dict):
         source = read_json(Path(source))
@@ -57,6 +69,12 @@ def from_hf_config(source: dict | str | Path) -> DecoderConfig:
         raise UserError(
             f"config.json of a {model_type} model lacks the field {missing}: take the model's own file."
         ) from None
+    if isinstance(config, DecoderConfig):
+        _check_heads(config, source)
+    return config
+
+
+def _check_heads(config: DecoderConfig, source: dict) -> None:
     # A width of heads that is given need not follow from the others.
     if config.hidden_width % config.heads and not source.get("head_dim"):
         raise UserError(
@@ -66,10 +84,9 @@ def from_hf_config(source: dict | str | Path) -> DecoderConfig:
         raise UserError(
             f"config.json says {config.heads} heads and {config.kv_heads} of keys and values: the first must be a multiple."
         )
-    return config
 
 
-def to_hf_config(config: DecoderConfig, head: bool = True) -> dict:
+def to_hf_config(config: Config, head: bool = True) -> dict:
     """The inverse of `from_hf_config`: a `config.json` that transformers reads, of the model with or without its head."""
     family = FAMILIES[config.family]
     return {
@@ -80,7 +97,7 @@ def to_hf_config(config: DecoderConfig, head: bool = True) -> dict:
     }
 
 
-def key_table(config: DecoderConfig) -> Table:
+def key_table(config: Config) -> Table:
     """Their name, without the family's prefix -> our place, in the order of the model."""
     table = FAMILIES[config.family].table(config)
     return table if config.tied_head else table | {HEAD: Entry(("embed", "head"), (config.vocab_size, config.width))}

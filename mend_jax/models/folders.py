@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 
 from mend_jax.errors import UserError
-from mend_jax.models import weights
-from mend_jax.models.decoder import init_params
-from mend_jax.models.families import DecoderConfig, from_hf_config, read_json, to_hf_config
+from mend_jax.models import decoder, encoder_decoder, weights
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, read_json, to_hf_config
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # a tokenizer has one of them
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")  # a tokenizer has one of them
 TOKENIZER_FILES = (
     *VOCABULARIES,
     "tokenizer_config.json",
@@ -33,7 +32,7 @@ HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where t
 class Model(NamedTuple):
     """What a folder holds."""
 
-    config: DecoderConfig
+    config: Config
     params: Any
     tokenizer: Any  # of transformers, or None where the folder has none
     folder: Path
@@ -55,12 +54,25 @@ def init_model(path: str | Path, seed: int, dtype: str = "float32") -> Model:
     return Model(config, params, load_tokenizer(folder), folder)
 
 
+def init_params(config: Config, seed: int) -> dict:
+    """Random float32 parameters of a model."""
+    module = encoder_decoder if isinstance(config, EncoderDecoderConfig) else decoder
+    return module.init_params(config, seed)
+
+
+def headless_params(config: Config, params) -> dict:
+    """The parameters of the model `config.headless`: a distiller's backbone gives states, not words."""
+    if isinstance(config, EncoderDecoderConfig):
+        return encoder_decoder.encoder_params(params)
+    return decoder.drop_head(params)
+
+
 def has_weights(path: str | Path) -> bool:
     """Whether a folder, or a hub's model, holds weights. True for damaged ones too, so that reading them says so."""
     return weights.has_weights(local_folder(path))
 
 
-def save_model(folder: str | Path, config: DecoderConfig, params, source: str | Path, dtype: str | None = None) -> None:
+def save_model(folder: str | Path, config: Config, params, source: str | Path, dtype: str | None = None) -> None:
     """A Hugging Face folder: config.json, model.safetensors, and the tokenizer of the folder `source`.
 
     `dtype` is that of the file, None that of `params`; config.json names it.

@@ -13,6 +13,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool = False  # the file has (out, in), PyTorch's Linear; our kernels are (in, out)
     layer: int | None = None  # the index in the stack of layers; None: not stacked
+    layers: int = 0  # of the stack
 
     @property
     def our_shape(self) -> tuple[int, ...]:
@@ -26,7 +27,7 @@ Table = dict[str, Entry]  # their name -> our place, in the order of the model
 def stacked(prefix: str, layers: int, rows: Table) -> Table:
     """The rows of one layer for all of them: `prefix`.0.NAME, `prefix`.1.NAME, ..."""
     return {
-        f"{prefix}.{i}.{name}": entry._replace(path=("layers", *entry.path), layer=i)
+        f"{prefix}.{i}.{name}": entry._replace(path=("layers", *entry.path), layer=i, layers=layers)
         for i in range(layers)
         for name, entry in rows.items()
     }

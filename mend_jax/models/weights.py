@@ -45,7 +45,7 @@ def from_tensors(
         entry, array = table[name], read()
         if array.shape != entry.shape:
             raise UserError(f"{where}: {raw_name} has shape {array.shape}, config.json asks for {entry.shape}.")
-        _place(params, entry, array, config.layers, dtype)
+        _place(params, entry, array, dtype)
     missing = [name for name in table if name not in seen]
     if missing:
         raise UserError(
@@ -176,7 +176,7 @@ def _read_torch(path: Path):
         )
 
 
-def _place(params: dict, entry: Entry, array: np.ndarray, layers: int, dtype: str) -> None:
+def _place(params: dict, entry: Entry, array: np.ndarray, dtype: str) -> None:
     *parents, leaf = entry.path
     for part in parents:
         params = params.setdefault(part, {})
@@ -184,4 +184,4 @@ def _place(params: dict, entry: Entry, array: np.ndarray, layers: int, dtype: st
     if entry.layer is None:
         params[leaf] = np.ascontiguousarray(array, dtype)
     else:
-        params.setdefault(leaf, np.empty((layers, *entry.our_shape), dtype))[entry.layer] = array
+        params.setdefault(leaf, np.empty((entry.layers, *entry.our_shape), dtype))[entry.layer] = array

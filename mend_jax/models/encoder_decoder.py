@@ -1,0 +1,171 @@
+"""One encoder–decoder (T5's family) that reads embeddings; tokens are embedded outside it.
+
+Axes: B batch, S tokens of the encoder, Y tokens of the decoder, T any sequence that reads, D width, H heads, F width of
+a head, V vocabulary. Rows are right-padded; the encoder's attention sees a row's own tokens alone, so the padding
+changes no number. Both stacks are scanned: their parameters are stacked, (layers, ...).
+Positions enter as a bias of the scores by the distance between two tokens, so there is no longest sequence; scores are
+not divided by sqrt(F), which T5's weights have taken up.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from mend_jax.models.attention import MASKED
+from mend_jax.models.config import EncoderDecoderConfig
+from mend_jax.models.decoder import ACTIVATIONS
+
+KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
+
+
+class Attention(nn.Module):
+    """Softmax attention without a scale; scores and softmax in float32."""
+
+    config: EncoderDecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, source, bias, mask):
+        """x (B,T,D) reads source (B,S,D) -> (B,T,D). bias (H,T,S) float32 or None; mask (B,1 or T,S), what is seen."""
+        config, width = self.config, self.config.heads * self.config.head_width
+        q, k, v = (
+            checkpoint_name(_dense(width, self.dtype, name)(a), "qkv").reshape(*a.shape[:2], config.heads, -1)
+            for name, a in (("q", x), ("k", source), ("v", source))
+        )
+        scores = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias
+        shares = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED)).astype(v.dtype)
+        out = checkpoint_name(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
+        return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], width))
+
+
+class Block(nn.Module):
+    """Attention to itself, in a decoder to the encoder's states, then the MLP; each after a norm, with a residual."""
+
+    config: EncoderDecoderConfig
+    dtype: jnp.dtype
+    cross: bool
+
+    @nn.compact
+    def __call__(self, x, bias, mask, encoded, encoded_mask):
+        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        y = self._norm("norm1")(x)
+        x = checkpoint_name(x + Attention(config, self.dtype, name="self")(y, y, bias, mask), "middle")
+        if self.cross:
+            attend = Attention(config, self.dtype, name="cross")
+            x = checkpoint_name(x + attend(self._norm("cross_norm")(x), encoded, None, encoded_mask), "middle")
+        y = self._norm("norm2")(x)
+        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
+        if config.gated:
+            up = activation(checkpoint_name(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
+        else:
+            up = activation(up)
+        return x + _dense(config.width, self.dtype, "down")(up), None
+
+    def _norm(self, name):
+        return nn.RMSNorm(epsilon=self.config.norm_eps, dtype=self.dtype, name=name)
+
+
+class Stack(nn.Module):
+    """All layers of one side, the bias by distance before them and the norm behind."""
+
+    config: EncoderDecoderConfig
+    layers: int
+    cross: bool  # the decoder: attends to the encoder's states, and to its own only backwards
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, mask, encoded=None, encoded_mask=None):
+        """x (B,T,D) -> (B,T,D); mask (B,1 or T,T)."""
+        config = self.config
+        biases = self.param("distance_bias", nn.initializers.normal(0.02), (config.buckets, config.heads))
+        bias = biases.astype(jnp.float32)[distance_buckets(x.shape[1], config, both_ways=not self.cross)]
+        kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False, policy=kept),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 4,
+            length=self.layers,
+        )(config, self.dtype, self.cross, name="layers")
+        x, _ = layers(x.astype(self.dtype), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="final_norm")(x)
+
+
+def distance_buckets(length: int, config: EncoderDecoderConfig, both_ways: bool):
+    """(T,T) int32: the bucket of the distance from each token (row) to each (column).
+
+    Half of the buckets are for one distance each, the others for ranges that grow logarithmically to `max_distance`.
+    `both_ways`: half of all are for tokens to the right; else these, which a decoder does not see, count as distance 0.
+    """
+    distance = jnp.arange(length)[None] - jnp.arange(length)[:, None]
+    count, first = config.buckets, 0
+    if both_ways:
+        count //= 2
+        first, distance = jnp.where(distance > 0, count, 0), jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = count // 2
+    growth = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(config.max_distance / exact)
+    far = jnp.minimum(exact + (growth * (count - exact)).astype(jnp.int32), count - 1)
+    return first + jnp.where(distance < exact, distance, far)
+
+
+def encode(config: EncoderDecoderConfig, params, embeds, length, dtype=jnp.float32, remat: bool = False):
+    """The encoder's states (B,S,D) of embeddings (B,S,D) with lengths (B,); rows beyond a length are garbage."""
+    mask = _valid(embeds.shape[1], length)
+    return Stack(config, config.layers, False, dtype, remat).apply({"params": params["encoder"]}, embeds, mask)
+
+
+def decode(config, params, embeds, encoded, encoded_length, segments=None, dtype=jnp.float32, remat: bool = False):
+    """The decoder's states (B,Y,D), of which the head makes logits.
+
+    Args:
+        embeds: (B,Y,D), what the decoder reads.
+        encoded: (B,S,D) with lengths (B,), of `encode`.
+        segments: (B,Y) int32: a token sees those before it of its own segment; None: all are one.
+    """
+    Y = embeds.shape[1]
+    mask = jnp.tril(jnp.ones((Y, Y), bool))[None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :] == segments[:, :, None])
+    stack = Stack(config, config.decoder_layers, True, dtype, remat)
+    seen = _valid(encoded.shape[1], encoded_length)
+    states = stack.apply({"params": params["decoder"]}, embeds, mask, encoded, seen)
+    return states * config.width**-0.5 if config.tied_head else states
+
+
+def init_params(config: EncoderDecoderConfig, seed: int) -> dict:
+    """Random float32 parameters: {"embed", "encoder"}, and "decoder" where there is one."""
+
+    def init(key):
+        normal, keys, x = nn.initializers.normal(0.02), jax.random.split(key, 4), jnp.zeros((1, 2, config.width))
+        names = ("tokens",) if config.tied_head else ("tokens", "head")
+        shape, mask = (config.vocab_size, config.width), jnp.ones((1, 1, 2), bool)
+        params = {"embed": {name: normal(key, shape) for name, key in zip(names, keys, strict=False)}}
+        encoder = Stack(config, config.layers, False, jnp.float32, False)
+        params["encoder"] = encoder.init(keys[2], x, mask)["params"]
+        if config.decoder_layers:
+            decoder = Stack(config, config.decoder_layers, True, jnp.float32, False)
+            params["decoder"] = decoder.init(keys[3], x, mask, x, mask)["params"]
+        return params
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def encoder_params(params) -> dict:
+    """The parameters of the `EncoderDecoderConfig.headless` model: a distiller's backbone says nothing."""
+    return {"embed": {"tokens": params["embed"]["tokens"]}, "encoder": params["encoder"]}
+
+
+def _valid(columns: int, length):
+    """(B,1,S) bool: the columns of each row that are no padding."""
+    return (jnp.arange(columns)[None] < length[:, None])[:, None]
+
+
+def _dense(features, dtype, name):
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)

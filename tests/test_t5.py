@@ -1,0 +1,235 @@
+"""The T5 family against PyTorch, on small random weights with the quirks of the real models.
+
+Axes: B batch, P prefix, Q query tokens, Y tokens of y, D width, V vocabulary.
+"""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mend_jax.errors import UserError
+from mend_jax.llm import load_llm
+from mend_jax.models.encoder_decoder import distance_buckets
+from mend_jax.models.families import from_hf_config, key_table, to_hf_config
+from mend_jax.models.folders import init_params, load_model, save_model
+from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
+from mend_jax.query import Query
+from mend_jax.scoring import score_options
+
+V1 = {"feed_forward_proj": "relu"}
+V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+ROWS = {
+    "t5-small": V1,
+    "t5-small-lm-adapt": V11,
+    "t5-large-lm-adapt": V11 | {"num_layers": 3, "num_decoder_layers": 3, "num_heads": 4},
+    "flan-t5-base": V11 | {"d_kv": 8},
+    "flan-t5-xl": V11 | {"d_kv": 12, "num_decoder_layers": 1},
+}
+COMMON = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 3,
+    "decoder_start_token_id": 0,
+}
+# Few buckets and a short distance, so that short sequences reach all of them.
+DISTANCES = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+
+
+def torch_model(fields, seed=0):
+    """The PyTorch model of a config.json's fields; norms random too, and of v1.1 a head of its own."""
+    torch = pytest.importorskip("torch")
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(T5Config(**COMMON | DISTANCES | fields)).eval()
+    if not fields.get("tie_word_embeddings", True):  # transformers 5 ties a fresh head whatever the config says
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def row(request, tmp_path_factory):
+    """One model: PyTorch's, the folder that transformers saves with the published config.json's fields, our LLM of it."""
+    model, folder = torch_model(ROWS[request.param]), tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return SimpleNamespace(name=request.param, torch=model, folder=folder, llm=load_llm(folder))
+
+
+def tokens(*shape):
+    return np.random.randint(1, COMMON["vocab_size"], shape).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_gradient(llm, embeds, length, query, direction):
+    """Logits (B,Y,V) after the prefixes, and the gradient (B,P,D) of their products with `direction`."""
+
+    def value(embeds):
+        logits = llm.logits(llm.params, llm.states(llm.params, Prefix(embeds, length), query))
+        return (logits * direction).sum(), logits
+
+    gradient, logits = jax.grad(value, has_aux=True)(embeds)
+    return logits, gradient
+
+
+@pytest.mark.parametrize("input_columns", [None, 7])
+def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, input_columns):
+    """Logits, and the gradient with respect to the prefix; the last row has no prefix, the first no x."""
+    torch = pytest.importorskip("torch")
+    llm, B, P, Q, D = row.llm, 3, 40, 16, row.llm.config.width
+    prefix_lengths, lengths, starts = np.array([40, 9, 0]), np.array([10, 16, 12]), np.array([0, 7, 5])
+    ids, embeds = tokens(B, Q), np.random.randn(B, P, D).astype(np.float32)
+    direction = np.random.randn(B, Q, COMMON["vocab_size"]).astype(np.float32)
+    direction *= (np.arange(Q) < (lengths - starts)[:, None])[..., None]
+    query = Query(ids, lengths, starts, input_columns)
+    logits, gradient = logits_and_gradient(llm, embeds, prefix_lengths, query, direction)
+    for i, (before, start, length) in enumerate(zip(prefix_lengths, starts, lengths, strict=True)):
+        theirs = torch.from_numpy(embeds[i : i + 1, :before]).requires_grad_()
+        whole = torch.from_numpy(ids[i : i + 1, :length]).long()
+        read = torch.cat([theirs, row.torch.get_input_embeddings()(whole[:, :start])], 1)
+        expected = row.torch(inputs_embeds=read, labels=whole[:, start:]).logits  # shifted to the right by the model
+        Y = length - start
+        assert np.abs(logits[i, :Y] - expected[0].detach().numpy()).max() < 1e-4
+        if before:
+            (expected * torch.from_numpy(direction[i : i + 1, :Y])).sum().backward()
+            wanted = theirs.grad[0].numpy()
+            assert np.abs(gradient[i, :before] - wanted).max() < 1e-3 * np.abs(wanted).max()
+        assert not np.any(gradient[i, before:])
+    said = llm.said(query)
+    np.testing.assert_array_equal(said.length, lengths - starts)
+    np.testing.assert_array_equal(said.tokens[1, :9], ids[1, 7:])
+
+
+def test_padding_changes_no_number(row):
+    llm, ids, embeds = row.llm, tokens(1, 12), np.random.randn(1, 9, row.llm.config.width).astype(np.float32)
+    query = Query(ids, np.array([12]), np.array([5]), 5)
+    alone = llm.states(llm.params, Prefix(embeds, np.array([9])), query)[:, :7]
+    wider = Query(np.pad(ids, ((0, 0), (0, 8)), constant_values=3), query.length, query.target_start)
+    garbage = np.pad(embeds, ((0, 0), (0, 6), (0, 0)), constant_values=1e3)
+    padded = llm.states(llm.params, Prefix(garbage, np.array([9])), wider)[:, :7]
+    np.testing.assert_allclose(alone, padded, atol=2e-5)
+
+
+def test_options_scored_after_one_reading_of_x_are_those_of_reading_everything(row):
+    torch = pytest.importorskip("torch")
+    demos, x, options = tokens(20).tolist(), [5, 6, 7], [[8, 9, 10], [11], [12, 13]]
+    for before in ([], demos):
+        prefix = demonstrations_prefix(row.llm, before) if before else no_prefix(1, row.llm.config.width)
+        expected = []
+        for option in options:
+            with torch.no_grad():
+                logits = row.torch(torch.tensor([before + x]), labels=torch.tensor([option])).logits[0].double()
+            picked = torch.log_softmax(logits, -1)[torch.arange(len(option)), torch.tensor(option)]
+            expected.append(picked.mean().item())
+        np.testing.assert_allclose(score_options(row.llm, prefix, x, options), expected, atol=1e-4)
+
+
+def test_distances_fall_into_the_buckets_of_pytorch():
+    pytest.importorskip("torch")
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config, at = from_hf_config(PUBLISHED["t5-small"][0]), torch.arange(600)
+    for both_ways in (True, False):
+        theirs = T5Attention._relative_position_bucket(at[None] - at[:, None], both_ways, 32, 128)
+        np.testing.assert_array_equal(distance_buckets(600, config, both_ways), theirs.numpy())
+
+
+def test_a_folder_goes_in_and_out_with_the_same_bytes(row, tmp_path):
+    before = load_file(row.folder / "model.safetensors")
+    model = load_model(row.folder)
+    save_model(tmp_path, model.config, model.params, row.folder)
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    again = from_hf_config(tmp_path)
+    assert again == model.config == from_hf_config(to_hf_config(model.config))
+    assert again.tied_head == (row.name == "t5-small")
+
+
+def test_transformers_reads_what_we_write(row, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import T5ForConditionalGeneration
+
+    save_model(tmp_path, row.llm.config, row.llm.params, row.folder)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ids, labels = torch.tensor(tokens(1, 9)), torch.tensor(tokens(1, 4)).long()
+    with torch.no_grad():
+        assert torch.equal(model(ids, labels=labels).logits, row.torch(ids, labels=labels).logits)
+
+
+def test_copies_of_the_token_table_and_what_nobody_reads_are_passed_over(row, tmp_path):
+    tensors = load_file(row.folder / "model.safetensors")
+    for side in ("encoder", "decoder"):
+        tensors[f"{side}.embed_tokens.weight"] = tensors["shared.weight"].copy()
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors[unread] = np.zeros((8, row.llm.config.heads), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((row.folder / "config.json").read_text())
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path).params, row.llm.params)
+
+
+def test_the_distiller_is_the_encoder_with_placeholders_behind_the_demonstrations(row):
+    torch = pytest.importorskip("torch")
+    from configs.base import get_config
+
+    config = get_config()
+    config.prefix.backbone, config.prefix.length = str(row.folder), 4
+    distiller = init_distiller(config.prefix, row.llm, 0)
+    assert set(distiller.params["backbone"]) == {"embed", "encoder"} and distiller.projection == "identity"
+    rows = [tokens(12).tolist(), tokens(5).tolist()]
+    vectors = distiller.distill(rows)
+    for ids, made in zip(rows, vectors.embeds, strict=True):
+        read = row.torch.get_input_embeddings()(torch.tensor([ids]))
+        placeholders = torch.from_numpy(np.array(distiller.params["placeholders"]))[None]
+        with torch.no_grad():
+            states = row.torch.encoder(inputs_embeds=torch.cat([read, placeholders], 1)).last_hidden_state
+        np.testing.assert_allclose(made, states[0, len(ids) :], atol=1e-4)
+
+
+def _published(layers, width, d_kv, d_ff, heads, v1=False):
+    sizes = {"num_layers": layers, "d_model": width, "d_kv": d_kv, "d_ff": d_ff, "num_heads": heads}
+    fixed = {"model_type": "t5", "vocab_size": 32128, "decoder_start_token_id": 0, "pad_token_id": 0}
+    return fixed | sizes | (V1 if v1 else V11 | {"num_decoder_layers": layers})
+
+
+PUBLISHED = {
+    "t5-small": (_published(6, 512, 64, 2048, 8, v1=True), 60_506_624),
+    "t5-base": (_published(12, 768, 64, 3072, 12, v1=True), 222_903_552),
+    "t5-large": (_published(24, 1024, 64, 4096, 16, v1=True), 737_668_096),
+    "t5-small-lm-adapt": (_published(8, 512, 64, 1024, 6), 76_961_152),
+    "t5-large-lm-adapt": (_published(24, 1024, 64, 2816, 16), 783_150_080),
+    "flan-t5-base": (_published(12, 768, 64, 2048, 12), 247_577_856),
+    "flan-t5-xl": (_published(24, 2048, 64, 5120, 32), 2_849_757_184),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_full_size_has_the_published_number_of_parameters(name):
+    fields, published = PUBLISHED[name]
+    config = from_hf_config(fields)
+    shapes = jax.eval_shape(lambda: init_params(config, 0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
+    assert sum(int(np.prod(entry.shape)) for entry in key_table(config).values()) == published
+
+
+def test_what_is_not_t5_is_refused(row, tmp_path):
+    with pytest.raises(UserError, match="feed_forward_proj='gated-silu'.*only relu, gated-gelu"):
+        from_hf_config(PUBLISHED["t5-small"][0] | {"feed_forward_proj": "gated-silu"})
+    with pytest.raises(UserError, match="lacks the field 'd_kv'"):
+        from_hf_config({name: value for name, value in PUBLISHED["t5-small"][0].items() if name != "d_kv"})
+    wrong = json.loads((row.folder / "config.json").read_text()) | {"num_decoder_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    save_file(load_file(row.folder / "model.safetensors"), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks decoder\.block\.[123]\.layer"):
+        load_model(tmp_path)
