@@ -59,7 +59,7 @@ class EncoderDecoderLLM:
     def said(self, query: Query) -> Query:
         """What the decoder says: y alone, moved to the front, (B,Y)."""
         Q = query.tokens.shape[1]
-        columns = query.target_start[:, None] + jnp.arange(Q)[None]
+        columns = query.target_start[:, None] + jnp.arange(query.target_columns or Q)[None]
         tokens = jnp.take_along_axis(query.tokens, jnp.minimum(columns, Q - 1), axis=1)
         return Query(tokens, query.length - query.target_start, jnp.zeros_like(query.target_start))
 

@@ -14,5 +14,6 @@ class Query:
     tokens: jax.Array  # (B,Q) int32
     length: jax.Array  # (B,) int32
     target_start: jax.Array  # (B,) int32
-    # No row's x is longer; None: not known. Static: an encoder does not read columns that hold no x (pretraining: all).
+    # No row's x, no row's y is longer; None: not known. Static: an encoder–decoder reads no columns that hold none.
     input_columns: int | None = struct.field(pytree_node=False, default=None)
+    target_columns: int | None = struct.field(pytree_node=False, default=None)

@@ -308,7 +308,14 @@ def batches(config, llm, model, split):
     """This process's rows of the batches of a split ("train" or "validation")."""
     distiller_window = model.config.window if isinstance(model, Distiller) else None
     return make_batches(
-        config, llm.tokenizer, split, llm.window, distiller_window, jax.process_index(), jax.process_count()
+        config,
+        llm.tokenizer,
+        split,
+        llm.window,
+        distiller_window,
+        jax.process_index(),
+        jax.process_count(),
+        targets_apart=llm.start_token is not None,
     )
 
 

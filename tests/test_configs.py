@@ -28,6 +28,8 @@ VARIANTS = {
     "c4_metaicl": ["methods", "llm"],
     "gpt2_large": PARTITIONS,
     "gpt2_xl": PARTITIONS,
+    "t5_large": PARTITIONS,
+    "flan_t5_xl": PARTITIONS,
 }
 NAMES = [f"configs/{file}.py{v and ':'}{v}" for file, variants in VARIANTS.items() for v in ["", *variants]]
 TEXTS = ["README.md", "docs/*.md", "configs/*.py", "mend_jax/*.py", "mend_jax/*/*.py", "launch/*.sh"]

@@ -112,8 +112,9 @@ def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, inp
 
 def test_padding_changes_no_number(row):
     llm, ids, embeds = row.llm, tokens(1, 12), np.random.randn(1, 9, row.llm.config.width).astype(np.float32)
-    query = Query(ids, np.array([12]), np.array([5]), 5)
-    alone = llm.states(llm.params, Prefix(embeds, np.array([9])), query)[:, :7]
+    query = Query(ids, np.array([12]), np.array([5]), input_columns=5, target_columns=7)
+    alone = llm.states(llm.params, Prefix(embeds, np.array([9])), query)
+    assert alone.shape[1] == 7
     wider = Query(np.pad(ids, ((0, 0), (0, 8)), constant_values=3), query.length, query.target_start)
     garbage = np.pad(embeds, ((0, 0), (0, 6), (0, 0)), constant_values=1e3)
     padded = llm.states(llm.params, Prefix(garbage, np.array([9])), wider)[:, :7]

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import save_tokenizer
+from data_files import make_world
+from data_files import tiny_config as data_config
 from test_t5 import COMMON, V1, V11, tokens, torch_model
 from tiny_training import config as tiny_config
 from tiny_training import write_tokenizer
+from transformers import AutoTokenizer
 
 from mend_jax import costs
-from mend_jax.data.batches import Batch
+from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.errors import UserError
 from mend_jax.export import write_folder
@@ -90,6 +94,24 @@ def test_every_method_trains(pair, method):
     assert counted == {name for name, weight in wanted.items() if weight}
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
+    """One size for all processes; no row is longer."""
+    folder = tmp_path / "tokenizer"
+    save_tokenizer(folder)
+    tokenizer, c = AutoTokenizer.from_pretrained(folder), data_config(make_world(tmp_path / "world"), stage)
+    parts = [make_batches(c, tokenizer, "train", 2**30, 2**30, i, 2, targets_apart=True) for i in range(2)]
+    sizes = set()
+    for step in range(8):
+        queries = [part[step].query for part in parts]
+        [size] = {(query.input_columns, query.target_columns) for query in queries}
+        for query in queries:
+            said = query.length - query.target_start
+            assert said.max() <= size[1] <= query.tokens.shape[1] and query.target_start.max() <= size[0]
+        sizes.add(size)
+    assert {columns for columns, _ in sizes} == ({0} if stage == "pretrain" else {c.data.max_input_tokens})
+
+
 def test_the_losses_cover_what_the_decoder_says():
     said = Query(jnp.asarray([[5, 6, 7, 0], [8, 0, 0, 0]]), jnp.asarray([3, 1]), jnp.zeros(2, jnp.int32))
     targets, weights = token_weights(said, shift=0)
@@ -129,7 +151,7 @@ def test_items_scored_together_are_those_scored_one_by_one(pair):
 
 
 def test_every_method_is_evaluated(pair):
-    c = settings(pair, **{"data.demo_buckets": (16, 64)})
+    c = settings(pair, **{"data.demo_buckets": (16, 64)})  # a budget of 16 tokens: two demonstrations fit
     demos = [(tokens(4), tokens(2)) for _ in range(3)]
     task, models = EvalTask("tiny", 13, demos, items(5), True), [None, None]
     models += [make(c.prefix, pair.llm, 0) for make in (init_distiller, init_soft_prompt)]
@@ -137,7 +159,7 @@ def test_every_method_is_evaluated(pair):
     for name, model in zip(("zero_shot", "icl", "mend", "prompt_tuning"), models, strict=True):
         result = evaluate_task(pair.llm, prefix_maker(c, pair.llm, Method(name, model)), task, batch_size=4)
         scores[name] = [value for line in result.lines for value in line["scores"]]
-        length = {"zero_shot": 0, "icl": 18, "mend": 4, "prompt_tuning": 4}[name]
+        length = {"zero_shot": 0, "icl": 12, "mend": 4, "prompt_tuning": 4}[name]
         assert len(result.lines) == 5 and result.cost["prefix_length"] == length
     for one, other in (("zero_shot", "icl"), ("icl", "mend"), ("mend", "prompt_tuning")):
         assert not np.allclose(scores[one], scores[other])

@@ -39,7 +39,9 @@ class Batches:
     `steps` is the number of batches of a validation split, None for training, which has no end.
     """
 
-    def __init__(self, draws, config, steps, sort: bool, process_index: int, process_count: int):
+    def __init__(
+        self, draws, config, steps, sort: bool, process_index: int, process_count: int, targets_apart: bool = False
+    ):
         self.draws, self.steps = draws, steps
         self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
         self.seed, self.prefetch = config.seed, config.data.prefetch
@@ -49,6 +51,7 @@ class Batches:
                 "choose a multiple."
             )
         share = self.batch_size // process_count
+        self.targets_apart = targets_apart
         self.mine = slice(process_index * share, (process_index + 1) * share)
         self.plans, self.lock = {}, threading.Lock()
 
@@ -60,12 +63,19 @@ class Batches:
         demos, queries, starts, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
         tokens, length = pad(queries, query_size)
         demos, demos_length = pad(demos, demo_size)
-        query = Query(tokens, length, np.asarray(starts, np.int32), self.draws.input_columns)
+        query = Query(tokens, length, np.asarray(starts, np.int32), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
             teacher, teacher_length = pad(teachers, self.draws.teacher_size)
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
+
+    def _columns(self, rows) -> tuple[int | None, int | None]:
+        """Sizes for x and y apart, of the whole global batch: only for those who need them, since each is compiled."""
+        if not self.targets_apart:
+            return None, None
+        longest = max(self.draws.target_length(int(row)) for row in rows)
+        return self.draws.input_columns, sampling.bucket(longest, self.draws.query_buckets)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The global batch of a step: its rows' numbers and their context and query lengths, (batch_size,) each."""
@@ -119,7 +129,7 @@ def pad(rows, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_batches(config, tokenizer, split: str = "train", window: int = 1024, distiller_window: int | None = None,
-                 process_index: int = 0, process_count: int = 1) -> Batches:  # fmt: skip
+                 process_index: int = 0, process_count: int = 1, targets_apart: bool = False) -> Batches:  # fmt: skip
     """The batches of config.stage; what is not tokenised yet is tokenised first (`mend_jax.prepare`).
 
     Args:
@@ -127,6 +137,7 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
         split: "train", or "validation": held-out text, and the dev examples of the partition's meta-test tasks.
         window: the LLM's, in tokens.
         distiller_window: the distiller backbone's, where there is a distiller.
+        targets_apart: the LLM reads x and y apart (an encoder–decoder): queries say how many columns each has.
     Raises:
         UserError: for bad input (see contents of `metaicl`, `c4`, `draws`).
     """
@@ -148,7 +159,7 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     else:
         draws = SequenceDraws(config, store, documents, tasks, train, windows, tokenizer.eos_token_id)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
-    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count)
+    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart)
 
 
 def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:

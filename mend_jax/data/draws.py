@@ -2,7 +2,8 @@
 
 Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query,
 target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes
-`demo_buckets`, `query_buckets`; and `input_columns`, the longest x.
+`demo_buckets`, `query_buckets`; and for LLMs that read x and y apart `input_columns`,
+the longest x, and `target_length(row)`.
 """
 
 import functools
@@ -58,6 +59,9 @@ class TextDraws:
         _, query = sampling.split_text(length, self.config.beta, length)
         budget = sampling.demo_budget(self.config.max_demo_tokens, self.windows[0], query, self.windows[1], self.length)
         return sampling.split_text(length, self.config.beta, budget)
+
+    def target_length(self, row: int) -> int:
+        return self.lengths(row)[1]
 
     def tokens(self, row: int):
         demos, query = self.lengths(row)
@@ -120,6 +124,10 @@ class TaskDraws:
             context = min(context, budget, sampling.RELEASE_DISTILLER_TOKENS)
         return context, int(self.cut[task][query])
 
+    def target_length(self, row: int) -> int:
+        task, _, query, _ = self.draw(row)
+        return int(self.stores[task].lengths[query, 1])
+
     def tokens(self, row: int):
         task, chosen, query, budget = self.draw(row)
         store, limit = self.stores[task], self.config.max_input_tokens
@@ -138,8 +146,6 @@ class TaskDraws:
 
 class SequenceDraws:
     """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
-
-    input_columns = 0  # all of a query is said, there is no x
 
     def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows, end_of_text):
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
