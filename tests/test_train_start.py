@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def no_data(monkeypatch):
     """Nothing may be read or prepared before the checks."""
-    monkeypatch.setattr(train, "make_batches", lambda *_: pytest.fail("the checks come first"))
+    monkeypatch.setattr(train, "make_batches", lambda *_, **__: pytest.fail("the checks come first"))
 
 
 @pytest.fixture
