@@ -150,7 +150,8 @@ def test_sigterm_to_any_process_saves_at_one_step_and_says_75(machine, alone, tm
 
 
 def test_evaluation_is_shared_and_the_same(machine, tmp_path):
-    expected = evaluate(load_config(f"{machine.folder}/tiny.py"), tmp_path / "alone")
+    evaluate(load_config(f"{machine.folder}/tiny.py"), tmp_path / "alone")
+    expected = json.loads((tmp_path / "alone" / "scores.json").read_text())
     said = machine.run(2, "evaluate", tmp_path / "both")
     assert said.count("| icl ") == 1
     found = json.loads((tmp_path / "both" / "scores.json").read_text())
