@@ -24,7 +24,7 @@ import numpy as np
 from mend_jax.errors import UserError
 from mend_jax.model_card import distiller_card, llm_card, soft_prompt_card
 from mend_jax.models import weights
-from mend_jax.models.families import from_hf_config, to_hf_config
+from mend_jax.models.families import to_hf_config
 from mend_jax.models.folders import save_model
 from mend_jax.prefix import Distiller, SoftPrompt, resolve_projection
 from mend_jax.trained import (
@@ -34,6 +34,8 @@ from mend_jax.trained import (
     SETTINGS,
     SOFT_PROMPT,
     TENSORS,
+    check_backbone,
+    lm_settings,
     read_workdir,
     source_folder,
 )
@@ -150,7 +152,9 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
     card = folder / "README.md"
     if config["stage"] == "lm":
         source = source_folder(config["llm"]["path"], backbone, workdir)
-        save_model(folder, from_hf_config(source), model, source)
+        settings = lm_settings(config, source)
+        check_backbone(model, settings, source, workdir)
+        save_model(folder, settings, model, source)
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
     if isinstance(model, SoftPrompt):

@@ -115,7 +115,7 @@ def evaluate_task(
     Raises:
         UserError: a demonstration set or an item that does not fit, or scores that are not finite.
     """
-    groups = [(None, task.items)]
+    where, groups = f"{task.task}, seed {task.seed}", [(None, task.items)]
     if shuffle_demos:
         groups = [(row_rng(task.seed, i).permutation(len(task.demos)), [item]) for i, item in enumerate(task.items)]
     scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
@@ -123,11 +123,13 @@ def evaluate_task(
         began = time.perf_counter()
         cache = jax.block_until_ready(cache_prefix(llm, prefix_of(task, order), params))
         made = time.perf_counter()
-        scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+        try:
+            scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         prefix_seconds += made - began
         seconds += time.perf_counter() - made
         positions += int(cache.length)
-    where = f"{task.task}, seed {task.seed}"
     lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
     cost = {
         "prefix_length": positions / len(groups),

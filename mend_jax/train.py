@@ -42,6 +42,7 @@ from mend_jax.models.folders import has_weights, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 from mend_jax.task_scoring import dev_score, dev_tasks
+from mend_jax.trained import lm_settings
 
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 LLM_FOLDER = "llm"
@@ -344,9 +345,7 @@ def _write_llm(config, workdir):
     params, meta = checkpoint.load_best(workdir)
     temporary = workdir / (LLM_FOLDER + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    settings = from_hf_config(folder)
-    settings = dataclasses.replace(settings, layers=config.llm.layers or settings.layers)
-    save_model(temporary, settings, params, folder)
+    save_model(temporary, lm_settings(config, folder), params, folder)
     os.replace(temporary, target)
     reporting.say(f"The weights of step {meta['step']} are in {target}, as a Hugging Face folder.")
 

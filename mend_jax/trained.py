@@ -5,6 +5,7 @@ where the widths differ, `hypernet.adap_pooler.dense.{weight,bias}`, a Linear th
 that file and the exported folder.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,7 +158,7 @@ def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
         return config, _soft_prompt(params, workdir), meta
     folder = source_folder(config["prefix"]["backbone"], backbone, workdir)
     decoder = from_hf_config(folder).headless
-    _check_backbone(params["backbone"], decoder, folder, workdir)
+    check_backbone(params["backbone"], decoder, folder, workdir)
     # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
     llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else decoder.width
     projection = resolve_projection(config["prefix"]["projection"], decoder.width, llm_width)
@@ -165,14 +166,21 @@ def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
     return config, model, meta
 
 
-def _check_backbone(params, config: Config, folder, workdir) -> None:
+def lm_settings(config, folder) -> Config:
+    """The settings of the LLM that a run of stage "lm" trains, which may have the first layers of `folder`'s alone."""
+    settings = from_hf_config(folder)
+    return dataclasses.replace(settings, layers=config["llm"].get("layers") or settings.layers)
+
+
+def check_backbone(params, config: Config, folder, workdir) -> None:
+    """Raises UserError, naming the first parameter that differs, where `params` are not those of `config`'s model."""
     saved = checkpoint.shapes_of(params)
     wanted = checkpoint.shapes_of(jax.eval_shape(lambda: init_params(config, 0)))
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             raise UserError(
-                f"{workdir} was trained with another backbone than {folder}: its parameter {name} is "
-                f"{saved.get(name, 'absent')}, not {wanted.get(name, 'absent')}; give the backbone it was trained with."
+                f"{workdir} was trained with another model than {folder}: its parameter {name} is "
+                f"{saved.get(name, 'absent')}, not {wanted.get(name, 'absent')}; give the one it was trained with."
             )
 
 

@@ -13,13 +13,14 @@ import pytest
 from configs import base
 from mend_jax import evaluate as ev
 from mend_jax import task_scoring
-from mend_jax.data.evaluation import load_tasks
+from mend_jax.data.evaluation import EvalTask, Item, load_tasks
 from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefix import Distiller, Prefix, SoftPrompt
+from mend_jax.prefix import Distiller, Prefix, SoftPrompt, no_prefix
 from mend_jax.results import tree_hash
+from mend_jax.task_scoring import evaluate_task
 
 TASKS = ("colour", "choice")
 
@@ -340,6 +341,13 @@ def test_scores_that_are_not_numbers_stop_the_evaluation(config, models, distill
     with pytest.raises(UserError, match="not finite"):
         ev.evaluate(config, tmp_path)
     assert not files(tmp_path)
+
+
+def test_an_item_that_cannot_be_scored_is_said_with_its_task(llm):
+    items = [Item(np.zeros(0, np.int32), [np.ones(1, np.int32)] * 2, ("a", "b"), 0)]
+    task = EvalTask("t", 13, [], items, True)
+    with pytest.raises(UserError, match="t, seed 13: An input is empty"):
+        evaluate_task(llm, lambda *_: no_prefix(1, llm.config.width), task, batch_size=4)
 
 
 def test_a_workdir_that_cannot_be_written_is_said(config, tmp_path):

@@ -224,6 +224,23 @@ def test_an_llm_is_exported_with_the_same_logits(llm, tiny_llm, tiny_backbone, t
         trained.read_distiller(folder)
 
 
+def test_an_llm_cut_from_a_larger_one_is_exported(llm, tiny_llm, tiny_backbone, tmp_path):
+    """As the small world's backbone is: llm.layers of the layers that llm.path has."""
+    one = llm.params | {"layers": jax.tree.map(lambda a: a[:1], llm.params["layers"])}
+    folder = make_workdir(tmp_path / "lm", llm, tiny_llm, tiny_backbone, one, **{"stage": "lm", "llm.layers": 1})
+    export.export(folder, tmp_path / "out")
+    again = mend_jax.load_llm(tmp_path / "out")
+    assert again.config.layers == 1 < llm.config.layers
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, checkpoint.load_best(folder)[0]))
+
+
+def test_an_llm_of_another_shape_is_refused(llm, tiny_llm, tiny_backbone, tmp_path):
+    folder = make_workdir(tmp_path / "lm", llm, tiny_llm, tiny_backbone, llm.params, stage="lm")
+    with pytest.raises(UserError, match="another model than .*: its parameter"):
+        export.export(folder, tmp_path / "out", tiny_backbone)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_soft_prompt_is_exported(llm, tiny_llm, tiny_backbone, tmp_path):
     folder = make_workdir(tmp_path / "prompt", llm, tiny_llm, tiny_backbone, **{"prefix.kind": "soft_prompt"})
     assert "6 vectors" in export.export(folder, tmp_path / "out")
@@ -296,7 +313,7 @@ def test_a_backbone_that_has_moved_is_named_and_can_be_given(llm, tiny_llm, tiny
         mend_jax.load_distiller(folder, llm)  # as `evaluate` does, which has no such flag
     export.export(folder, tmp_path / "out", tiny_backbone)
     assert mend_jax.load_distiller(tmp_path / "out", llm).num_vectors == 6
-    with pytest.raises(UserError, match=r"another backbone.*embed/positions.*80, 24.*96, 32"):
+    with pytest.raises(UserError, match=r"another model.*embed/positions.*80, 24.*96, 32"):
         export.export(folder, tmp_path / "other", tiny_llm)
 
 

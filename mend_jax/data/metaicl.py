@@ -115,8 +115,11 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
             f"There is no partition {name!r} in {own} or in MetaICL: choose one of {', '.join(partitions)}."
         )
     partition = partitions[name]
-    if not isinstance(partition, dict) or not all(isinstance(partition.get(s), list) for s in ("train", "test")):
-        raise UserError(f"The partition {name!r} in {own} must be an object with two lists, 'train' and 'test'.")
+    sides = [partition.get(side) for side in ("train", "test")] if isinstance(partition, dict) else [None]
+    if not all(isinstance(side, list) and all(isinstance(task, str) for task in side) for side in sides):
+        raise UserError(
+            f"The partition {name!r} in {own} must be an object with two lists, 'train' and 'test', of tasks' names."
+        )
     return {split: list(dict.fromkeys(partition[split])) for split in ("train", "test")}
 
 
