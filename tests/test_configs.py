@@ -65,7 +65,7 @@ def commands():
 def test_written_commands_run(module, arguments, monkeypatch):
     """Up to the point where the work starts: the module exists, its flags are right, the config takes the overrides."""
     mains = []
-    monkeypatch.setattr("mend_jax.cli.run", lambda main, *_: mains.append(main))
+    monkeypatch.setattr("mend_jax.cli.run", lambda main, *_, **__: mains.append(main))
     monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
     monkeypatch.setattr("sys.argv", [module, "--out=unused"])
     monkeypatch.chdir(ROOT)
