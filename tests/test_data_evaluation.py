@@ -119,7 +119,7 @@ def test_empty_task_and_bad_line(world, llm):
 def test_tokenizers_that_do_not_do(world, llm):
     config = tiny_config(world, "finetune")
     with pytest.raises(UserError, match="holds no tokenizer"):
-        load_tasks(config, SimpleNamespace(tokenizer=None, path="here"), "test")
+        load_tasks(config, SimpleNamespace(tokenizer=None, path="here", config=llm.config), "test")
     small = SimpleNamespace(tokenizer=llm.tokenizer, path="here", config=SimpleNamespace(vocab_size=10))
     with pytest.raises(UserError, match="ids up to 61, but the LLM knows 10 tokens"):
         load_tasks(config, small, "test")
