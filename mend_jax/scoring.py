@@ -233,7 +233,8 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         if needed > llm.window:
             raise UserError(
                 f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
-                f" reads at most {llm.window}{llm.config.window_reason}: shorten the input or give fewer demonstrations."
+                f" reads at most {llm.window}{llm.config.window_reason}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
+                " demonstrations)."
             )
         largest = int(max(row.tokens.max(), row.targets.max(), row.inputs.max(initial=0)))
         if largest >= llm.config.vocab_size:

@@ -161,6 +161,15 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
     ]
 
 
+def test_a_text_that_is_not_there_is_said_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("mend_jax.data.evaluation.load_tasks", lambda *_: None)
+    monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained"))
+    config = load("configs/small_world.py:full", monkeypatch)
+    config.data.text, config.data.tasks = str(tmp_path / "nowhere"), str(tmp_path)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        methods.main(config, str(tmp_path / "run"))
+
+
 def test_an_experiment_stops_with_its_training(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", lambda config, workdir: 75)
     monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: None)

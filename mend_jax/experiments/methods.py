@@ -88,7 +88,8 @@ def main(config: ConfigDict, workdir: str) -> int:
 
 
 def _check_evaluation_data(config: ConfigDict) -> None:
-    """Reads all that will be evaluated, now: a mistake in it would else be found after hours of training."""
+    """Reads all that will be evaluated, and looks for the text: a mistake would else be found after hours of training."""
+    from mend_jax.data.c4 import text_files, tfds_folder
     from mend_jax.data.evaluation import load_tasks
     from mend_jax.data.small_world import resolve
     from mend_jax.llm import LLM
@@ -101,6 +102,10 @@ def _check_evaluation_data(config: ConfigDict) -> None:
     finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
     for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
         load_tasks(config, llm, split)
+    pretrained = any(stage == "pretrain" for method in config.experiment.methods for stage, *_ in STAGES[method])
+    text = str(config.data.text)
+    if pretrained and not (text and tfds_folder(text)):
+        text_files(text)
 
 
 def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:
