@@ -11,7 +11,7 @@ source launch/environment.sh
 
 workdir=runs/quickstart
 install requirements.txt
-echo "== training and evaluating in $workdir: at most ten minutes on two cores; stopped, the same command goes on"
+echo "== training and evaluating in $workdir: about ten minutes on two cores; stopped, the same command goes on"
 python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
 cat <<END
 
