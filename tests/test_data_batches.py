@@ -284,6 +284,16 @@ def test_missing_tasks_are_named_once(world, tokenizer, caplog):
     config.data.partition = "qa_to_qa"
     with pytest.raises(UserError, match="has the train files of none of the 37 meta-train tasks of 'qa_to_qa'"):
         make_batches(config, tokenizer, "train", 96, 80)
+    own = {"more": {"train": ["aa"], "test": ["t"]}, "none": {"train": [], "test": ["t"]}}
+    tasks.write_text(json.dumps(json.loads(tasks.read_text()) | own))
+    config.data.partition = "more"
+    with pytest.raises(
+        UserError, match="is .*aa/aa_16384_100_train.jsonl .is 'a', which is there, meant by 'aa'.*add it"
+    ):
+        make_batches(config, tokenizer, "train", 96, 80)
+    config.data.partition = "none"
+    with pytest.raises(UserError, match="The partition 'none' has no meta-train tasks: name some, or choose another"):
+        make_batches(config, tokenizer, "train", 96, 80)
 
 
 def test_more_demonstrations_than_examples(world, tokenizer):

@@ -82,8 +82,10 @@ def test_limit_and_chosen_tasks(world, llm):
     config.evaluate.limit = 3
     config.evaluate.tasks = ("t",)
     assert [len(task.items) for task in load_tasks(config, llm, "test")[0]] == [3, 3]
-    config.evaluate.tasks = ("a",)
-    with pytest.raises(UserError, match="config.evaluate.tasks names 'a', which is no meta-test task of 'tiny'"):
+    config.evaluate.tasks = ("tt",)
+    with pytest.raises(
+        UserError, match="evaluate.tasks names 'tt', which is no meta-test task of 'tiny': did you mean 't'"
+    ):
         load_tasks(config, llm, "test")
 
 
@@ -95,15 +97,43 @@ def test_missing_tasks(world, llm, caplog):
     assert {task.task for task in tasks} == {"t"} and missing == ["zz"]
     assert "1 of 2 meta-test tasks are missing" in caplog.text
     config.data.partition = "none"
-    with pytest.raises(UserError, match="files of none of the 1 meta-test tasks .such as zz_4_13_test.jsonl"):
+    with pytest.raises(
+        UserError, match="none of the 1 meta-test tasks of 'none', .*data/zz/zz_4_13_train.jsonl: add it"
+    ):
+        load_tasks(config, llm, "test")
+    config.data.partition, config.evaluate.seeds = "tiny", (13, 99)
+    config.evaluate.tasks = ("t",)
+    with pytest.raises(UserError, match="none of the 1 .* is .*t_4_99_train.jsonl: add it, .* config.evaluate.seeds"):
         load_tasks(config, llm, "test")
 
 
 def test_free_form_items_are_refused(world, llm):
     path = world / "metaicl" / "data" / "t" / "t_4_13_test.jsonl"
     write_examples(path, "t", [("w1", "w2")], [])
-    with pytest.raises(UserError, match="t_4_13_test.jsonl, example 1 has 0 options"):
+    with pytest.raises(UserError, match="t_4_13_test.jsonl, example 1 has 0 different options"):
         load_tasks(tiny_config(world, "finetune"), llm, "test")
+
+
+def test_identical_options_are_one(world, llm):
+    """As in MetaICL's commonsense_qa, where the right one stands twice now and then."""
+    path = world / "metaicl" / "data" / "t" / "t_4_13_test.jsonl"
+    write_examples(path, "t", [("w1", "w9"), ("w2", "w8 w7")], ["w8 w7", "w9", "w9", "w8 w7"])
+    items = load_tasks(tiny_config(world, "finetune"), llm, "test")[0][0].items
+    assert [item.options for item in items] == [("w8 w7", "w9")] * 2 and [item.label for item in items] == [1, 0]
+    assert [len(option) for option in items[0].options_tokens] == [2, 1]
+    write_examples(path, "t", [("w1", "w9")], ["w9", "w9"])
+    with pytest.raises(UserError, match="t_4_13_test.jsonl, example 1 has 1 different options"):
+        load_tasks(tiny_config(world, "finetune"), llm, "test")
+
+
+def test_options_that_the_tokenizer_cannot_tell_apart_are_said(world, llm, caplog):
+    path = world / "metaicl" / "data" / "t" / "t_4_13_test.jsonl"
+    write_examples(path, "t", [("w1", "cat"), ("w2", "dog")], ["cat", "w9", "dog"])
+    load_tasks(tiny_config(world, "finetune"), llm, "test")
+    assert [record.getMessage() for record in caplog.records] == [
+        "t: the LLM's tokenizer gives different options of 2 items the same tokens, such as 'cat' and 'dog': their scores "
+        "are equal, and the first one is chosen"
+    ]
 
 
 def test_empty_task_and_bad_line(world, llm):

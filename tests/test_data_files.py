@@ -36,8 +36,8 @@ def test_partitions_of_the_folder_come_first(world):
 
 
 def test_unknown_partition_names_the_known(world):
-    with pytest.raises(UserError, match="no partition 'klass'.*class_to_class.*tiny"):
-        metaicl.load_partition(world / "metaicl", "klass")
+    with pytest.raises(UserError, match="no partition 'tinny'.*did you mean 'tiny'.*class_to_class.*tiny"):
+        metaicl.load_partition(world / "metaicl", "tinny")
 
 
 def test_partition_of_another_form(world):

@@ -179,10 +179,7 @@ def find_tasks(config, split: str) -> list[str]:
     names = metaicl.load_partition(data.tasks, data.partition)[side]
     present, missing = metaicl.present_tasks(data.tasks, names, files, data.k, tuple(config.evaluate.seeds))
     if not present:
-        raise UserError(
-            f"{data.tasks} has the {files} files of none of the {len(names)} meta-{side} tasks of {data.partition!r}: "
-            "set config.data.tasks and config.data.partition."
-        )
+        raise metaicl.none_present(data.tasks, data.partition, names, files, data.k, tuple(config.evaluate.seeds))
     if missing:
         logging.warning(
             "%d of %d meta-%s tasks are missing in %s: %s",

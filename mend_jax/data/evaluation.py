@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from mend_jax.data import metaicl, sampling
 from mend_jax.data.tokenize import check_tokenizer, encode, separator, tokenizer_text
 from mend_jax.errors import UserError
+from mend_jax.settings import nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,14 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
     names = metaicl.load_partition(data.tasks, data.partition)["test"]
     for name in config.evaluate.tasks:
         if name not in names:
-            raise UserError(f"config.evaluate.tasks names {name!r}, which is no meta-test task of {data.partition!r}.")
+            hint = f": did you mean {nearest(name, names)!r}?" if names else ", which has none."
+            raise UserError(
+                f"config.evaluate.tasks names {name!r}, which is no meta-test task of {data.partition!r}{hint}"
+            )
     names = [name for name in names if name in config.evaluate.tasks or not config.evaluate.tasks]
     present, missing = metaicl.present_tasks(data.tasks, names, split, data.k, seeds)
     if not present:
-        needed = f"{names[0]}_{data.k}_{seeds[0]}_{split}.jsonl" if names else "no task at all"
-        raise UserError(f"{data.tasks} has the files of none of the {len(names)} meta-test tasks (such as {needed}).")
+        raise metaicl.none_present(data.tasks, data.partition, names, split, data.k, seeds)
     if missing:
         logging.warning(
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
@@ -77,6 +80,7 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
         check_options(items, path)
         files[seed] = demos, items[:limit] if limit else items
     ids = encode_texts(tokenizer, files.values(), separator(data.template))
+    _warn_of_equal_options(name, [item for _, items in files.values() for item in items], ids)
     tasks = []
     for seed, (demos, items) in files.items():
         cut = data.max_input_tokens
@@ -97,9 +101,26 @@ def check_options(items: list[metaicl.Example], path) -> None:
     for number, item in enumerate(items, 1):
         if len(item.options) < 2:
             raise UserError(
-                f"{path}, example {number} has {len(item.options)} options: evaluation chooses among at least two, so "
+                f"{path}, example {number} has {len(item.options)} different options: evaluation chooses among at least two, so "
                 f"leave free-form tasks like {item.task!r} out of the meta-test tasks."
             )
+
+
+def _warn_of_equal_options(name: str, items: list[metaicl.Example], ids: dict[str, np.ndarray]) -> None:
+    """Options may be one to the LLM though they differ as texts: words it does not know, spaces."""
+    found = set()  # seeds often share their test items
+    for item in items:
+        first = {}
+        for option in item.options:
+            other = first.setdefault(ids[option].tobytes(), option)
+            if other is not option:
+                found.add((item, other, option))
+    if found:
+        count, (_, *pair) = len({item for item, *_ in found}), min(found, key=lambda entry: entry[1:])
+        logging.warning(
+            "%s: the LLM's tokenizer gives different options of %d item%s the same tokens, such as %r and %r: their scores "
+            "are equal, and the first one is chosen", name, count, "s" * (count > 1), *pair
+        )  # fmt: skip
 
 
 def encode_texts(tokenizer: Tokenizer, files: Iterable, before: str) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
     {"task": "ag_news", "input": "Stocks rose.", "output": "Business", "options": ["Business", "Sports", "World"]}
 
-`options` is empty (or null) where the output is free text: good for training, not for evaluation. A folder may bring
+`options` is empty (or null) where the output is free text: good for training, not for evaluation. Options that are the
+same text are one (MetaICL's commonsense_qa, openbookqa and social_i_qa hold some). A folder may bring
 its own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
 """
 
@@ -10,11 +11,13 @@ import functools
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
 from mend_jax.data.json_lines import parse_object
 from mend_jax.errors import UserError
+from mend_jax.settings import nearest
 
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
 
@@ -26,7 +29,7 @@ class Example:
     task: str
     input: str
     output: str
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # each once
 
 
 def data_folder(folder) -> Path:
@@ -51,15 +54,20 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
 
     Raises UserError when no file has at least k examples' name.
     """
+    found = _find_examples(folder, task, k, seed, split)
+    if found is None:
+        path = data_folder(folder) / task / f"{task}_{k}_{seed}_{split}.jsonl"
+        raise UserError(f"Task {task!r} has no {path}: add the file or leave the task out.")
+    return found
+
+
+def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | None:
     here = data_folder(folder) / task
     pattern = re.compile(re.escape(task) + rf"_(\d+)_{seed}_{split}\.jsonl")
-    sizes = sorted(int(m[1]) for p in (here.iterdir() if here.is_dir() else ()) if (m := pattern.fullmatch(p.name)))
-    for size in sizes:
-        if size >= k:
-            return here / f"{task}_{size}_{seed}_{split}.jsonl"
-    raise UserError(
-        f"Task {task!r} has no {here / f'{task}_{k}_{seed}_{split}.jsonl'}: add the file or leave the task out."
-    )
+    names = (pattern.fullmatch(path.name) for path in (here.iterdir() if here.is_dir() else ()) if path.is_file())
+    sizes = sorted(int(match[1]) for match in names if match)
+    size = next((size for size in sizes if size >= k), None)
+    return None if size is None else here / f"{task}_{size}_{seed}_{split}.jsonl"
 
 
 def read_file(path) -> list[Example]:
@@ -85,7 +93,7 @@ def parse_line(line: str, where: str) -> Example:
         raise UserError(f"{where}: 'options' must be a list of texts, empty for a free-form task.")
     if options and row["output"] not in options:
         raise UserError(f"{where}: the output {row['output']!r} is not among the options {list(options)}.")
-    return Example(row["task"], row["input"], row["output"], tuple(options))
+    return Example(row["task"], row["input"], row["output"], tuple(dict.fromkeys(options)))
 
 
 def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Example]:
@@ -112,7 +120,8 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
         partitions |= _read_json(own)
     if name not in partitions:
         raise UserError(
-            f"There is no partition {name!r} in {own} or in MetaICL: choose one of {', '.join(partitions)}."
+            f"There is no partition {name!r} in {own} or in MetaICL: did you mean {nearest(name, partitions)!r}? "
+            f"(There are {', '.join(partitions)}.)"
         )
     partition = partitions[name]
     sides = [partition.get(side) for side in ("train", "test")] if isinstance(partition, dict) else [None]
@@ -134,19 +143,36 @@ def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tupl
     """(present, missing) of the tasks: split "train" needs the meta-training file, "test" or "dev" a file per seed."""
     present, missing = [], []
     for task in tasks:
-        if split == "train":
-            found = meta_train_file(folder, task).is_file()
-        else:
-            found = all(_has_file(folder, task, k, seed, s) for seed in seeds for s in ("train", split))
-        (present if found else missing).append(task)
+        (missing if _first_missing(folder, task, split, k, seeds) else present).append(task)
     return present, missing
 
 
-def _has_file(folder, task, k, seed, split) -> bool:
-    try:
-        return example_file(folder, task, k, seed, split).is_file()
-    except UserError:
-        return False
+def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:
+    """What to say where `present_tasks` found none of a side's tasks: the file of the first that is missing."""
+    side = "train" if split == "train" else "test"
+    if not tasks:
+        return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
+    folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
+    alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
+    hint = f" (is {alike[0]!r}, which is there, meant by {tasks[0]!r}?)" if alike else ""
+    seeds_too = " and config.evaluate.seeds" if side == "test" else ""
+    return UserError(
+        f"{folder} has the {split} files of none of the {len(tasks)} meta-{side} tasks of {partition!r}, the first that is "
+        f"missing is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
+        f"config.data.partition{seeds_too}."
+    )
+
+
+def _first_missing(folder, task: str, split: str, k: int, seeds: tuple[int, ...]) -> Path | None:
+    """The first file of a task that `present_tasks` needs and that is not there."""
+    if split == "train":
+        path = meta_train_file(folder, task)
+        return None if path.is_file() else path
+    for seed in seeds:
+        for part in ("train", split):
+            if _find_examples(folder, task, k, seed, part) is None:
+                return data_folder(folder) / task / f"{task}_{k}_{seed}_{part}.jsonl"
+    return None
 
 
 def is_classification(folder, task: str, examples: list[Example]) -> bool:
