@@ -79,8 +79,35 @@ install() {
 # cpu_torch_index FILE VENV: on Linux PyPI's torch brings gigabytes of CUDA; PyTorch's own index has one without.
 cpu_torch_index() {
     local index=https://download.pytorch.org/whl/cpu
-    if grep -q '^torch' "$1" && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 &&
-        "$2/bin/python" -c "import urllib.request; urllib.request.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
-        echo "--extra-index-url $index"
+    if ! grep -q '^torch' "$1" || [ "$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1; then
+        return
     fi
+    if answers "$2/bin/python" "$index/torch/"; then
+        echo "--extra-index-url $index"
+    else
+        echo "== $index does not answer: PyTorch comes from pip's own index, maybe with gigabytes of CUDA" >&2
+    fi
+}
+
+# answers PYTHON URL: whether the page is there. A server that cannot be reached is tried once, for five seconds at most;
+# one that was reached but is slow, or fails on its side, gets more time and another try.
+answers() {
+    "$1" - "$2" 2>/dev/null <<'END'
+import sys, time, urllib.error, urllib.request
+
+for seconds in (5, 20, 20):
+    try:
+        urllib.request.urlopen(sys.argv[1], timeout=seconds).read(1)
+        sys.exit(0)
+    except urllib.error.HTTPError as error:
+        if error.code < 500 and error.code != 429:
+            break
+        time.sleep(1)
+    except urllib.error.URLError as error:
+        if "handshake" not in str(error.reason):
+            break
+    except OSError:
+        pass
+sys.exit(1)
+END
 }

@@ -1,9 +1,11 @@
 """The launch scripts: they parse, stop with a sentence, and install once. No package is installed here."""
 
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -16,6 +18,7 @@ PIP = """#!/bin/sh
 echo "$@" >>"$CALLS"
 case "$*" in
 *"pip install"*) exit "${PIP_CODE:-0}" ;;
+"- http"*) exit "${INDEX_CODE:-0}" ;;
 esac
 """
 
@@ -45,7 +48,7 @@ def launch(clone, script, *arguments, **environment):
     environment = {"PATH": os.environ["PATH"], "HOME": str(clone), "CALLS": str(calls), **environment}
     command = [str(clone / script), *arguments]
     process = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
-    return process, [line for line in calls.read_text().splitlines() if not line.startswith("-c")]
+    return process, [line for line in calls.read_text().splitlines() if not line.startswith(("-c", "- "))]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *JOBS, "launch/environment.sh"])
@@ -101,6 +104,46 @@ def test_stops_at_a_failed_installation_and_tries_again(clone, script):
     assert failed.returncode == 1 and len(calls) == 1
     assert "error: pip could not install" in failed.stderr
     assert "pip install" in launch(clone, script)[1][0]
+
+
+def test_pytorch_without_cuda_where_its_index_answers(clone):
+    if sys.platform != "linux" or shutil.which("nvidia-smi"):
+        pytest.skip("PyTorch's own index is for Linux without NVIDIA's GPUs")
+    index = "--extra-index-url https://download.pytorch.org/whl/cpu -r requirements-test.txt"
+    assert index in launch(clone, "launch/test.sh")[1][0]
+    (clone / ".venv" / "installed-requirements-test").unlink()
+    process, calls = launch(clone, "launch/test.sh", INDEX_CODE="1")
+    assert "pip install" in calls[0] and "--extra-index-url" not in calls[0]
+    assert "does not answer: PyTorch comes from pip's own index" in process.stderr
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """Answers /busy at the second time, and nothing else but /there."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        busy = self.path == "/busy" and self.server.asked.count("/busy") == 1
+        self.send_response(503 if busy else 404 if self.path == "/gone" else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_whether_an_index_answers():
+    with http.server.ThreadingHTTPServer(("localhost", 0), Index) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://localhost:{server.server_port}"
+        pages = (f"{here}/there", f"{here}/busy", f"{here}/gone", "http://localhost:1/unreachable")
+        command = 'source launch/environment.sh; for page in "${@:2}"; do answers "$1" "$page"; echo $?; done'
+        found = subprocess.run(
+            ["bash", "-c", command, "bash", sys.executable, *pages], cwd=ROOT, capture_output=True, text=True
+        )
+        server.shutdown()
+    assert found.stdout.split() == ["0", "0", "1", "1"]
+    assert server.asked == ["/there", "/busy", "/busy", "/gone"]
 
 
 def test_makes_an_environment_that_is_broken_anew(clone):
