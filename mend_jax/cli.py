@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from mend_jax import distributed
+from mend_jax import compile_cache, distributed
 from mend_jax.errors import UserError
 from mend_jax.settings import check, dotted_fields, nearest
 
@@ -56,7 +56,8 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         arguments = parse(main, argv)
         if several:
             distributed.start()
-        code = main(*arguments)
+        with compile_cache.mended():
+            code = main(*arguments)
         return code if isinstance(code, int) else 0
     except UserError as error:
         print(f"{distributed.label()}error: {error}", file=sys.stderr)
