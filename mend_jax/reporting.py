@@ -33,7 +33,7 @@ class Reporter:
         self.workdir, self.start, self.steps = Path(workdir), start, steps
         self.clock = self.last_line = time.monotonic()
         self.since = start
-        self.waited = self.paused = 0.0  # seconds for data; seconds of evaluations and saves, which are not training
+        self.waited = self.paused = 0.0  # seconds for data; seconds of compiling, evaluations, saves: not training
         self.tokens = 0
         self.lines = [line for line in read_lines(self.workdir / METRICS) if line["step"] <= start]
         if not self.writes:
@@ -52,6 +52,16 @@ class Reporter:
         self.bar = None
         if sys.stderr.isatty():
             self.bar = self.files.enter_context(tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True))
+
+    @contextlib.contextmanager
+    def compiling(self):
+        """Around the first step: says that it is compiled, and then how long that took, which is no time of training."""
+        say("Compiling the train step ...")
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self.paused += seconds
+        say(f"Compiled in {seconds:.1f} s.")
 
     def write(self, line):
         """One line {"step": int, name: float, ...} of metrics.jsonl, and the same to TensorBoard."""

@@ -165,13 +165,24 @@ def dev_tasks(config, llm: LLM, model: Distiller | SoftPrompt) -> list[EvalTask]
     """
     method, tasks = Method("model in training", model), load_tasks(config, llm, "dev")[0]
     for task in tasks:
-        try:
-            check_items(llm, model.num_vectors, task.items)
-        except UserError as error:
-            raise UserError(f"{task.task}, seed {task.seed}, dev: {error}") from error
+        _check_task(llm, model.num_vectors, task, task.items, "dev")
         if method.reads_demos:
             make_context(config, llm, method, task)
     return tasks
+
+
+def check_longest(llm: LLM, prefix_length: int, tasks: list[EvalTask], split: str) -> None:
+    """Raises UserError for the first task whose longest item does not fit the LLM's window behind a prefix; cheap."""
+    for task in tasks:
+        longest = max(task.items, key=lambda item: len(item.x_tokens) + max(map(len, item.options_tokens)))
+        _check_task(llm, prefix_length, task, [longest], split)
+
+
+def _check_task(llm, prefix_length, task, items, split) -> None:
+    try:
+        check_items(llm, prefix_length, items)
+    except UserError as error:
+        raise UserError(f"{task.task}, seed {task.seed}, {split}: {error}") from error
 
 
 def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params, tasks: list[EvalTask]) -> float:

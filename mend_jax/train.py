@@ -34,6 +34,7 @@ from mend_jax import checkpoint, distributed, meaning, parallel, reporting
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
+from mend_jax.data.draws import check_windows
 from mend_jax.data.tokenize import check_backbone, check_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
@@ -81,6 +82,7 @@ def _train(config, workdir):
                 f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}."
             )
         else:
+            check_settings(config)
             code = _Run(config, workdir, checkpoints, score).go()
             if code:
                 return code
@@ -153,7 +155,8 @@ class _Run:
             step, source = self.start, iter(self.batches.iterator(self.start))
             ready = self._next(source, step)
             while True:
-                self._dispatch(step, ready)
+                with self.report.compiling() if step == self.start else contextlib.nullcontext():
+                    self._dispatch(step, ready)
                 step += 1
                 last = step == self.config.train.steps
                 if not last:
@@ -268,7 +271,9 @@ def load(config):
     if config.stage != "lm":
         return load_llm(c.path, c.dtype, c.attention, c.remat)
     if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
-        raise UserError(f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.')
+        raise UserError(
+            f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
+        )
     if has_weights(c.path):
         llm = load_llm(c.path, "float32", c.attention, c.remat)
     else:
@@ -296,6 +301,14 @@ def build(config, llm, begins: bool = True):
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
         model = dataclasses.replace(model, params=params)
     return model
+
+
+def check_settings(config):
+    """Raises UserError where the config asks for what its models cannot read, by their config.json alone."""
+    backbone = None
+    if config.stage != "lm" and config.prefix.kind == "distiller":
+        backbone = from_hf_config(local_folder(config.prefix.backbone))
+    check_windows(config, from_hf_config(local_folder(config.llm.path)), backbone)
 
 
 def check_tokenizers(config, llm, model):

@@ -101,6 +101,19 @@ def test_kept_are_the_newest_two_and_the_best(finished):
     assert set(checkpoint.whole_steps(finished)) == {9, 12, min(scores, key=scores.get)}
 
 
+def test_says_that_it_compiles_before_the_first_step(model, tmp_path, capsys, monkeypatch):
+    said = []
+
+    def dispatch(run, *of_step):
+        said.append(capsys.readouterr().err)
+        return dispatch.real(run, *of_step)
+
+    dispatch.real = train._Run._dispatch
+    monkeypatch.setattr(train._Run, "_dispatch", dispatch)
+    assert train.train(config(model, **{"train.steps": 2}), tmp_path) == 0
+    assert "Compiling the train step" in said[0] and "Compiled in" in said[1] and "Compiling" not in said[1]
+
+
 def test_finished_run_says_so(finished, model, capsys):
     before = (finished / "metrics.jsonl").stat().st_mtime_ns
     assert train.train(config(model), finished) == 0

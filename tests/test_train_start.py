@@ -32,6 +32,62 @@ def finetuning(tmp_path, tiny_llm, tiny_backbone):
     return c
 
 
+@pytest.fixture
+def no_models(monkeypatch):
+    monkeypatch.setattr(train, "load", lambda config: pytest.fail("the settings are checked first"))
+
+
+@pytest.mark.parametrize(
+    "stage, fields, said",
+    [
+        ("pretrain", {"prefix.length": 47}, "window of 48 tokens has no room for a query behind prefix.length = 47"),
+        ("finetune", {"prefix.length": 48}, "window of 48 tokens has no room for a query behind prefix.length = 48"),
+        (
+            "pretrain",
+            {"data.max_text_tokens": 1024},
+            "continued for 205 tokens, .* window of 48 .* 4 vectors: lower data.max_text_tokens to 220, or prefix.length",
+        ),
+        (
+            "pretrain",
+            {"prefix.length": 44},
+            "continued for 8 tokens, .* behind prefix.length = 44 vectors: lower prefix.length",
+        ),
+        (
+            "finetune",
+            {"data.max_input_tokens": 44},
+            "max_input_tokens = 44 and its output .* lower .* to less than 44, or",
+        ),
+        ("lm", {"data.sequence_length": 49}, "sequence_length is 49, but the LLM's window is 48 tokens: lower it"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(stage, fields, said, model, tmp_path, no_models):
+    with pytest.raises(UserError, match=said):
+        train.train(config(model, stage=stage, **fields), tmp_path / "run")
+
+
+def test_a_backbone_without_room_for_demonstrations(model, tmp_path, no_models):
+    backbone = model_folder(tmp_path / "backbone", with_weights=False)
+    fields = json.loads((backbone / "config.json").read_text()) | {"n_positions": 4}
+    (backbone / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="distiller's window of 4 tokens has no room for demonstrations beside"):
+        train.train(config(model, **{"prefix.backbone": str(backbone)}), tmp_path / "run")
+
+
+def test_longest_lengths_that_fit(model, caplog):
+    """The lengths that the sentences above name do fit; a context that cannot be had is no mistake, but is said."""
+    for fields in (
+        {"stage": "pretrain", "data.max_text_tokens": 220},
+        {"stage": "finetune", "data.max_input_tokens": 43},
+        {"stage": "finetune", "data.max_input_tokens": 1, "prefix.length": 46, "prefix.kind": "soft_prompt"},
+    ):
+        train.check_settings(config(model, **fields))
+    assert not caplog.records
+    train.check_settings(config(model, stage="finetune", **{"data.max_demo_tokens": 45}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.max_demo_tokens is 45, but the models have room for 44 at most: demonstrations that do not fit are left out"
+    ]
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "lm"])
 def test_no_tokenizer(stage, tmp_path, no_data):
     folder = model_folder(tmp_path / "model")

@@ -24,6 +24,7 @@ def config(folder, **fields):
     c = get_config()
     c.stage, c.llm.path, c.prefix.backbone = "pretrain", str(folder), str(folder)
     c.prefix.length, c.data.max_demo_tokens, c.data.validation_items = 4, 16, 16
+    c.data.max_text_tokens = c.data.max_input_tokens = c.data.sequence_length = 40
     c.optimizer.learning_rate, c.train.batch_size, c.loss.chunk = 1e-3, 8, 64
     c.train.steps, c.train.log_every, c.train.eval_every, c.train.save_every = 12, 4, 6, 3
     for name, value in fields.items():

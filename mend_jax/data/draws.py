@@ -7,6 +7,7 @@ the longest x, and `target_length(row)`.
 """
 
 import functools
+import logging
 
 import grain
 import numpy as np
@@ -151,8 +152,7 @@ class SequenceDraws:
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
         self.store, self.stores = store, stores
         self.size = self.config.sequence_length
-        if self.size > windows[0]:
-            raise UserError(f"config.data.sequence_length is {self.size}, but the LLM's window is {windows[0]} tokens.")
+        _check_sequence_length(self.size, windows[0])
         self.share = self.config.text_share if store and stores else float(bool(store))
         self.documents = document_order(documents, self.seed, shuffle) if store else None
         self.range, self.end_of_text = documents, end_of_text
@@ -237,6 +237,46 @@ def check_enough_examples(stores: list[TaskStore], needed: int) -> None:
             )
 
 
+def check_windows(config, llm, backbone=None) -> None:
+    """Raises UserError where the lengths that a run's config asks for cannot fit together: before anything is loaded or read.
+
+    Args:
+        config: a whole run's config.
+        llm, backbone: settings of the LLM and of the distiller's backbone (None: there is no distiller), each with a `window`.
+    """
+    data, stage, vectors = config.data, config.stage, config.prefix.length
+    windows = llm.window, 2**31 if backbone is None else backbone.window
+    if stage == "lm":
+        _check_sequence_length(data.sequence_length, llm.window)
+        return
+    behind = f"behind prefix.length = {vectors} vectors"
+    room = llm.window - vectors
+    if room < 2:
+        raise UserError(
+            f"The LLM's window of {llm.window} tokens has no room for a query {behind}: lower prefix.length."
+        )
+    budget = _largest_budget(config, windows)
+    _, continued = sampling.split_text(data.max_text_tokens, data.beta, data.max_text_tokens)
+    if stage == "pretrain" and continued > room:
+        fitting = (n for n in range(data.max_text_tokens, MIN_TEXT_TOKENS - 1, -1))
+        most = next((n for n in fitting if sampling.split_text(n, data.beta, n)[1] <= room), None)
+        lower = "lower prefix.length" if most is None else f"lower data.max_text_tokens to {most}, or prefix.length"
+        raise UserError(
+            f"A text of data.max_text_tokens = {data.max_text_tokens} is continued for {continued} tokens, which do not fit the "
+            f"LLM's window of {llm.window} {behind}: {lower}."
+        )
+    if stage == "finetune" and data.max_input_tokens >= room:
+        raise UserError(
+            f"An input of data.max_input_tokens = {data.max_input_tokens} and its output do not fit the LLM's window of "
+            f"{llm.window} {behind}: lower data.max_input_tokens to less than {room}, or prefix.length."
+        )
+    if data.max_demo_tokens > budget:
+        logging.warning(
+            "data.max_demo_tokens is %d, but the models have room for %d at most: demonstrations that do not fit are left out",
+            data.max_demo_tokens, budget,
+        )  # fmt: skip
+
+
 def buckets(configured, largest: int) -> tuple[int, ...]:
     """The configured sizes below `largest`, then `largest`: every length up to it has a bucket."""
     return (*sorted({size for size in configured if size < largest}), largest)
@@ -251,6 +291,13 @@ def _largest_budget(config, windows) -> int:
             f"config.prefix.length = {config.prefix.length} vectors: lower it or take another backbone."
         )
     return min(budget, sampling.RELEASE_DISTILLER_TOKENS) if config.data.release_truncation else budget
+
+
+def _check_sequence_length(length: int, window: int) -> None:
+    if length > window:
+        raise UserError(
+            f"config.data.sequence_length is {length}, but the LLM's window is {window} tokens: lower it to that at most."
+        )
 
 
 def _check_window(what: str, query: int, vectors: int, window: int) -> None:

@@ -88,20 +88,28 @@ def main(config: ConfigDict, workdir: str) -> int:
 
 
 def _check_evaluation_data(config: ConfigDict) -> None:
-    """Reads all that will be evaluated, and looks for the text: a mistake would else be found after hours of training."""
+    """Reads all that will be evaluated, looks for the text and measures what the models can read: a mistake would else
+    be found after hours of training."""
     from mend_jax.data.c4 import text_files, tfds_folder
     from mend_jax.data.evaluation import load_tasks
     from mend_jax.data.small_world import resolve
     from mend_jax.llm import LLM
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import load_tokenizer, local_folder
+    from mend_jax.task_scoring import check_longest
+    from mend_jax.train import check_settings
 
     config = resolve(config)
+    for method in config.experiment.methods:
+        for _, c in stage_configs(config, method):
+            check_settings(c)
     folder = local_folder(config.llm.path)
     llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
     finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
     for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
-        load_tasks(config, llm, split)
+        tasks, _ = load_tasks(config, llm, split)
+        if finetuned:
+            check_longest(llm, config.prefix.length, tasks, split)
     pretrained = any(stage == "pretrain" for method in config.experiment.methods for stage, *_ in STAGES[method])
     text = str(config.data.text)
     if pretrained and not (text and tfds_folder(text)):
