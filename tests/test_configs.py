@@ -5,7 +5,7 @@ import runpy
 import shlex
 
 import pytest
-from data_files import make_world, tiny_config
+from data_files import make_world, tiny_config, words, write_examples
 
 from mend_jax import cli
 from mend_jax.errors import UserError
@@ -112,13 +112,21 @@ def test_stage_configs_take_the_experiments_steps_and_leave_it_alone(monkeypatch
 
 
 @pytest.mark.parametrize(("method", "split"), [("mend", "dev"), ("mend", "test"), ("icl", "test")])
-def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, monkeypatch, method, split):
+def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_backbone, monkeypatch, method, split):
     monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained before the test data was read"))
     config = tiny_config(make_world(tmp_path), "finetune")
-    config.llm.path, config.experiment.methods = str(tiny_llm), (method,)
-    (tmp_path / "metaicl" / "data" / "t" / f"t_4_21_{split}.jsonl").write_text("{\n")
+    config.llm.path, config.prefix.backbone, config.experiment.methods = str(tiny_llm), str(tiny_backbone), (method,)
+    path = tmp_path / "metaicl" / "data" / "t" / f"t_4_21_{split}.jsonl"
+    path.write_text("{\n")
     with pytest.raises(UserError, match=f"t_4_21_{split}.jsonl, line 1 is not valid JSON"):
         methods.main(config, str(tmp_path / "run"))
+    if method == "mend":
+        write_examples(path, "t", [("w1", "w2")] * 4, ["w2", words(0, 120)])
+        with pytest.raises(UserError, match=f"t, seed 21, {split}: A query with its longest option needs 125 positions"):
+            methods.main(config, str(tmp_path / "run"))
+        config.prefix.length = 80
+        with pytest.raises(UserError, match="window of 80 tokens has no room for demonstrations"):
+            methods.main(config, str(tmp_path / "run"))
 
 
 def test_an_experiment_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
@@ -162,7 +170,7 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
 
 
 def test_a_text_that_is_not_there_is_said_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("mend_jax.data.evaluation.load_tasks", lambda *_: None)
+    monkeypatch.setattr("mend_jax.data.evaluation.load_tasks", lambda *_: ([], []))
     monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained"))
     config = load("configs/small_world.py:full", monkeypatch)
     config.data.text, config.data.tasks = str(tmp_path / "nowhere"), str(tmp_path)

@@ -1,0 +1,94 @@
+"""Both stages in bfloat16: what is computed in it, what stays float32, and that the losses are those of float32."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from data_files import make_world, tiny_config
+
+from mend_jax import checkpoint, reporting, train
+from mend_jax.step import make_loss_fn
+
+STAGES = ("pretrain", "finetune")
+DTYPES = ("bfloat16", "float32")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llm, tiny_backbone, tmp_path_factory):
+    """{stage: the run after its end}, in bfloat16; finetuning starts from pretraining."""
+    folder, runs, go = tmp_path_factory.mktemp("bfloat16"), {}, train._Run.go
+    make_world(folder / "world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Run, "go", lambda run: (runs.update({run.config.stage: run}), go(run))[1])
+        for stage in STAGES:
+            c = tiny_config(folder / "world", stage, demo_buckets=(60,), query_buckets=(16,))
+            c.llm.path, c.prefix.backbone = str(tiny_llm), str(tiny_backbone)
+            c.llm.dtype = c.prefix.dtype = "bfloat16"
+            c.prefix.start_from = str(folder / "pretrain") if stage == "finetune" else ""
+            c.optimizer.learning_rate, c.train.batch_size = 1e-3, jax.device_count()
+            c.train.steps = c.train.eval_every = STEPS
+            c.train.log_every = 1
+            assert train.train(c, folder / stage) == 0
+    return runs
+
+
+def dtypes(tree):
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+
+def equations(jaxpr):
+    """All equations, those of loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def read_by(primitive, jaxpr):
+    """The dtypes that all uses of a primitive read."""
+    return {str(v.aval.dtype) for e in equations(jaxpr) if e.primitive.name == primitive for v in e.invars}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_trained_and_kept_is_float32(stage, trained):
+    run = trained[stage]
+    assert dtypes(run.llm.params) == {"bfloat16"}
+    assert dtypes(run.state.params) == dtypes(run.state.opt_state) == {"float32"}
+    assert dtypes(checkpoint.read_step(run.workdir, STEPS)) == {"float32"}
+
+
+def loss_of(run, dtype):
+    """(the loss function, its arguments) of a run as if its config had asked for `dtype`; the params it trained, its first batch."""
+    c = run.config.copy_and_resolve_references().unlock()
+    c.llm.dtype = c.prefix.dtype = dtype
+    llm = train.load(c)
+    model = dataclasses.replace(run.model, dtype=dtype, params=run.layout.fetch(run.state.params))
+    return make_loss_fn(c, llm, model), (model.params, llm.params, run.batches[0].replace(ids=None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_computed_in_bfloat16(stage, dtype, trained):
+    loss, args = loss_of(trained[stage], dtype)
+    found = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), *args)
+    assert dtypes(found) == {"float32"}
+    forward = jax.make_jaxpr(loss)(*args).jaxpr
+    assert read_by("dot_general", forward) == {dtype}
+    for name in ("exp", "log", "rsqrt"):  # softmax, losses, norms
+        assert read_by(name, forward) <= {"float32"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_losses_are_near_those_of_float32(stage, trained):
+    rounded, exact = ((jax.jit(loss)(*args)[1]) for loss, args in (loss_of(trained[stage], d) for d in DTYPES))
+    for name in {"pretrain": ("kd",), "finetune": ("kd", "pred")}[stage]:
+        assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=0.01)
+        assert float(rounded[name]) != float(exact[name])
+    lines = [line for line in reporting.read_lines(trained[stage].workdir / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == STEPS and all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
