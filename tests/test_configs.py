@@ -122,7 +122,7 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
         methods.main(config, str(tmp_path / "run"))
     if method == "mend":
         write_examples(path, "t", [("w1", "w2")] * 4, ["w2", words(0, 120)])
-        with pytest.raises(UserError, match=f"t, seed 21, {split}: A query with its longest option needs 125 positions"):
+        with pytest.raises(UserError, match=f"t, seed 21, {split}: A query with its longest option needs 124 positions"):
             methods.main(config, str(tmp_path / "run"))
         config.prefix.length = 80
         with pytest.raises(UserError, match="window of 80 tokens has no room for demonstrations"):
