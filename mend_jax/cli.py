@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from difflib import SequenceMatcher
+from logging import Formatter, StreamHandler, getLogger
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -48,6 +49,7 @@ def run(main, argv=None, several=False) -> None:
 def _code_of(main, argv: list[str], several: bool) -> int:
     """The exit code; what went wrong is printed."""
     logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+    _plain_warnings()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -75,6 +77,15 @@ def _code_of(main, argv: list[str], several: bool) -> int:
             return FAILED
         print("error: the disk is full: make room, then the same command goes on where it stopped.", file=sys.stderr)
         return MISTAKE
+
+
+def _plain_warnings() -> None:
+    """Warnings as "warning: SENTENCE", each once: two stages of one command have the same to say."""
+    handler, said = StreamHandler(), set()
+    handler.setFormatter(Formatter("warning: %(message)s"))
+    handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))
+    if not getLogger().handlers:
+        getLogger().addHandler(handler)
 
 
 def parse(main, argv) -> list:

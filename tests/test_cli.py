@@ -1,6 +1,7 @@
 """The command line: what it accepts, and the sentence that each mistake ends in."""
 
 import errno
+import logging
 from typing import Literal
 
 import pytest
@@ -121,7 +122,10 @@ def test_mistakes(refused, argument, words):
     [
         (["loss.kd=0", "loss.pred=0"], ["loss.kd and loss.pred", "finetune"]),
         (["stage=pretrain", "loss.kd=0"], ["loss.kd and loss.clm", "pretrain"]),
-        (["stage=lm", "data.text=a", "data.tasks=b", "data.text_share=0.1"], ["data.text_share", "batch_size", "0.125"]),
+        (
+            ["stage=lm", "data.text=a", "data.tasks=b", "data.text_share=0.1"],
+            ["data.text_share", "batch_size", "0.125"],
+        ),
         (["llm.attention=cudnn"], ["cudnn", "llm.dtype=bfloat16"]),
         (["llm.attention=cudnn", "llm.dtype=bfloat16"], ["cudnn", "prefix.dtype=bfloat16"]),
     ],
@@ -273,6 +277,16 @@ def test_errors_of_the_program_keep_their_trace():
 
     with pytest.raises(RuntimeError):
         cli.run(main, ["x"])
+
+
+def test_warnings_are_sentences_and_said_once(monkeypatch, capsys):
+    logger = logging.Logger("in the place of the root")
+    monkeypatch.setattr(cli, "getLogger", lambda: logger)
+    for _ in range(2):
+        cli._plain_warnings()
+        logger.warning("%s is missing", "t")
+    logger.warning("so is u")
+    assert capsys.readouterr().err == "warning: t is missing\nwarning: so is u\n"
 
 
 def test_help(capsys):

@@ -89,7 +89,7 @@ LINE = {"task": "a", "input": "x", "output": "y", "options": ["y", "z"]}
 
 
 @pytest.mark.parametrize("line,message", [
-    ('{"task": "a", ', "line 2 is not valid JSON"),
+    ('{"task": "a", ', "line 2 is not valid JSON .* at column 14"),
     ("[1, 2]", "line 2 is not a JSON object"),
     (json.dumps({k: v for k, v in LINE.items() if k != "output"}), "line 2 has no text in the field 'output'"),
     (json.dumps(LINE | {"input": 3}), "line 2 has no text in the field 'input'"),

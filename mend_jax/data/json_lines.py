@@ -8,7 +8,7 @@ from mend_jax.errors import UserError
 def parse_object(line: str, where: str) -> dict:
     """The object of one line. Raises UserError, which begins with `where` (file and line), for anything else."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())  # so that a line that ends too early is wrong at its end
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
