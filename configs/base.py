@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.llm = llm = ConfigDict()
     llm.path = "gpt2-large"  # Hugging Face folder or hub name; with stage="lm" a folder with config.json alone starts from random weights
     llm.dtype = "float32"  # of the frozen weights and of the LLM's arithmetic: "float32" or "bfloat16"
+    llm.weights = "full"  # "full": the frozen weights in llm.dtype; "int8": 8 bits with a scale per output channel, arithmetic in llm.dtype
     llm.attention = "xla"  # "xla" everywhere; "cudnn" (flash attention) on NVIDIA GPUs with dtype "bfloat16"
     llm.layers = 0  # stage "lm": start from the first layers of llm.path alone, as DistilGPT-2 from GPT-2; 0 is all of them
     llm.remat = False  # recompute each layer's activations in the backward pass: less memory, a third more time

@@ -1,8 +1,9 @@
-"""Measure: the MEND train step against PyTorch, and distil + score against Vanilla ICL.
+"""Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=gpt2-large --dtype=bfloat16 --batch_size=8 --no_pytorch     # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
+    python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
 Weights are random, sizes are known: nothing is downloaded. `--llm` and `--distiller` are gpt2, gpt2-medium,
 gpt2-large, gpt2-xl, or a folder with a config.json. Each side runs in a process of its own, so that its peak memory is
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from mend_jax import cli, costs, measure
+from mend_jax import benchmark_quantization, cli, costs, measure
 from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide
 from mend_jax.errors import UserError
 from mend_jax.models.families import DecoderConfig, from_hf_config
@@ -31,19 +32,24 @@ SIZES = {  # width, layers, heads
     "gpt2-large": (1280, 36, 20),
     "gpt2-xl": (1600, 48, 25),
 }
-DEFAULTS = {"step": {"query": 124, "target": 4}, "inference": {"query": 56, "target": 3}}
+DEFAULTS = {
+    "step": {"query": 124, "target": 4},
+    "inference": {"query": 56, "target": 3},
+    "quantization": {"query": 32, "target": 16},
+}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between the two sides' losses
 RULES = "release: every option reads the prefix anew; cached: its keys and values are shared by all items and options"
 
 
 def benchmark(
-    what: Literal["step", "inference"],
+    what: Literal["step", "inference", "quantization"],
     /,
     llm="gpt2",
     distiller="gpt2",
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "xla", "cudnn"] = "auto",
     remat=False,
+    weights: Literal["full", "int8"] = "full",
     demos=900,
     vectors=100,
     query=0,
@@ -60,10 +66,12 @@ def benchmark(
 
     Args:
         what: the workload.
-        llm, distiller: a size of SIZES or a folder with a config.json.
+        llm, distiller: a size of SIZES or a folder with a config.json. quantization: models of
+            benchmark_quantization.py or folders, with commas between; a folder's own weights where it has some.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
+        weights: of the LLM: "full" are in `dtype`.
         demos, vectors, query: tokens of the demonstrations, vectors, tokens of the query (inference: of its input x).
         target: step: tokens of y, the query's end; inference: tokens of each option.
         batch_size: sequences of a step; inference: items in one pass.
@@ -78,7 +86,7 @@ def benchmark(
     arguments.target = target or DEFAULTS[what]["target"]
     if out and not Path(out).expanduser().absolute().parent.is_dir():
         raise UserError(f"The folder of --out={out} is not there: make it, or give another file.")
-    run = {"step": benchmark_step, "inference": benchmark_inference}[what]
+    run = {"step": benchmark_step, "inference": benchmark_inference, "quantization": benchmark_weights}[what]
     report, text, same = run(arguments)
     print(text)
     if out:
@@ -89,6 +97,8 @@ def benchmark(
 def benchmark_step(arguments) -> tuple[dict, str, bool]:
     """(report, its text, whether both sides computed the same) of the train step."""
     settings = settings_of(arguments)
+    if settings.weights != "full" and not arguments.no_pytorch:
+        raise UserError(f"PyTorch's side has no {settings.weights} weights to be compared with: give --no_pytorch too.")
     _check_window("teacher", settings.demos + settings.query, settings.llm)
     _check_window("student", settings.vectors + settings.query, settings.llm)
     _check_window("distiller", settings.demos + settings.vectors, settings.distiller)
@@ -141,20 +151,33 @@ def benchmark_inference(arguments) -> tuple[dict, str, bool]:
     return report, inference_text(report), report["same"]["yes"]
 
 
+def benchmark_weights(arguments) -> tuple[dict, str, bool]:
+    """(report, its text, True) of models held in float32, bfloat16 and int8."""
+    _check_sizes(arguments)
+    names = ("batch_size", "demos", "query", "target", "vectors")
+    sizes = benchmark_quantization.Sizes(*(getattr(arguments, name) for name in names))
+    report = benchmark_quantization.measure_models(arguments.llm, sizes)
+    return report, benchmark_quantization.text(report), True
+
+
 def settings_of(arguments) -> Settings:
     """The workload that the command line asks for."""
     llm, distiller = model_config(arguments.llm), model_config(arguments.distiller).headless
+    _check_sizes(arguments)
+    shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
+    return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
+
+
+def _check_sizes(arguments) -> None:
     for name in ("batch_size", "demos", "query", "vectors", "target", "repeats"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} is too small: give 1 or more.")
-    if arguments.what == "step" and arguments.target >= arguments.query:
+    if arguments.what != "inference" and arguments.target >= arguments.query:
         raise UserError(
             f"--target={arguments.target} is the end of the query: give fewer tokens than --query={arguments.query}."
         )
     if arguments.what == "inference" and min(arguments.items, arguments.options) < 1:
         raise UserError("--items and --options must be 1 or more.")
-    shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
-    return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat)
 
 
 def model_config(name: str) -> DecoderConfig:
@@ -206,7 +229,7 @@ def step_text(report: dict) -> str:
     rows.append(["peak memory, GB", *(f"{s['peak_bytes'] / 1e9:.2f}" for s in sides.values())])
     rows.append(["  of it before the first step", *(f"{s['start_bytes'] / 1e9:.2f}" for s in sides.values())])
     parts = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in report["model_flops"].items())
-    shape = "{rows} x ({demos} + {query}) tokens, {vectors} vectors, {dtype}".format(**settings)
+    shape = "{rows} x ({demos} + {query}) tokens, {vectors} vectors, {dtype}, {weights} weights".format(**settings)
     lines = [
         f"MEND train step, LLM {report['arguments']['llm']}, distiller {report['arguments']['distiller']}, {shape}",
         _machine_line(report),

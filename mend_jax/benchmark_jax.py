@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mend_jax import costs, measure
 from mend_jax.data.batches import Batch
 from mend_jax.llm import LLM
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
 from mend_jax.prefix import Distiller, Prefix, resolve_projection
 from mend_jax.query import Query
@@ -41,6 +41,7 @@ class Settings:
     vectors: int  # L
     attention: str = "auto"
     remat: bool = False
+    weights: str = "full"  # of the LLM: in `dtype`, or "int8"
 
 
 class Item(NamedTuple):
@@ -50,8 +51,8 @@ class Item(NamedTuple):
     options_tokens: list[list[int]]
 
 
-def random_params(config: DecoderConfig, seed: int) -> dict:
-    """Random float32 weights (numpy) of GPT-2's scale, biases and norms too, in the tree of a `Decoder`."""
+def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool = False) -> dict:
+    """Random weights (NumPy) of GPT-2's scale, biases and norms too, in a model's tree and in `dtype`, or in 8 bits."""
     random = np.random.default_rng(seed)
 
     def tensor(entry):
@@ -59,7 +60,7 @@ def random_params(config: DecoderConfig, seed: int) -> dict:
         return values + 1 if entry.path[-1] == "scale" else values
 
     table = key_table(config)
-    return from_tensors(((name, functools.partial(tensor, entry)) for name, entry in table.items()), config)
+    return from_tensors(((name, tensor(entry)) for name, entry in table.items()), config, dtype, int8)
 
 
 def distiller_params(settings: Settings) -> dict:
@@ -92,7 +93,8 @@ class Side:
         if attention == "auto":
             attention = "cudnn" if on_gpu and settings.dtype == "bfloat16" else "xla"
         self.attention = attention
-        params = jax.tree.map(lambda a: jnp.asarray(a, settings.dtype), random_params(settings.llm, LLM_SEED))
+        weights = random_params(settings.llm, LLM_SEED, settings.dtype, settings.weights == "int8")
+        params = jax.tree.map(jnp.asarray, weights)
         self.llm = LLM(settings.llm, params, None, "random", settings.dtype, attention, settings.remat)
 
     def make_distiller(self) -> Distiller:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
-from mend_jax.models.families import Config, EncoderDecoderConfig
+from mend_jax.models.families import Config, EncoderDecoderConfig, key_table
+from mend_jax.models.int8 import SUMMED
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -158,6 +159,15 @@ def cache_bytes(llm: Config, positions: int, itemsize: int) -> int:
 def vector_bytes(llm: Config, vectors: int, itemsize: int) -> int:
     """Bytes of L vectors in the LLM's embedding space."""
     return vectors * llm.width * itemsize
+
+
+def weight_bytes(config: Config, itemsize: int, int8: bool = False) -> int:
+    """Bytes of a model's weights; with `int8` its kernels and token tables in 8 bits, with their scales (models/int8.py)."""
+    total = 0
+    for entry in key_table(config).values():
+        size, summed = math.prod(entry.shape), SUMMED.get(entry.path[-1])
+        total += itemsize * size if not int8 or summed is None else size + 4 * size // entry.our_shape[summed]
+    return total
 
 
 def count_products(function: Callable, *args, while_trips: int = 1) -> int:

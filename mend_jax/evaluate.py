@@ -42,7 +42,7 @@ def evaluate(config, workdir) -> dict:
     """
     config, workdir = resolve(config), Path(workdir).expanduser()
     c = config.llm
-    llm = load_llm(c.path, c.dtype, c.attention)
+    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights)
     methods = load_methods(config.evaluate.methods, llm, config.prefix.dtype)
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mend_jax.errors import UserError
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
+from mend_jax.models import int8
 from mend_jax.models.decoder import Cache, Decoder, head_table
 from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
@@ -20,6 +21,7 @@ from mend_jax.query import Query
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("xla", "cudnn")
+WEIGHTS = ("full", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class LLM:
     """A decoder-only LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
 
     config: DecoderConfig
-    params: Any  # a Decoder's tree, {"embed": {"tokens" (V,D), ...}, "layers", ...}, in `dtype`
+    params: Any  # a Decoder's tree, {"embed": {"tokens" (V,D), ...}, "layers", ...}, in `dtype` or int8
     tokenizer: Any  # of transformers, or None where the folder has none
     path: str  # the folder it was read from
     dtype: str
@@ -51,19 +53,19 @@ class LLM:
 
     def embed(self, params, tokens):
         """(B,T) int32 -> (B,T,D), without positions."""
-        return params["embed"]["tokens"][tokens]
+        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def states(self, params, prefix: Prefix, query: Query):
         """The hidden states *at* the query's tokens, after the prefix: (B,Q,D). Rows beyond a length are garbage."""
         return continue_after(self.model, params, prefix, self.embed(params, query.tokens))
 
     def head(self, params):
-        """(V,D): a state's logits are its products with these rows."""
+        """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
         return head_table(self.config, params)
 
     def logits(self, params, states):
         """(B,Q,D) -> (B,Q,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
-        return jnp.einsum("bqd,vd->bqv", states, self.head(params), preferred_element_type=jnp.float32)
+        return int8.logits(self.head(params), states)
 
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
         """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
@@ -90,7 +92,7 @@ class LLM:
 
 
 def load_llm(
-    path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False
+    path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False, weights: str = "full"
 ) -> LLM | EncoderDecoderLLM:
     """The LLM of a Hugging Face folder or hub name.
 
@@ -100,25 +102,27 @@ def load_llm(
         dtype: "float32" or "bfloat16", of the weights and of the arithmetic (norms and softmax stay float32).
         attention: "xla", or "cudnn" (NVIDIA, bfloat16).
         remat: recompute each layer in the backward pass.
+        weights: "full" (in `dtype`), or "int8": kernels and token tables in 8 bits with a scale per output channel
+            (models/int8.py), a quarter of the bytes of float32; the arithmetic is still that of `dtype`.
     Raises:
-        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype or
-            attention than these.
+        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype,
+            attention or weights than these.
     """
-    _check(dtype, attention)
-    return _llm(load_model(path, dtype), dtype, attention, remat)
+    _check(dtype, attention, weights)
+    return _llm(load_model(path, dtype, weights == "int8"), dtype, attention, remat)
 
 
 def init_llm(path: str | Path, seed: int, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
-    _check(dtype, attention)
+    _check(dtype, attention, "full")
     return _llm(init_model(path, seed, dtype), dtype, attention, remat)
 
 
-def _check(dtype: str, attention: str) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}.")
-    if attention not in ATTENTION:
-        raise UserError(f"attention is {attention!r}: it must be one of {', '.join(ATTENTION)}.")
+def _check(dtype: str, attention: str, weights: str) -> None:
+    given = {"dtype": (dtype, DTYPES), "attention": (attention, ATTENTION), "weights": (weights, WEIGHTS)}
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}: it must be one of {', '.join(choices)}.")
     if attention == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".')
 

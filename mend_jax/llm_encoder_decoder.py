@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mend_jax.models import int8
 from mend_jax.models.encoder_decoder import decode, encode
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.prefix import Prefix, join
@@ -35,7 +36,7 @@ class EncoderDecoderLLM:
     """An encoder–decoder LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
 
     config: EncoderDecoderConfig
-    params: Any  # {"embed": {"tokens" (V,D), ...}, "encoder", "decoder"}, in `dtype`
+    params: Any  # {"embed": {"tokens" (V,D), ...}, "encoder", "decoder"}, in `dtype` or int8
     tokenizer: Any  # of transformers, or None where the folder has none
     path: str  # the folder it was read from
     dtype: str
@@ -54,7 +55,7 @@ class EncoderDecoderLLM:
 
     def embed(self, params, tokens):
         """(B,T) int32 -> (B,T,D)."""
-        return params["embed"]["tokens"][tokens]
+        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def said(self, query: Query) -> Query:
         """What the decoder says: y alone, moved to the front, (B,Y)."""
@@ -72,12 +73,12 @@ class EncoderDecoderLLM:
         return self._decode(params, jnp.concatenate([start, said[:, :-1]], 1), encoded, length)
 
     def head(self, params):
-        """(V,D): a state's logits are its products with these rows."""
-        return params["embed"]["tokens" if self.config.tied_head else "head"]
+        """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
+        return int8.table(params["embed"], "tokens" if self.config.tied_head else "head")
 
     def logits(self, params, states):
         """(B,Y,D) -> (B,Y,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
-        return jnp.einsum("bqd,vd->bqv", states, self.head(params), preferred_element_type=jnp.float32)
+        return int8.logits(self.head(params), states)
 
     def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
         """One prefix (B == 1; P may be 0), to be shared by every query after it; nothing of it can be computed alone."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mend_jax.models import int8
 from mend_jax.query import Query
 
 
@@ -54,7 +55,8 @@ def head_loss(states, teacher_states, head, targets, kd_weight, ce_weight, chunk
     Args:
         states: (B,Q,D), the student's. Differentiated.
         teacher_states: (B,Q,D), or None where kd_weight is 0. Not differentiated.
-        head: (V,D). Differentiated only with `head_grad` (stage "lm"): a frozen head gets no gradient, and costs none.
+        head: (V,D), or an int8 `Table`. Differentiated only with `head_grad` (stage "lm", an array): a frozen head gets no
+            gradient, and costs none.
         targets: (B,Q) int32, the token each state predicts.
         kd_weight, ce_weight: (B,Q) float32, at least 0.
         chunk: tokens per chunk.
@@ -142,13 +144,13 @@ def _chunk(states, head, teacher, targets, weights, with_grad):
     C rows, not a (C,V) array.
     """
     kd_weight, ce_weight = weights
-    logits = jnp.einsum("cd,vd->cv", states, head, preferred_element_type=jnp.float32)
+    logits = int8.logits(head, states)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     ce = log_z - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
     if teacher is None:
         kd = jnp.zeros_like(ce)
     else:
-        teacher_logits = jnp.einsum("cd,vd->cv", teacher, head, preferred_element_type=jnp.float32)
+        teacher_logits = int8.logits(head, teacher)
         teacher_log_z = jax.nn.logsumexp(teacher_logits, axis=-1)
         p_teacher = jnp.exp(teacher_logits - teacher_log_z[:, None])
         kd = (p_teacher * (teacher_logits - logits)).sum(-1) - teacher_log_z + log_z
@@ -160,9 +162,8 @@ def _chunk(states, head, teacher, targets, weights, with_grad):
     logit_grad = (kd_weight + ce_weight)[:, None] * jnp.exp(logits - log_z[:, None])
     if teacher is not None:
         logit_grad -= kd_weight[:, None] * p_teacher
-    logit_grad = logit_grad.astype(head.dtype)
-    state_grad = jnp.einsum("cv,vd->cd", logit_grad, head, preferred_element_type=jnp.float32)
-    state_grad -= ce_weight[:, None] * head[targets].astype(jnp.float32)
+    state_grad = int8.states_gradient(head, logit_grad, states.dtype)
+    state_grad -= ce_weight[:, None] * int8.rows(head, targets, jnp.float32).astype(jnp.float32)
     return value, kd, ce, state_grad, logit_grad
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from mend_jax.errors import UserError
+from mend_jax.models import int8
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig
@@ -199,7 +200,7 @@ def init_distiller(config, llm, seed: int) -> Distiller:
     backbone = load_model(config.backbone)
     params = {
         "backbone": headless_params(backbone.config, backbone.params),
-        "placeholders": _initial_rows(config, backbone.params["embed"]["tokens"], seed),
+        "placeholders": _initial_rows(config, backbone.params["embed"], seed),
     }
     projection = resolve_projection(config.projection, backbone.config.width, llm.config.width)
     if projection != "identity":
@@ -220,7 +221,7 @@ def init_distiller(config, llm, seed: int) -> Distiller:
 
 def init_soft_prompt(config, llm, seed: int) -> SoftPrompt:
     """A fresh soft prompt in the LLM's embedding space, started as `prefix.placeholder_init` says."""
-    return SoftPrompt({"vectors": _initial_rows(config, llm.params["embed"]["tokens"].astype(jnp.float32), seed)})
+    return SoftPrompt({"vectors": _initial_rows(config, llm.params["embed"], seed)})
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:
@@ -285,9 +286,10 @@ def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
 
 
-def _initial_rows(config, table, seed: int):
-    """(L, width): random rows of the token table (the release's start), or random normal."""
-    key = jax.random.key(seed)
+def _initial_rows(config, embed, seed: int):
+    """(L, width) float32: random rows of the token table (the release's start), or random normal."""
+    key, (words, width) = jax.random.key(seed), embed["tokens"].shape
     if config.placeholder_init == "normal":
-        return 0.02 * jax.random.normal(key, (config.length, table.shape[1]))
-    return table[jax.random.randint(key, (config.length,), 0, table.shape[0])]
+        return 0.02 * jax.random.normal(key, (config.length, width))
+    picked = jax.random.randint(key, (config.length,), 0, words)
+    return int8.rows(int8.table(embed, "tokens"), picked, jnp.float32).astype(jnp.float32)

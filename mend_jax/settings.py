@@ -11,6 +11,7 @@ from mend_jax.errors import UserError
 CHOICES = {
     "stage": ("pretrain", "finetune", "lm"),
     "llm.dtype": ("float32", "bfloat16"),
+    "llm.weights": ("full", "int8"),
     "llm.attention": ("xla", "cudnn"),
     "prefix.kind": ("distiller", "soft_prompt"),
     "prefix.placeholder_init": ("vocabulary", "normal"),
@@ -69,6 +70,7 @@ def check(config: ConfigDict) -> None:
     _check_weights(config)
     _check_text_share(config)
     _check_attention(config)
+    _check_frozen(config)
 
 
 def dotted_fields(config: ConfigDict, before: str = "") -> dict:
@@ -120,6 +122,15 @@ def _check_attention(config: ConfigDict) -> None:
                 f'llm.attention="cudnn" computes in bfloat16, but {section}.dtype is "{config[section].dtype}": set '
                 f'--config.{section}.dtype=bfloat16, or --config.llm.attention=xla.'
             )
+
+
+def _check_frozen(config: ConfigDict) -> None:
+    """Integers cannot be trained."""
+    if config.stage == "lm" and config.llm.weights != "full":
+        raise UserError(
+            f'Stage "lm" trains the LLM\'s own weights, which llm.weights="{config.llm.weights}" cannot hold: set '
+            "--config.llm.weights=full."
+        )
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -269,7 +269,7 @@ def load(config):
     """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones."""
     c = config.llm
     if config.stage != "lm":
-        return load_llm(c.path, c.dtype, c.attention, c.remat)
+        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights)
     if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
         raise UserError(
             f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'

@@ -77,7 +77,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None) -> Distil
     if (path / SETTINGS).exists():
         return _read_exported(path)
     if (path / SOFT_PROMPT).exists():
-        vectors = {name: read() for name, read in weights.read_file(path / SOFT_PROMPT)}
+        vectors = {name: tensor[:] for name, tensor in weights.read_file(path / SOFT_PROMPT)}
         return _soft_prompt(vectors, path / SOFT_PROMPT)
     if not path.exists():
         raise UserError(f"{path} is not there: name a training workdir, an exported folder, or a release's file.")
@@ -99,16 +99,16 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
     own = {}
 
     def backbone_tensors():  # one after another: the file is open only while it is walked through
-        for raw_name, read in weights.read_file(path):
+        for raw_name, tensor in weights.read_file(path):
             name = raw_name.removeprefix(HYPERNET)
             if name == raw_name:
                 raise UserError(
                     f"{path} holds {raw_name}, which is no part of a distiller (its names start with {HYPERNET})."
                 )
             if name == PLACEHOLDERS or name in PROJECTION.values():
-                own[name] = np.asarray(read(), np.float32)
+                own[name] = np.asarray(tensor[:], np.float32)
             else:
-                yield name, read
+                yield name, tensor
 
     params = {"backbone": weights.from_tensors(backbone_tensors(), config, where=str(path))}
     params["placeholders"] = _take(own, PLACEHOLDERS, (None, config.width), path)
@@ -131,7 +131,7 @@ def _read_exported(folder):
             f"{folder / SETTINGS} says projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
         )
     config, where = from_hf_config(folder), folder / TENSORS
-    own = {name: np.asarray(read(), np.float32) for name, read in weights.read_file(where)}
+    own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
     params = {"backbone": weights.read_params(folder, config)}
     params["placeholders"] = _take(own, "placeholders", (None, config.width), where)
     if projection != "identity":

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mend_jax.models import rope
 from mend_jax.models.attention import attention_after, causal_attention
 from mend_jax.models.config import DecoderConfig
+from mend_jax.models.int8 import Dense, Table, table
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
 # quicker than to write and read what they would keep (three times as much).
@@ -162,9 +163,9 @@ class Embed(nn.Module):
         return {name: self.param(name, normal, shape) for name, shape in shapes.items()}
 
 
-def head_table(config: DecoderConfig, params):
-    """(V,D): a state's logits are its products with these rows."""
-    return params["embed"]["tokens" if config.tied_head else "head"]
+def head_table(config: DecoderConfig, params) -> jax.Array | Table:
+    """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
+    return table(params["embed"], "tokens" if config.tied_head else "head")
 
 
 def drop_head(params):
@@ -182,7 +183,7 @@ def init_params(config: DecoderConfig, seed: int) -> dict:
 
 
 def _dense(features, dtype, name, bias=True, std=0.02):
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(std), name=name)
+    return Dense(features, bias, dtype, std, name=name)
 
 
 def _norm(config, dtype, name):

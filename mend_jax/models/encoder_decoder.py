@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mend_jax.models.attention import MASKED
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
+from mend_jax.models.int8 import Dense
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
 
@@ -168,4 +169,4 @@ def _valid(columns: int, length):
 
 
 def _dense(features, dtype, name):
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+    return Dense(features, use_bias=False, dtype=dtype, name=name)

@@ -38,11 +38,14 @@ class Model(NamedTuple):
     folder: Path
 
 
-def load_model(path: str | Path, dtype: str = "float32") -> Model:
-    """The model of a folder or hub name, its weights in `dtype`."""
+def load_model(path: str | Path, dtype: str = "float32", int8: bool = False) -> Model:
+    """The model of a folder or hub name, its weights in `dtype`, or kernels and tables in 8 bits (models/int8.py).
+
+    The host never holds two copies: its peak is the tree and 1.2 times the largest file of weights.
+    """
     folder = local_folder(path)
     config = from_hf_config(folder)
-    params = jax.tree.map(jnp.asarray, weights.read_params(folder, config, dtype))
+    params = _to_device(weights.read_params(folder, config, dtype, int8))
     return Model(config, params, load_tokenizer(folder), folder)
 
 
@@ -52,6 +55,14 @@ def init_model(path: str | Path, seed: int, dtype: str = "float32") -> Model:
     config = from_hf_config(folder)
     params = jax.tree.map(lambda a: a.astype(dtype), init_params(config, seed))
     return Model(config, params, load_tokenizer(folder), folder)
+
+
+def _to_device(tree: dict) -> dict:
+    """NumPy's arrays as JAX's, in place: one is gone before the next is copied."""
+    for name in tree:
+        tree[name] = _to_device(tree[name]) if isinstance(tree[name], dict) else jnp.asarray(tree[name])
+        jax.block_until_ready(tree[name])
+    return tree
 
 
 def init_params(config: Config, seed: int) -> dict:

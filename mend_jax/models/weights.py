@@ -1,14 +1,19 @@
 """Weights between Hugging Face files and our tree: one key table per family, used in both directions.
 
 Reading refuses, by name: a key it does not know, one that is missing, one that comes twice, one of another shape.
+Files are read piece by piece into place, quantised on the way where that is asked for: beside the tree that is made, and
+the pages of one file that the system maps, there are never more than a few megabytes.
 """
 
 import errno
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 import numpy as np
@@ -17,23 +22,38 @@ from safetensors.numpy import save_file
 
 from mend_jax.errors import UserError
 from mend_jax.models.families import FAMILIES, HEAD, DecoderConfig, key_table
+from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry
 
 FORMAT = {"format": "pt"}  # transformers reads no .safetensors without it
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, which <name>.index.json lists
+PIECE = 1 << 18  # numbers that are read at once: a few copies of them fit in a CPU's cache
+
+
+class Tensor(Protocol):
+    """A tensor of a file, of which slices are read: `tensor[:]`, `tensor[2:4, :]`. NumPy's arrays are some too."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index) -> np.ndarray: ...
 
 
 def from_tensors(
-    tensors: Iterator[tuple[str, Callable[[], np.ndarray]]], config: DecoderConfig, dtype="float32", where="the weights"
+    tensors: Iterator[tuple[str, Tensor]], config: DecoderConfig, dtype="float32", int8=False, where="the weights"
 ) -> dict:
-    """The tree of (their name, function that reads it), read one tensor at a time into place in `dtype`."""
+    """The tree (NumPy) of (their name, tensor), read one after another into place, in `dtype`.
+
+    With `int8` kernels and token tables are int8 with float32 scales (models/int8.py), quantised from the file's dtype.
+    """
     family, table, params, seen, tied = FAMILIES[config.family], key_table(config), {}, set(), None
-    for raw_name, read in tensors:
+    embed = next(entry for entry in table.values() if entry.path == ("embed", "tokens"))
+    for raw_name, tensor in tensors:
         name = raw_name.removeprefix(family.prefix)
         if family.derived(name):
             continue
         if name == HEAD and config.tied_head:
-            tied = read()
+            same_shape = tensor.shape == embed.shape
+            tied = _digests(_pieces(tensor, embed, dtype, int8)) if same_shape else {"tokens": None}
             continue
         if name not in table:
             raise UserError(
@@ -42,16 +62,19 @@ def from_tensors(
         if name in seen:
             raise UserError(f"{where} holds {name} twice: remove the stray file or key.")
         seen.add(name)
-        entry, array = table[name], read()
-        if array.shape != entry.shape:
-            raise UserError(f"{where}: {raw_name} has shape {array.shape}, config.json asks for {entry.shape}.")
-        _place(params, entry, array, dtype)
+        entry = table[name]
+        if tensor.shape != entry.shape:
+            raise UserError(f"{where}: {raw_name} has shape {tensor.shape}, config.json asks for {entry.shape}.")
+        for leaf, index, piece in _pieces(tensor, entry, dtype, int8):
+            if leaf.endswith(SCALE) and not np.isfinite(piece).all():
+                raise UserError(f"{where}: {raw_name} holds numbers that are not finite: copy the model's folder again.")
+            _leaf(params, entry, leaf, piece.dtype)[index] = piece
     missing = [name for name in table if name not in seen]
     if missing:
         raise UserError(
             f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete."
         )
-    if tied is not None and not np.array_equal(tied.astype(dtype), params["embed"]["tokens"]):
+    if tied is not None and any(digest != _digest(params["embed"][leaf]) for leaf, digest in tied.items()):
         raise UserError(
             f"{where} holds a head ({HEAD}) that is not the token table, though config.json says so"
             " (tie_word_embeddings): take the config.json that belongs to the weights."
@@ -75,10 +98,13 @@ def to_tensors(config: DecoderConfig, params: Mapping, prefix: str | None = None
     return tensors
 
 
-def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32") -> dict:
-    """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin."""
+def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32", int8: bool = False) -> dict:
+    """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin.
+
+    Of safetensors it never takes more memory than the tree and 1.2 times the largest file.
+    """
     folder = Path(folder)
-    return from_tensors(_tensors_of(weight_files(folder)), config, dtype, where=str(folder))
+    return from_tensors(_tensors_of(weight_files(folder)), config, dtype, int8, where=str(folder))
 
 
 def write_params(folder: str | Path, config: DecoderConfig, params: Mapping, dtype: str | None = None) -> None:
@@ -139,12 +165,12 @@ def _shards(index: Path) -> list[str]:
         ) from None
 
 
-def read_file(path: str | Path) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """(name, function that reads it) of one .safetensors or .bin file."""
+def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one .safetensors or .bin file; a tensor can be read until the next is asked for."""
     return _tensors_of([Path(path)])
 
 
-def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         yield from (_read_torch(path) if path.suffix == ".bin" else _read_safetensors(path))
 
@@ -153,7 +179,7 @@ def _read_safetensors(path: Path):
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (it is no dict and cannot be iterated)
-                yield name, lambda name=name: file.get_tensor(name)
+                yield name, _SafeTensor(file.get_slice(name))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.") from error
 
@@ -170,18 +196,74 @@ def _read_torch(path: Path):
             f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again."
         ) from error
     for name, tensor in tensors.items():
-        yield (
-            name,
-            lambda tensor=tensor: tensor.to(torch.float32).numpy() if tensor.is_floating_point() else tensor.numpy(),
-        )
+        yield name, _TorchTensor(tensor)
 
 
-def _place(params: dict, entry: Entry, array: np.ndarray, dtype: str) -> None:
-    *parents, leaf = entry.path
+class _SafeTensor:
+    def __init__(self, stored):
+        self._stored, self.shape = stored, tuple(stored.get_shape())
+
+    def __getitem__(self, index):
+        return self._stored[index]
+
+
+class _TorchTensor:
+    def __init__(self, tensor):
+        self._tensor, self.shape = tensor, tuple(tensor.shape)
+
+    def __getitem__(self, index):
+        part = self._tensor[index]
+        return part.float().numpy() if part.is_floating_point() else part.numpy()
+
+
+def _pieces(tensor: Tensor, entry: Entry, dtype: str, int8: bool) -> Iterator[tuple[str, tuple, np.ndarray]]:
+    """(leaf of our tree, index in it, values in its dtype), piece by piece; of 8 bits a piece is whole output channels."""
+    name, cut = entry.path[-1], 0  # the axis of the file along which it is read
+    quantised = int8 and name in SUMMED
+    if quantised:
+        cut = int((SUMMED[name] == -2) != entry.transposed)
+    size = entry.shape[cut]
+    count = max(1, PIECE * size // max(1, math.prod(entry.shape)))
+    for start in range(0, size, count):
+        part = slice(start, min(start + count, size))
+        index = tuple(part if axis == cut else slice(None) for axis in range(len(entry.shape)))
+        array = tensor[index]
+        if entry.transposed:
+            array, index = array.T, index[::-1]
+        if quantised:
+            values, scale = quantize(array, SUMMED[name])
+            yield name, index, values
+            yield name + SCALE, (part,), scale
+        else:
+            yield name, index, np.asarray(array, dtype)
+
+
+def _leaf(params: dict, entry: Entry, leaf: str, dtype) -> np.ndarray:
+    """The array that a tensor goes to, made where it is not there yet."""
+    *parents, name = entry.path
     for part in parents:
         params = params.setdefault(part, {})
-    array = array.T if entry.transposed else array
-    if entry.layer is None:
-        params[leaf] = np.ascontiguousarray(array, dtype)
-    else:
-        params.setdefault(leaf, np.empty((entry.layers, *entry.our_shape), dtype))[entry.layer] = array
+    if leaf not in params:
+        kept = [n for axis, n in enumerate(entry.our_shape) if leaf == name or axis != SUMMED[name] % 2]
+        params[leaf] = _empty(kept if entry.layer is None else (entry.layers, *kept), dtype)
+    return params[leaf] if entry.layer is None else params[leaf][entry.layer]
+
+
+def _empty(shape, dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes: JAX takes it for a CPU's own, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _digests(pieces) -> dict[str, str]:
+    """{leaf: `_digest` of all its pieces, one behind another}."""
+    found = {}
+    for leaf, _, piece in pieces:
+        found.setdefault(leaf, hashlib.blake2b()).update(np.ascontiguousarray(piece).view(np.uint8))
+    return {leaf: digest.hexdigest() for leaf, digest in found.items()}
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.blake2b(array.view(np.uint8)).hexdigest()

@@ -1,0 +1,178 @@
+"""What 8 bits cost and change: bytes, logits, and the direction of L_distill's gradient, against float32.
+
+Each model is held in three ways (float32, bfloat16, int8) and computed with in float32, so that what differs is the
+weights alone. Teacher and student are both held so, as in training. A folder with weights is measured with them, any
+other model with random ones.
+
+Axes: B batch, N demonstration tokens, L vectors, D width.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mend_jax import costs, measure
+from mend_jax.benchmark_jax import BATCH_SEED, CHUNK, LLM_SEED, random_params
+from mend_jax.data.batches import Batch
+from mend_jax.errors import UserError
+from mend_jax.llm import LLM
+from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config
+from mend_jax.models.folders import has_weights
+from mend_jax.models.int8 import quantize_params
+from mend_jax.models.weights import read_params
+from mend_jax.prefix import Prefix, SoftPrompt
+from mend_jax.query import Query
+from mend_jax.step import make_loss_fn
+
+KNOWN = {  # the smallest published model of each family, as its config.json says it
+    "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    "opt-125m": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "t5-small-lm-adapt": {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+}
+FORMATS = ("float32", "bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The batch of one measurement, in rows and tokens; `target` are those of y, the query's last."""
+
+    rows: int
+    demos: int
+    query: int
+    target: int
+    vectors: int
+
+
+def measure_models(names: str, sizes: Sizes) -> dict:
+    """The report on models with commas between: names of KNOWN, or folders with a config.json."""
+    report: dict[str, Any] = {"machine": measure.machine(), "sizes": dataclasses.asdict(sizes), "models": {}}
+    for name in names.split(","):
+        report["models"][name] = measure_model(name, sizes)
+    return report
+
+
+def measure_model(name: str, sizes: Sizes) -> dict:
+    """{"weights", "parameters", "formats": {format: figures}} of one model."""
+    config, params, weights = _model(name)
+    needed = max(sizes.demos, sizes.vectors) + sizes.query
+    if needed > config.window:
+        raise UserError(f"{name} would read {needed} tokens, its window is {config.window}: choose smaller sizes.")
+    batch = _batch(config, sizes)
+    rows = np.random.default_rng(BATCH_SEED + 1).integers(0, config.vocab_size, sizes.vectors)
+    vectors = jnp.asarray(params["embed"]["tokens"][rows])  # a distiller's start: rows of the vocabulary
+    figures, wanted = {}, None
+    for kind in FORMATS:
+        logits, gradient = _outputs(config, name, _held(params, kind), vectors, batch)
+        wanted = wanted or (logits, gradient)
+        figures[kind] = {
+            "bytes": costs.weight_bytes(config, {"bfloat16": 2}.get(kind, 4), kind == "int8"),
+            "logit_error": float(np.linalg.norm(logits - wanted[0]) / np.linalg.norm(wanted[0])),
+            "gradient_error": float(np.linalg.norm(gradient - wanted[1]) / np.linalg.norm(wanted[1])),
+            "gradient_cosine": _cosine(gradient, wanted[1]),
+        }
+    return {"weights": weights, "parameters": costs.weight_bytes(config, 1), "formats": figures}
+
+
+def text(report: dict) -> str:
+    """The report for a terminal, a table in Markdown."""
+    sizes, machine = report["sizes"], report["machine"]
+    lines = [
+        "{rows} x ({demos} + {query}) tokens, {vectors} vectors; errors are relative norms, all against float32".format(
+            **sizes
+        ),
+        f"{machine['cpu']}, {machine['cores']} cores, jax {machine['versions']['jax']}, {machine['date']}",
+        "",
+        "| model | weights | parameters | held as | MB | logits, error | gradient of L_distill, error | its cosine |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, model in report["models"].items():
+        for kind, of in model["formats"].items():
+            cells = [name, model["weights"], f"{model['parameters'] / 1e6:.1f} M", kind, f"{of['bytes'] / 1e6:.1f}"]
+            cells += [f"{of['logit_error']:.2%}", f"{of['gradient_error']:.2%}", f"{of['gradient_cosine']:.6f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _model(name: str) -> tuple[Config, dict, str]:
+    """(its config, float32 params (NumPy), "its own" or "random")."""
+    if name in KNOWN:
+        config = from_hf_config(KNOWN[name])
+        return config, random_params(config, LLM_SEED), "random"
+    if not Path(name).is_dir():
+        raise UserError(f"{name} is neither a known model ({', '.join(KNOWN)}) nor a folder with a config.json.")
+    config = from_hf_config(name)
+    if has_weights(name):
+        return config, read_params(name, config), "its own"
+    return config, random_params(config, LLM_SEED), "random"
+
+
+def _held(params: dict, kind: str) -> dict:
+    """The params as `kind` holds them, ready for arithmetic in float32."""
+    if kind == "int8":
+        return quantize_params(params)
+    return jax.tree.map(lambda a: jnp.asarray(a.astype(kind), jnp.float32), params)
+
+
+def _batch(config: Config, sizes: Sizes) -> Batch:
+    random, full = np.random.default_rng(BATCH_SEED), np.ones(sizes.rows, np.int32)
+    demos, query = (
+        random.integers(0, config.vocab_size, (sizes.rows, n), np.int32) for n in (sizes.demos, sizes.query)
+    )
+    parts = (full * sizes.query, full * (sizes.query - sizes.target), sizes.query - sizes.target, sizes.target)
+    return Batch(demos, full * sizes.demos, Query(query, *parts), None)
+
+
+def _outputs(config: Config, name: str, params: dict, vectors, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D))."""
+    kind = EncoderDecoderLLM if isinstance(config, EncoderDecoderConfig) else LLM
+    llm = kind(config, params, None, name, "float32")
+    settings = ConfigDict({"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK}})
+    loss_fn = make_loss_fn(settings, llm, SoftPrompt({"vectors": vectors}))
+
+    @jax.jit
+    def outputs(vectors, params, batch):
+        gradient, _ = jax.grad(loss_fn, has_aux=True)({"vectors": vectors}, params, batch)
+        one = jax.tree.map(lambda a: a[:1], batch)
+        prefix = Prefix(llm.embed(params, one.demos), one.demos_length)
+        return llm.logits(params, llm.states(params, prefix, one.query)), gradient["vectors"]
+
+    return tuple(np.asarray(array, np.float64) for array in outputs(vectors, params, batch))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))

@@ -1,0 +1,110 @@
+"""Weights in 8 bits: every kernel and token table as int8, with one float32 scale per output channel (weights only).
+
+Axes: V vocabulary, D width; of a kernel (..., in, out).
+
+Beside `.../kernel`, int8 in its usual place and shape, lies `.../kernel_scale` (..., out); beside `embed/tokens` and
+`embed/head` (V,D), one scale per row, `embed/tokens_scale` and `embed/head_scale` (V,). So a rule on parameter paths that
+fits a kernel fits it in 8 bits too, and a `*_scale` has the axes of its array without the one that is summed over. Norms,
+biases, positions and T5's biases by distance, under one hundredth of a model, stay as they are.
+
+A scale is that of its output alone: x @ (int8 * scale) = (x @ int8) * scale. So the product is taken with the integers,
+which every float dtype here holds exactly, one layer at a time inside the scan over the layers, and its result is
+scaled: no full-precision kernel is kept, or rounded. The gradient of x flows the same way back.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+SCALE = "_scale"
+SUMMED = {"kernel": -2, "tokens": -1, "head": -1}  # what is held in 8 bits, and the axis that a product sums over
+LARGEST = 127
+
+
+class Dense(nn.Module):
+    """Flax's Dense, whose kernel may also be int8 with `kernel_scale` beside it."""
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32  # of the arithmetic
+    std: float = 0.02  # of the kernel's first values
+
+    @nn.compact
+    def __call__(self, x):
+        """(...,in) -> (...,features)."""
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        contracted = (((x.ndim - 1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
+        if self.has_variable("params", "kernel" + SCALE):
+            y = (y * self.get_variable("params", "kernel" + SCALE)).astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Table(NamedTuple):
+    """A token table, or a head, in 8 bits."""
+
+    values: jax.Array  # (V,D) int8
+    scale: jax.Array  # (V,) float32
+
+
+def table(embed: dict, name: str) -> jax.Array | Table:
+    """`embed[name]` (V,D), "tokens" or "head", as it is held: what the functions below take."""
+    return Table(embed[name], embed[name + SCALE]) if name + SCALE in embed else embed[name]
+
+
+def rows(table: jax.Array | Table, ids, dtype):
+    """(V,D) at ids (...) -> (...,D); `dtype` is what those of 8 bits are given in, others keep theirs."""
+    if isinstance(table, Table):
+        return (table.values[ids] * table.scale[ids][..., None]).astype(dtype)
+    return table[ids]
+
+
+def logits(table: jax.Array | Table, states):
+    """(...,D) -> (...,V) float32: the products of states with the table's rows."""
+    if isinstance(table, Table):
+        return _product("...d,vd->...v", states, table.values.astype(states.dtype)) * table.scale
+    return _product("...d,vd->...v", states, table)
+
+
+def states_gradient(table: jax.Array | Table, logit_grad, dtype):
+    """(C,V) -> (C,D) float32: the gradient of the states whose `logits` have this one; products of `dtype`'s numbers."""
+    if isinstance(table, Table):
+        return _product("cv,vd->cd", (logit_grad * table.scale).astype(dtype), table.values.astype(dtype))
+    return _product("cv,vd->cd", logit_grad.astype(table.dtype), table)
+
+
+def quantize(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 and float32 scales such that int8 * scale is near `array`; `axis` is summed over and has no scale of its own.
+
+    The largest number of a channel is 127 or -127 (symmetric, rounded to nearest); numbers that are not finite make a
+    scale that is not.
+    """
+    array = np.asarray(array, np.float32)
+    scale = np.abs(array).max(axis) / np.float32(LARGEST)
+    with np.errstate(invalid="ignore"):
+        values = np.rint(array / np.expand_dims(np.where(scale == 0, np.float32(1), scale), axis)).astype(np.int8)
+    return values, scale
+
+
+def quantize_params(params: dict) -> dict:
+    """A model's whole tree in 8 bits. (What is read from files is quantised as it is read: weights.py.)"""
+    tree: dict[str, Any] = {}
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            tree[name] = quantize_params(leaf)
+        elif name in SUMMED:
+            values, scale = quantize(np.asarray(leaf), SUMMED[name])
+            tree |= {name: jnp.asarray(values), name + SCALE: jnp.asarray(scale)}
+        else:
+            tree[name] = leaf
+    return tree
+
+
+def _product(form: str, a, b):
+    return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
