@@ -18,6 +18,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from mend_jax.models.int8 import SCALE
+
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 PARAMS = "params.txt"
@@ -203,8 +205,9 @@ def parameter_summary(trainable, frozen):
 
 
 def count(tree):
-    """Number of elements of all leaves."""
-    return sum(x.size for x in jax.tree.leaves(tree))
+    """Number of parameters of all leaves; scales of weights in 8 bits are none."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(x.size for path, x in leaves if not jax.tree_util.keystr(path, simple=True).endswith(SCALE))
 
 
 def _duration(seconds):

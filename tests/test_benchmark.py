@@ -1,5 +1,6 @@
 """The formulas of cost against products counted in the jaxpr; each workload of the benchmark at a tiny size."""
 
+import dataclasses
 import importlib.util
 import json
 from functools import partial
@@ -185,10 +186,36 @@ def test_inference_command(folder, capsys):
     assert "cached: " in capsys.readouterr().out
 
 
+def test_quantization_command(folder, capsys):
+    out, sizes = folder / "weights.json", ["--demos=20", "--query=9", "--target=3", "--vectors=4"]
+    assert command("quantization", f"--llm={folder}", *sizes, f"--out={out}") == 0
+    (model,) = json.loads(out.read_text())["models"].values()
+    full, half, int8 = (model["formats"][name] for name in ("float32", "bfloat16", "int8"))
+    assert full["gradient_error"] == full["logit_error"] == 0 and full["gradient_cosine"] == pytest.approx(1)
+    assert 0.2 * full["bytes"] < int8["bytes"] < half["bytes"] == full["bytes"] / 2
+    assert 0 < half["logit_error"] < int8["logit_error"] < 0.1
+    assert 0.99 < int8["gradient_cosine"] < half["gradient_cosine"] < 1
+    text = capsys.readouterr().out
+    assert "random" in text and f"{int8['gradient_cosine']:.6f}" in text
+
+
+def test_step_command_in_8_bits(folder, capsys):
+    arguments = ["step", f"--llm={folder}", f"--distiller={folder}", *TINY, "--weights=int8"]
+    assert command(*arguments) == 2
+    assert "--no_pytorch" in capsys.readouterr().err
+    assert command(*arguments, "--no_pytorch", f"--out={folder / 'step.json'}") == 0
+    assert "int8 weights" in capsys.readouterr().out
+    held, full = (StepSide(dataclasses.replace(SETTINGS, weights=name)) for name in ("int8", "full"))
+    assert held.llm.params["layers"]["up"]["kernel"].dtype == jnp.int8 and held.flops == full.flops
+
+
 @pytest.mark.parametrize(
     "arguments, part",
     [
         (["step", "--llm=gpt3"], "neither a known size"),
+        (["quantization", "--llm=gpt3"], "neither a known model"),
+        (["quantization", "--demos=1000"], "window"),
+        (["quantization", "--weights=int4"], "--weights must be one of full, int8"),
         (["step", "--demos=1000"], "window"),
         (["inference", "--demos=980"], "window"),
         (["step", "--query=4"], "--target=4"),
