@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     data.cache = "~/.cache/mend_jax"  # prepared tokens are kept here, keyed by tokenizer and source
     data.template = "space"  # between input, output and examples: "space" or "newline" (Table 7)
     data.k = 16  # demonstrations per context
+    data.queries = 1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)
     data.beta = 0.8  # pretraining: share of a text that is distilled; the rest is continued
     data.max_text_tokens = 1024  # pretraining: a text is cut here
     data.max_demo_tokens = 900  # a context's budget; examples that do not fit are left out

@@ -1,6 +1,6 @@
 """The frozen LLM behind one interface: whatever stands before a query, the LLM reads it as embeddings.
 
-Axes: B batch, P prefix, Q query tokens, T any sequence, D width, V vocabulary.
+Axes: B batch, R queries after each prefix, P prefix, Q query tokens, T any sequence, D width, V vocabulary.
 """
 
 import dataclasses
@@ -56,8 +56,18 @@ class LLM:
         return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def states(self, params, prefix: Prefix, query: Query):
-        """The hidden states *at* the query's tokens, after the prefix: (B,Q,D). Rows beyond a length are garbage."""
-        return continue_after(self.model, params, prefix, self.embed(params, query.tokens))
+        """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D). Rows beyond a length are garbage.
+
+        R queries, one after another, stand behind each of the B prefixes, which is read once for them.
+        """
+        tokens, contexts = query.tokens, len(prefix.length)
+        if len(tokens) == contexts:
+            return continue_after(self.model, params, prefix, self.embed(params, tokens))
+        at = jnp.broadcast_to(jnp.arange(tokens.size // contexts), (contexts, tokens.size // contexts))
+        segment, position = jnp.divmod(at, tokens.shape[1])
+        cache = Cache(*self._keys_and_values(params, prefix), prefix.length)
+        states = self.cached_states(params, cache, tokens.reshape(at.shape), position, 1 + segment)
+        return states.reshape(*tokens.shape, -1)
 
     def head(self, params):
         """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
@@ -69,11 +79,14 @@ class LLM:
 
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
         """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
-        keys, values = self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
+        keys, values = self._keys_and_values(params, prefix)
         return Cache(keys[:, 0], values[:, 0], prefix.length[0])
 
+    def _keys_and_values(self, params, prefix: Prefix):
+        return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
+
     def cached_states(self, params, cache: Cache, tokens, positions, segments):
-        """States (B,T,D) of rows that all stand after the cached prefix.
+        """States (B,T,D) of rows that all stand after the cached prefix, or each after its own.
 
         Args:
             tokens: (B,T) int32.
@@ -81,14 +94,14 @@ class LLM:
             segments: (B,T) int32: 0 is seen by every later token, j > 0 only by tokens of j, -1 is padding.
                 So an input (0) is read once, and every answer option (1, 2, ...) sees it and itself.
         """
-        P, T = cache.keys.shape[1], tokens.shape[1]
+        P, T, length = cache.columns, tokens.shape[1], cache.length[..., None]
         within = jnp.tril(jnp.ones((T, T), bool))[None] & (
             (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         )
-        before = jnp.broadcast_to(jnp.arange(P) < cache.length, (*tokens.shape, P))
+        before = jnp.broadcast_to(jnp.arange(P) < length[..., None], (*tokens.shape, P))
         mask = jnp.concatenate([before, within], -1)
         embeds = self.embed(params, tokens)
-        return self.model.apply({"params": params}, embeds, cache.length + positions, cache, mask)
+        return self.model.apply({"params": params}, embeds, length + positions, cache, mask)
 
 
 def load_llm(

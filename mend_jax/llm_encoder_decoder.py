@@ -65,7 +65,12 @@ class EncoderDecoderLLM:
         return Query(tokens, query.length - query.target_start, jnp.zeros_like(query.target_start))
 
     def states(self, params, prefix: Prefix, query: Query):
-        """The decoder's states (B,Y,D): state j *predicts* token j of `said(query)`. Rows beyond a length are garbage."""
+        """The decoder's states (B*R,Y,D): state j *predicts* token j of `said(query)`. Rows beyond a length are garbage.
+
+        R queries, one after another, stand behind each of the B prefixes; the encoder reads it anew with every x.
+        """
+        queries = len(query.tokens) // len(prefix.length)
+        prefix = jax.tree.map(lambda a: jnp.repeat(a, queries, 0), prefix)
         x = query.tokens[:, : query.input_columns]
         encoded, length = self._encode(params, prefix, x, query.target_start)
         said = self.said(query).tokens

@@ -69,13 +69,13 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
     )
 
     def loss_fn(params, llm_params, batch):
-        query = batch.query
+        query = _one_after_another(batch.query)
         if lm:
             prefix, llm_params = no_prefix(len(query.tokens), llm.config.width), params
         else:
             prefix = model.apply(params, batch.demos, batch.demos_length)
         student = llm.states(llm_params, prefix, query)
-        teacher = _teacher_states(llm, llm_params, batch) if weights.kd else None
+        teacher = _teacher_states(llm, llm_params, batch, query) if weights.kd else None
         said, head = llm.said(query), llm.head(llm_params)
         return query_losses(student, teacher, head, said, weights, config.loss.chunk, lm, mesh, shift)
 
@@ -181,13 +181,20 @@ def _check_query(llm, x, y, prefix_length: int) -> None:
         )
 
 
-def _teacher_states(llm, llm_params, batch):
+def _one_after_another(query: Query) -> Query:
+    """The queries of all rows: (B,Q) as they are, (B,R,Q) as (B*R,Q)."""
+    if query.tokens.ndim == 2:
+        return query
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), query)
+
+
+def _teacher_states(llm, llm_params, batch, query):
     """The LLM's states at the query after the demonstrations themselves; nothing flows back from here."""
     demos, length = batch.demos, batch.demos_length
     if batch.teacher_demos is not None:  # release_truncation: the teacher sees more of them
         demos, length = batch.teacher_demos, batch.teacher_demos_length
     prefix = Prefix(llm.embed(llm_params, demos), length)
-    return jax.lax.stop_gradient(llm.states(llm_params, prefix, batch.query))
+    return jax.lax.stop_gradient(llm.states(llm_params, prefix, query))
 
 
 def _accumulated(loss_fn, parts: int, params, llm_params, batch):

@@ -205,7 +205,7 @@ class _Run:
         ids, demos_length, query_length = self.batches.plan(step)
         tokens, columns = (
             int(demos_length.sum() + query_length.sum()),
-            batch.demos.shape[1] + batch.query.tokens.shape[1],
+            batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:]),
         )
         facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
         return self.layout.split(batch.replace(ids=None)), facts, ids

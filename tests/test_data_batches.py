@@ -101,7 +101,7 @@ def test_finetuning_rows_are_examples_of_one_task(world, tokenizer):
     for step in range(8):
         batch = made[step]
         for row in range(4):
-            task, chosen, query, budget = made.draws.draw(int(batch.ids[row]))
+            task, chosen, (query,), budget = made.draws.draw(int(batch.ids[row]))
             name = "abc"[task]
             tasks.add(name)
             assert query not in chosen and len(set(chosen)) == len(chosen) == 4

@@ -1,6 +1,6 @@
 """Batches of fixed shape, as a function of (seed, step): what the train step reads.
 
-Axes: B rows of this process, N demonstration tokens, Q query tokens.
+Axes: B rows of this process, N demonstration tokens, R queries of a row (data.queries), Q query tokens.
 Rows of `bucket_window` batches are drawn together and sorted by length, so that a batch pads little.
 """
 
@@ -23,7 +23,10 @@ LAST_STEP = 2**40
 
 @struct.dataclass
 class Batch:
-    """Rows of one step, right-padded with 0; numpy arrays on the host. In stage "lm" demos has no columns."""
+    """Rows of one step, right-padded with 0; numpy arrays on the host. In stage "lm" demos has no columns.
+
+    Where a row has several queries (R > 1), those of `query` are (B,R,Q) and (B,R).
+    """
 
     demos: np.ndarray  # (B,N) int32
     demos_length: np.ndarray  # (B,) int32
@@ -60,10 +63,9 @@ class Batches:
         demo_size = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
         query_size = sampling.bucket(int(query_length.max()), self.draws.query_buckets)
         mine = rows[self.mine]
-        demos, queries, starts, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
-        tokens, length = pad(queries, query_size)
+        demos, queries, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
         demos, demos_length = pad(demos, demo_size)
-        query = Query(tokens, length, np.asarray(starts, np.int32), *self._columns(rows))
+        query = Query(*pad_queries(queries, query_size), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
             teacher, teacher_length = pad(teachers, self.draws.teacher_size)
@@ -78,7 +80,7 @@ class Batches:
         return self.draws.input_columns, sampling.bucket(longest, self.draws.query_buckets)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The global batch of a step: its rows' numbers and their context and query lengths, (batch_size,) each."""
+        """The global batch of a step: its rows' numbers, their context lengths, (batch_size,), and queries', (batch_size, R)."""
         window, place = divmod(int(step), self.window)
         with self.lock:  # many threads ask for the same window at once
             if window not in self.plans:
@@ -96,8 +98,8 @@ class Batches:
         if self.window > 1:
             rng = sampling.row_rng(self.seed, 5, window)
             sizes = self.draws.demo_buckets, self.draws.query_buckets
-            order = sampling.window_plan(lengths[:, 0], lengths[:, 1], *sizes, self.window, rng)
-        return first + order, lengths[order, 0], lengths[order, 1]
+            order = sampling.window_plan(lengths[:, 0], lengths[:, 1:].max(1), *sizes, self.window, rng)
+        return first + order, lengths[order, 0], lengths[order, 1:]
 
     def iterator(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from a step on, made ahead by threads; the time `next` takes is the time waited for data."""
@@ -111,7 +113,7 @@ class Batches:
         """Share of the tokens of a step's global batch that is padding, 0 to 1."""
         _, demos_length, query_length = self.plan(step)
         sizes = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
-        sizes += sampling.bucket(int(query_length.max()), self.draws.query_buckets)
+        sizes += sampling.bucket(int(query_length.max()), self.draws.query_buckets) * query_length.shape[1]
         return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
 
     def describe(self, row: int) -> str:
@@ -126,6 +128,15 @@ def pad(rows, size: int) -> tuple[np.ndarray, np.ndarray]:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out, lengths
+
+
+def pad_queries(rows, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's queries, (tokens, target_start), as tokens, lengths and starts: (B,Q) and (B,), or (B,R,Q) and (B,R)."""
+    tokens, length = pad([query for row in rows for query, _ in row], size)
+    arrays = tokens, length, np.asarray([start for row in rows for _, start in row], np.int32)
+    if len(rows[0]) == 1:
+        return arrays
+    return tuple(array.reshape(len(rows), len(rows[0]), *array.shape[1:]) for array in arrays)
 
 
 def make_batches(config, tokenizer, split: str = "train", window: int = 1024, distiller_window: int | None = None,

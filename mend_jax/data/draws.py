@@ -1,7 +1,7 @@
 """What each row of training data is: a pure function of (seed, row number), one class per stage.
 
-Each has `lengths(row) -> (context tokens, query tokens)`, cheap, for planning; `tokens(row) -> (demos, query,
-target_start, teacher_demos or None)`; `describe(row)`, where it came from; and the padded sizes
+Each has `lengths(row) -> (context tokens, tokens of each query)`, cheap, for planning; `tokens(row) -> (demos, queries,
+teacher_demos or None)`, a query being (tokens, target_start); `describe(row)`, where it came from; and the padded sizes
 `demo_buckets`, `query_buckets`; and for LLMs that read x and y apart `input_columns`,
 the longest x, and `target_length(row)`.
 """
@@ -67,21 +67,24 @@ class TextDraws:
     def tokens(self, row: int):
         demos, query = self.lengths(row)
         ids = self.store[self.document(row)]
-        return ids[:demos], ids[demos : demos + query], 0, None
+        return ids[:demos], [(ids[demos : demos + query], 0)], None
 
     def describe(self, row: int) -> str:
         return f"text {self.document(row)} of {self.config.text}"
 
 
 class TaskDraws:
-    """Finetuning: K demonstrations and a query of one task, drawn uniformly at random (paper, section 3.3)."""
+    """Finetuning: K demonstrations and a query of one task, drawn uniformly at random (paper, section 3.3).
+
+    With data.queries > 1, more queries of the same task stand behind the same demonstrations.
+    """
 
     def __init__(self, config, stores: list[TaskStore], windows):
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
         self.vectors, self.input_columns = config.prefix.length, config.data.max_input_tokens
         self.contexts = config.prefix.kind != "soft_prompt" or bool(config.loss.kd)  # else nobody reads them
         self.draw = functools.lru_cache(KEPT)(self.draw)
-        check_enough_examples(stores, self.config.k + 1)
+        check_enough_examples(stores, self.config.k, self.config.queries)
         limit = min(max(self.config.query_buckets), windows[0] - self.vectors)
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
         self.queries = [np.flatnonzero(lengths <= limit) for lengths in self.cut]  # an output is never cut
@@ -98,51 +101,64 @@ class TaskDraws:
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
 
     def draw(self, row: int):
-        """(task number, demonstrations' numbers, query's number, budget) of a row."""
+        """(task number, demonstrations' numbers, queries' numbers, budget) of a row."""
         rng = sampling.row_rng(self.seed, 1, row)
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
             query = int(rng.choice(self.queries[task]))
             chosen = sampling.sample_demos(rng, len(self.stores[task]) - 1, self.config.k)
             chosen = chosen + (chosen >= query)  # any example but the query
-            cut = self.cut[task]
+            cut, queries = self.cut[task], self._with_others(row, task, chosen, query)
+            longest = int(cut[queries].max())
             budget = sampling.demo_budget(
-                self.config.max_demo_tokens, self.windows[0], int(cut[query]), self.windows[1], self.vectors
+                self.config.max_demo_tokens, self.windows[0], longest, self.windows[1], self.vectors
             )
             if self.config.release_truncation or not self.contexts:
-                return task, chosen, query, budget
+                return task, chosen, queries, budget
             if fitting := sampling.fit_demos(cut[chosen], budget):
-                return task, chosen[:fitting], query, budget
+                return task, chosen[:fitting], queries, budget
         raise UserError(
             f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} "
             "tokens: raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
         )
 
-    def lengths(self, row: int) -> tuple[int, int]:
-        task, chosen, query, budget = self.draw(row)
+    def _with_others(self, row: int, task: int, chosen, query: int) -> np.ndarray:
+        """The query and data.queries - 1 others of its task, none a demonstration, none twice while there are enough."""
+        count = self.config.queries - 1
+        if not count:  # the draws of one query stay what they are
+            return np.asarray([query])
+        left = np.setdiff1d(self.queries[task], [*chosen, query])
+        left = left if len(left) else np.asarray([query])  # all others are too long
+        others = sampling.row_rng(self.seed, 6, row).choice(left, count, replace=len(left) < count)
+        return np.asarray([query, *others])
+
+    def lengths(self, row: int) -> tuple[int, ...]:
+        task, chosen, queries, budget = self.draw(row)
         context = int(self.cut[task][chosen].sum()) if self.contexts else 0
         if self.config.release_truncation:
             context = min(context, budget, sampling.RELEASE_DISTILLER_TOKENS)
-        return context, int(self.cut[task][query])
+        return context, *map(int, self.cut[task][queries])
 
     def target_length(self, row: int) -> int:
-        task, _, query, _ = self.draw(row)
-        return int(self.stores[task].lengths[query, 1])
+        task, _, queries, _ = self.draw(row)
+        return int(self.stores[task].lengths[queries, 1].max())
 
     def tokens(self, row: int):
-        task, chosen, query, budget = self.draw(row)
+        task, chosen, queries, budget = self.draw(row)
         store, limit = self.stores[task], self.config.max_input_tokens
-        x, y = store.example(query, limit)
-        tokens = np.concatenate([x, y]).astype(np.int32)
+        asked = [store.example(query, limit) for query in queries]
+        asked = [(np.concatenate([x, y]).astype(np.int32), len(x)) for x, y in asked]
         demos = sampling.join_demos([store.example(i, limit) for i in chosen] if self.contexts else [])
         if not self.config.release_truncation:
-            return demos, tokens, len(x), None
-        demos, teacher = sampling.release_truncation(demos, budget, self.windows[0] - len(tokens))
-        return demos, tokens, len(x), teacher
+            return demos, asked, None
+        longest = max(len(query) for query, _ in asked)
+        demos, teacher = sampling.release_truncation(demos, budget, self.windows[0] - longest)
+        return demos, asked, teacher
 
     def describe(self, row: int) -> str:
-        task, chosen, query, _ = self.draw(row)
-        return f"task {self.stores[task].task}: query {query}, demonstrations {chosen.tolist()} (examples from 0)"
+        task, chosen, queries, _ = self.draw(row)
+        asked = ", ".join(map(str, queries))
+        return f"task {self.stores[task].task}: query {asked}, demonstrations {chosen.tolist()} (examples from 0)"
 
 
 class SequenceDraws:
@@ -159,7 +175,7 @@ class SequenceDraws:
         self.demo_buckets, self.query_buckets = (0,), (self.size,)
         self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
         self.draw = functools.lru_cache(KEPT)(self.draw)
-        check_enough_examples(stores, self.config.k + 1)
+        check_enough_examples(stores, self.config.k)
 
     def text_number(self, row: int) -> int | None:
         """Which plain text this row is, counted from the first; None for an in-context sequence."""
@@ -191,10 +207,10 @@ class SequenceDraws:
     def tokens(self, row: int):
         number = self.text_number(row)
         if number is not None:
-            return np.zeros(0, np.int32), self.text(row, number), 0, None
+            return np.zeros(0, np.int32), [(self.text(row, number), 0)], None
         task, chosen = self.draw(row)
         examples = [self.stores[task].example(i, self.config.max_input_tokens) for i in chosen]
-        return np.zeros(0, np.int32), sampling.join_demos(examples), 0, None
+        return np.zeros(0, np.int32), [(sampling.join_demos(examples), 0)], None
 
     def text(self, row: int, number: int) -> np.ndarray:
         """A piece of one long document, or several short ones with the end-of-text token between them: (T,) int32."""
@@ -227,13 +243,14 @@ def document_order(documents: range, seed: int, shuffle: bool):
     return (order.seed(seed).shuffle() if shuffle else order).repeat()
 
 
-def check_enough_examples(stores: list[TaskStore], needed: int) -> None:
-    """Raises UserError for the first task with fewer examples than K demonstrations and a query take."""
+def check_enough_examples(stores: list[TaskStore], k: int, queries: int = 1) -> None:
+    """Raises UserError for the first task with fewer examples than K demonstrations and a row's queries take."""
+    needed, asked = k + queries, "a query" if queries == 1 else f"config.data.queries = {queries}"
     for store in stores:
         if len(store) < needed:
             raise UserError(
-                f"Task {store.task!r} has {len(store)} examples, but config.data.k = {needed - 1} demonstrations and a "
-                f"query take {needed}: lower k or leave the task out."
+                f"Task {store.task!r} has {len(store)} examples, but config.data.k = {k} demonstrations and {asked} "
+                f"take {needed}: lower k or leave the task out."
             )
 
 

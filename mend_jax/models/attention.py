@@ -61,23 +61,26 @@ causal_attention.defvjp(_forward, _backward)
 
 
 def attention_after(q, cache, k, v, mask):
-    """Softmax attention to a prefix that all rows share, (keys, values) each (P,G,F), and to the rows themselves.
+    """Softmax attention to a prefix and to the rows themselves. (keys, values) of the prefix are each (P,G,F), shared by
+    all rows, or (B,P,G,F).
 
     q (B,T,H,F), k, v (B,T,G,F), mask (B,T,P+T) -> (B,T,H,F); scores and softmax in float32.
-    The prefix is not copied per row: it is multiplied with all rows' queries at once.
+    A shared prefix is not copied per row: it is multiplied with all rows' queries at once.
     """
     keys, values = cache
-    P, (B, T, H, F), G = keys.shape[0], q.shape, k.shape[2]
+    P, (B, T, H, F), G = keys.shape[-3], q.shape, k.shape[2]
+    of_prefix = "phf" if keys.ndim == 3 else "bphf"
     R = H // G
     q = q * F**-0.5
     if R > 1:  # as above, in the tokens' order: (B,T*R,G,F)
         q = q.reshape(B, T, G, R, F).swapaxes(2, 3).reshape(B, T * R, G, F)
         mask = jnp.repeat(mask, R, axis=1)
-    before = jnp.einsum("bthf,phf->bhtp", q, keys, preferred_element_type=jnp.float32)
+    before = jnp.einsum(f"bthf,{of_prefix}->bhtp", q, keys, preferred_element_type=jnp.float32)
     within = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], jnp.concatenate([before, within], -1), jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores).astype(v.dtype)
-    out = jnp.einsum("bhtp,phf->bthf", shares[..., :P], values) + jnp.einsum("bhts,bshf->bthf", shares[..., P:], v)
+    out = jnp.einsum(f"bhtp,{of_prefix}->bthf", shares[..., :P], values)
+    out += jnp.einsum("bhts,bshf->bthf", shares[..., P:], v)
     return out if R == 1 else out.reshape(B, T, R, G, F).swapaxes(2, 3).reshape(B, T, H, F)
 
 

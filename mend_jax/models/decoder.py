@@ -25,15 +25,15 @@ ACTIVATIONS = {"gelu_tanh": partial(nn.gelu, approximate=True), "relu": nn.relu,
 
 
 class Cache(NamedTuple):
-    """Keys and values of one prefix, shared by every row that is read after it."""
+    """Keys and values of one prefix, shared by every row that is read after it; or of a prefix for each row."""
 
-    keys: jax.Array  # (layers, P, G, F)
-    values: jax.Array  # (layers, P, G, F)
-    length: jax.Array  # () int32: rows beyond are padding
+    keys: jax.Array  # (layers, P, G, F), or (layers, B, P, G, F)
+    values: jax.Array  # as keys
+    length: jax.Array  # () or (B,) int32: rows beyond are padding
 
     @property
     def columns(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[-3]
 
 
 class Block(nn.Module):
