@@ -48,6 +48,9 @@ def evaluate(config, workdir) -> dict:
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
     llm_hash, found = results.tree_hash(llm.params), {}
     stores = [results.Store(workdir, method.name, made_of(config, method, llm_hash)) for method in methods]
+    if distributed.is_first():
+        items = sum(len(task.items) for task in tasks)
+        tqdm.write(f"Evaluating {', '.join(method.name for method in methods)}: {items:,} items each.", file=sys.stderr)
     _evaluate_share(config, llm, methods, tasks, stores)
     with _progress(len(methods) * sum(len(task.items) for task in tasks)) as bar:
         for method, store in zip(methods, stores, strict=True):
@@ -66,6 +69,8 @@ def evaluate(config, workdir) -> dict:
     }
     if distributed.is_first():
         print(results.write_results(workdir, summary))
+        more = f"What the columns mean, and every task's scores: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}."
+        tqdm.write(more, file=sys.stderr)
     return summary
 
 

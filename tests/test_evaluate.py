@@ -148,7 +148,8 @@ def test_the_files_that_are_left(config, models, tmp_path, capsys):
     assert [scores["methods"][m]["cost"]["prefix_length"] for m in ("zero_shot", "prompt", "mend")] == [0, 3, 5]
     assert scores["methods"]["icl"]["cost"]["prefix_length"] > 20
     table = (tmp_path / "table.md").read_text()
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert said.startswith("Evaluating ") and str(tmp_path) in said
     assert table.startswith(printed.strip())
     for text in ("| mend", "±", "Macro-F1", "prefix length", "| colour", "| choice"):
         assert text in table
