@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     llm.dtype = "float32"  # of the frozen weights and of the LLM's arithmetic: "float32" or "bfloat16"
     llm.weights = "full"  # "full": the frozen weights in llm.dtype; "int8": 8 bits with a scale per output channel, arithmetic in llm.dtype
     llm.attention = "xla"  # "xla" everywhere; "cudnn" (flash attention) on NVIDIA GPUs with dtype "bfloat16"
-    llm.layers = 0  # stage "lm": start from the first layers of llm.path alone, as DistilGPT-2 from GPT-2; 0 is all of them
+    llm.layers = 0  # stage "lm": start from the first layers of llm.path alone, as DistilGPT-2 from GPT-2, or from it with new layers on top; 0 is all it has
     llm.remat = False  # recompute each layer's activations in the backward pass: less memory, a third more time
 
     c.prefix = prefix = ConfigDict()

@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mend_jax import checkpoint, distributed, meaning, parallel, reporting
@@ -39,7 +40,7 @@ from mend_jax.data.tokenize import check_backbone, check_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.models.folders import has_weights, local_folder, save_model
+from mend_jax.models.folders import has_weights, init_params, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 from mend_jax.task_scoring import dev_score, dev_tasks
@@ -278,17 +279,29 @@ def load(config):
         llm = load_llm(c.path, "float32", c.attention, c.remat)
     else:
         llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat)
-    return dataclasses.replace(first_layers(llm, c.layers), dtype=c.dtype)
+    return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
 
 
-def first_layers(llm, layers: int):
-    """The LLM without the layers after the first `layers`; 0 keeps all. Raises UserError where it has fewer."""
-    if layers > llm.config.layers:
-        raise UserError(f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers: ask for fewer.")
+def with_layers(llm, layers: int, seed: int):
+    """The LLM with its first `layers` layers alone, or with new ones on top of them all; 0 keeps it as it is.
+
+    A new layer adds nothing at first (the last product of its attention and of its MLP is 0), so that a grown LLM
+    begins where the small one ended. Raises UserError where layers have their norm last: there no layer adds nothing.
+    """
+    more = layers - llm.config.layers
     if not layers:
         return llm
-    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
+    if more > 0 and not llm.config.norm_first:
+        raise UserError(
+            f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers, and only models whose norms come "
+            "first can be given more: ask for fewer."
+        )
     config = dataclasses.replace(llm.config, layers=layers)
+    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
+    if more > 0:
+        new = init_params(dataclasses.replace(config, layers=more), seed)["layers"]
+        new |= {name: jax.tree.map(jnp.zeros_like, new[name]) for name in ("out", "down")}
+        stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, new)
     return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 

@@ -167,7 +167,7 @@ def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
 
 
 def lm_settings(config, folder) -> Config:
-    """The settings of the LLM that a run of stage "lm" trains, which may have the first layers of `folder`'s alone."""
+    """The settings of the LLM that a run of stage "lm" trains, which may have fewer or more layers than `folder`'s."""
     settings = from_hf_config(folder)
     return dataclasses.replace(settings, layers=config["llm"].get("layers") or settings.layers)
 

@@ -19,7 +19,7 @@ from mend_jax.data.small_world import LABELS, SEEDS, World, resolve, write_small
 from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 
-TINY = World(train_tasks=3, test_tasks=3, train_documents=6, validation_documents=2)
+TINY = World(train_tasks=3, test_tasks=3, four_tasks=2, train_documents=6, validation_documents=2)
 CONFIGS = ("llm", "backbone", "quick", "full", "pretrain", "finetune")
 
 
@@ -41,8 +41,8 @@ def rows(world, task, name):
     return [json.loads(line) for line in (world.tasks / "data" / task / f"{task}_{name}.jsonl").open()]
 
 
-def partition(world):
-    return json.loads((world.tasks / "partitions.json").read_text())["small_world"]
+def partition(world, name="small_world"):
+    return json.loads((world.tasks / "partitions.json").read_text())[name]
 
 
 def texts(path):
@@ -82,11 +82,16 @@ def test_text_is_c4s_format(world):
 
 
 def test_tasks_are_metaicls_format(world):
-    tasks = partition(world)
-    assert len(tasks["train"]) == 1_200 and len(tasks["test"]) == 24
-    assert sorted(path.name for path in (world.tasks / "data").iterdir()) == sorted(tasks["train"] + tasks["test"])
+    tasks, four = partition(world), partition(world, "small_world_four")
+    assert len(tasks["train"]) == 6_000 and len(tasks["test"]) == 24
+    assert four["train"] == tasks["train"] and len(four["test"]) == 12
+    assert partition(world, "small_world_first") == {"train": tasks["train"][:1_200], "test": tasks["test"]}
+    every = tasks["train"] + tasks["test"] + four["test"]
+    assert sorted(path.name for path in (world.tasks / "data").iterdir()) == sorted(every)
     kinds = json.loads((world.tasks / "tasks.json").read_text())
-    for task in tasks["train"] + tasks["test"]:
+    classes = [{len(kinds[task]["options"]) for task in part} for part in (tasks["train"], tasks["test"], four["test"])]
+    assert classes == [{2, 3, 4}, {2, 3}, {4}]
+    for task in every[::20] + tasks["test"] + four["test"]:
         assert kinds[task]["task_type"] == "classification"
         names = {path.name for path in (world.tasks / "data" / task).iterdir()}
         if task in tasks["train"]:
@@ -101,7 +106,7 @@ def test_tasks_are_metaicls_format(world):
 
 def test_demonstrations_show_every_label_and_no_test_input(world):
     drawn = set()
-    for task in partition(world)["test"]:
+    for task in partition(world)["test"] + partition(world, "small_world_four")["test"]:
         test = rows(world, task, "16_13_test")
         count = collections.Counter(row["output"] for row in test)
         assert len(set(count.values())) == 1 and set(count) == set(test[0]["options"]), "guessing is worth 1 / classes"
@@ -110,7 +115,7 @@ def test_demonstrations_show_every_label_and_no_test_input(world):
             demos, dev = rows(world, task, f"16_{seed}_train"), rows(world, task, f"16_{seed}_dev")
             assert len(demos) == 16 and len(dev) == 32 and len(test) == 60
             shown = collections.Counter(row["output"] for row in demos)
-            assert set(shown) == set(test[0]["options"]) and min(shown.values()) >= 2
+            assert set(shown) == set(test[0]["options"]) and min(shown.values()) >= 4
             inputs = [row["input"] for row in demos + dev + test]
             assert len(set(inputs)) == len(inputs)
             drawn.add(demos[0]["input"])
@@ -220,8 +225,8 @@ def test_packaged_models_read_this_world(name, world):
 
     packaged, fresh = small_world.PACKAGED_MODELS / name, world.llm
     config = from_hf_config(packaged)
-    assert dataclasses.replace(config, layers=3) == from_hf_config(fresh)  # the backbone has fewer
-    assert config.layers == {"llm": 3, "backbone": 2}[name]
+    assert dataclasses.replace(config, layers=3) == from_hf_config(fresh)  # the LLM has more
+    assert config.layers == {"llm": 4, "backbone": 3}[name]
     written = to_hf_config(config)
     ours = json.loads((fresh / "config.json").read_text()) | {"n_layer": config.layers}
     assert {name: ours[name] for name in ours if name in written} == {
@@ -253,11 +258,10 @@ def test_configs_resolve_to_files(name, tmp_path, monkeypatch):
     assert list(Path(resolved.data.text).glob("c4-train*.json.gz"))
     assert (Path(resolved.prefix.backbone) / "config.json").is_file()
     assert (Path(resolved.llm.path) / "config.json").is_file()
-    if name == "llm":  # the maker of the packaged LLM starts without weights, the backbone's with the LLM's
+    if name == "backbone":  # its maker starts without weights, the LLM's with the backbone's
         assert not (Path(resolved.llm.path) / "model.safetensors").exists()
-        assert Path(resolved.llm.path).name == name
     else:
-        assert Path(resolved.llm.path) == small_world.PACKAGED_MODELS / "llm"
+        assert Path(resolved.llm.path) == small_world.PACKAGED_MODELS / ("backbone" if name == "llm" else "llm")
     assert resolve(resolved).to_dict() == resolved.to_dict()
 
 

@@ -8,7 +8,9 @@ The language has topics, each a handful of invented words. *Text*: documents who
 people each keep to one topic for the length of the document. *Tasks*: 2-4 topics and as many colours; an input is a few
 words of one topic, the output is the colour that this task gave it. Colours are dealt anew for every task, so the answer
 is known from the demonstrations alone; meta-test tasks use topics of which no meta-training task has a word, but the
-text speaks of all of them.
+text speaks of all of them. The partitions: the meta-test tasks of "small_world" have two or three colours, those of
+"small_world_four" four, which is more than a few vectors carry; "small_world_first" has the first few of the
+meta-training tasks.
 
 Configs name the special value "small_world" instead of a path; `resolve` writes the world when needed and puts paths there.
 """
@@ -33,6 +35,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from mend_jax.errors import UserError
 
 NAME = "small_world"  # the special value in configs, and the partition's name
+FOUR = "small_world_four"  # the partition whose meta-test tasks have four classes
+FIRST = "small_world_first"  # the partition with the first of the meta-training tasks
 SEEDS = (13, 21, 42, 87, 100)  # MetaICL's
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 LABELS = [
@@ -46,7 +50,7 @@ PEOPLE = [
 # The unknown word comes first; the end of text last, where GPT-2 has it.
 FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
 END_OF_TEXT = "<eos>"
-MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the LLM; the backbone is cut from it
+MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the distiller's backbone, from which the LLM grows
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
@@ -59,12 +63,16 @@ class World:
     test_topics: int = 24
     topic_words: int = 5
     input_words: tuple[int, int] = (3, 4)  # of one topic, none twice: fewest and most
-    classes: tuple[int, ...] = (2, 3, 4)  # per task, in turn
-    train_tasks: int = 1_200
+    classes: tuple[int, ...] = (2, 3, 4)  # of the meta-training tasks, in turn
+    test_classes: tuple[int, ...] = (2, 3)  # of the meta-test tasks, in turn
+    train_tasks: int = 6_000
+    first_tasks: int = 1_200  # of them, in a partition of their own: configs/small_world.py says what for
     train_examples: int = 64
+    train_examples_per_class: int = 2  # at least
     test_tasks: int = 24
+    four_tasks: int = 12  # meta-test tasks of four classes
     demonstrations: int = 16
-    demonstrations_per_class: int = 2  # at least
+    demonstrations_per_class: int = 4  # at least
     dev_examples: int = 32
     test_examples: int = 60
     train_documents: int = 40_000
@@ -247,33 +255,40 @@ def _write_text(folder: Path, world: World) -> None:
 
 def _write_tasks(folder: Path, world: World) -> None:
     folder.mkdir(parents=True)
-    partition: dict[str, list[str]] = {"train": [], "test": []}
+    tasks: dict[str, list[str]] = {"train": [], "test": [], "four": []}
     descriptions = {}
     for split, task, meaning, files in _tasks(world):
-        partition[split].append(task)
+        tasks[split].append(task)
         descriptions[task] = {"task_type": "classification", "options": sorted(meaning)}
         (folder / "data" / task).mkdir(parents=True)
         for name, rows in files.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / "data" / task / f"{task}_{name}.jsonl").write_text(lines)
-    (folder / "partitions.json").write_text(json.dumps({NAME: partition}, indent=1) + "\n")
+    partitions = {
+        NAME: {"train": tasks["train"], "test": tasks["test"]},
+        FOUR: {"train": tasks["train"], "test": tasks["four"]},
+        FIRST: {"train": tasks["train"][: world.first_tasks], "test": tasks["test"]},
+    }
+    (folder / "partitions.json").write_text(json.dumps(partitions, indent=1) + "\n")
     (folder / "tasks.json").write_text(json.dumps(descriptions, indent=1) + "\n")
 
 
 def _tasks(world: World) -> Iterator[tuple[str, str, dict[str, list[str]], dict[str, list[dict]]]]:
     """Every task as (split, name, meaning, {k_seed_split: rows}); no two tasks mean the same."""
     all_topics = topics(world)
+    trained, unseen = all_topics[: world.train_topics], all_topics[world.train_topics :]
     meanings = set()
-    for split, some_topics, count in (
-        ("train", all_topics[: world.train_topics], world.train_tasks),
-        ("test", all_topics[world.train_topics :], world.test_tasks),
+    for split, some_topics, classes, count in (
+        ("train", trained, world.classes, world.train_tasks),
+        ("test", unseen, world.test_classes, world.test_tasks),
+        ("four", unseen, (4,), world.four_tasks),
     ):
         for i in range(count):
             task = f"small-{split}-{i:03d}"
             rng = random.Random(f"{world.seed} {task}")
             meaning = None
             while meaning is None or _key(meaning) in meanings:
-                meaning = draw_task(rng, world, some_topics, world.classes[i % len(world.classes)])
+                meaning = draw_task(rng, world, some_topics, classes[i % len(classes)])
             meanings.add(_key(meaning))
             files = _train_files if split == "train" else _test_files
             yield split, task, meaning, files(rng, world, task, meaning)
@@ -284,7 +299,7 @@ def _key(meaning: dict[str, list[str]]) -> tuple:
 
 
 def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
-    labels = _labels(rng, meaning, world.train_examples, at_least=world.demonstrations_per_class)
+    labels = _labels(rng, meaning, world.train_examples, at_least=world.train_examples_per_class)
     return {"16384_100_train": draw_examples(rng, world, task, meaning, labels, set())}
 
 
