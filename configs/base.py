@@ -71,11 +71,16 @@ def get_config() -> ConfigDict:
     train.steps = 30_000
     train.batch_size = 8  # sequences a step, over all devices and accumulation steps together
     train.accumulate = 1  # gradient accumulation: the batch is computed in so many parts
-    train.parallel = "pmap"  # "pmap": data parallel; "mesh": jit over named shardings
+    train.parallel = "pmap"  # "pmap": data parallel; "mesh": weights split too, as the section `mesh` says
     train.log_every = 10  # steps between lines in metrics.jsonl
     train.eval_every = 2_000  # steps between evaluations on the validation data
     train.save_every = 500  # steps between checkpoints; the newest two and the best are kept
     train.patience = 5  # evaluations without a better score before training stops
+
+    c.mesh = mesh = ConfigDict()  # with train.parallel="mesh": devices along each axis, their product is all; -1 is the rest
+    mesh.data = 1  # splits the batch; the weights are whole on each
+    mesh.fsdp = -1  # splits the batch and every weight, which is gathered when it is needed
+    mesh.tensor = 1  # splits the products by heads: for fast links, such as those within one machine
 
     c.evaluate = evaluate = ConfigDict()
     evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed

@@ -67,8 +67,9 @@ class Checkpoints:
         return _best(self.scores, self.maximize)
 
     def save(self, step, params, opt_state, meta, score=None):
-        """Begins to save host (numpy) trees, the same on all processes, which all write a part; returns before they are on disk.
+        """Begins to save trees of which all processes write a part; returns before they are on disk.
 
+        The trees are numpy, the same on all processes, or arrays split over the devices of all, which nobody will change.
         `meta` is JSON; `score` that of the evaluation at this step.
         """
         self.wait()
@@ -92,7 +93,10 @@ class Checkpoints:
             future.result()
 
     def restore(self, params, opt_state):
-        """(step, params, opt_state, meta) of the newest whole checkpoint as numpy, or None. The arguments give the shapes."""
+        """(step, params, opt_state, meta) of the newest whole checkpoint, or None.
+
+        The arguments give the shapes; where these have a sharding, each process reads its parts alone, else all as numpy.
+        """
         if not self.steps:
             return None
         folder = self.folder / str(self.steps[-1])
@@ -299,10 +303,16 @@ def _best(scores, maximize):
 
 
 def _read_tree(folder, template):
-    types = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), template)
+    types = jax.tree.map(_restore_type, template)
     alone = ocp.options.MultiprocessingOptions(None, {jax.process_index()})  # a process reads without the others
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
         return reader.restore(folder, args=ocp.args.PyTreeRestore(item=template, restore_args=types))
+
+
+def _restore_type(wanted):
+    if getattr(wanted, "sharding", None) is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted.dtype)
+    return ocp.ArrayRestoreArgs(sharding=wanted.sharding, global_shape=wanted.shape, dtype=wanted.dtype)
 
 
 def _template(shapes):
@@ -361,7 +371,8 @@ def _spread(tree):
     mesh = Mesh(np.array([firsts[i] for i in range(count)]), ("process",))
 
     def part(x):
-        x = np.asarray(x)
+        if isinstance(x, jax.Array):
+            return x
         axis = next((i for i, size in enumerate(x.shape) if size % count == 0), None)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "process")
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])

@@ -22,7 +22,8 @@ START = "prefix.start_from"
 # What may change when a run goes on: where and how fast it computes, what it prints, what the experiment does later.
 FREE_FIELDS = (
     "train.log_every", "train.save_every", "train.parallel", "train.accumulate", "data.cache", "data.processes",
-    "data.prefetch", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "experiment.",
+    "data.prefetch", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "mesh.",
+    "experiment.",
 )  # fmt: skip
 
 

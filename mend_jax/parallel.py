@@ -1,57 +1,87 @@
 """How the one train step is compiled over devices: "pmap" (data parallel) or "mesh" (jit over named shardings).
 
 Both take the same host batch of this process's rows and give the update of the whole global batch. In "pmap" the state
-and the batch carry a leading axis of local devices, and the LLM is whole on each. In "mesh" the batch is sharded by rows and large
-weights of the frozen LLM by one of their axes, so that an LLM too large for one device fits; XLA gathers a layer when it
-is needed.
+and the batch carry a leading axis of local devices, and the LLM is whole on each. In "mesh" the rows of the batch and the
+weights of both models are split over the axes of config.mesh (sharding.py), so that a model too large for one device fits.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import jax_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mend_jax import sharding
 from mend_jax.errors import UserError
 
-AXIS = "data"  # the devices, over which the batch is split
+AXIS = "data"  # of pmap: the devices, over which the batch is split
 MODES = ("pmap", "mesh")
-SHARD_FROM = 1 << 20  # elements: smaller weights of the LLM stay whole on every device
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where trees live, and how functions of them are compiled. Made by `make_layout`."""
 
-    replicate: Callable  # host tree -> the same on every device (train state)
+    init: Callable  # (f, tree) -> f(tree), a train state, on the devices
+    place_state: Callable  # host or device tree -> devices (train state)
     place_frozen: Callable  # tree -> devices (LLM params); may share memory with it
     split: Callable  # host batch of this process -> its rows over the devices
-    fetch: Callable  # a replicated tree -> numpy, freshly copied
-    compile_step: Callable  # train_step(state, llm_params, batch) -> the same, compiled; the state is donated
+    fetch: Callable  # a tree that is the same everywhere -> numpy, freshly copied; of one process: any tree
+    kept: Callable  # train state -> a copy that the next step leaves alone, as `Checkpoints.save` takes it
+    scored: Callable  # trainable params on the devices -> as an evaluation takes them
+    shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
+    compile_step: Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
     compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
+    share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
     axis: str | None  # name for `jax.lax.pmean` inside the step; None where XLA sees the global batch
     mesh: Mesh | None  # of "mesh"
 
 
-def make_layout(mode: str) -> Layout:
-    """The layout over all devices of all processes; `mode` is `train.parallel`. Raises UserError for another mode."""
+def make_layout(mode: str, mesh: Any = None) -> Layout:
+    """The layout over all devices of all processes.
+
+    Args:
+        mode: `config.train.parallel`. Raises UserError for another.
+        mesh: `config.mesh`, the sizes of the axes, for mode "mesh". Raises UserError where they do not fit the devices.
+    """
     if mode == "pmap":
         return _pmap_layout()
     if mode == "mesh":
-        return _mesh_layout()
+        return _mesh_layout(sharding.make_mesh(mesh))
     raise UserError(f'train.parallel is "{mode}": it must be one of {", ".join(MODES)}.')
 
 
-def check_batch_size(batch_size: int, accumulate: int) -> None:
-    """Raises UserError where a global batch does not divide over the devices and the accumulation steps."""
-    devices = jax.device_count()
-    if batch_size < 1 or accumulate < 1 or batch_size % (devices * accumulate):
+def check_batch_size(config: Any) -> None:
+    """Raises UserError where a global batch does not divide over the devices that split it and the accumulation steps."""
+    size, accumulate, parts = config.train.batch_size, config.train.accumulate, jax.device_count()
+    over = f"{parts} device{'s' * (parts > 1)}"
+    if config.train.parallel == "mesh":
+        sizes = sharding.mesh_sizes(config.mesh, parts)
+        parts = math.prod(sizes[name] for name in sharding.ROWS)
+        over = " x ".join(f"mesh.{name}={sizes[name]}" for name in sharding.ROWS)
+    if size < 1 or accumulate < 1 or size % (parts * accumulate):
         raise UserError(
-            f"train.batch_size={batch_size} does not divide over {devices} device{'s' * (devices > 1)} x "
-            f"train.accumulate={accumulate}: use a multiple of {devices * max(accumulate, 1)}."
+            f"train.batch_size={size} does not divide over {over} x train.accumulate={accumulate}: use a multiple of"
+            f" {parts * max(accumulate, 1)}."
         )
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether every number is, in a tree on the host or on the devices of all processes, who then all must ask."""
+    leaves = jax.tree.leaves(tree)
+    if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+        return all(np.isfinite(leaf).all() for leaf in leaves)
+    return bool(_all_finite(leaves))
+
+
+@jax.jit
+def _all_finite(leaves):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _pmap_layout() -> Layout:
@@ -62,7 +92,7 @@ def _pmap_layout() -> Layout:
     def place_frozen(tree):  # without an axis of devices: the first device keeps the arrays it has
         return jax.device_put(tree, everywhere)
 
-    def replicate(tree):
+    def place_state(tree):
         return jax_utils.replicate(tree, devices)
 
     def split(batch):
@@ -72,53 +102,86 @@ def _pmap_layout() -> Layout:
     def fetch(tree):
         return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
 
-    def compile_step(step):
+    def compile_step(step, state):
+        del state
         return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))
 
     def compile_loss(function):
         return jax.pmap(lambda *args: jax.lax.pmean(function(*args), AXIS), axis_name=AXIS, in_axes=(0, None, 0))
 
-    return Layout(replicate, place_frozen, split, fetch, compile_step, compile_loss, AXIS, None)
+    return Layout(
+        init=lambda function, tree: place_state(function(tree)),
+        place_state=place_state,
+        place_frozen=place_frozen,
+        split=split,
+        fetch=fetch,
+        kept=fetch,
+        scored=fetch,
+        shaped=lambda shapes: shapes,
+        compile_step=compile_step,
+        compile_loss=compile_loss,
+        share=(jax.process_index(), jax.process_count()),
+        axis=AXIS,
+        mesh=None,
+    )
 
 
-def _mesh_layout() -> Layout:
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+def _mesh_layout(mesh: Mesh) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(AXIS))
+    rows = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
 
-    def replicate(tree):
-        return jax.tree.map(lambda x: _put(np.array(x), everywhere), tree)
+    def init(function, tree):
+        return jax.jit(function, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(tree)
 
-    def place_frozen(tree):
-        return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, _frozen_spec(x.shape))), tree)
+    def place(tree):
+        return jax.tree.map(_put, tree, sharding.shardings(tree, mesh))
 
     def split(batch):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
 
-    def fetch(tree):
-        return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
+    def shaped(shapes):
+        placed = sharding.shardings(shapes, mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
-    def compile_step(step):
-        return jax.jit(step, donate_argnums=(0,), out_shardings=(everywhere, everywhere))
+    def compile_step(step, state):
+        return jax.jit(step, donate_argnums=(0,), out_shardings=(sharding.shardings(state, mesh), everywhere))
 
-    def compile_loss(function):
-        return jax.jit(function, out_shardings=everywhere)
+    return Layout(
+        init=init,
+        place_state=place,
+        place_frozen=place,
+        split=split,
+        fetch=lambda tree: jax.tree.map(np.array, tree),
+        kept=jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)),
+        scored=lambda params: params,
+        shaped=shaped,
+        compile_step=compile_step,
+        compile_loss=lambda function: jax.jit(function, out_shardings=everywhere),
+        share=_share(rows),
+        axis=None,
+        mesh=mesh,
+    )
 
-    return Layout(replicate, place_frozen, split, fetch, compile_step, compile_loss, None, mesh)
 
-
-def _put(array, sharding):
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
+def _put(array, placed):
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(placed, array.ndim):
+        return array
+    if placed.is_fully_addressable:
+        return jax.device_put(array, placed)
     array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
 
 
-def _frozen_spec(shape):
-    """A large weight is split along its last axis that divides; the first axis of a stack of layers is scanned over."""
-    devices = jax.device_count()
-    if devices > 1 and int(np.prod(shape)) >= SHARD_FROM:
-        for axis in range(len(shape) - 1, 0 if len(shape) > 1 else -1, -1):
-            if shape[axis] % devices == 0:
-                return PartitionSpec(*[None] * axis, AXIS)
-    return PartitionSpec()
+def _share(rows: NamedSharding) -> tuple[int, int]:
+    """(i, n): which part of n of every batch this process reads. Those that share the rows' weights read the same part."""
+    parts = {process: set() for process in range(jax.process_count())}
+    count = math.prod(rows.mesh.shape[name] for name in sharding.ROWS)
+    for device, (part,) in rows.devices_indices_map((count,)).items():
+        parts[device.process_index].add(part.start or 0)
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    if sum(map(len, distinct)) != count:
+        tensor, local = rows.mesh.shape[sharding.TENSOR], jax.local_device_count()
+        raise UserError(
+            f"mesh.tensor={tensor} and the {local} devices of a process do not divide each other: use a divisor or a multiple."
+        )
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)

@@ -19,6 +19,7 @@ from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
 from mend_jax.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
 from mend_jax.query import Query
+from mend_jax.sharding import ROWS
 
 
 @struct.dataclass
@@ -100,7 +101,7 @@ def query_losses(student, teacher, head, said, weights: Weights, chunk: int, hea
 
     if mesh is not None:  # tokens are sorted and counted per device: nothing crosses devices but the sums
         local = jax.shard_map(
-            local, mesh=mesh, in_specs=(P("data"), P("data"), P(), P("data")), out_specs=P("data"), check_vma=False
+            local, mesh=mesh, in_specs=(P(ROWS), P(ROWS), P(), P(ROWS)), out_specs=P(ROWS), check_vma=False
         )
     loss, metrics = local(student, teacher, head, said)
     return loss.mean(), jax.tree.map(jnp.mean, metrics)

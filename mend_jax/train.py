@@ -25,6 +25,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def train(config, workdir) -> int:
     Raises:
         UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
     """
-    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
+    parallel.check_batch_size(config)
     workdir = Path(workdir).expanduser().absolute()
     try:
         with _alone_in(workdir):
@@ -130,24 +131,23 @@ class _Run:
 
     def __init__(self, config, workdir, checkpoints, score):
         self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
-        self.layout = parallel.make_layout(config.train.parallel)
+        self.layout = parallel.make_layout(config.train.parallel, config.mesh)
         self.llm = load(config)
         self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps)
         check_tokenizers(config, self.llm, self.model)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
-        step = make_train_step(config, self.loss_fn, optimizer, self.layout.axis)
-        self.compiled_step = self.layout.compile_step(step)
         params = self.llm.params if self.model is None else self.model.params
         frozen = {} if self.model is None else self.llm.params
-        self.start, state, meta = self._restore(params, optimizer)
-        self.state = self.layout.replicate(state)
+        self.start, self.state, meta = self._restore(params, optimizer)
+        step = make_train_step(config, self.loss_fn, optimizer, self.layout.axis)
+        self.compiled_step = self.layout.compile_step(step, self.state)
         self.frozen = self.layout.place_frozen(frozen)
         self.window = reporting.Window(meta.get("window", ()))
         self.pending = collections.deque()
         self._write_start(params, frozen)
         self.evaluate = evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
-        self.batches = batches(config, self.llm, self.model, "train")
+        self.batches = batches(config, self.llm, self.model, "train", self.layout)
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 
     def go(self):
@@ -176,14 +176,15 @@ class _Run:
                     return STOPPED
 
     def _restore(self, params, optimizer):
-        """(step, host or device TrainState, meta) to begin with."""
-        shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+        """(step, TrainState on the devices, meta) to begin with."""
+        start = partial(init_state, optimizer=optimizer)
+        shapes = self.layout.shaped(jax.eval_shape(start, params))
         found = self.checkpoints.restore(shapes.params, shapes.opt_state)
         if found is None:
-            return 0, init_state(params, optimizer), {}
+            return 0, self.layout.init(start, params), {}
         step, params, opt_state, meta = found
         reporting.say(f"Going on from step {step} in {self.workdir}.")
-        return step, TrainState(np.int32(step), params, opt_state), meta
+        return step, self.layout.place_state(TrainState(np.int32(step), params, opt_state)), meta
 
     def _write_start(self, params, frozen):
         device = jax.devices()[0]
@@ -244,8 +245,8 @@ class _Run:
         ids = self.pending[-1][-1]
         while self.pending:
             self._absorb()
-        state = self.layout.fetch(self.state)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        state = self.layout.kept(self.state)
+        if not parallel.is_finite(state.params):
             self._stop_not_finite("a parameter overflowed", step, ids)
         began, score = time.monotonic(), None
         if evaluates:
@@ -331,7 +332,7 @@ def check_tokenizers(config, llm, model):
         check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
 
 
-def batches(config, llm, model, split):
+def batches(config, llm, model, split, layout):
     """This process's rows of the batches of a split ("train" or "validation")."""
     distiller_window = model.config.window if isinstance(model, Distiller) else None
     return make_batches(
@@ -340,8 +341,7 @@ def batches(config, llm, model, split):
         split,
         llm.window,
         distiller_window,
-        jax.process_index(),
-        jax.process_count(),
+        *layout.share,
         targets_apart=llm.start_token is not None,
     )
 
@@ -350,9 +350,9 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
     """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now."""
     if config.stage == "finetune":
         tasks = dev_tasks(config, llm, model)
-        return lambda params: {"dev_score": dev_score(config, llm, model, layout.fetch(params), tasks)}
+        return lambda params: {"dev_score": dev_score(config, llm, model, layout.scored(params), tasks)}
     loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
-    held_out = batches(config, llm, model, "validation")
+    held_out = batches(config, llm, model, "validation", layout)
     parts = [held_out[i] for i in range(held_out.steps)]
 
     def validation_loss(params):

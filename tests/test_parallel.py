@@ -1,5 +1,7 @@
 """pmap and mesh give, on 8 devices, the update that one device computes for the same global batch."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -28,24 +30,34 @@ def run(tmp_path_factory):
     return c, llm, model, batch, expected
 
 
-def one_step(run, mode, accumulate, optimizer):
+def layout_of(data=1, fsdp=1, tensor=1):
+    return parallel.make_layout("mesh", {"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+LAYOUTS = {
+    "pmap": lambda: parallel.make_layout("pmap"),
+    "fsdp": lambda: layout_of(fsdp=-1),
+    "all axes": lambda: layout_of(2, 2, 2),
+}
+
+
+def one_step(run, layout, accumulate=1):
     c, llm, model, batch, _ = run
-    c = c.copy_and_resolve_references()
+    c, optimizer = c.copy_and_resolve_references(), optax.sgd(1.0)
     c.train.accumulate = accumulate
-    layout = parallel.make_layout(mode)
     step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.axis)
-    state = layout.replicate(init_state(model.params, optimizer))
+    state = layout.init(partial(init_state, optimizer=optimizer), model.params)
     frozen = layout.place_frozen(llm.params)
-    state, metrics = layout.compile_step(step)(state, frozen, layout.split(batch))
-    return layout.fetch(state), layout.fetch(metrics), frozen
+    state, metrics = layout.compile_step(step, state)(state, frozen, layout.split(batch))
+    return layout.fetch(state), layout.fetch(metrics)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("mode", parallel.MODES)
-def test_update_is_that_of_one_device(mode, accumulate, run):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_update_is_that_of_one_device(name, accumulate, run):
     """With plain gradient descent and a rate of 1 the update is the gradient itself."""
     assert jax.device_count() == 8
-    state, metrics, _ = one_step(run, mode, accumulate, optax.sgd(1.0))
+    state, metrics = one_step(run, LAYOUTS[name](), accumulate)
     expected, expected_metrics = run[-1]
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
@@ -58,37 +70,25 @@ def test_update_is_that_of_one_device(mode, accumulate, run):
     assert state.step == 1
 
 
-def test_large_frozen_weights_are_split_over_the_mesh(run, monkeypatch):
-    """And the update stays the same."""
-    monkeypatch.setattr(parallel, "SHARD_FROM", 100)
-    state, _, frozen = one_step(run, "mesh", 1, optax.sgd(1.0))
-    split = [x for x in jax.tree.leaves(frozen) if not x.sharding.is_fully_replicated]
-    assert split
-    for weight in split:
-        assert weight.addressable_shards[0].data.size * 8 == weight.size
-    assert frozen["layers"]["up"]["kernel"].sharding.spec[0] is None  # the axis of the layers is scanned over
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, run[-1][0].params)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_is_donated_and_what_is_kept_is_a_copy(name, run):
+    batch, layout = run[3], LAYOUTS[name]()
+    state = layout.place_state({"vectors": np.ones((128, 128), np.float32)})
+    step = layout.compile_step(lambda state, frozen, batch: (jax.tree.map(lambda x: x + 1.0, state), 0.0), state)
+    before, fetched = layout.kept(state), layout.fetch(state)
+    state, _ = step(state, {}, layout.split(batch))
+    np.testing.assert_array_equal(before["vectors"], 1)
+    np.testing.assert_array_equal(fetched["vectors"], 1)
+    np.testing.assert_array_equal(layout.fetch(state)["vectors"], 2)
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
-def test_state_is_donated_and_what_is_fetched_is_a_copy(mode, run):
-    _, llm, model, batch, _ = run
-    layout = parallel.make_layout(mode)
-    step = layout.compile_step(lambda state, frozen, batch: (state + 1.0, frozen.sum()))
-    state = layout.replicate(np.ones((128, 128), np.float32))
-    before = layout.fetch(state)
-    state, _ = step(state, layout.place_frozen(np.ones((2, 2), np.float32)), layout.split(batch))
-    np.testing.assert_array_equal(before, 1)
-    np.testing.assert_array_equal(layout.fetch(state), 2)
-
-
-@pytest.mark.parametrize("mode", parallel.MODES)
-def test_validation_loss_is_the_mean_of_all_rows(mode, run):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_validation_loss_is_the_mean_of_all_rows(name, run):
     c, llm, model, batch, (_, metrics) = run
-    layout = parallel.make_layout(mode)
+    layout = LAYOUTS[name]()
     loss_fn = make_loss_fn(c, llm, model, layout.mesh)
     loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
-    value = loss(layout.replicate(model.params), layout.place_frozen(llm.params), layout.split(batch))
+    value = loss(layout.place_state(model.params), layout.place_frozen(llm.params), layout.split(batch))
     np.testing.assert_allclose(layout.fetch(value), metrics["loss"], rtol=1e-5)
 
 
@@ -96,10 +96,24 @@ def test_validation_loss_is_the_mean_of_all_rows(mode, run):
 def test_batch_that_does_not_divide_is_one_sentence(size, accumulate, multiple):
     message = f"train.batch_size={size} does not divide over 8 devices x train.accumulate={accumulate}: use a multiple of {multiple}."
     with pytest.raises(UserError, match=message):
-        parallel.check_batch_size(size, accumulate)
+        parallel.check_batch_size(settings(size, accumulate))
+
+
+def settings(size, accumulate=1, **mesh):
+    c = config("unused", **{"train.batch_size": size, "train.accumulate": accumulate})
+    c.train.parallel = "mesh" if mesh else "pmap"
+    c.mesh.update(mesh)
+    return c
+
+
+def test_batch_of_a_mesh_divides_over_its_rows():
+    parallel.check_batch_size(settings(4, data=2, fsdp=2, tensor=2))
+    message = "train.batch_size=4 does not divide over mesh.data=2 x mesh.fsdp=4 x train.accumulate=1: use a multiple of 8."
+    with pytest.raises(UserError, match=message):
+        parallel.check_batch_size(settings(4, data=2, fsdp=4))
 
 
 def test_batch_that_divides_and_unknown_mode():
-    parallel.check_batch_size(32, 4)
+    parallel.check_batch_size(settings(32, 4))
     with pytest.raises(UserError, match='train.parallel is "pmpa": it must be one of pmap, mesh'):
         parallel.make_layout("pmpa")

@@ -1,0 +1,113 @@
+"""Which part of each parameter lives on which device of a mesh: rules on the parameter's path, for every family.
+
+A mesh has three axes (config.mesh, configs/base.py):
+
+| axis | the batch | the weights |
+| --- | --- | --- |
+| data | rows are split | are whole on each |
+| fsdp | rows are split | are split; a layer is gathered when it is needed, and dropped (Zhao et al., 2023) |
+| tensor | is whole on each | are split by heads and by the MLP's inside, and so are the products (Shoeybi et al., 2019) |
+
+The optimizer's moments bear their parameter's path, and live where it lives.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mend_jax.errors import UserError
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+ROWS = (DATA, FSDP)  # the axes that split a batch
+WHOLE = ()
+
+# (end of the path, how its last axes are split); the first that fits counts. Axes before them, that of the layers,
+# which are scanned over, are never split.
+RULES = tuple(
+    (re.compile(rf"(^|/)({path})$"), spec)
+    for path, spec in (
+        (r"embed/(tokens|head|positions)", (None, (FSDP, TENSOR))),  # (V,D): few vocabularies have a divisor
+        (r"embed/(tokens|head)_scale", WHOLE),
+        (r"(q|k|v|qkv|up|gate)/kernel", (FSDP, TENSOR)),
+        (r"(q|k|v|qkv|up|gate)/(bias|kernel_scale)", (TENSOR,)),
+        (r"(out|down)/kernel", (TENSOR, FSDP)),  # sums over what tensor has split: one all-reduce behind it
+        (r"(out|down)/(bias|kernel_scale)", WHOLE),
+        (r"(norm1|norm2|cross_norm|final_norm|q_norm|k_norm)/(scale|bias)", WHOLE),
+        (r"distance_bias", WHOLE),
+        (r"(project_in|project_out|projection)/kernel", (FSDP, None)),
+        (r"(project_in|project_out)/kernel_scale", WHOLE),
+        (r"projection/bias", WHOLE),
+        (r"placeholders|vectors", WHOLE),
+        (r"step|count", WHOLE),  # of the train state
+    )
+)
+
+
+def mesh_sizes(wanted: Any, devices: int) -> dict[str, int]:
+    """{axis: devices along it}, the -1 of `wanted` (config.mesh) replaced by the rest of all `devices`.
+
+    Raises UserError where the sizes are not those of so many devices.
+    """
+    sizes = {axis: wanted[axis] for axis in AXES}
+    text = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"The mesh is {text}: each is a number of devices, and one of them may be -1, the rest.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if (devices % known if rest else devices != known) or known > devices:
+        raise UserError(
+            f"The mesh {text} does not fit {devices} device{'s' * (devices > 1)}: their product must be {devices}, and one"
+            " of them may be -1, the rest."
+        )
+    return sizes | dict.fromkeys(rest, devices // known)
+
+
+def make_mesh(wanted: Any) -> Mesh:
+    """The mesh of all devices of all processes that config.mesh describes."""
+    sizes = mesh_sizes(wanted, jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How the parameter at "a/b/c" is split.
+
+    Raises UserError where no rule fits the path, or where the mesh does not divide the parameter.
+    """
+    rule = next((spec for pattern, spec in RULES if pattern.search(path)), None)
+    if rule is None:
+        raise UserError(
+            f"No rule says how the parameter {path} {shape} lives on a mesh: add one to mend_jax/sharding.py, or use"
+            " train.parallel=pmap."
+        )
+    spec = (None,) * (len(shape) - len(rule)) + rule
+    for axis, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        if shape[axis] % math.prod(sizes[name] for name in names):
+            split = " x ".join(f"mesh.{name}={sizes[name]}" for name in names if sizes[name] > 1)
+            raise UserError(
+                f"{split} does not divide the {shape[axis]} numbers along axis {axis} of {path} {shape}: use a divisor,"
+                " and give the other devices to mesh.data."
+            )
+    return PartitionSpec(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree of `NamedSharding`s of a tree of parameters (arrays or their shapes), or of a train state."""
+
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def check_heads(config: Any, tensor: int, what: str) -> None:
+    """Raises UserError where mesh.tensor does not divide the heads of `what` (a model's config, models/config.py)."""
+    if config.heads % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide the {config.heads} heads of {what}: use a divisor, and give the other"
+            " devices to mesh.fsdp."
+        )
