@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mend_jax import checkpoint, distributed, meaning, parallel, reporting
+from mend_jax import checkpoint, distributed, meaning, parallel, reporting, sharding
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
@@ -135,6 +135,7 @@ class _Run:
         self.llm = load(config)
         self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps)
         check_tokenizers(config, self.llm, self.model)
+        check_mesh(config, self.llm, self.model, self.layout.mesh)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
         params = self.llm.params if self.model is None else self.model.params
@@ -330,6 +331,14 @@ def check_tokenizers(config, llm, model):
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
     if isinstance(model, Distiller):
         check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+
+
+def check_mesh(config, llm, model, mesh):
+    """Raises UserError where a mesh splits the heads of the LLM or of the distiller's backbone unevenly."""
+    if mesh is not None:
+        sharding.check_heads(llm.config, mesh.shape[sharding.TENSOR], config.llm.path)
+        if isinstance(model, Distiller):
+            sharding.check_heads(model.config, mesh.shape[sharding.TENSOR], config.prefix.backbone)
 
 
 def batches(config, llm, model, split, layout):

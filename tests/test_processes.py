@@ -123,10 +123,16 @@ def kept_alive(pids):
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
-@pytest.mark.parametrize(("mode", "first", "then"), [("pmap", 2, 4), ("mesh", 4, 2)])
-def test_killed_and_gone_on_with_another_number_ends_as_one_process(machine, alone, mode, first, then, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "first", "flags", "then"),
+    [
+        ("pmap", 2, [], 4),
+        ("mesh", 4, ["--config.mesh.tensor=2"], 2),  # then fsdp alone: the checkpoint is of another mesh
+    ],
+)
+def test_killed_and_gone_on_with_another_number_ends_as_one_process(machine, alone, mode, first, flags, then, tmp_path):
     flag = f"--config.train.parallel={mode}"
-    launcher, processes = machine.train_until_saved(first, tmp_path, flag)
+    launcher, processes = machine.train_until_saved(first, tmp_path, flag, *flags)
     assert len(processes) == first
     os.kill(processes[-1], signal.SIGKILL)
     machine.end(launcher, 128 + signal.SIGKILL)

@@ -34,13 +34,13 @@ def config(folder, **fields):
     return c
 
 
-def model_folder(folder, with_weights=True, words=VOCAB):
+def model_folder(folder, with_weights=True, words=VOCAB, heads=2):
     """A Hugging Face folder of a random model and a tokenizer; without weights stage "lm" begins with random ones."""
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import init_model, save_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "vocab_size": VOCAB}
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": heads, "n_positions": POSITIONS, "vocab_size": VOCAB}
     settings = {"model_type": "gpt2", "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
     (folder / "config.json").write_text(json.dumps(settings | sizes))
     write_tokenizer(folder, [f"w{i}" for i in range(words)])
