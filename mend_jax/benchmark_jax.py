@@ -131,17 +131,23 @@ class Side:
         return 2 * size**3 / min(times)
 
 
+def step_config() -> ConfigDict:
+    """What the train step reads of a config: finetuning with both losses, Table 5's optimizer."""
+    config = ConfigDict()
+    config.stage = "finetune"
+    config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK}
+    config.optimizer = {"learning_rate": LEARNING_RATE, "warmup_steps": 0, "weight_decay": 0.0}
+    config.optimizer.update({"b1": 0.9, "b2": 0.999, "clip": CLIP})
+    config.train = {"steps": STEPS, "accumulate": 1}
+    return config
+
+
 class StepSide(Side):
     """The train step of finetuning as `train.py` runs it: L_distill + L_pred, clipping, AdamW."""
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
-        config = ConfigDict()
-        config.stage = "finetune"
-        config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK}
-        config.optimizer = {"learning_rate": LEARNING_RATE, "warmup_steps": 0, "weight_decay": 0.0}
-        config.optimizer.update({"b1": 0.9, "b2": 0.999, "clip": CLIP})
-        config.train = {"steps": STEPS, "accumulate": 1}
+        config = step_config()
         distiller, optimizer = self.make_distiller(), make_optimizer(config)
         self.batch = step_batch(settings)
         step = make_train_step(config, make_loss_fn(config, self.llm, distiller), optimizer)

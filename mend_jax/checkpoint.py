@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from mend_jax.distributed import wait_for_all
 from mend_jax.errors import UserError
+from mend_jax.sharding import places
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -153,10 +154,10 @@ class _KeepBest:
         return [info.step == self.checkpoints.best_step for info in checkpoints]
 
 
-def load_best(workdir):
+def load_best(workdir, place=None):
     """(params, meta) of the best whole checkpoint of a training workdir, of the newest where none was evaluated.
 
-    params: nested dict of numpy arrays. A damaged checkpoint is named in a warning and the next best is used.
+    params: nested dict of numpy arrays, or with `place` of arrays that lie where it says (sharding.py). A damaged checkpoint is named in a warning and the next best is used.
     Raises UserError where the workdir holds no whole checkpoint.
     """
     folder = Path(workdir).absolute() / FOLDER
@@ -172,7 +173,7 @@ def load_best(workdir):
     maximize = candidates[max(candidates)]["maximize"]
     best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
     step = max(candidates) if best is None else best
-    return read_step(workdir, step), candidates[step]
+    return read_step(workdir, step, place), candidates[step]
 
 
 def has_checkpoint(workdir):
@@ -187,10 +188,15 @@ def whole_steps(workdir):
     return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
 
 
-def read_step(workdir, step):
-    """The params of one step, as a nested dict of numpy arrays."""
+def read_step(workdir, step, place=None):
+    """The params of one step, as a nested dict of numpy arrays, or with `place` as in `load_best`."""
     folder = Path(workdir).absolute() / FOLDER / str(step)
-    return _read_tree(folder / "params", _template(read_meta(folder)["shapes"]))
+    template = _template(read_meta(folder)["shapes"])
+    if place is not None:
+        template = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, places(template, place)
+        )
+    return _read_tree(folder / "params", template)
 
 
 def find_damage(folder):

@@ -83,6 +83,18 @@ def of_first(value: float) -> float:
     return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
 
 
+def to_host(array):
+    """A whole array as numpy, of parts that other processes hold too; then all processes must ask for it."""
+    import jax
+    import numpy as np
+
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def told_to_stop() -> bool:
     """After SIGTERM to any process: True on all of them in the same call, counted from the start. For several processes.
 

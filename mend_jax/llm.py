@@ -18,6 +18,7 @@ from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.folders import Model, init_model, load_model
 from mend_jax.prefix import Prefix, continue_after
 from mend_jax.query import Query
+from mend_jax.sharding import Place
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("xla", "cudnn")
@@ -105,7 +106,12 @@ class LLM:
 
 
 def load_llm(
-    path: str | Path, dtype: str = "float32", attention: str = "xla", remat: bool = False, weights: str = "full"
+    path: str | Path,
+    dtype: str = "float32",
+    attention: str = "xla",
+    remat: bool = False,
+    weights: str = "full",
+    place: Place | None = None,
 ) -> LLM | EncoderDecoderLLM:
     """The LLM of a Hugging Face folder or hub name.
 
@@ -117,18 +123,26 @@ def load_llm(
         remat: recompute each layer in the backward pass.
         weights: "full" (in `dtype`), or "int8": kernels and token tables in 8 bits with a scale per output channel
             (models/int8.py), a quarter of the bytes of float32; the arithmetic is still that of `dtype`.
+        place: where each parameter lives, for an LLM that is split over devices (sharding.py).
     Raises:
         UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype,
             attention or weights than these.
     """
     _check(dtype, attention, weights)
-    return _llm(load_model(path, dtype, weights == "int8"), dtype, attention, remat)
+    return _llm(load_model(path, dtype, weights == "int8", place), dtype, attention, remat)
 
 
-def init_llm(path: str | Path, seed: int, dtype: str = "float32", attention: str = "xla", remat: bool = False) -> LLM:
+def init_llm(
+    path: str | Path,
+    seed: int,
+    dtype: str = "float32",
+    attention: str = "xla",
+    remat: bool = False,
+    place: Place | None = None,
+) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
     _check(dtype, attention, "full")
-    return _llm(init_model(path, seed, dtype), dtype, attention, remat)
+    return _llm(init_model(path, seed, dtype, place), dtype, attention, remat)
 
 
 def _check(dtype: str, attention: str, weights: str) -> None:

@@ -88,16 +88,16 @@ def check_start(config) -> None:
             )
 
 
-def write_sources(workdir, config, start_params=None) -> None:
-    """Writes sources.json; `start_params` are those that the run began with, None where it goes on."""
+def write_sources(workdir, config, start_hash: str | None = None) -> None:
+    """Writes sources.json; `start_hash` is the `tree_hash` of what the run began with, None where it goes on."""
     fields, before = fields_of(config.to_dict()), read_sources(workdir)
     sources = {}
     for name in _paths_read(config):
         entry = sources[name] = {"folder": _absolute(fields[name])}
         if name in MODELS:
             entry["fingerprint"] = fingerprint(fields[name])
-        elif name == START and start_params is not None:
-            entry["fingerprint"] = tree_hash(start_params)
+        elif name == START and start_hash is not None:
+            entry["fingerprint"] = start_hash
         elif name == START and "fingerprint" in before.get(name, {}):
             entry["fingerprint"] = before[name]["fingerprint"]
     checkpoint.write_json(Path(workdir) / SOURCES, sources)

@@ -37,6 +37,7 @@ class Layout:
     shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
     compile_step: Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
     compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
+    place: sharding.Place | None  # where a parameter lives that is read or made on the devices; None: whole on the first
     share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
     axis: str | None  # name for `jax.lax.pmean` inside the step; None where XLA sees the global batch
     mesh: Mesh | None  # of "mesh"
@@ -120,6 +121,7 @@ def _pmap_layout() -> Layout:
         shaped=lambda shapes: shapes,
         compile_step=compile_step,
         compile_loss=compile_loss,
+        place=None,
         share=(jax.process_index(), jax.process_count()),
         axis=AXIS,
         mesh=None,
@@ -131,7 +133,7 @@ def _mesh_layout(mesh: Mesh) -> Layout:
     rows = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
 
     def init(function, tree):
-        return jax.jit(function, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(tree)
+        return jax.jit(function, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(place(tree))
 
     def place(tree):
         return jax.tree.map(_put, tree, sharding.shardings(tree, mesh))
@@ -143,8 +145,16 @@ def _mesh_layout(mesh: Mesh) -> Layout:
         placed = sharding.shardings(shapes, mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
+    def on_mesh(function):
+        def traced(*args):
+            with sharding.rows_on(mesh):
+                return function(*args)
+
+        return traced
+
     def compile_step(step, state):
-        return jax.jit(step, donate_argnums=(0,), out_shardings=(sharding.shardings(state, mesh), everywhere))
+        placed = (sharding.shardings(state, mesh), everywhere)
+        return jax.jit(on_mesh(step), donate_argnums=(0,), out_shardings=placed)
 
     return Layout(
         init=init,
@@ -156,7 +166,8 @@ def _mesh_layout(mesh: Mesh) -> Layout:
         scored=lambda params: params,
         shaped=shaped,
         compile_step=compile_step,
-        compile_loss=lambda function: jax.jit(function, out_shardings=everywhere),
+        compile_loss=lambda function: jax.jit(on_mesh(function), out_shardings=everywhere),
+        place=sharding.placer(mesh),
         share=_share(rows),
         axis=None,
         mesh=mesh,
@@ -168,6 +179,8 @@ def _put(array, placed):
         return array
     if placed.is_fully_addressable:
         return jax.device_put(array, placed)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=placed)(array)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
 

@@ -19,6 +19,7 @@ from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import headless_params, load_model
+from mend_jax.sharding import Place
 
 PROJECTIONS = ("tanh", "linear", "identity")
 
@@ -195,9 +196,12 @@ def _states_at(placeholders, settings: Settings, backbone, context: Prefix):
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # one for all distillers: each shape is compiled once
 
 
-def init_distiller(config, llm, seed: int) -> Distiller:
-    """A fresh distiller for `llm`, as the section `prefix` of a run's config says (configs/base.py)."""
-    backbone = load_model(config.backbone)
+def init_distiller(config, llm, seed: int, place: Place | None = None) -> Distiller:
+    """A fresh distiller for `llm`, as the section `prefix` of a run's config says (configs/base.py).
+
+    `place` as in `load_llm`; what is small is wherever it was made.
+    """
+    backbone = load_model(config.backbone, place=place)
     params = {
         "backbone": headless_params(backbone.config, backbone.params),
         "placeholders": _initial_rows(config, backbone.params["embed"], seed),
@@ -219,8 +223,9 @@ def init_distiller(config, llm, seed: int) -> Distiller:
     )
 
 
-def init_soft_prompt(config, llm, seed: int) -> SoftPrompt:
+def init_soft_prompt(config, llm, seed: int, place: Place | None = None) -> SoftPrompt:
     """A fresh soft prompt in the LLM's embedding space, started as `prefix.placeholder_init` says."""
+    del place  # it is small
     return SoftPrompt({"vectors": _initial_rows(config, llm.params["embed"], seed)})
 
 

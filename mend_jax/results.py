@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mend_jax import checkpoint
+from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.files import temporary_for
 from mend_jax.metrics import TITLES, percent
@@ -120,7 +121,7 @@ def tree_hash(params) -> str:
     """A hash of every parameter's name, shape, type and content."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
+        array = to_host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8))
     return digest.hexdigest()

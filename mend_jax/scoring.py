@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.prefix import Prefix, bucket
 
@@ -103,7 +104,7 @@ def cache_prefix(llm, prefix: Prefix, params=None):
         raise UserError(
             f"The prefix has width {width}, the LLM reads {llm.config.width}: take the LLM it was made for."
         )
-    length = int(prefix.length[0])
+    length = int(to_host(prefix.length)[0])
     if length > llm.window:
         raise UserError(
             f"The prefix has {length} positions, the LLM reads at most {llm.window}"
@@ -159,7 +160,7 @@ def score_rows(
 ) -> list[np.ndarray]:
     """`score_items` for rows that are laid out."""
     params = llm.params if params is None else params
-    _check_rows(llm, int(cache.length), rows)
+    _check_rows(llm, int(to_host(cache.length)), rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a batch while the host lays out the next and reads the last
     for batch, count, *columns in _batches(llm, cache, rows, batch_size):
@@ -215,7 +216,7 @@ def _start(llm, params, cache, rows, count, input_columns, columns, chunk):
 def _finish(waiting, scores, progress) -> None:
     """Waits for a pass and writes its rows' scores in place."""
     batch, rows, parts = waiting
-    log_probs = np.concatenate([np.asarray(values)[:count] for values, count in parts]).astype(np.float64)
+    log_probs = np.concatenate([to_host(values)[:count] for values, count in parts]).astype(np.float64)
     start = 0
     for i, row in zip(batch, rows, strict=True):
         values = log_probs[start : start + len(row.sources), : row.options.shape[1]]

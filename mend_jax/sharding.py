@@ -11,18 +11,23 @@ A mesh has three axes (config.mesh, configs/base.py):
 The optimizer's moments bear their parameter's path, and live where it lives.
 """
 
+import contextlib
+import contextvars
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mend_jax.errors import UserError
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+Place = Callable[[str, tuple[int, ...]], Sharding]  # a parameter's path "a/b/c" and shape -> where it lives
 ROWS = (DATA, FSDP)  # the axes that split a batch
 WHOLE = ()
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 # (end of the path, how its last axes are split); the first that fits counts. Axes before them, that of the layers,
 # which are scanned over, are never split.
@@ -94,14 +99,42 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> Partiti
     return PartitionSpec(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The tree of `NamedSharding`s of a tree of parameters (arrays or their shapes), or of a train state."""
+def placer(mesh: Mesh) -> Place:
+    """Where the rules put a parameter."""
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, dict(mesh.shape)))
+
+
+def places(tree: Any, place: Place) -> Any:
+    """The tree of shardings of a tree of parameters (arrays or their shapes), or of a train state."""
 
     def of(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, dict(mesh.shape)))
+        return place(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """`places` by the rules."""
+    return places(tree, placer(mesh))
+
+
+@contextlib.contextmanager
+def rows_on(mesh: Mesh):
+    """While a function is traced within: `by_rows` splits over this mesh."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """States (B,...) whose rows lie where the batch's do, and which are whole along all other axes; elsewhere `x`.
+
+    Without it the compiler may take the weights for what stays, and send the states of all rows around.
+    """
+    mesh = _mesh.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
 def check_heads(config: Any, tensor: int, what: str) -> None:

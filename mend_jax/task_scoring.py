@@ -14,6 +14,7 @@ import numpy as np
 
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
+from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.metrics import aggregate, task_scores
@@ -129,7 +130,7 @@ def evaluate_task(
             raise UserError(f"{where}: {error}") from error
         prefix_seconds += made - began
         seconds += time.perf_counter() - made
-        positions += int(cache.length)
+        positions += int(to_host(cache.length))
     lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
     cost = {
         "prefix_length": positions / len(groups),

@@ -43,6 +43,7 @@ from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, init_params, local_folder, save_model
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
+from mend_jax.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 from mend_jax.task_scoring import dev_score, dev_tasks
 from mend_jax.trained import lm_settings
@@ -132,8 +133,9 @@ class _Run:
     def __init__(self, config, workdir, checkpoints, score):
         self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
         self.layout = parallel.make_layout(config.train.parallel, config.mesh)
-        self.llm = load(config)
-        self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps)
+        place = self.layout.place
+        self.llm = load(config, place)
+        self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps, place)
         check_tokenizers(config, self.llm, self.model)
         check_mesh(config, self.llm, self.model, self.layout.mesh)
         optimizer = make_optimizer(config)
@@ -194,10 +196,11 @@ class _Run:
             f"{reporting.parameter_summary(params, frozen)}; {jax.device_count()} device{plural} ({device.device_kind}), "
             f"{self.config.train.parallel}, batch {self.config.train.batch_size}"
         )
+        begins = self.start == 0 and self.config.stage != "lm" and self.config.prefix.start_from
+        start_hash = tree_hash(params) if begins else None  # of parts on all processes
         if jax.process_index() == 0:
             checkpoint.write_config(self.workdir, self.config)
-            begins = self.start == 0 and self.config.stage != "lm" and self.config.prefix.start_from
-            meaning.write_sources(self.workdir, self.config, params if begins else None)
+            meaning.write_sources(self.workdir, self.config, start_hash)
             (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
 
     def _next(self, source, step):
@@ -268,19 +271,22 @@ class _Run:
         return True
 
 
-def load(config):
-    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones."""
+def load(config, place=None):
+    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones.
+
+    `place` as in `load_llm`.
+    """
     c = config.llm
     if config.stage != "lm":
-        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights)
+        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
     if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
         raise UserError(
             f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
         )
     if has_weights(c.path):
-        llm = load_llm(c.path, "float32", c.attention, c.remat)
+        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
     else:
-        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat)
+        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place)
     return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
 
 
@@ -307,12 +313,12 @@ def with_layers(llm, layers: int, seed: int):
     return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 
-def build(config, llm, begins: bool = True):
+def build(config, llm, begins: bool = True, place=None):
     """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
     make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
-    model = make(config.prefix, llm, config.seed)
+    model = make(config.prefix, llm, config.seed, place)
     if begins and config.prefix.start_from:
-        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser())
+        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
         model = dataclasses.replace(model, params=params)
     return model

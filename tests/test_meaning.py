@@ -11,6 +11,7 @@ from configs.base import get_config
 from mend_jax import checkpoint, meaning
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.errors import UserError
+from mend_jax.results import tree_hash
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def written(workdir, c, value=None):
     """A workdir as the training of `c` leaves it; with a value, with a checkpoint."""
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_config(workdir, c)
-    start = checkpoint.load_best(c.prefix.start_from)[0] if c.prefix.start_from else None
+    start = tree_hash(checkpoint.load_best(c.prefix.start_from)[0]) if c.prefix.start_from else None
     meaning.write_sources(workdir, c, start)
     if value is not None:
         checkpoints = Checkpoints(workdir, False)

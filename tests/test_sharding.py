@@ -48,13 +48,17 @@ def test_rules(path, shape, spec):
 
 
 def test_a_path_without_a_rule_is_one_sentence():
-    message = r"No rule says how the parameter layers/router/kernel \(2, 8, 8\) lives on a mesh: add one to .*sharding.py"
+    message = (
+        r"No rule says how the parameter layers/router/kernel \(2, 8, 8\) lives on a mesh: add one to .*sharding.py"
+    )
     with pytest.raises(UserError, match=message):
         sharding.spec_of("layers/router/kernel", (2, 8, 8), EIGHT)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_one_sentence():
-    message = r"mesh.tensor=4 does not divide the 30 numbers along axis 2 of layers/q/kernel \(2, 32, 30\): use a divisor"
+    message = (
+        r"mesh.tensor=4 does not divide the 30 numbers along axis 2 of layers/q/kernel \(2, 32, 30\): use a divisor"
+    )
     with pytest.raises(UserError, match=message):
         sharding.spec_of("layers/q/kernel", (2, 32, 30), EIGHT)
     with pytest.raises(UserError, match="mesh.fsdp=2 x mesh.tensor=4 does not divide the 12 numbers along axis 1"):

@@ -17,6 +17,7 @@ from mend_jax.models import rope
 from mend_jax.models.attention import attention_after, causal_attention
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense, Table, table
+from mend_jax.sharding import by_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
 # quicker than to write and read what they would keep (three times as much).
@@ -48,16 +49,16 @@ class Block(nn.Module):
     def __call__(self, x, cache, mask, rotations):
         """x (B,T,W); cache None or this layer's (keys, values) of a prefix; mask None (causal) or (B,T,P+T);
         rotations None or those of the tokens' positions."""
-        config = self.config
+        config, x = self.config, by_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
         y = self._attend(q, k, v, cache, mask).reshape(*x.shape[:2], config.heads * config.head_width)
         x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
-        x = checkpoint_name(x if config.norm_first else norm1(x), "middle")
+        x = checkpoint_name(by_rows(x if config.norm_first else norm1(x)), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
         x = x + _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
-        x = x if config.norm_first else norm2(x)
+        x = by_rows(x if config.norm_first else norm2(x))
         return x, ((k, v) if self.keep_cache else None)
 
     def _heads(self, y, rotations):
@@ -137,6 +138,7 @@ class Decoder(nn.Module):
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
         x, kept = layers(x, None if cache is None else (cache.keys, cache.values), mask, rotations)
+        x = by_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)
         if config.width != config.hidden_width:

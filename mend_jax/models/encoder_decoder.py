@@ -18,6 +18,7 @@ from mend_jax.models.attention import MASKED
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
+from mend_jax.sharding import by_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
 
@@ -53,18 +54,20 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, bias, mask, encoded, encoded_mask):
         config, activation = self.config, ACTIVATIONS[self.config.activation]
+        x = by_rows(x)
         y = self._norm("norm1")(x)
-        x = checkpoint_name(x + Attention(config, self.dtype, name="self")(y, y, bias, mask), "middle")
+        x = checkpoint_name(by_rows(x + Attention(config, self.dtype, name="self")(y, y, bias, mask)), "middle")
         if self.cross:
             attend = Attention(config, self.dtype, name="cross")
-            x = checkpoint_name(x + attend(self._norm("cross_norm")(x), encoded, None, encoded_mask), "middle")
+            y = attend(self._norm("cross_norm")(x), encoded, None, encoded_mask)
+            x = checkpoint_name(by_rows(x + y), "middle")
         y = self._norm("norm2")(x)
         up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
         if config.gated:
             up = activation(checkpoint_name(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
         else:
             up = activation(up)
-        return x + _dense(config.width, self.dtype, "down")(up), None
+        return by_rows(x + _dense(config.width, self.dtype, "down")(up)), None
 
     def _norm(self, name):
         return nn.RMSNorm(epsilon=self.config.norm_eps, dtype=self.dtype, name=name)
@@ -94,7 +97,7 @@ class Stack(nn.Module):
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
         x, _ = layers(x.astype(self.dtype), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="final_norm")(x)
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="final_norm")(by_rows(x))
 
 
 def distance_buckets(length: int, config: EncoderDecoderConfig, both_ways: bool):

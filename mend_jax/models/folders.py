@@ -14,6 +14,8 @@ import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 from mend_jax.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, read_json, to_hf_config
+from mend_jax.models.split_weights import read_split
+from mend_jax.sharding import Place, places
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")  # a tokenizer has one of them
 TOKENIZER_FILES = (
@@ -38,22 +40,30 @@ class Model(NamedTuple):
     folder: Path
 
 
-def load_model(path: str | Path, dtype: str = "float32", int8: bool = False) -> Model:
+def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, place: Place | None = None) -> Model:
     """The model of a folder or hub name, its weights in `dtype`, or kernels and tables in 8 bits (models/int8.py).
 
-    The host never holds two copies: its peak is the tree and 1.2 times the largest file of weights.
+    The host never holds two copies: its peak is the tree and 1.2 times the largest file of weights. With `place`
+    (sharding.py) the weights are read straight to where it says, and a host never holds one copy.
     """
     folder = local_folder(path)
     config = from_hf_config(folder)
-    params = _to_device(weights.read_params(folder, config, dtype, int8))
+    if place is not None:
+        params = read_split(folder, config, dtype, int8, place)
+    else:
+        params = _to_device(weights.read_params(folder, config, dtype, int8))
     return Model(config, params, load_tokenizer(folder), folder)
 
 
-def init_model(path: str | Path, seed: int, dtype: str = "float32") -> Model:
-    """As `load_model` with random weights: `path` needs a config.json alone."""
+def init_model(path: str | Path, seed: int, dtype: str = "float32", place: Place | None = None) -> Model:
+    """As `load_model` with random weights: `path` needs a config.json alone. With `place` they are made where it says."""
     folder = local_folder(path)
     config = from_hf_config(folder)
-    params = jax.tree.map(lambda a: a.astype(dtype), init_params(config, seed))
+
+    def init():
+        return jax.tree.map(lambda a: a.astype(dtype), init_params(config, seed))
+
+    params = init() if place is None else jax.jit(init, out_shardings=places(jax.eval_shape(init), place))()
     return Model(config, params, load_tokenizer(folder), folder)
 
 

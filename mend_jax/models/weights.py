@@ -5,6 +5,7 @@ Files are read piece by piece into place, quantised on the way where that is ask
 the pages of one file that the system maps, there are never more than a few megabytes.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,6 +28,10 @@ from mend_jax.models.tables import Entry
 
 FORMAT = {"format": "pt"}  # transformers reads no .safetensors without it
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, which <name>.index.json lists
+NOT_TIED = (
+    "{where} holds a head (lm_head.weight) that is not the token table, though config.json says so"
+    " (tie_word_embeddings): take the config.json that belongs to the weights."
+)
 PIECE = 1 << 18  # numbers that are read at once: a few copies of them fit in a CPU's cache
 
 
@@ -45,15 +50,38 @@ def from_tensors(
 
     With `int8` kernels and token tables are int8 with float32 scales (models/int8.py), quantised from the file's dtype.
     """
-    family, table, params, seen, tied = FAMILIES[config.family], key_table(config), {}, set(), None
+    table, params, tied = key_table(config), {}, None
     embed = next(entry for entry in table.values() if entry.path == ("embed", "tokens"))
+    for raw_name, entry, tensor in matched(tensors, config, where):
+        if entry is None:
+            same_shape = tensor.shape == embed.shape
+            tied = _digests(_pieces(tensor, embed, dtype, int8)) if same_shape else {"tokens": None}
+            continue
+        for leaf, index, piece in _pieces(tensor, entry, dtype, int8):
+            if leaf.endswith(SCALE) and not np.isfinite(piece).all():
+                raise UserError(
+                    f"{where}: {raw_name} holds numbers that are not finite: copy the model's folder again."
+                )
+            _leaf(params, entry, leaf, piece.dtype)[index] = piece
+    if tied is not None and any(digest != _digest(params["embed"][leaf]) for leaf, digest in tied.items()):
+        raise UserError(NOT_TIED.format(where=where))
+    return params
+
+
+def matched(
+    tensors: Iterator[tuple[str, Tensor]], config: DecoderConfig, where: str
+) -> Iterator[tuple[str, Entry | None, Tensor]]:
+    """(name, our place, tensor) of each tensor that is read; the place of a head that is the token table is None.
+
+    Raises UserError for a name that the model does not have, that comes twice or is missing, and for another shape.
+    """
+    family, table, seen = FAMILIES[config.family], key_table(config), set()
     for raw_name, tensor in tensors:
         name = raw_name.removeprefix(family.prefix)
         if family.derived(name):
             continue
         if name == HEAD and config.tied_head:
-            same_shape = tensor.shape == embed.shape
-            tied = _digests(_pieces(tensor, embed, dtype, int8)) if same_shape else {"tokens": None}
+            yield raw_name, None, tensor
             continue
         if name not in table:
             raise UserError(
@@ -62,24 +90,14 @@ def from_tensors(
         if name in seen:
             raise UserError(f"{where} holds {name} twice: remove the stray file or key.")
         seen.add(name)
-        entry = table[name]
-        if tensor.shape != entry.shape:
-            raise UserError(f"{where}: {raw_name} has shape {tensor.shape}, config.json asks for {entry.shape}.")
-        for leaf, index, piece in _pieces(tensor, entry, dtype, int8):
-            if leaf.endswith(SCALE) and not np.isfinite(piece).all():
-                raise UserError(f"{where}: {raw_name} holds numbers that are not finite: copy the model's folder again.")
-            _leaf(params, entry, leaf, piece.dtype)[index] = piece
+        if tensor.shape != table[name].shape:
+            raise UserError(f"{where}: {raw_name} has shape {tensor.shape}, config.json asks for {table[name].shape}.")
+        yield raw_name, table[name], tensor
     missing = [name for name in table if name not in seen]
     if missing:
         raise UserError(
             f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete."
         )
-    if tied is not None and any(digest != _digest(params["embed"][leaf]) for leaf, digest in tied.items()):
-        raise UserError(
-            f"{where} holds a head ({HEAD}) that is not the token table, though config.json says so"
-            " (tie_word_embeddings): take the config.json that belongs to the weights."
-        )
-    return params
 
 
 def to_tensors(config: DecoderConfig, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
@@ -170,18 +188,24 @@ def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     return _tensors_of([Path(path)])
 
 
+def open_safetensors(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one .safetensors file; the tensors can be read as long as `files` is open."""
+    try:
+        file = files.enter_context(safe_open(path, framework="numpy"))
+        for name in file.keys():  # noqa: SIM118  (it is no dict and cannot be iterated)
+            yield name, _SafeTensor(file.get_slice(name))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.") from error
+
+
 def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         yield from (_read_torch(path) if path.suffix == ".bin" else _read_safetensors(path))
 
 
 def _read_safetensors(path: Path):
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no dict and cannot be iterated)
-                yield name, _SafeTensor(file.get_slice(name))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.") from error
+    with contextlib.ExitStack() as files:
+        yield from open_safetensors(path, files)
 
 
 def _read_torch(path: Path):

@@ -1,0 +1,118 @@
+"""A folder's weights read straight onto the devices that hold them, part by part.
+
+Each process reads of each file the parts that its own devices hold, one parameter after another: what a host holds at one
+time is its share of one parameter, and what a device holds its share of the model.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mend_jax.errors import UserError
+from mend_jax.models.families import Config
+from mend_jax.models.int8 import SCALE, SUMMED, quantize
+from mend_jax.models.tables import Entry
+from mend_jax.models.weights import NOT_TIED, Tensor, matched, open_safetensors, weight_files
+from mend_jax.sharding import Place
+
+COMPARED = 4096  # rows of two token tables at a time
+
+
+def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place: Place) -> dict:
+    """The tree that `weights.read_params` reads, as `jax.Array`s that lie where `place` says.
+
+    Raises UserError as that does, and for weights that are no safetensors, which cannot be read in parts.
+    """
+    folder, tied, found = Path(folder), None, {}
+    with contextlib.ExitStack() as files:
+        for _, entry, tensor in matched(_tensors(folder, files), config, str(folder)):
+            if entry is None:
+                tied = tensor
+            else:
+                found.setdefault(entry.path, []).append((entry, tensor))
+        if tied is not None and not _same(tied, found["embed", "tokens"][0][1]):
+            raise UserError(NOT_TIED.format(where=folder))
+        tree: dict = {}
+        for path, parts in found.items():
+            node = tree
+            for parent in path[:-1]:
+                node = node.setdefault(parent, {})
+            parameter = _Parameter(parts, dtype)
+            if int8 and path[-1] in SUMMED:
+                node[path[-1]] = parameter.placed(place, parameter.in_8_bits)
+                node[path[-1] + SCALE] = parameter.placed(place, parameter.scales, scales=True)
+            else:
+                node[path[-1]] = parameter.placed(place, parameter.full)
+        return tree
+
+
+class _Parameter:
+    """One parameter of our tree, in the files as one tensor, or one for each layer."""
+
+    def __init__(self, parts: list[tuple[Entry, Tensor]], dtype: str):
+        self.entry, self.dtype = parts[0][0], dtype
+        self.tensors = [tensor for _, tensor in sorted(parts, key=lambda part: part[0].layer or 0)]
+        self.summed = SUMMED.get(self.entry.path[-1])
+
+    def placed(self, place: Place, read: Callable, scales: bool = False) -> jax.Array:
+        """The whole as an array over devices; `read(tensor, index)` gives a part of a tensor, in our axes."""
+        entry, shape = self.entry, list(self.entry.our_shape)
+        if scales:
+            del shape[self.summed]
+        stacked = entry.layer is not None
+        shape = (len(self.tensors), *shape) if stacked else tuple(shape)
+        kept: dict = {}  # devices that hold the same part share it
+
+        def part(index):
+            key = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
+            if key not in kept:
+                if stacked:
+                    kept[key] = np.stack([read(tensor, index[1:]) for tensor in self.tensors[index[0]]])
+                else:
+                    kept[key] = read(self.tensors[0], index)
+            return kept[key]
+
+        path = "/".join(entry.path) + (SCALE if scales else "")
+        return jax.make_array_from_callback(shape, place(path, shape), part)
+
+    def full(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        return np.ascontiguousarray(self._read(tensor, index), self.dtype)
+
+    def in_8_bits(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        """A part is of its channels whole in the files: they decide the scales."""
+        index, own = list(index), [slice(None)] * len(index)
+        own[self.summed], index[self.summed] = index[self.summed], slice(None)
+        return quantize(self._read(tensor, tuple(index)), self.summed)[0][tuple(own)]
+
+    def scales(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        index = list(index)
+        index.insert(len(index) + 1 + self.summed, slice(None))
+        scale = quantize(self._read(tensor, tuple(index)), self.summed)[1]
+        if not np.isfinite(scale).all():
+            name = "/".join(self.entry.path)
+            raise UserError(f"The weights of {name} hold numbers that are not finite: copy the model's folder again.")
+        return scale
+
+    def _read(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        return tensor[index[::-1]].T if self.entry.transposed else tensor[index]
+
+
+def _tensors(folder: Path, files: contextlib.ExitStack):
+    """(name, tensor) of every tensor of a folder; the files stay open as long as `files`."""
+    for path in weight_files(folder):
+        if path.suffix == ".bin":
+            raise UserError(
+                f'{path} cannot be read in parts: convert it to safetensors, or set train.parallel to "pmap".'
+            )
+        yield from open_safetensors(path, files)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, read some rows at a time."""
+    if one.shape != other.shape:
+        return False
+    starts = range(0, one.shape[0], COMPARED)
+    return all(np.array_equal(one[i : i + COMPARED], other[i : i + COMPARED]) for i in starts)

@@ -1,0 +1,86 @@
+"""Weights read and made in parts on a mesh are those read and made whole."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from test_int8 import ROWS, WORDS
+
+from mend_jax import sharding
+from mend_jax.errors import UserError
+from mend_jax.models import weights
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import init_model, init_params, load_model, save_model
+from mend_jax.models.split_weights import read_split
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = from_hf_config({"model_type": request.param, "vocab_size": WORDS} | ROWS[request.param])
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda a: rng.standard_normal(a.shape, np.float32), jax.eval_shape(lambda: init_params(model, 0))
+    )
+    save_model(folder, model, params, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_what_is_read_in_parts_is_what_is_read_whole(folder, dtype, int8, monkeypatch):
+    read, getitem = [], weights._SafeTensor.__getitem__
+
+    def recorded(tensor, index):
+        part = getitem(tensor, index)
+        read.append(part.size / math.prod(tensor.shape) if len(tensor.shape) == 2 else 0)
+        return part
+
+    monkeypatch.setattr(weights._SafeTensor, "__getitem__", recorded)
+    mesh, config = sharding.make_mesh(SIZES), from_hf_config(folder)
+    split = read_split(folder, config, dtype, int8, sharding.placer(mesh))
+    largest = max(read)
+    whole = weights.read_params(folder, config, dtype, int8)
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    assert jax.tree.map(lambda a: a.dtype, split) == jax.tree.map(lambda a: a.dtype, whole)
+    placed = sharding.shardings(split, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), split, placed)))
+    # An eighth of the devices needs a quarter of a kernel; T5's table of biases by distance is whole on each.
+    assert largest == 1 if "encoder" in split else largest <= 0.5
+    assert np.mean([share for share in read if share]) < 0.5
+
+
+def test_what_is_made_in_parts_is_what_is_made_whole(folder):
+    place = sharding.placer(sharding.make_mesh(SIZES))
+    split, whole = init_model(folder, 3, place=place).params, init_model(folder, 3).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), split, whole)
+    assert split["embed"]["tokens"].sharding.spec == (None, ("fsdp", "tensor"))
+
+
+def test_weights_of_pytorch_alone_are_one_sentence(tmp_path, folder):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read in parts: convert it to safetensors, or set"):
+        load_model(tmp_path, place=sharding.placer(sharding.make_mesh(SIZES)))
+
+
+def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):
+    config = from_hf_config(folder)
+    tensors = dict(weights.to_tensors(config, weights.read_params(folder, config)))
+    name = next(name for name in tensors if tensors[name].ndim == 2)
+    del tensors[name]
+    weights.write_file(
+        {key: np.ascontiguousarray(value) for key, value in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    place = sharding.placer(sharding.make_mesh(SIZES))
+    messages = []
+    for read in (
+        lambda: weights.read_params(tmp_path, config),
+        lambda: read_split(tmp_path, config, "float32", False, place),
+    ):
+        with pytest.raises(UserError) as error:
+            read()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "keys missing" in messages[0]
