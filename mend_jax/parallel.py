@@ -133,7 +133,10 @@ def _mesh_layout(mesh: Mesh) -> Layout:
     rows = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
 
     def init(function, tree):
-        return jax.jit(function, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(place(tree))
+        def copied(tree):  # the first step takes the state's memory, which must not be the tree's
+            return function(jax.tree.map(jnp.copy, tree))
+
+        return jax.jit(copied, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(place(tree))
 
     def place(tree):
         return jax.tree.map(_put, tree, sharding.shardings(tree, mesh))

@@ -2,6 +2,7 @@
 
     python -m mend_jax.scaling opt-6.7b --fsdp=8
     python -m mend_jax.scaling gpt2-large --data=8 --out=gpt2-large.json
+    python -m mend_jax.scaling all                 # by formula alone: every model on 1, 8, 64 and 512 devices
 
 The step of finetuning, one sequence for each device that splits the batch, is compiled for simulated devices from the
 shapes of its arguments: no weight is ever made. Bytes per device are the compiler's; what crosses is counted in the
@@ -9,6 +10,7 @@ compiled program, each loop as often as it runs; beside both stand the formulas 
 docs/scaling.md goes on with to other numbers of devices.
 """
 
+import functools
 import math
 import os
 import re
@@ -21,10 +23,11 @@ import numpy as np
 
 from mend_jax import cli, costs, measure, parallel, sharding
 from mend_jax.benchmark import table, write_json
-from mend_jax.benchmark_jax import Settings, step_config
+from mend_jax.benchmark_jax import CHUNK, Settings, step_config
 from mend_jax.data.batches import Batch
 from mend_jax.llm import LLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
+from mend_jax.models import int8
 from mend_jax.models.families import Config, DecoderConfig, EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import init_params
 from mend_jax.prefix import Distiller, resolve_projection
@@ -66,12 +69,13 @@ MODELS = {
 
 
 def scaling(
-    llm: Literal[*MODELS],
+    llm: Literal["all", *MODELS],
     /,
     data=1,
     fsdp=1,
     tensor=1,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    weights: Literal["full", "int8"] = "full",
     remat=False,
     batch_size=0,
     demos=900,
@@ -83,24 +87,34 @@ def scaling(
     """Prints what one train step needs on each device of a mesh.
 
     Args:
-        llm: the LLM, with its distiller.
+        llm: the LLM, with its distiller; "all": the table by formula.
         data, fsdp, tensor: devices along each axis of the mesh.
         dtype: of the LLM and of all arithmetic.
+        weights: "int8" holds the LLM in 8 bits.
         remat: both models recompute their layers.
         batch_size: sequences; 0 is one for each device that splits the batch.
         demos, vectors, query, target: tokens of a sequence: context, vectors, query, and of it y.
         out: a JSON file for the figures.
     """
-    llm_config, backbone = (from_hf_config(source) for source in MODELS[llm])
     sizes = {sharding.DATA: data, sharding.FSDP: fsdp, sharding.TENSOR: tensor}
     rows = batch_size or data * fsdp
-    settings = Settings(llm_config, backbone.headless, dtype, rows, demos, query, target, vectors, "xla", remat)
+
+    def settings_of(name, rows):
+        models = (
+            from_hf_config(source).headless if i else from_hf_config(source) for i, source in enumerate(MODELS[name])
+        )
+        return Settings(*models, dtype, rows, demos, query, target, vectors, "xla", remat)
+
+    if llm == "all":
+        print(formula_table(settings_of, weights))
+        return 0
     _simulate(math.prod(sizes.values()))
-    report = {"llm": llm, "mesh": sizes, "batch_size": rows, "dtype": dtype, "remat": remat}
+    settings = settings_of(llm, rows)
+    report = {"llm": llm, "mesh": sizes, "batch_size": rows, "dtype": dtype, "weights": weights, "remat": remat}
     report |= {
         "machine": measure.machine(),
-        "formula": by_formula(settings, sizes),
-        "compiled": compiled(settings, sizes),
+        "formula": by_formula(settings, sizes, weights),
+        "compiled": compiled(settings, sizes, weights),
     }
     print(as_text(report))
     if out:
@@ -115,9 +129,10 @@ def _simulate(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def abstract_step(settings: Settings, layout: parallel.Layout):
+def abstract_step(settings: Settings, layout: parallel.Layout, weights: str = "full"):
     """(train step, state, LLM params, batch): the last three as `jax.ShapeDtypeStruct`s that lie as `layout` says."""
     llm_params = _shapes(settings.llm, settings.dtype)
+    llm_params = _in_8_bits(llm_params) if weights == "int8" else llm_params
     kind = EncoderDecoderLLM if isinstance(settings.llm, EncoderDecoderConfig) else LLM
     llm = kind(settings.llm, llm_params, None, "shapes alone", settings.dtype, "xla", settings.remat)
     backbone = settings.distiller
@@ -135,12 +150,12 @@ def abstract_step(settings: Settings, layout: parallel.Layout):
     return step, layout.shaped(state), layout.shaped(llm_params), batch
 
 
-def compiled(settings: Settings, sizes: dict[str, int]) -> dict:
+def compiled(settings: Settings, sizes: dict[str, int], weights: str = "full") -> dict:
     """The compiler's figures of the step on a mesh: bytes per device, and bytes that each device sends, by operation."""
     for what, config in (("the LLM", settings.llm), ("the distiller's backbone", settings.distiller)):
         sharding.check_heads(config, sizes[sharding.TENSOR], what)
     layout = parallel.make_layout("mesh", sizes)
-    step, state, llm_params, batch = abstract_step(settings, layout)
+    step, state, llm_params, batch = abstract_step(settings, layout, weights)
     began = time.monotonic()
     program = layout.compile_step(step, state).lower(state, llm_params, batch).compile()
     memory = program.memory_analysis()
@@ -155,35 +170,75 @@ def compiled(settings: Settings, sizes: dict[str, int]) -> dict:
     }
 
 
-def by_formula(settings: Settings, sizes: dict[str, int]) -> dict:
-    """FLOPs, bytes per device and bytes that each device sends, from the sizes alone. A ring's share (n-1)/n is in."""
+def by_formula(settings: Settings, sizes: dict[str, int], weights: str = "full") -> dict:
+    """FLOPs, bytes per device and bytes that each device sends, from the sizes alone; sent as rings send (`sent`).
+
+    "working_bytes" are what is whole for a moment: the token table, a layer, three chunks of logits.
+    """
     data, fsdp, tensor = (sizes[axis] for axis in sharding.AXES)
-    itemsize = jnp.dtype(settings.dtype).itemsize
-    rows = settings.rows / (data * fsdp)
-    llm, trained = count(settings.llm), count(settings.distiller)
-    flops = costs.step(
-        settings.llm,
-        settings.distiller,
-        settings.rows,
-        settings.demos,
-        settings.query,
-        settings.vectors,
-        settings.target,
-    )["total"]
-    split = fsdp * tensor
-    gathered = _ring(fsdp) * (3 * llm * itemsize + 2 * trained * 4) / tensor  # teacher, student, back; forward and back
+    llm, itemsize = settings.llm, jnp.dtype(settings.dtype).itemsize
+    held, rows, split = 1 if weights == "int8" else itemsize, settings.rows / (data * fsdp), fsdp * tensor
+    frozen, trained, table = count(llm), count(settings.distiller), llm.vocab_size * llm.width
+    # The LLM's weights are gathered by teacher and student and on the way back; the distiller's twice.
+    gathered = _ring(fsdp) * (3 * frozen * held + 2 * trained * 4) / tensor + _ring(tensor) * table * held
     reduced = _ring(fsdp) * trained * 4 / tensor + 2 * _ring(data) * trained * 4 / split
-    reading = rows * itemsize * 2 * _ring(tensor) * _activations(settings)
-    return {
-        "flops": flops,
-        "llm_bytes": llm * itemsize / split,
+    tokens = min(CHUNK, rows * settings.query)
+    working = 3 * tokens * llm.vocab_size * 4 + (table * held if split > 1 else 0)
+    working += (frozen - table) / llm.layers * held / tensor if fsdp > 1 else 0
+    bytes_ = {
+        "llm_bytes": frozen * held / split,
         "state_bytes": 3 * trained * 4 / split,
         "gradient_bytes": trained * 4 / split,
         "activation_bytes": rows * _kept(settings) / tensor,
-        "sent_bytes": {"weights": gathered, "gradients": reduced, "activations": reading},
+        "working_bytes": working,
+    }
+    moved = rows * itemsize * 2 * _ring(tensor) * _activations(settings)
+    return {
+        "flops": costs_of(settings),
+        **bytes_,
+        "total_bytes": sum(bytes_.values()),
+        "sent_bytes": {"weights": gathered, "gradients": reduced, "activations": moved},
     }
 
 
+def formula_table(settings_of, weights: str) -> str:
+    """Markdown: every model on 1, 8, 64 and 512 devices, one sequence for each that splits the batch.
+
+    `settings_of(name, rows)` gives a model's `Settings`.
+    """
+    lines = [
+        "| LLM | devices | TFLOP a step | GB, data | GB, fsdp | GB, tensor | sent, data | sent, fsdp | sent, tensor |",
+        "| --- " * 9 + "|",
+    ]
+    for name in MODELS:
+        for devices in (1, 8, 64, 512):
+            cells, flops = [], costs_of(settings_of(name, devices))
+            for sizes in meshes(devices):
+                settings = settings_of(name, sizes[sharding.DATA] * sizes[sharding.FSDP])
+                heads = settings.llm.heads, settings.distiller.heads
+                fits = all(count % sizes[sharding.TENSOR] == 0 for count in heads)
+                cells.append(by_formula(settings, sizes, weights) if fits else None)
+            held = [f"{cell['total_bytes'] / 1e9:.2f}" if cell else "–" for cell in cells]
+            moved = [f"{sum(cell['sent_bytes'].values()) / 1e9:.2f}" if cell else "–" for cell in cells]
+            lines.append(f"| {name} | {devices} | {flops / 1e12:.3g} | {' | '.join(held + moved)} |")
+    return "\n".join(lines)
+
+
+def costs_of(settings: Settings) -> int:
+    """FLOPs of a step."""
+    shapes = (settings.rows, settings.demos, settings.query, settings.vectors, settings.target)
+    return costs.step(settings.llm, settings.distiller, *shapes)["total"]
+
+
+def meshes(devices: int) -> list[dict[str, int]]:
+    """Data alone; fsdp over up to 64 devices, which divide every model here; tensor over 4, fsdp over up to 16."""
+    fsdp, tensor = min(devices, 64), min(devices, 4)
+    rest = min(devices // tensor, 16)
+    sizes = [(devices, 1, 1), (devices // fsdp, fsdp, 1), (devices // tensor // rest, rest, tensor)]
+    return [dict(zip(sharding.AXES, size, strict=True)) for size in sizes]
+
+
+@functools.cache
 def count(config: Config) -> int:
     """Parameters of a model."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes(config, "float32")))
@@ -298,14 +353,14 @@ def as_text(report: dict) -> str:
         "temporary_bytes": "while it runs",
         "total_bytes": "in all",
     }
-    formula = formula | {"temporary_bytes": formula["gradient_bytes"] + formula["activation_bytes"]}
-    formula["total_bytes"] = sum(formula[name] for name in ("llm_bytes", "state_bytes", "temporary_bytes"))
+    formula = formula | {"temporary_bytes": formula["total_bytes"] - formula["llm_bytes"] - formula["state_bytes"]}
     rows += [[text, *(f"{side[name] / 1e9:.2f}" for side in (made, formula))] for name, text in names.items()]
     rows.append(["sent in a step", *(f"{sum(side['sent_bytes'].values()) / 1e9:.3f}" for side in (made, formula))])
     by_kind = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted(made["sent_bytes"].items()))
     return "\n".join(
         [
-            f"{report['llm']}, mesh {mesh}, batch {report['batch_size']}, {report['dtype']}"
+            f"{report['llm']}, mesh {mesh}, batch {report['batch_size']}, {report['dtype']},"
+            f" LLM {'in 8 bits' if report['weights'] == 'int8' else 'in full'}"
             f"{', remat' if report['remat'] else ''}: {formula['flops'] / 1e12:.3g} TFLOP a step",
             "",
             table(rows),
@@ -318,6 +373,21 @@ def as_text(report: dict) -> str:
 def _shapes(config: Config, dtype: str):
     shapes = jax.eval_shape(lambda: init_params(config, 0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
+
+
+def _in_8_bits(tree: dict) -> dict:
+    """The shapes of `int8.quantize_params` of a tree of shapes."""
+    held: dict = {}
+    for name, leaf in tree.items():
+        if isinstance(leaf, dict):
+            held[name] = _in_8_bits(leaf)
+        elif name in int8.SUMMED:
+            scale = list(leaf.shape)
+            del scale[int8.SUMMED[name]]
+            held |= {name: jax.ShapeDtypeStruct(leaf.shape, jnp.int8), name + int8.SCALE: _shape(*scale)}
+        else:
+            held[name] = leaf
+    return held
 
 
 def _shape(*shape: int):

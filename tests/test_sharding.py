@@ -28,7 +28,7 @@ def test_every_parameter_has_a_rule_and_almost_all_bytes_are_split(name):
     placed = sharding.shardings(shapes, sharding.make_mesh(EIGHT))
     leaves = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True))
     held = sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in leaves)
-    assert held < 1.01 / 8 * sum(leaf.size for leaf, _ in leaves)
+    assert held < 1.02 / 8 * sum(leaf.size for leaf, _ in leaves)
     assert all(place.spec[0] is None for leaf, place in leaves if leaf.ndim == 3)  # the layers are scanned over
 
 

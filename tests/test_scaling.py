@@ -1,0 +1,88 @@
+"""The figures of a step that is compiled and not run: what the formulas say, and what is read in a compiled program."""
+
+import math
+
+import jax
+import pytest
+
+from mend_jax import parallel, scaling, sharding
+from mend_jax.benchmark_jax import Settings
+from mend_jax.models.families import from_hf_config
+
+
+def settings(name, rows=8, dtype="bfloat16"):
+    llm, backbone = (from_hf_config(source) for source in scaling.MODELS[name])
+    return Settings(llm, backbone.headless, dtype, rows, 900, 124, 4, 100, "xla", False)
+
+
+def sizes(data=1, fsdp=1, tensor=1):
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+@pytest.mark.parametrize("weights", ["full", "int8"])
+@pytest.mark.parametrize("name", ["gpt2-large", "opt-6.7b", "flan-t5-xl", "llama-2-7b"])
+def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
+    mesh = sizes(fsdp=2, tensor=4)
+    step = scaling.abstract_step(settings(name), parallel.make_layout("mesh", mesh), weights)
+    formula = scaling.by_formula(settings(name), mesh, weights)
+    for key, tree in (("state_bytes", step[1]), ("llm_bytes", step[2])):
+        held = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        )
+        assert held == pytest.approx(formula[key], rel=0.02)
+
+
+def test_sizes_of_the_models():
+    published = {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200, "opt-6.7b": 6_658_473_984}
+    published |= {"llama-2-7b": 6_738_415_616, "flan-t5-xl": 2_849_757_184}
+    assert {name: scaling.count(settings(name).llm) for name in published} == published
+
+
+PROGRAM = """HloModule jit_step
+
+%body.1 (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %g = bf16[64,32]{1,0} all-gather(%w), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8,16]) tuple(%i, %x)
+}
+
+ENTRY %main.2 (w: f32[64]) -> f32[64] {
+  %while.3 = (s32[], f32[8,16]) while(%init), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"12"}}
+  %r = (f32[10]{0}, /*index=1*/f32[20]{0}) all-reduce(%a, %b), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
+  %q = f32[6]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
+  ROOT %s = f32[64]{0} copy(%w)
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %z = f32[] add(%x, %y)
+}
+"""
+
+
+def test_what_a_program_sends_counts_loops_in_full():
+    assert scaling.sent(PROGRAM) == {
+        "all-gather": 12 * 64 * 32 * 2 * 3 / 4,
+        "all-reduce": 2 * 30 * 4 * 7 / 8,
+        "collective-permute": 24,
+    }
+
+
+def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are():
+    """Left alone, the compiler takes the weights for what stays, and every device computes on all rows."""
+    small = from_hf_config(scaling._gpt2(64, 3, 4) | {"vocab_size": 64, "n_positions": 64})
+    workload = Settings(small, small.headless, "float32", 8, 24, 16, 4, 8, "xla", False)
+    found = scaling.compiled(workload, sizes(fsdp=8))
+    assert found["llm_bytes"] == pytest.approx(scaling.count(small) * 4 / 8, rel=0.1)
+    layers = scaling.count(small) - 2 * 64 * 64
+    # Teacher, student and back, the distiller forward and back, at least; half as much again at most.
+    assert 5 * layers * 4 * 7 / 8 * 0.9 < found["sent_bytes"]["all-gather"] < 7.5 * layers * 4
+    assert found["sent_bytes"].get("all-to-all", 0) < 0.1 * found["sent_bytes"]["all-gather"]
+
+
+def test_meshes_of_the_table_divide_every_model():
+    for name in scaling.MODELS:
+        for devices in (8, 64, 512):
+            for mesh in scaling.meshes(devices):
+                model = settings(name)
+                assert math.prod(mesh.values()) == devices
+                for config in (model.llm, model.distiller):
+                    assert config.width % (mesh[sharding.FSDP] * mesh[sharding.TENSOR]) == 0
