@@ -177,6 +177,8 @@ def by_formula(settings: Settings, sizes: dict[str, int], weights: str = "full")
     """
     data, fsdp, tensor = (sizes[axis] for axis in sharding.AXES)
     llm, itemsize = settings.llm, jnp.dtype(settings.dtype).itemsize
+    width, llm_width = settings.distiller.width, llm.width
+    projection = 0 if width == llm_width else width * llm_width  # which tensor does not split
     held, rows, split = 1 if weights == "int8" else itemsize, settings.rows / (data * fsdp), fsdp * tensor
     frozen, trained, table = count(llm), count(settings.distiller), llm.vocab_size * llm.width
     # The LLM's weights are gathered by teacher and student and on the way back; the distiller's twice.
@@ -187,8 +189,8 @@ def by_formula(settings: Settings, sizes: dict[str, int], weights: str = "full")
     working += (frozen - table) / llm.layers * held / tensor if fsdp > 1 else 0
     bytes_ = {
         "llm_bytes": frozen * held / split,
-        "state_bytes": 3 * trained * 4 / split,
-        "gradient_bytes": trained * 4 / split,
+        "state_bytes": 3 * 4 * (trained / split + projection / fsdp),
+        "gradient_bytes": 4 * (trained / split + projection / fsdp),
         "activation_bytes": rows * _kept(settings) / tensor,
         "working_bytes": working,
     }

@@ -165,7 +165,7 @@ def test_every_number_and_tuple_is_checked(parsed):
         if isinstance(value, int | float) and not isinstance(value, bool):
             config = parsed()
             with config.ignore_type():
-                config.update_from_flattened_dict({key: -1})
+                config.update_from_flattened_dict({key: RANGES.get(key, (0,))[0] - 1})
             with pytest.raises(UserError, match=key):
                 check(config)
 
