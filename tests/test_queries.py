@@ -69,13 +69,14 @@ def update(folder, batch, mode=None, accumulate=1):
     llm = load_llm(folder)
     model = init_distiller(c.prefix, llm, 0)
     optimizer = optax.sgd(1.0)
-    layout = parallel.make_layout(mode) if mode else None
+    layout = parallel.make_layout(mode, c.mesh) if mode else None
     step = make_train_step(c, make_loss_fn(c, llm, model, mode and layout.mesh), optimizer, mode and layout.axis)
     state = init_state(model.params, optimizer)
     if mode is None:
         return jax.device_get(jax.jit(step)(state, llm.params, batch))
     frozen = layout.place_frozen(llm.params)
-    return tuple(map(layout.fetch, layout.compile_step(step)(layout.replicate(state), frozen, layout.split(batch))))
+    state = layout.place_state(state)
+    return tuple(map(layout.fetch, layout.compile_step(step, state)(state, frozen, layout.split(batch))))
 
 
 @pytest.fixture(scope="module")
