@@ -8,6 +8,7 @@ Axes: B batch, N demonstration tokens, L vectors, D width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def measure_model(name: str, sizes: Sizes) -> dict:
     batch = _batch(config, sizes)
     rows = np.random.default_rng(BATCH_SEED + 1).integers(0, config.vocab_size, sizes.vectors)
     vectors = jnp.asarray(params["embed"]["tokens"][rows])  # a distiller's start: rows of the vocabulary
-    figures, wanted = {}, None
+    outputs, figures, wanted = _outputs(config, name, vectors, batch), {}, None
     for kind in FORMATS:
-        logits, gradient = _outputs(config, name, _held(params, kind), vectors, batch)
+        logits, gradient = outputs(_held(params, kind))
         wanted = wanted or (logits, gradient)
         figures[kind] = {
             "bytes": costs.weight_bytes(config, {"bfloat16": 2}.get(kind, 4), kind == "int8"),
@@ -157,21 +158,21 @@ def _batch(config: Config, sizes: Sizes) -> Batch:
     return Batch(demos, full * sizes.demos, Query(query, *parts), None)
 
 
-def _outputs(config: Config, name: str, params: dict, vectors, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """(logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D))."""
+def _outputs(config: Config, name: str, vectors, batch: Batch) -> Callable[[dict], tuple[np.ndarray, np.ndarray]]:
+    """f(params): logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D)."""
     kind = EncoderDecoderLLM if isinstance(config, EncoderDecoderConfig) else LLM
-    llm = kind(config, params, None, name, "float32")
+    llm = kind(config, None, None, name, "float32")
     settings = ConfigDict({"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK}})
     loss_fn = make_loss_fn(settings, llm, SoftPrompt({"vectors": vectors}))
 
     @jax.jit
-    def outputs(vectors, params, batch):
+    def compiled(vectors, params, batch):
         gradient, _ = jax.grad(loss_fn, has_aux=True)({"vectors": vectors}, params, batch)
         one = jax.tree.map(lambda a: a[:1], batch)
         prefix = Prefix(llm.embed(params, one.demos), one.demos_length)
         return llm.logits(params, llm.states(params, prefix, one.query)), gradient["vectors"]
 
-    return tuple(np.asarray(array, np.float64) for array in outputs(vectors, params, batch))
+    return lambda params: tuple(np.asarray(array, np.float64) for array in compiled(vectors, params, batch))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
