@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning) or "soft_prompt" (PromptTuning)
     prefix.length = 100  # l, the number of vectors
-    prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name
+    prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name; its tokenizer may differ from the LLM's
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     data.queries = 1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)
     data.beta = 0.8  # pretraining: share of a text that is distilled; the rest is continued
     data.max_text_tokens = 1024  # pretraining: a text is cut here
-    data.max_demo_tokens = 900  # a context's budget; examples that do not fit are left out
+    data.max_demo_tokens = 900  # a context's budget, in the tokens of either model; examples that do not fit are left out
     data.max_input_tokens = 256  # an input x is cut here; an output y never
     data.release_truncation = False  # the public release's budgets instead: distiller < 643 tokens, teacher < 767, last example cut
     data.demo_buckets = (256, 384, 512, 640, 768, 900)  # padded lengths of the contexts; the last covers the budget

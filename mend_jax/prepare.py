@@ -4,13 +4,14 @@
         --config.data.text=c4/ --config.data.tasks=metaicl/
 
 Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them
-itself when this was not run. Interrupted, it goes on where it stopped.
+itself when this was not run. Interrupted, it goes on where it stopped. Where prefix.backbone has another tokenizer than
+the LLM, each text is read by both.
 """
 
 from mend_jax import cli
 from mend_jax.data import prepared
 from mend_jax.data.batches import find_tasks
-from mend_jax.data.tokenize import check_tokenizer
+from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
@@ -27,13 +28,23 @@ def prepare(config) -> dict:
     check_tokenizer(tokenizer, from_hf_config(folder).vocab_size, config.llm.path)
     if not config.data.text and not config.data.tasks:
         raise UserError("There is nothing to prepare: set config.data.text, config.data.tasks or both.")
-    made = {}
+    own, made = _distiller_tokenizer(config, tokenizer), {}
     if config.data.text:
-        made["text"] = prepared.prepare_text(config, tokenizer)
+        made["text"] = prepared.prepare_text(config, tokenizer, own)
     if config.data.tasks:
         tasks = find_tasks(config, "train")
-        made["tasks"] = prepared.prepare_tasks(config, tokenizer, tasks)
+        made["tasks"] = prepared.prepare_tasks(config, tokenizer, tasks, distiller_tokenizer=own)
     return made
+
+
+def _distiller_tokenizer(config, tokenizer):
+    """Of the backbone of a run that distils, where it reads texts as other tokens than the LLM; else None."""
+    if config.stage == "lm" or config.prefix.kind != "distiller":
+        return None
+    folder = local_folder(config.prefix.backbone)
+    own = load_tokenizer(folder)
+    check_backbone(tokenizer, own, from_hf_config(folder).vocab_size, config.prefix.backbone)
+    return other_tokenizer(tokenizer, own)
 
 
 def main(config) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
 from mend_jax.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
@@ -136,12 +138,19 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     Args:
         llm: of `load_llm`.
         distiller: of `load_distiller`.
-        demos: token ids of one context (list of int), or (x, y) string pairs, read by both models' tokenizers.
+        demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), where one
+            tokenizer serves both.
         x, y: token ids (lists of int) of the input and the output.
     Raises:
-        UserError: an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
+        UserError: token ids where the tokenizers differ, an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
     """
     context = distiller.read(demos)
+    texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
+    if not texts and other_tokenizer(llm.tokenizer, distiller.tokenizer) is not None:
+        raise UserError(
+            "The distiller and the LLM have tokenizers of their own, so token ids cannot be demonstrations for both: give "
+            "them as texts, [(input, output), ...]."
+        )
     reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
     shown, shown_length = demo_tokens(demos, *reader)
     _check_query(llm, x, y, max(shown.shape[1], distiller.num_vectors))
@@ -192,7 +201,7 @@ def _one_after_another(query: Query) -> Query:
 def _teacher_states(llm, llm_params, batch, query):
     """The LLM's states at the query after the demonstrations themselves; nothing flows back from here."""
     demos, length = batch.demos, batch.demos_length
-    if batch.teacher_demos is not None:  # release_truncation: the teacher sees more of them
+    if batch.teacher_demos is not None:  # the LLM's own tokens of them; with release_truncation more of them
         demos, length = batch.teacher_demos, batch.teacher_demos_length
     prefix = Prefix(llm.embed(llm_params, demos), length)
     return jax.lax.stop_gradient(llm.states(llm_params, prefix, query))

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mend_jax.data.evaluation import EvalTask, load_tasks
+from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
 from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
+from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM
@@ -33,6 +34,10 @@ class Method:
     @property
     def reads_demos(self) -> bool:
         return self.name == "icl" if self.model is None else isinstance(self.model, Distiller)
+
+    def own_tokenizer(self, llm: LLM):
+        """Of a distiller that reads texts as other tokens than the LLM does; else None."""
+        return other_tokenizer(llm.tokenizer, self.model.tokenizer) if isinstance(self.model, Distiller) else None
 
     def window(self, llm: LLM) -> int:
         """Demonstration tokens that it can read, whatever the query."""
@@ -65,23 +70,51 @@ def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[...,
 
 
 def make_context(config, llm: LLM, method: Method, task: EvalTask, order=None) -> np.ndarray:
-    """The (N,) tokens of a task's demonstrations that fit beside its longest query, in the file's order or `order`.
+    """The (N,) tokens, to the method's reader, of a task's demonstrations that fit beside its longest query, in the file's order or `order`.
 
     Examples that do not fit are left out; with data.release_truncation the last one is cut, as the release does.
     """
     query = max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+    own = method.own_tokenizer(llm)
+    if own is not None:
+        return _own_context(config, llm, method, task, own, query, order)
     budget = demo_budget(config.data.max_demo_tokens, llm.window, query, method.window(llm), 0)
     pairs = task.demos if order is None else [task.demos[i] for i in order]
     if config.data.release_truncation:
         cut = release_truncation(join_demos(pairs), min(method.window(llm), llm.window - query), llm.window - query)
         return cut[method.model is None]
+    return join_demos(pairs[: _fitting(task, pairs, budget)])
+
+
+def _own_context(config, llm: LLM, method: Method, task: EvalTask, own, query: int, order) -> np.ndarray:
+    """The context in the tokens of the distiller's `own` tokenizer: as in training, as many examples as both models fit."""
+    check_truncation(config)
+    limit, both = config.data.max_demo_tokens, read_twice(task.texts, (llm.tokenizer, own), config.data.max_input_tokens)
+    if order is not None:
+        both = [[pairs[i] for i in order] for pairs in both]
+    budgets = min(limit, llm.window - query), min(limit, method.window(llm))
+    count = min(_fitting(task, pairs, budget) for pairs, budget in zip(both, budgets, strict=True))
+    return join_demos(both[1][:count])
+
+
+def _fitting(task: EvalTask, pairs, budget: int) -> int:
+    """How many of a task's demonstrations fit. Raises UserError where not even one does."""
     count = fit_demos([len(x) + len(y) for x, y in pairs], budget)
     if count == 0:
         raise UserError(
             f"No demonstration of {task.task}, seed {task.seed} fits into {budget} tokens: raise data.max_demo_tokens"
             " or lower data.max_input_tokens."
         )
-    return join_demos(pairs[:count])
+    return count
+
+
+def check_truncation(config) -> None:
+    """Raises UserError where the release's truncation is asked for beside a distiller with a tokenizer of its own."""
+    if config.data.release_truncation:
+        raise UserError(
+            "data.release_truncation cuts contexts after so many tokens, which are other texts to a distiller with another "
+            "tokenizer than the LLM's: set it to false."
+        )
 
 
 @dataclasses.dataclass

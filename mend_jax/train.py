@@ -37,7 +37,7 @@ from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
 from mend_jax.data.batches import make_batches
 from mend_jax.data.draws import check_windows
-from mend_jax.data.tokenize import check_backbone, check_tokenizer
+from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm
 from mend_jax.models.families import DecoderConfig, from_hf_config
@@ -45,7 +45,7 @@ from mend_jax.models.folders import has_weights, init_params, local_folder, save
 from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
 from mend_jax.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
-from mend_jax.task_scoring import dev_score, dev_tasks
+from mend_jax.task_scoring import check_truncation, dev_score, dev_tasks
 from mend_jax.trained import lm_settings
 
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
@@ -333,10 +333,14 @@ def check_settings(config):
 
 
 def check_tokenizers(config, llm, model):
-    """Raises UserError where the LLM has no tokenizer, or one that does not fit the LLM or the distiller's backbone."""
+    """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
-    if isinstance(model, Distiller):
-        check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+    if not isinstance(model, Distiller):
+        return
+    check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+    if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
+        check_truncation(config)
+        reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
 
 
 def check_mesh(config, llm, model, mesh):
@@ -349,15 +353,16 @@ def check_mesh(config, llm, model, mesh):
 
 def batches(config, llm, model, split, layout):
     """This process's rows of the batches of a split ("train" or "validation")."""
-    distiller_window = model.config.window if isinstance(model, Distiller) else None
+    distils = isinstance(model, Distiller)
     return make_batches(
         config,
         llm.tokenizer,
         split,
         llm.window,
-        distiller_window,
+        model.config.window if distils else None,
         *layout.share,
         targets_apart=llm.start_token is not None,
+        distiller_tokenizer=other_tokenizer(llm.tokenizer, model.tokenizer) if distils else None,
     )
 
 

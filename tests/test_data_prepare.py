@@ -293,7 +293,7 @@ def test_a_large_vocabulary_is_kept_in_32_bits(world, tokenizer):
 
 def test_command(world, tiny_llm, capsys):
     flags = [f"--config.{k}={v}" for k, v in {
-        "llm.path": tiny_llm, "data.text": world / "c4", "data.tasks": world / "metaicl", "data.cache": world / "cache",
+        "llm.path": tiny_llm, "prefix.backbone": tiny_llm, "data.text": world / "c4", "data.tasks": world / "metaicl", "data.cache": world / "cache",
         "data.partition": "tiny"}.items()]  # fmt: skip
     argv = ["prepare", f"--config={ROOT / 'configs' / 'base.py'}"]
     with pytest.raises(SystemExit) as end:

@@ -63,8 +63,9 @@ class RandomBatches:
     """Rows of random tokens as a function of (seed, step), in the place of mend_jax.data.batches."""
 
     def __init__(
-        self, config, tokenizer, split, window, distiller_window, process_index, process_count, targets_apart=False
-    ):
+        self, config, tokenizer, split, window, distiller_window, process_index, process_count, targets_apart=False,
+        distiller_tokenizer=None,
+    ):  # fmt: skip
         assert process_count == 1  # test_processes.py has several
         self.config, self.rows = config, config.train.batch_size
         self.seed = [config.seed, ("train", "validation").index(split), 0]

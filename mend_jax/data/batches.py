@@ -32,7 +32,8 @@ class Batch:
     demos_length: np.ndarray  # (B,) int32
     query: Query  # tokens (B,Q), length (B,), target_start (B,), int32
     ids: np.ndarray  # (B,) int64, row numbers, for `Batches.describe`
-    teacher_demos: np.ndarray | None = None  # release_truncation: the teacher's longer context
+    # The teacher's context: of the same text in the LLM's own tokens, or, with release_truncation, a longer one.
+    teacher_demos: np.ndarray | None = None
     teacher_demos_length: np.ndarray | None = None
 
 
@@ -60,7 +61,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         rows, demos_length, query_length = self.plan(step)
-        demo_size = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
+        demo_size = self._demo_size(rows, demos_length)
         query_size = sampling.bucket(int(query_length.max()), self.draws.query_buckets)
         mine = rows[self.mine]
         demos, queries, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
@@ -68,9 +69,17 @@ class Batches:
         query = Query(*pad_queries(queries, query_size), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
-            teacher, teacher_length = pad(teachers, self.draws.teacher_size)
+            teacher_size = demo_size if self.draws.two_readings else self.draws.teacher_size
+            teacher, teacher_length = pad(teachers, teacher_size)
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
+
+    def _demo_size(self, rows, demos_length) -> int:
+        """Columns of the contexts; of two readings one size for both, so that fewer shapes are compiled."""
+        longest = int(demos_length.max())
+        if self.draws.two_readings:
+            longest = max(longest, *(self.draws.teacher_length(int(row)) for row in rows))
+        return sampling.bucket(longest, self.draws.demo_buckets)
 
     def _columns(self, rows) -> tuple[int | None, int | None]:
         """Sizes for x and y apart, of the whole global batch: only for those who need them, since each is compiled."""
@@ -111,8 +120,8 @@ class Batches:
 
     def padding(self, step: int) -> float:
         """Share of the tokens of a step's global batch that is padding, 0 to 1."""
-        _, demos_length, query_length = self.plan(step)
-        sizes = sampling.bucket(int(demos_length.max()), self.draws.demo_buckets)
+        rows, demos_length, query_length = self.plan(step)
+        sizes = self._demo_size(rows, demos_length)
         sizes += sampling.bucket(int(query_length.max()), self.draws.query_buckets) * query_length.shape[1]
         return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
 
@@ -140,7 +149,7 @@ def pad_queries(rows, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_batches(config, tokenizer, split: str = "train", window: int = 1024, distiller_window: int | None = None,
-                 process_index: int = 0, process_count: int = 1, targets_apart: bool = False) -> Batches:  # fmt: skip
+                 process_index: int = 0, process_count: int = 1, targets_apart: bool = False, distiller_tokenizer=None) -> Batches:  # fmt: skip
     """The batches of config.stage; what is not tokenised yet is tokenised first (`mend_jax.prepare`).
 
     Args:
@@ -149,6 +158,7 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
         window: the LLM's, in tokens.
         distiller_window: the distiller backbone's, where there is a distiller.
         targets_apart: the LLM reads x and y apart (an encoder–decoder): queries say how many columns each has.
+        distiller_tokenizer: where it is another than the LLM's (`other_tokenizer`): contexts are then read by both.
     Raises:
         UserError: for bad input (see contents of `metaicl`, `c4`, `draws`).
     """
@@ -160,9 +170,10 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
         raise ValueError(f"split {split!r}")
     store, documents, tasks = None, range(0), []
     if stage == "pretrain" or (stage == "lm" and config.data.text_share > 0):
-        store, documents = text_splits(prepared.prepare_text(config, tokenizer), config.data.validation_items)[split]
+        manifest = prepared.prepare_text(config, tokenizer, distiller_tokenizer)
+        store, documents = text_splits(manifest, config.data.validation_items)[split]
     if stage == "finetune" or (stage == "lm" and config.data.text_share < 1):
-        tasks = open_tasks(config, tokenizer, split)
+        tasks = open_tasks(config, tokenizer, split, distiller_tokenizer)
     if stage == "pretrain":
         draws = TextDraws(config, store, documents, train, windows)
     elif stage == "finetune":
@@ -173,12 +184,11 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart)
 
 
-def open_tasks(config, tokenizer, split: str) -> list[TaskStore]:
+def open_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> list[TaskStore]:
     """The examples of `find_tasks`, tokenised now if they are not yet."""
-    manifest = prepared.prepare_tasks(
-        config, tokenizer, find_tasks(config, split), "train" if split == "train" else "dev"
-    )
-    return [TaskStore(shard, manifest["dtype"]) for shard in manifest["shards"]]
+    files = "train" if split == "train" else "dev"
+    manifest = prepared.prepare_tasks(config, tokenizer, find_tasks(config, split), files, distiller_tokenizer)
+    return [TaskStore(shard, manifest["dtype"], manifest["tokenizers"]) for shard in manifest["shards"]]
 
 
 def find_tasks(config, split: str) -> list[str]:

@@ -4,6 +4,9 @@ Each has `lengths(row) -> (context tokens, tokens of each query)`, cheap, for pl
 teacher_demos or None)`, a query being (tokens, target_start); `describe(row)`, where it came from; and the padded sizes
 `demo_buckets`, `query_buckets`; and for LLMs that read x and y apart `input_columns`,
 the longest x, and `target_length(row)`.
+
+Where the distiller has another tokenizer than the LLM (`two_readings`), `demos` are the distiller's tokens and
+`teacher_demos` the LLM's of the very same text, `teacher_length(row)` many; everything else is in the LLM's tokens.
 """
 
 import functools
@@ -12,7 +15,7 @@ import logging
 import grain
 import numpy as np
 
-from mend_jax.data import sampling
+from mend_jax.data import alignment, sampling
 from mend_jax.data.stores import TaskStore, TextStore
 from mend_jax.errors import UserError
 
@@ -37,17 +40,20 @@ class TextDraws:
                 f"The longest text of {self.config.text} has {longest} tokens (config.data.max_text_tokens is "
                 f"{self.config.max_text_tokens}), but pretraining needs {MIN_TEXT_TOKENS}."
             )
+        self.two_readings = store.all_lengths.shape[1] == 2
+        self.split = functools.lru_cache(KEPT)(self.split)
         _, longest_query = sampling.split_text(longest, self.config.beta, longest)
         self.query_buckets = buckets(self.config.query_buckets, longest_query)
         _check_window("A text's continuation", longest_query, self.length, windows[0])
-        budget = _largest_budget(config, windows)
-        self.demo_buckets = buckets(self.config.demo_buckets, sampling.split_text(longest, self.config.beta, budget)[0])
+        budget, *others = _largest_budgets(config, windows, self.two_readings)
+        longest_context = max([sampling.split_text(longest, self.config.beta, budget)[0], *others])
+        self.demo_buckets = buckets(self.config.demo_buckets, longest_context)
 
     def document(self, row: int) -> int:
         document = int(self.documents[row])
         rng = None
         for _ in range(TRIES):
-            if self.store.lengths[document] >= MIN_TEXT_TOKENS:
+            if self.store.lengths[document] >= MIN_TEXT_TOKENS and self.split(document)[0]:
                 return document
             rng = rng or sampling.row_rng(self.seed, 2, row)
             document = self.first + int(rng.integers(self.count))
@@ -55,19 +61,34 @@ class TextDraws:
             f"Hardly any text of {self.config.text} has {MIN_TEXT_TOKENS} tokens: pretraining needs longer texts."
         )
 
-    def lengths(self, row: int) -> tuple[int, int]:
-        length = min(int(self.store.lengths[self.document(row)]), self.config.max_text_tokens)
+    def split(self, document: int) -> tuple[int, int, int]:
+        """(context tokens of the distiller, query tokens, context tokens of the LLM) of a document."""
+        length = min(int(self.store.lengths[document]), self.config.max_text_tokens)
         _, query = sampling.split_text(length, self.config.beta, length)
-        budget = sampling.demo_budget(self.config.max_demo_tokens, self.windows[0], query, self.windows[1], self.length)
-        return sampling.split_text(length, self.config.beta, budget)
+        budget, *others = _budgets(self.config, self.windows, query, self.length, self.two_readings)
+        context, query = sampling.split_text(length, self.config.beta, budget)
+        if not self.two_readings:
+            return context, query, context
+        context, distillers = alignment.cut(self.store.readings(document)[1], (context, *others))
+        return distillers, query, context
+
+    def lengths(self, row: int) -> tuple[int, int]:
+        return self.split(self.document(row))[:2]
+
+    def teacher_length(self, row: int) -> int:
+        return self.split(self.document(row))[2]
 
     def target_length(self, row: int) -> int:
         return self.lengths(row)[1]
 
     def tokens(self, row: int):
-        demos, query = self.lengths(row)
-        ids = self.store[self.document(row)]
-        return ids[:demos], [(ids[demos : demos + query], 0)], None
+        document = self.document(row)
+        distillers, query, context = self.split(document)
+        (ids, *others), _ = self.store.readings(document)
+        continuation = [(ids[context : context + query], 0)]
+        if not others:
+            return ids[:context], continuation, None
+        return others[0][:distillers], continuation, ids[:context]
 
     def describe(self, row: int) -> str:
         return f"text {self.document(row)} of {self.config.text}"
@@ -85,8 +106,14 @@ class TaskDraws:
         self.contexts = config.prefix.kind != "soft_prompt" or bool(config.loss.kd)  # else nobody reads them
         self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k, self.config.queries)
+        self.two_readings = len(stores[0].readings) == 2
         limit = min(max(self.config.query_buckets), windows[0] - self.vectors)
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
+        self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
+        self.shown = [  # tokens of each example as a demonstration, for each tokenizer
+            kept + np.stack([own.lengths[:, 1] for own in store.readings], axis=1)
+            for store, kept in zip(stores, self.kept, strict=True)
+        ]
         self.queries = [np.flatnonzero(lengths <= limit) for lengths in self.cut]  # an output is never cut
         for store, queries in zip(stores, self.queries, strict=True):
             if not len(queries):
@@ -96,7 +123,9 @@ class TaskDraws:
                 )
         self.query_buckets = buckets(self.config.query_buckets, limit)
         self.demo_buckets = (
-            buckets(self.config.demo_buckets, _largest_budget(config, windows)) if self.contexts else (0,)
+            buckets(self.config.demo_buckets, max(_largest_budgets(config, windows, self.two_readings)))
+            if self.contexts
+            else (0,)
         )
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
 
@@ -108,14 +137,14 @@ class TaskDraws:
             query = int(rng.choice(self.queries[task]))
             chosen = sampling.sample_demos(rng, len(self.stores[task]) - 1, self.config.k)
             chosen = chosen + (chosen >= query)  # any example but the query
-            cut, queries = self.cut[task], self._with_others(row, task, chosen, query)
-            longest = int(cut[queries].max())
-            budget = sampling.demo_budget(
-                self.config.max_demo_tokens, self.windows[0], longest, self.windows[1], self.vectors
-            )
+            queries = self._with_others(row, task, chosen, query)
+            longest = int(self.cut[task][queries].max())
+            budgets = _budgets(self.config, self.windows, longest, self.vectors, self.two_readings)
+            budget = min(budgets)
             if self.config.release_truncation or not self.contexts:
                 return task, chosen, queries, budget
-            if fitting := sampling.fit_demos(cut[chosen], budget):
+            fitting = min(map(sampling.fit_demos, self.shown[task][chosen].T, budgets))
+            if fitting:
                 return task, chosen[:fitting], queries, budget
         raise UserError(
             f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} "
@@ -134,10 +163,14 @@ class TaskDraws:
 
     def lengths(self, row: int) -> tuple[int, ...]:
         task, chosen, queries, budget = self.draw(row)
-        context = int(self.cut[task][chosen].sum()) if self.contexts else 0
+        context = int(self.shown[task][chosen, -1].sum()) if self.contexts else 0
         if self.config.release_truncation:
             context = min(context, budget, sampling.RELEASE_DISTILLER_TOKENS)
         return context, *map(int, self.cut[task][queries])
+
+    def teacher_length(self, row: int) -> int:
+        task, chosen, _, _ = self.draw(row)
+        return int(self.shown[task][chosen, 0].sum())
 
     def target_length(self, row: int) -> int:
         task, _, queries, _ = self.draw(row)
@@ -148,12 +181,17 @@ class TaskDraws:
         store, limit = self.stores[task], self.config.max_input_tokens
         asked = [store.example(query, limit) for query in queries]
         asked = [(np.concatenate([x, y]).astype(np.int32), len(x)) for x, y in asked]
-        demos = sampling.join_demos([store.example(i, limit) for i in chosen] if self.contexts else [])
+        chosen = chosen if self.contexts else []
+        teacher, demos = (self._context(task, chosen, reading) for reading in (0, -1))
         if not self.config.release_truncation:
-            return demos, asked, None
+            return demos, asked, teacher if self.two_readings else None
         longest = max(len(query) for query, _ in asked)
         demos, teacher = sampling.release_truncation(demos, budget, self.windows[0] - longest)
         return demos, asked, teacher
+
+    def _context(self, task: int, chosen, reading: int) -> np.ndarray:
+        own, kept = self.stores[task].readings[reading], self.kept[task]
+        return sampling.join_demos([own.example(i, kept[i, reading]) for i in chosen])
 
     def describe(self, row: int) -> str:
         task, chosen, queries, _ = self.draw(row)
@@ -163,6 +201,8 @@ class TaskDraws:
 
 class SequenceDraws:
     """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
+
+    two_readings = False  # no distiller
 
     def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, windows, end_of_text):
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
@@ -272,7 +312,7 @@ def check_windows(config, llm, backbone=None) -> None:
         raise UserError(
             f"The LLM's window of {llm.window} tokens has no room for a query {behind}: lower prefix.length."
         )
-    budget = _largest_budget(config, windows)
+    [budget] = _largest_budgets(config, windows, two_readings=False)  # two have no more room than this either
     _, continued = sampling.split_text(data.max_text_tokens, data.beta, data.max_text_tokens)
     if stage == "pretrain" and continued > room:
         fitting = (n for n in range(data.max_text_tokens, MIN_TEXT_TOKENS - 1, -1))
@@ -299,15 +339,24 @@ def buckets(configured, largest: int) -> tuple[int, ...]:
     return (*sorted({size for size in configured if size < largest}), largest)
 
 
-def _largest_budget(config, windows) -> int:
-    """The most tokens a context can have. Raises UserError where there is no room for any."""
-    budget = sampling.demo_budget(config.data.max_demo_tokens, windows[0], 1, windows[1], config.prefix.length)
-    if budget < 1:
+def _budgets(data, windows, query: int, vectors: int, two_readings: bool) -> tuple[int, ...]:
+    """Tokens a context may have beside a query of so many: of the LLM's and of the distiller's, or of those of both."""
+    if not two_readings:
+        return (sampling.demo_budget(data.max_demo_tokens, windows[0], query, windows[1], vectors),)
+    return min(data.max_demo_tokens, windows[0] - query), min(data.max_demo_tokens, windows[1] - vectors)
+
+
+def _largest_budgets(config, windows, two_readings: bool) -> tuple[int, ...]:
+    """The most tokens a context can have, as _budgets. Raises UserError where there is no room for any."""
+    budgets = _budgets(config.data, windows, 1, config.prefix.length, two_readings)
+    if min(budgets) < 1:
         raise UserError(
             f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside "
             f"config.prefix.length = {config.prefix.length} vectors: lower it or take another backbone."
         )
-    return min(budget, sampling.RELEASE_DISTILLER_TOKENS) if config.data.release_truncation else budget
+    if config.data.release_truncation:
+        return tuple(min(budget, sampling.RELEASE_DISTILLER_TOKENS) for budget in budgets)
+    return budgets
 
 
 def _check_sequence_length(length: int, window: int) -> None:

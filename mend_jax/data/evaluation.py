@@ -3,6 +3,7 @@
 Every x, y and option is tokenised with the template's separator before it, so that a context is plain concatenation.
 """
 
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from mend_jax.data import metaicl, sampling
-from mend_jax.data.tokenize import check_tokenizer, encode, separator, tokenizer_text
+from mend_jax.data import alignment, metaicl, sampling
+from mend_jax.data.tokenize import check_tokenizer, encode, readings, separator, tokenizer_text
 from mend_jax.errors import UserError
 from mend_jax.settings import nearest
 
@@ -35,6 +36,7 @@ class EvalTask:
     demos: list[tuple[np.ndarray, np.ndarray]]  # (x, y) token ids, int32, in the file's order
     items: list[Item]
     classification: bool  # measured by Macro-F1, else by accuracy
+    texts: tuple[tuple[str, str], ...] = ()  # of the demonstrations, (x, y) behind the separator: for another tokenizer
 
 
 def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
@@ -85,6 +87,7 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
     for seed, (demos, items) in files.items():
         cut = data.max_input_tokens
         pairs = [(sampling.cut_input(ids[e.input], cut), ids[e.output]) for e in demos]
+        texts = tuple((separator(data.template) + e.input, separator(data.template) + e.output) for e in demos)
         made = [
             Item(
                 sampling.cut_input(ids[e.input], cut), [ids[o] for o in e.options], e.options, e.options.index(e.output)
@@ -92,8 +95,28 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
             for e in items
         ]
         kind = metaicl.is_classification(data.tasks, name, items)
-        tasks.append(EvalTask(name, int(seed), pairs, made, kind))
+        tasks.append(EvalTask(name, int(seed), pairs, made, kind, texts))
     return tasks
+
+
+@functools.lru_cache(maxsize=256)
+def read_twice(texts: tuple, tokenizers: tuple, max_input_tokens: int) -> tuple[list, list]:
+    """Demonstrations (x, y) as texts, in the tokens of two Hugging Face tokenizers: ([(x, y), ...], [(x, y), ...]), int32.
+
+    Each x is cut where it is the same text to both, and at most `max_input_tokens` of either (as the training data).
+    """
+    inputs, outputs = (list(readings([_plain(t) for t in tokenizers], part)) for part in zip(*texts, strict=True))
+    both = [], []
+    for (x, marks), (y, _) in zip(inputs, outputs, strict=True):
+        kept = alignment.cut(marks, (max_input_tokens, max_input_tokens))
+        for pairs, x_ids, y_ids, count in zip(both, x, y, kept, strict=True):
+            pairs.append((np.asarray(x_ids[:count], np.int32), np.asarray(y_ids, np.int32)))
+    return both
+
+
+@functools.lru_cache(maxsize=8)
+def _plain(tokenizer) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_text(tokenizer))
 
 
 def check_options(items: list[metaicl.Example], path) -> None:

@@ -1,6 +1,6 @@
 """Tokenised data on disk: made once, by parallel processes, found again by fingerprint.
 
-    <cache>/shards-<tokenizer, separator>/<file>-<source>.array_record    one per source file
+    <cache>/shards-<tokenizers, separator>/<file>-<source>.array_record    one per source file
     <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests, written last: a source's shards
 
 Shards appear only when whole, so an interrupted `prepare` goes on with the first missing one.
@@ -29,22 +29,23 @@ IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longe
 FORMAT = 1  # of the shards: a new number makes old caches unseen
 
 
-def prepare_text(config, tokenizer) -> dict:
-    """The manifest of config.data.text, tokenised now if it is not yet.
+def prepare_text(config, tokenizer, distiller_tokenizer=None) -> dict:
+    """The manifest of config.data.text, tokenised now if it is not yet; for both models where the distiller's is given.
 
-    Returns {"shards": [{"path", "split", "items", "tokens"}], "dtype"}. Raises UserError.
+    Returns {"shards": [{"path", "split", "items", "tokens"}], "dtype", "tokenizers": 1 or 2}. Raises UserError.
     """
     text = str(config.data.text)
     jobs = _tfds_jobs(text) if (text and c4.tfds_folder(text)) else _file_jobs(text)
-    return _prepare("text", jobs, tokenizer, "", config)
+    return _prepare("text", jobs, _several(tokenizer, distiller_tokenizer), "", config)
 
 
-def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train") -> dict:
+def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", distiller_tokenizer=None) -> dict:
     """The manifest of tasks' examples, tokenised now if they are not yet; shards carry "task" too.
 
     Args:
         tasks: names; each must have its file.
         split: "train" for the meta-training files, "dev" for the dev examples of all of config.evaluate.seeds together.
+        distiller_tokenizer: where it is another than the LLM's: examples are then read by both.
     """
     folder, jobs = config.data.tasks, []
     for task in tasks:
@@ -59,7 +60,11 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train") -> 
             {"kind": "task", "task": task, "files": [str(f) for f in files], "source": str(files[0]), "split": split,
              "name": f"{name}-{split}-{fingerprint(*data)}", "bytes": sum(map(len, data))}
         )  # fmt: skip
-    return _prepare("tasks", jobs, tokenizer, separator(config.data.template), config)
+    return _prepare("tasks", jobs, _several(tokenizer, distiller_tokenizer), separator(config.data.template), config)
+
+
+def _several(tokenizer, distiller_tokenizer) -> list:
+    return [tokenizer] if distiller_tokenizer is None else [tokenizer, distiller_tokenizer]
 
 
 def _file_jobs(folder) -> list[dict]:
@@ -97,16 +102,17 @@ def _file_fingerprint(file: Path) -> str:
             return fingerprint(file.name, stat.st_size, stat.st_mtime_ns, head, content.read())
 
 
-def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dict:
+def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config) -> dict:
     """Runs the jobs whose shards are missing, then writes the manifest; under a lock: one process does the work."""
-    text = tokenizer_text(tokenizer)
-    dtype = "uint16" if max(tokenizer.get_vocab().values(), default=0) < 1 << 16 else "uint32"
-    shard_key = fingerprint(FORMAT, text, before, dtype)
+    texts, count = [tokenizer_text(tokenizer) for tokenizer in tokenizers], len(tokenizers)
+    largest = max(max(tokenizer.get_vocab().values(), default=0) for tokenizer in tokenizers)
+    dtype = "uint16" if largest < 1 << 16 else "uint32"
+    shard_key = fingerprint(FORMAT, texts[0], before, dtype, *texts[1:])
     cache = Path(config.data.cache).expanduser().absolute()
     shards = cache / f"shards-{shard_key}"
     manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
     source = str(config.data.text if kind == "text" else config.data.tasks)
-    if found := _read_manifest(manifest, shards, source):
+    if found := _read_manifest(manifest, shards, source, count):
         return found
     try:
         shards.mkdir(parents=True, exist_ok=True)
@@ -117,28 +123,28 @@ def _prepare(kind: str, jobs: list[dict], tokenizer, before: str, config) -> dic
     for job in jobs:
         job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
     with _lock(cache / f".{manifest.name}.lock"):
-        if found := _read_manifest(manifest, shards, source):  # another process made it meanwhile
+        if found := _read_manifest(manifest, shards, source, count):  # another process made it meanwhile
             return found
-        _run([job for job in jobs if not Path(job["out"]).exists()], text, config.data.processes, kind)
+        _run([job for job in jobs if not Path(job["out"]).exists()], texts, config.data.processes, kind)
         made = [
             {"file": Path(job["out"]).name, "split": job["split"], "task": job.get("task", "")}
-            | shard_counts(job["out"], job["kind"])
+            | shard_counts(job["out"], job["kind"], count)
             for job in jobs
         ]
         temporary = temporary_for(manifest)
         temporary.write_text(json.dumps({"dtype": dtype, "shards": made}, indent=1))
         os.replace(temporary, manifest)
-        return _read_manifest(manifest, shards, source)
+        return _read_manifest(manifest, shards, source, count)
 
 
-def _read_manifest(path: Path, shards: Path, source: str) -> dict | None:
+def _read_manifest(path: Path, shards: Path, source: str, tokenizers: int) -> dict | None:
     """What the manifest lists, or None where it, or a shard of it, is not there. A damaged one is made again."""
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text())
         listed = [shard | {"path": str(shards / shard["file"])} for shard in content["shards"]]
-        content = {"dtype": content["dtype"], "shards": listed, "source": source}
+        content = {"dtype": content["dtype"], "shards": listed, "source": source, "tokenizers": tokenizers}
     except (ValueError, KeyError, TypeError):
         return None
     return content if all(os.path.exists(shard["path"]) for shard in content["shards"]) else None
@@ -152,7 +158,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(jobs: list[dict], tokenizer: str, processes: int, kind: str) -> None:
+def _run(jobs: list[dict], tokenizers: list[str], processes: int, kind: str) -> None:
     """All jobs, with a progress bar over the bytes of their sources."""
     total = sum(job["bytes"] for job in jobs)
     if not jobs:
@@ -160,11 +166,11 @@ def _run(jobs: list[dict], tokenizer: str, processes: int, kind: str) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {kind}", disable=None, mininterval=0.5) as bar:
         progress = Progress(bar)
         if processes <= 1 or total < IN_PROCESS or len(jobs) == 1:
-            ready = Tokenizer.from_str(tokenizer)
+            ready = [Tokenizer.from_str(text) for text in tokenizers]
             for job in jobs:
                 progress.finish(job, run_job(ready, job, lambda done, job=job: progress.update(job, done)))
         else:
-            _run_workers(jobs, tokenizer, min(processes, len(jobs)), progress)
+            _run_workers(jobs, tokenizers, min(processes, len(jobs)), progress)
 
 
 class Progress:
@@ -186,7 +192,7 @@ class Progress:
             self.bar.set_postfix_str(f"{self.tokens:,} tokens, {self.tokens / max(seconds, 1e-9) / 1e3:,.0f}k/s")
 
 
-def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Progress) -> None:
+def _run_workers(jobs: list[dict], tokenizers: list[str], processes: int, progress: Progress) -> None:
     """The jobs, in that many processes. The first error stops all of them and is raised."""
     queue, errors, workers = list(reversed(jobs)), [], []  # the next job is the last
     package = str(Path(__file__).parents[2])
@@ -200,7 +206,7 @@ def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Pro
                 subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
             )
         threads = [
-            threading.Thread(target=_feed, args=(w, workers, tokenizer, queue, progress, errors)) for w in workers
+            threading.Thread(target=_feed, args=(w, workers, tokenizers, queue, progress, errors)) for w in workers
         ]
         for thread in threads:
             thread.start()
@@ -214,11 +220,11 @@ def _run_workers(jobs: list[dict], tokenizer: str, processes: int, progress: Pro
         raise UserError(errors[0])
 
 
-def _feed(worker, workers, tokenizer: str, queue: list, progress: Progress, errors: list) -> None:
+def _feed(worker, workers, tokenizers: list[str], queue: list, progress: Progress, errors: list) -> None:
     """Hands one worker a job at a time and listens to it. An error ends all workers."""
     job = None
     try:
-        print(json.dumps(tokenizer), file=worker.stdin, flush=True)
+        print(json.dumps(tokenizers), file=worker.stdin, flush=True)
         while queue and not errors:
             job = queue.pop()
             print(json.dumps(job), file=worker.stdin, flush=True)

@@ -1,10 +1,15 @@
-"""Prepared tokens, read back: documents by number from disk, the examples of tasks from memory."""
+"""Prepared tokens, read back: documents by number from disk, the examples of tasks from memory.
+
+Where the distiller has another tokenizer than the LLM, both readings are there, and where both can be cut (alignment.py).
+"""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mend_jax.data import alignment
 from mend_jax.data.tokenize import damaged, read_shard
 from mend_jax.errors import UserError
 
@@ -15,7 +20,9 @@ class TextStore:
     def __init__(self, manifest: dict, shards: list[dict]):
         self.dtype = manifest["dtype"]
         self.paths = [shard["path"] for shard in shards]
-        self.lengths = np.concatenate([np.frombuffer(read_shard(path, last=True)[0], np.uint32) for path in self.paths])
+        lengths = [np.frombuffer(read_shard(path, last=True)[0], np.uint32) for path in self.paths]
+        self.all_lengths = np.concatenate(lengths).reshape(-1, manifest["tokenizers"])
+        self.lengths = self.all_lengths[:, 0]  # the LLM's
         self.ends = np.cumsum([shard["items"] for shard in shards])
         self.readers, self.lock = {}, threading.Lock()
 
@@ -23,7 +30,15 @@ class TextStore:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """Token ids of a document, (T,) int32."""
+        """The LLM's token ids of a document, (T,) int32."""
+        return self.readings(document)[0][0]
+
+    def readings(self, document: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """A document's token ids, (T,) int32 for each tokenizer; and of two tokenizers the marks, (T,) bool each."""
+        ids, marks = _unpacked(self._record(document), self.all_lengths[document], self.dtype)
+        return [row.astype(np.int32) for row in ids], marks
+
+    def _record(self, document: int) -> bytes:
         shard = int(np.searchsorted(self.ends, document, side="right"))
         first = int(self.ends[shard - 1]) if shard else 0
         with self.lock:
@@ -34,38 +49,77 @@ class TextStore:
             [record] = reader.read([int(document) - first])
         except Exception as error:  # the reader raises plain RuntimeError
             raise damaged(self.paths[shard], error) from error
-        return np.frombuffer(record, self.dtype).astype(np.int32)
+        return record
 
 
-class TaskStore:
-    """All examples of one task, in memory: ids of x1 y1 x2 y2 ... one after another."""
+class Reading:
+    """A task's examples as one tokenizer reads them: ids of x1 y1 x2 y2 ... one after another."""
 
-    def __init__(self, shard: dict, dtype: str):
-        self.task = shard["task"]
-        blocks = read_shard(shard["path"])[:-1]
-        lengths, ids = zip(*(_block(block, dtype) for block in blocks), strict=True)
-        self.ids = np.concatenate(ids)
-        self.lengths = np.concatenate(lengths)  # (examples, 2): tokens of x and y
-        ends = np.cumsum(self.lengths.reshape(-1))
+    def __init__(self, lengths: np.ndarray, ids: np.ndarray, marks: np.ndarray | None = None):
+        self.lengths, self.ids, self.marks = lengths, ids, marks  # (examples, 2): tokens of x and y
+        ends = np.cumsum(lengths.reshape(-1))
         self.starts = np.concatenate([[0], ends[:-1]]).reshape(-1, 2)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """(x, y) of example i, x cut."""
         (x, y), (x_length, y_length) = self.starts[i], self.lengths[i]
         return self.ids[x : x + min(x_length, max_input_tokens)], self.ids[y : y + y_length]
 
+    def input_marks(self, i: int) -> np.ndarray:
+        """Where x of example i can be cut for both models: (tokens of x,) bool."""
+        return self.marks[self.starts[i, 0] :][: self.lengths[i, 0]]
+
+
+class TaskStore:
+    """All examples of one task, in memory: `readings` of the LLM's tokenizer and, where it is another, the distiller's."""
+
+    def __init__(self, shard: dict, dtype: str, tokenizers: int = 1):
+        self.task = shard["task"]
+        blocks = [_block(record, dtype, tokenizers) for record in read_shard(shard["path"])[:-1]]
+        self.readings = [Reading(*map(np.concatenate, zip(*own, strict=True))) for own in zip(*blocks, strict=True)]
+        self.lengths = self.readings[0].lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(x, y) of example i in the LLM's tokens, x cut."""
+        return self.readings[0].example(i, max_input_tokens)
+
     def cut_lengths(self, max_input_tokens: int) -> np.ndarray:
-        """Tokens of each example with its x cut: (examples,) int64."""
+        """The LLM's tokens of each example with its x cut: (examples,) int64."""
         return np.minimum(self.lengths[:, 0], max_input_tokens) + self.lengths[:, 1]
 
+    def shared_inputs(self, max_input_tokens: int) -> np.ndarray:
+        """Tokens kept of each x as a demonstration: (examples, tokenizers) int64, of the same text for all tokenizers."""
+        kept = np.stack([np.minimum(own.lengths[:, 0], max_input_tokens) for own in self.readings], axis=1)
+        if len(self.readings) == 2:
+            limits = max_input_tokens, max_input_tokens
+            longer = [own.lengths[:, 0] > max_input_tokens for own in self.readings]
+            for i in np.flatnonzero(longer[0] | longer[1]):
+                kept[i] = alignment.cut([own.input_marks(i) for own in self.readings], limits)
+        return kept
 
-def _block(record: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+
+def _block(record: bytes, dtype: str, tokenizers: int) -> list[tuple[np.ndarray, ...]]:
+    """(lengths (examples, 2), ids) for each tokenizer; and of two tokenizers the marks."""
     count = int(np.frombuffer(record, np.uint32, 1)[0])
-    lengths = np.frombuffer(record, np.uint32, 2 * count, offset=4).reshape(2, count).T.astype(np.int64)
-    return lengths, np.frombuffer(record, dtype, offset=4 * (1 + 2 * count))
+    size = 2 * count * tokenizers
+    lengths = np.frombuffer(record, np.uint32, size, offset=4).reshape(tokenizers, 2, count).astype(np.int64)
+    ids, marks = _unpacked(record[4 * (1 + size) :], lengths.sum((1, 2)), dtype)
+    return list(zip(lengths.swapaxes(1, 2), ids, *([marks] if marks else []), strict=True))
+
+
+def _unpacked(record: bytes, lengths: Sequence[int], dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What tokenize.py packs: ids of each tokenizer; then, of two tokenizers, marks as bits, each row in whole bytes."""
+    lengths = [int(length) for length in lengths]
+    total = sum(lengths)
+    ids = np.split(np.frombuffer(record, dtype, total), np.cumsum(lengths)[:-1])
+    if len(lengths) == 1:
+        return ids, []
+    rest = np.frombuffer(record, np.uint8, offset=total * np.dtype(dtype).itemsize)
+    rows = np.split(rest, [-(-lengths[0] // 8)])
+    return ids, [np.unpackbits(row, count=n).astype(bool) for row, n in zip(rows, lengths, strict=True)]
 
 
 def text_splits(manifest: dict, validation_items: int) -> dict[str, tuple[TextStore, range]]:

@@ -1,16 +1,18 @@
 """Text to token ids on disk, one shard at a time: what `prepare` runs, in this process or in worker processes.
 
 A shard is an array_record file that appears under its name only when it is whole. Text: one record a document, then one
-record with every document's length. Tasks: one record per 1,024 examples, then one record with two counts.
-`python -m mend_jax.data.tokenize` is the worker: JSON lines in (tokenizer, jobs) and out (progress, results).
+record with every document's length. Tasks: one record per 1,024 examples, then one record with two counts. Where the
+distiller has another tokenizer than the LLM, a record holds both readings and the marks of alignment.py.
+`python -m mend_jax.data.tokenize` is the worker: JSON lines in (tokenizers, jobs) and out (progress, results).
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tokenizers import Tokenizer
 
 from mend_jax.data import c4, metaicl
+from mend_jax.data.alignment import common_ends
 from mend_jax.errors import UserError
 from mend_jax.files import temporary_for
 
@@ -56,51 +59,78 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_tokenizer(tokenizer, vocab_size: int, path) -> None:
-    """Raises UserError where the LLM's folder `path` has no tokenizer, or one with an id that the LLM has no embedding for."""
+def check_tokenizer(tokenizer, vocab_size: int, path, reader: str = "LLM") -> None:
+    """Raises UserError where `path`, the folder of the LLM or of the backbone (`reader`), has no tokenizer, or one with an
+    id that the model has no embedding for."""
     if tokenizer is None:
-        raise UserError(f"{path} holds no tokenizer: put the LLM's tokenizer files there.")
+        raise UserError(f"{path} holds no tokenizer: put the {reader}'s tokenizer files there.")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise UserError(f"The tokenizer {tokenizer.name_or_path!r} is empty: its folder needs the vocabulary files.")
     if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the LLM knows {vocab_size} "
-            "tokens: use the tokenizer that belongs to the LLM."
+            f"The tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the {reader} knows {vocab_size} "
+            f"tokens: use the tokenizer that belongs to the {reader}."
         )
 
 
 def check_backbone(tokenizer, own, vocab_size: int, path) -> None:
-    """Raises UserError where a distiller cannot read the LLM's token ids, or reads other words in them.
+    """Raises UserError where a distiller has no embedding for the token ids that it will be given.
 
     Args:
-        tokenizer: the LLM's, which makes the ids that the distiller reads in training.
-        own: of the backbone, which reads texts later, or None where its folder `path` has none.
+        tokenizer: the LLM's, whose ids the distiller reads where the backbone's own is None or reads alike.
+        own: of the backbone, or None where its folder `path` has none.
         vocab_size: ids that the backbone has an embedding for.
     """
-    words = tokenizer.get_vocab()
-    if max(words.values()) >= vocab_size:
+    if other_tokenizer(tokenizer, own) is not None:
+        check_tokenizer(own, vocab_size, path, "backbone")
+        return
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
         raise UserError(
-            f"The LLM's tokenizer {tokenizer.name_or_path!r} gives ids up to {max(words.values())}, but the backbone {path} "
-            f"knows {vocab_size} tokens: set prefix.backbone to a model with the LLM's vocabulary."
+            f"The LLM's tokenizer {tokenizer.name_or_path!r} gives ids up to {largest}, but the backbone {path} knows "
+            f"{vocab_size} tokens: put the backbone's own tokenizer there, or set prefix.backbone to a model with the LLM's vocabulary."
         )
-    theirs = own.get_vocab() if own is not None else {}
-    for word, number in sorted(words.items(), key=lambda item: item[1]):
-        if theirs.get(word, number) != number:
-            raise UserError(
-                f"The tokenizers of the LLM ({tokenizer.name_or_path}) and of the backbone ({path}) differ: {word!r} is "
-                f"{number} in one and {theirs[word]} in the other; set prefix.backbone to a model with the LLM's vocabulary."
-            )
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+@functools.lru_cache(maxsize=16)
+def other_tokenizer(tokenizer, own):
+    """The distiller's `own` tokenizer where it gives texts other ids than the LLM's; None where one serves both."""
+    if tokenizer is None or own is None or own is tokenizer:
+        return None
+    return None if _what_makes_ids(tokenizer) == _what_makes_ids(own) else own
+
+
+def _what_makes_ids(tokenizer) -> list:
+    """The parts of a tokenizer that its ids depend on, without what only offsets and decoding depend on."""
+    parts = json.loads(tokenizer_text(tokenizer), object_hook=_without_offsets)
+    added = {token["content"]: token | {"special": None} for token in parts["added_tokens"]}
+    return [parts["normalizer"], parts["pre_tokenizer"], parts["model"], added]
+
+
+def _without_offsets(part: dict) -> dict:
+    return {name: None if value == "" else value for name, value in part.items() if name != "trim_offsets"}
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
+def readings(tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> Iterator[tuple[list, list]]:
+    """Of each text (ids of each tokenizer, marks of each): of one tokenizer without marks, of two with common_ends."""
+    if len(tokenizers) == 1:
+        yield from (([ids], []) for ids in encode(tokenizers[0], texts))
+        return
+    both = [tokenizer.encode_batch(texts, add_special_tokens=False) for tokenizer in tokenizers]
+    for pair in zip(*both, strict=True):
+        yield [one.ids for one in pair], list(common_ends(*(one.offsets for one in pair)))
+
+
+def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None) -> dict:
     """Writes one shard and returns {"items", "tokens"}. `report(bytes of the source)` is called now and then.
 
+    tokenizers: the LLM's, and the distiller's where it is another.
     job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
     """
     out = Path(job["out"])
@@ -109,11 +139,11 @@ def run_job(tokenizer: Tokenizer, job: dict, report=lambda done: None) -> dict:
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
-            for record in _read(records(tokenizer, job, report), job["source"]):
+            for record in _read(records(tokenizers, job, report), job["source"]):
                 writer.write(record)
         finally:
             writer.close()
-        result = shard_counts(temporary, job["kind"])
+        result = shard_counts(temporary, job["kind"], len(tokenizers))
         os.replace(temporary, out)
         return result
     except (OSError, RuntimeError) as error:  # the writer says everything with RuntimeError
@@ -142,43 +172,52 @@ def readable(source) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({reason}): check that it is a whole file that you may read.") from error
 
 
-def text_records(tokenizer: Tokenizer, job: dict, report) -> Iterator[bytes]:
-    """The documents' ids, then their lengths (uint32)."""
+def text_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:
+    """The documents' ids (of two tokenizers one after the other, then their marks), then their lengths (uint32)."""
     lengths = []
     if job["kind"] == "text":
         texts = (row["text"] for row in c4.read_documents(job["source"], report))
     else:
         texts = c4.tfds_texts(job["source"], job["split"], job["start"], job["stop"])
     while batch := list(islice(texts, BATCH)):
-        for ids in encode(tokenizer, batch):
-            lengths.append(len(ids))
-            yield np.asarray(ids, job["dtype"]).tobytes()
+        for ids, marks in readings(tokenizers, batch):
+            lengths += map(len, ids)
+            yield _packed(ids, marks, job["dtype"])
     yield np.asarray(lengths, np.uint32).tobytes()
 
 
-def task_records(tokenizer: Tokenizer, job: dict, report) -> Iterator[bytes]:
-    """Blocks of [count, x lengths, y lengths] (uint32) and ids x1 y1 x2 y2 ...; then [examples, tokens] (uint64)."""
+def task_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:
+    """Blocks of [count, x lengths, y lengths] (uint32) and ids x1 y1 x2 y2 ...; then [examples, tokens] (uint64).
+
+    Of two tokenizers a block has twice the lengths, then twice the ids, then twice the marks.
+    """
     del report  # task files are small
     examples = [example for file in job["files"] for example in metaicl.read_file(file)]
     tokens = 0
     for start in range(0, len(examples), BLOCK):
         block = examples[start : start + BLOCK]
         pairs = [job["separator"] + text for example in block for text in (example.input, example.output)]
-        ids = encode(tokenizer, pairs)
-        lengths = np.asarray([len(i) for i in ids], np.uint32).reshape(-1, 2)
-        tokens += int(lengths.sum())
-        header = np.concatenate([np.asarray([len(block)], np.uint32), lengths[:, 0], lengths[:, 1]])
-        yield header.tobytes() + np.concatenate([np.asarray(i, job["dtype"]) for i in ids]).tobytes()
+        ids, marks = (list(zip(*parts, strict=True)) for parts in zip(*readings(tokenizers, pairs), strict=True))
+        lengths = [np.asarray([len(i) for i in own], np.uint32).reshape(-1, 2) for own in ids]
+        tokens += int(lengths[0].sum())
+        header = np.concatenate([np.asarray([len(block)], np.uint32), *(own.T.reshape(-1) for own in lengths)])
+        flat = [np.concatenate([np.asarray(i, job["dtype"]) for i in own]) for own in ids]
+        yield header.tobytes() + _packed(flat, [np.concatenate(own) for own in marks], job["dtype"])
     yield np.asarray([len(examples), tokens], np.uint64).tobytes()
 
 
-def shard_counts(path, kind: str) -> dict:
-    """{"items", "tokens"} of a whole shard. Raises UserError where the file is damaged."""
+def _packed(ids: list, marks: list, dtype: str) -> bytes:
+    """Rows of ids, then rows of marks as bits; stores.py takes them apart."""
+    return b"".join([np.asarray(i, dtype).tobytes() for i in ids] + [np.packbits(m).tobytes() for m in marks])
+
+
+def shard_counts(path, kind: str, tokenizers: int = 1) -> dict:
+    """{"items", "tokens" (the LLM's)} of a whole shard. Raises UserError where the file is damaged."""
     [last] = read_shard(path, last=True)
     if kind == "task":
         items, tokens = np.frombuffer(last, np.uint64)
         return {"items": int(items), "tokens": int(tokens)}
-    lengths = np.frombuffer(last, np.uint32)
+    lengths = np.frombuffer(last, np.uint32)[::tokenizers]
     return {"items": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
 
 
@@ -202,10 +241,10 @@ def damaged(path, error) -> UserError:
 def worker() -> None:
     """Runs the jobs that come in on standard input until it closes."""
     send = lambda **message: print(json.dumps(message), flush=True)  # noqa: E731
-    tokenizer = Tokenizer.from_str(json.loads(sys.stdin.readline()))
+    tokenizers = [Tokenizer.from_str(text) for text in json.loads(sys.stdin.readline())]
     for line in sys.stdin:
         try:
-            send(result=run_job(tokenizer, json.loads(line), lambda done: send(progress=done)))
+            send(result=run_job(tokenizers, json.loads(line), lambda done: send(progress=done)))
         except UserError as error:
             send(error=str(error))
 
