@@ -80,7 +80,7 @@ def test_real_tokenizers_read_the_same_beginnings(pair, shared):
             if "t5" in pair:  # it has one kind of white space, and few characters: what the other read, in its tokens
                 t5 = own[pair.index("t5")]
                 read = [t5.decode(t5(words, add_special_tokens=False)["input_ids"]) for words in read]
-            assert read[0] == read[1]
+            assert "".join(read[0].split()) == "".join(read[1].split())
             cuts += 0 < kept[0] < len(ids[0])
     assert cuts > 50
     np.testing.assert_array_equal(list(readings(plain, [""]))[0][0], [[], []])
