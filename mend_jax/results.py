@@ -58,10 +58,18 @@ class Store:
 
 
 def write_config(workdir, config) -> None:
-    """Keeps the resolved configuration as <workdir>/config.json; a training's own stays."""
+    """Keeps the resolved configuration as <workdir>/config.json; that of a training or of a model's folder stays."""
     workdir = Path(workdir)
-    if not (workdir / checkpoint.FOLDER).exists():
+    if not (workdir / checkpoint.FOLDER).exists() and not _is_models(workdir / checkpoint.CONFIG):
         _write(workdir / checkpoint.CONFIG, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+
+
+def _is_models(path: Path) -> bool:
+    """Whether a config.json is a Hugging Face model's, such as an exported distiller's."""
+    try:
+        return "model_type" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def write_results(workdir, results: dict) -> str:

@@ -260,12 +260,14 @@ def test_dev_score_follows_the_params_without_compiling_again(config, llm, disti
     assert task_scoring.dev_score(config, llm, replaced, other, tasks) == second
 
 
-def test_an_evaluation_leaves_the_config_of_a_training_in_its_workdir(config, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.json").write_text("the training's")
+@pytest.mark.parametrize("beside, text", [("checkpoints", "the training's"), ("hub", '{"model_type": "gpt2"}')])
+def test_an_evaluation_leaves_the_config_of_a_training_or_a_model_in_its_workdir(beside, text, config, tmp_path):
+    (tmp_path / beside).mkdir()
+    (tmp_path / "config.json").write_text(text)
     config.evaluate.methods, config.evaluate.limit = ("zero_shot",), 1
-    ev.evaluate(config, tmp_path)
-    assert (tmp_path / "config.json").read_text() == "the training's"
+    for _ in range(2):
+        ev.evaluate(config, tmp_path)
+        assert (tmp_path / "config.json").read_text() == text
 
 
 def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, tmp_path):
