@@ -1,5 +1,6 @@
 """What all tests share: 8 simulated CPU devices, a kept compile cache, no network, tiny models."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -25,6 +26,17 @@ WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(60))]  # of the tiny models'
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_dropped():
+    """After each file. A compiled program holds memory maps, and a process that has more than the kernel's 65,530
+    (vm.max_map_count) dies in the compiler."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

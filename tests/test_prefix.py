@@ -27,9 +27,12 @@ class Letters:
         return {"input_ids": rows}
 
 
+LETTERS = Letters()  # one for both models, as where one tokenizer serves both
+
+
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(WIDER, jax.tree.map(lambda a: a * 4, init_params(WIDER, 0)), Letters(), "a tiny LLM", "float32")
+    return LLM(WIDER, jax.tree.map(lambda a: a * 4, init_params(WIDER, 0)), LETTERS, "a tiny LLM", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def make_distiller(backbone, seed=0, separator=" "):
             "bias": jnp.zeros(WIDER.width),
         },
     }
-    return Distiller(BACKBONE, params, "tanh", WIDER.width, Letters(), separator=separator)
+    return Distiller(BACKBONE, params, "tanh", WIDER.width, LETTERS, separator=separator)
 
 
 def context(length, seed=0):
