@@ -3,6 +3,12 @@
 A variant imports this and changes only what differs. Override on the command line, for every command alike:
 
     python -m mend_jax.train --config=configs/base.py --workdir=runs/mend --config.optimizer.learning_rate=1e-5
+
+As it stands it computes in float32; configs/gpt2_large.py is the paper's run.
+
+Hardware: a device of 24 GB or more, or several.
+Time: not measured here.
+Expected: as configs/gpt2_large.py.
 """
 
 from ml_collections import ConfigDict
@@ -94,6 +100,7 @@ def get_config() -> ConfigDict:
     c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods
     # Each run of it sets stage, train.steps, prefix.kind, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too.
     experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
-    experiment.pretrain_steps = 30_000
-    experiment.finetune_steps = 30_000
+    experiment.pretrain_steps = 30_000  # train.steps of every pretraining
+    experiment.finetune_steps = 30_000  # and of every finetuning
+    experiment.pretrain_batch_size = 0  # train.batch_size of every pretraining; 0: as in finetuning
     return c

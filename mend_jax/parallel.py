@@ -57,8 +57,11 @@ def make_layout(mode: str, mesh: Any = None) -> Layout:
     raise UserError(f'train.parallel is "{mode}": it must be one of {", ".join(MODES)}.')
 
 
-def check_batch_size(config: Any) -> None:
-    """Raises UserError where a global batch does not divide over the devices that split it and the accumulation steps."""
+def check_batch_size(config: Any, name: str = "train.batch_size") -> None:
+    """Raises UserError where a global batch does not divide over the devices that split it and the accumulation steps.
+
+    `name` is of the field that the user set.
+    """
     size, accumulate, parts = config.train.batch_size, config.train.accumulate, jax.device_count()
     over = f"{parts} device{'s' * (parts > 1)}"
     if config.train.parallel == "mesh":
@@ -67,7 +70,7 @@ def check_batch_size(config: Any) -> None:
         over = " x ".join(f"mesh.{name}={sizes[name]}" for name in sharding.ROWS)
     if size < 1 or accumulate < 1 or size % (parts * accumulate):
         raise UserError(
-            f"train.batch_size={size} does not divide over {over} x train.accumulate={accumulate}: use a multiple of"
+            f"{name}={size} does not divide over {over} x train.accumulate={accumulate}: use a multiple of"
             f" {parts * max(accumulate, 1)}."
         )
 

@@ -38,6 +38,7 @@ RANGES = {
     "optimizer.clip": (0, math.inf),
     "llm.layers": (0, math.inf),
     "evaluate.limit": (0, math.inf),
+    "experiment.pretrain_batch_size": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),

@@ -1,5 +1,6 @@
 """Every config file loads in all its variants, and every command that is written anywhere is one that runs."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -26,10 +27,7 @@ VARIANTS = {
     "base": [],
     "small_world": ["quick", "pretrain", "finetune", "full", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
-    "gpt2_large": PARTITIONS,
-    "gpt2_xl": PARTITIONS,
-    "t5_large": PARTITIONS,
-    "flan_t5_xl": PARTITIONS,
+    **dict.fromkeys(["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2"], PARTITIONS),
 }
 NAMES = [f"configs/{file}.py{v and ':'}{v}" for file, variants in VARIANTS.items() for v in ["", *variants]]
 TEXTS = ["README.md", "docs/*.md", "configs/*.py", "mend_jax/*.py", "mend_jax/*/*.py", "launch/*.sh"]
@@ -46,6 +44,36 @@ def test_loads(name, monkeypatch):
     config = cli.load_config(name)
     check(config)
     assert config.data.demo_buckets[-1] >= config.data.max_demo_tokens
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_the_docstring_says_how_to_run_it_and_what_comes_out(file):
+    said = ast.get_docstring(ast.parse((ROOT / "configs" / f"{file}.py").read_text()))
+    for wanted in (rf"python -m mend_jax\S* --config=configs/{file}\.py", "device|core", "[Tt]ime|minutes"):
+        assert re.search(wanted, said), wanted
+    assert re.search(r"\d\d\.\d|MEND \d|no number|Expected: as configs/", said)
+
+
+SETTINGS = {  # the paper's Tables 5 and 6: LLM, backbone, dtype, weights, (steps, sequences) of pretraining, of finetuning
+    "gpt2_large": ("gpt2-large", "gpt2", "bfloat16", "int8", (30_000, 8), (30_000, 8)),
+    "gpt2_xl": ("gpt2-xl", "gpt2", "bfloat16", "int8", (30_000, 8), (30_000, 8)),
+    "t5_large": ("google/t5-large-lm-adapt", "google/t5-small-lm-adapt", "float32", "full", (5_000, 64), (30_000, 8)),
+    "flan_t5_xl": ("google/flan-t5-xl", "google/flan-t5-base", "float32", "full", (5_000, 64), (30_000, 8)),
+    "opt_6_7b": ("facebook/opt-6.7b", "facebook/opt-125m", "bfloat16", "int8", (30_000, 8), (30_000, 8)),
+}
+
+
+@pytest.mark.parametrize("file", SETTINGS)
+def test_the_papers_settings(file, monkeypatch):
+    config = load(f"configs/{file}.py:qa_to_qa", monkeypatch)
+    runs = dict(methods.stage_configs(config, "mend"))
+    sizes = [(runs[stage].train.steps, runs[stage].train.batch_size) for stage in ("pretrain", "finetune")]
+    found = (config.llm.path, config.prefix.backbone, config.llm.dtype, config.llm.weights, *sizes)
+    assert found == SETTINGS[file] and config.prefix.dtype == config.llm.dtype
+    c = config
+    assert (c.optimizer.learning_rate, c.train.patience, c.data.beta, c.loss.kd) == (5e-5, 5, 0.8, 1.0)
+    assert (c.prefix.length, c.data.k, c.data.max_demo_tokens, c.data.max_input_tokens) == (100, 16, 900, 256)
+    assert c.data.partition == "qa_to_qa"
 
 
 def commands():
@@ -116,6 +144,7 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
     monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained before the test data was read"))
     config = tiny_config(make_world(tmp_path), "finetune")
     config.llm.path, config.prefix.backbone, config.experiment.methods = str(tiny_llm), str(tiny_backbone), (method,)
+    config.train.batch_size = 8
     path = tmp_path / "metaicl" / "data" / "t" / f"t_4_21_{split}.jsonl"
     path.write_text("{\n")
     with pytest.raises(UserError, match=f"t_4_21_{split}.jsonl, line 1 is not valid JSON"):
@@ -127,6 +156,19 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
         config.prefix.length = 80
         with pytest.raises(UserError, match="window of 80 tokens has no room for demonstrations"):
             methods.main(config, str(tmp_path / "run"))
+
+
+def test_sequences_a_step_of_pretraining_are_its_own(tiny_llm, tiny_backbone, tmp_path, monkeypatch):
+    config = load("configs/base.py", monkeypatch)
+    sizes = lambda: [c.train.batch_size for _, c in methods.stage_configs(config, "hypertuning")]  # noqa: E731
+    assert sizes() == [8, 8]
+    config.experiment.pretrain_batch_size = 20
+    assert sizes() == [20, 8]
+    config.llm.path, config.prefix.backbone, config.prefix.length = str(tiny_llm), str(tiny_backbone), 4
+    config.data.max_text_tokens = config.data.max_demo_tokens = 40
+    config.data.max_input_tokens, config.data.query_buckets = 8, (16,)
+    with pytest.raises(UserError, match="experiment.pretrain_batch_size=20 does not divide over 8 devices"):
+        methods.main(config, str(tmp_path))
 
 
 def test_an_experiment_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):

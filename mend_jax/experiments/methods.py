@@ -44,7 +44,8 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     """The runs that `method` needs, in order: [(stage, config of the run)].
 
     Args:
-        config: an experiment's; its loss.kd is lambda, and steps are experiment.pretrain_steps and .finetune_steps.
+        config: an experiment's; its loss.kd is lambda, steps are experiment.pretrain_steps and .finetune_steps, and
+            pretraining's sequences a step experiment.pretrain_batch_size where that is not 0.
         method: a key of STAGES.
     Returns:
         configs whose prefix.start_from is empty: only who knows the workdirs can say where the earlier stage lies.
@@ -58,6 +59,8 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
         c.loss.kd = config.loss.kd if kd is None else kd
         c.loss.pred, c.loss.clm = pred, clm
         c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
+        if stage == "pretrain" and config.experiment.pretrain_batch_size:
+            c.train.batch_size = config.experiment.pretrain_batch_size
         runs.append((stage, c.lock()))
     return runs
 
@@ -96,13 +99,16 @@ def _check_evaluation_data(config: ConfigDict) -> None:
     from mend_jax.llm import LLM
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import load_tokenizer, local_folder
+    from mend_jax.parallel import check_batch_size
     from mend_jax.task_scoring import check_longest
     from mend_jax.train import check_settings
 
     config = resolve(config)
     for method in config.experiment.methods:
-        for _, c in stage_configs(config, method):
+        for stage, c in stage_configs(config, method):
             check_settings(c)
+            own = stage == "pretrain" and config.experiment.pretrain_batch_size
+            check_batch_size(c, "experiment.pretrain_batch_size" if own else "train.batch_size")
     folder = local_folder(config.llm.path)
     llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
     finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
