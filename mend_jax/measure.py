@@ -120,7 +120,7 @@ def machine() -> dict:
         "versions": versions,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", TUNABLES),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "mend_jax.benchmark", *sys.argv[1:]]),
+        "command": shlex.join(["python", *_started(), *sys.argv[1:]]),
     }
 
 
@@ -129,6 +129,12 @@ def median(values) -> float:
     ordered = sorted(values)
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def _started() -> list[str]:
+    """What Python was told to run: a module or a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name] if spec else sys.argv[:1]
 
 
 def _cpu_model() -> str:

@@ -62,7 +62,7 @@ def mesh_sizes(wanted: Any, devices: int) -> dict[str, int]:
     if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"The mesh is {text}: each is a number of devices, and one of them may be -1, the rest.")
     known = math.prod(size for size in sizes.values() if size != -1)
-    if (devices % known if rest else devices != known) or known > devices:
+    if devices % known if rest else devices != known:
         raise UserError(
             f"The mesh {text} does not fit {devices} device{'s' * (devices > 1)}: their product must be {devices}, and one"
             " of them may be -1, the rest."

@@ -7,12 +7,10 @@ import pytest
 
 from mend_jax import parallel, scaling, sharding
 from mend_jax.benchmark_jax import Settings
+from mend_jax.collectives import sent
 from mend_jax.models.families import from_hf_config
-
-
-def settings(name, rows=8, dtype="bfloat16"):
-    llm, backbone = (from_hf_config(source) for source in scaling.MODELS[name])
-    return Settings(llm, backbone.headless, dtype, rows, 900, 124, 4, 100, "xla", False)
+from mend_jax.scaling_formulas import by_formula, count, meshes
+from mend_jax.scaling_models import MODELS, gpt2, workload
 
 
 def sizes(data=1, fsdp=1, tensor=1):
@@ -22,9 +20,9 @@ def sizes(data=1, fsdp=1, tensor=1):
 @pytest.mark.parametrize("weights", ["full", "int8"])
 @pytest.mark.parametrize("name", ["gpt2-large", "opt-6.7b", "flan-t5-xl", "llama-2-7b"])
 def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
-    mesh = sizes(fsdp=2, tensor=4)
-    step = scaling.abstract_step(settings(name), parallel.make_layout("mesh", mesh), weights)
-    formula = scaling.by_formula(settings(name), mesh, weights)
+    mesh, settings = sizes(fsdp=2, tensor=4), workload(name, 2, weights=weights)
+    step = scaling.abstract_step(settings, parallel.make_layout("mesh", mesh))
+    formula = by_formula(settings, mesh)
     for key, tree in (("state_bytes", step[1]), ("llm_bytes", step[2])):
         held = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
@@ -34,8 +32,9 @@ def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
 
 def test_sizes_of_the_models():
     published = {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200, "opt-6.7b": 6_658_473_984}
-    published |= {"llama-2-7b": 6_738_415_616, "flan-t5-xl": 2_849_757_184}
-    assert {name: scaling.count(settings(name).llm) for name in published} == published
+    published |= {"t5-large-lm-adapt": 783_150_080, "flan-t5-xl": 2_849_757_184}
+    published |= {"smollm2-1.7b": 1_711_376_384, "llama-2-7b": 6_738_415_616}
+    assert {name: count(workload(name, 8).llm) for name in MODELS} == published
 
 
 PROGRAM = """HloModule jit_step
@@ -59,30 +58,32 @@ ENTRY %main.2 (w: f32[64]) -> f32[64] {
 
 
 def test_what_a_program_sends_counts_loops_in_full():
-    assert scaling.sent(PROGRAM) == {
+    assert sent(PROGRAM) == {
         "all-gather": 12 * 64 * 32 * 2 * 3 / 4,
         "all-reduce": 2 * 30 * 4 * 7 / 8,
         "collective-permute": 24,
     }
 
 
-def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are():
+@pytest.mark.parametrize(("weights", "itemsize"), [("full", 4), ("int8", 1)])
+def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are(weights, itemsize):
     """Left alone, the compiler takes the weights for what stays, and every device computes on all rows."""
-    small = from_hf_config(scaling._gpt2(64, 3, 4) | {"vocab_size": 64, "n_positions": 64})
-    workload = Settings(small, small.headless, "float32", 8, 24, 16, 4, 8, "xla", False)
-    found = scaling.compiled(workload, sizes(fsdp=8))
-    assert found["llm_bytes"] < scaling.count(small) * 4 / 6  # the norms and biases of so small a model count
-    layers = scaling.count(small) - 2 * 64 * 64
+    small = from_hf_config(gpt2(64, 3, 4, vocab_size=64, n_positions=64))
+    settings = Settings(small, small.headless, "float32", 8, 24, 16, 4, 8, "xla", weights=weights)
+    found = scaling.compiled(settings, sizes(fsdp=8))
+    layers = count(small) - 2 * 64 * 64
+    assert found["llm_bytes"] < count(small) * (itemsize / 8 + 0.2)  # norms, biases and scales count in so small a model
     # Teacher, student and back, the distiller forward and back, at least; half as much again at most.
-    assert 5 * layers * 4 * 7 / 8 * 0.9 < found["sent_bytes"]["all-gather"] < 7.5 * layers * 4
+    least = (3 * itemsize + 2 * 4) * layers * 7 / 8 * 0.9
+    assert least < found["sent_bytes"]["all-gather"] < 1.7 * least
     assert found["sent_bytes"].get("all-to-all", 0) < 0.1 * found["sent_bytes"]["all-gather"]
 
 
 def test_meshes_of_the_table_divide_every_model():
-    for name in scaling.MODELS:
+    for name in MODELS:
         for devices in (8, 64, 512):
-            for mesh in scaling.meshes(devices):
-                model = settings(name)
+            for mesh in meshes(devices):
+                model = workload(name, 8)
                 assert math.prod(mesh.values()) == devices
                 for config in (model.llm, model.distiller):
                     assert config.width % (mesh[sharding.FSDP] * mesh[sharding.TENSOR]) == 0

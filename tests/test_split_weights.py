@@ -1,19 +1,25 @@
 """Weights read and made in parts on a mesh are those read and made whole."""
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 from test_int8 import ROWS, WORDS
+from tiny_training import RandomBatches, config
 
-from mend_jax import sharding
+from mend_jax import parallel, sharding
 from mend_jax.errors import UserError
+from mend_jax.llm import load_llm
 from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, init_params, load_model, save_model
 from mend_jax.models.split_weights import read_split
+from mend_jax.prefix import init_distiller
+from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -87,3 +93,32 @@ def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):
             read()
         messages.append(str(error.value))
     assert messages[0] == messages[1] and "keys missing" in messages[0]
+
+
+@pytest.mark.parametrize("folder", ["qwen3", "t5"], indirect=True)
+def test_a_step_with_weights_read_in_parts_in_8_bits_is_that_with_weights_read_whole(folder):
+    c = config(folder, stage="finetune", **{"llm.weights": "int8", "train.batch_size": 8})
+    batch = RandomBatches(c, None, "train", 0, 0, 0, 1)[0].replace(ids=None)
+    (moved, metrics), (expected, expected_metrics) = (
+        one_step(c, batch, layout) for layout in (parallel.make_layout("mesh", SIZES), None)
+    )
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    assert optax.global_norm(expected) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-7), moved, expected)
+
+
+def one_step(c, batch, layout):
+    """(how far plain gradient descent moves each parameter, metrics): on a mesh, or without a layout on one device."""
+    place, mesh = (layout.place, layout.mesh) if layout else (None, None)
+    llm = load_llm(c.llm.path, weights=c.llm.weights, place=place)
+    assert llm.params["embed"]["tokens"].dtype == np.int8
+    model, optimizer = init_distiller(c.prefix, llm, 0, place), optax.sgd(1.0)
+    step = make_train_step(c, make_loss_fn(c, llm, model, mesh), optimizer)
+    start, before = partial(init_state, optimizer=optimizer), jax.tree.map(np.array, model.params)
+    if layout:
+        state, batch = layout.init(start, model.params), layout.split(batch)
+        state, metrics = layout.compile_step(step, state)(state, layout.place_frozen(llm.params), batch)
+    else:
+        state, metrics = jax.jit(step)(start(model.params), llm.params, batch)
+    return jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before), jax.device_get(metrics)

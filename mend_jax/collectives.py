@@ -1,0 +1,79 @@
+"""What the devices of a compiled program send to one another, read in its text (HLO, as `Compiled.as_text()` gives it)."""
+
+import math
+import re
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results
+
+
+def sent(text: str) -> dict[str, float]:
+    """{collective operation: bytes that one device sends} in the text of a compiled program, loops counted in full.
+
+    As rings send them: of an all-gather of S bytes over n devices S (n-1)/n, of an all-reduce twice that. A loop whose
+    number of turns the compiler did not find counts once.
+    """
+    bodies, entry = _computations(text)
+    known: dict[str, dict] = {}
+
+    def total(name: str) -> dict[str, float]:
+        if name not in known:
+            known[name] = {}
+            for line in bodies[name]:
+                _add(known[name], _own(line))
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+                    _add(known[name], total(called), int(trips[1]) if trips else 1)
+        return known[name]
+
+    return total(entry)
+
+
+def ring(n: int) -> float:
+    """The share of S bytes that a device sends where rings of n devices gather or reduce-scatter them."""
+    return (n - 1) / n
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """({name: lines} of every function of a program, the name of the one that is called)."""
+    bodies, entry, name = {}, "", None
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = header[2]
+            entry, bodies[name] = (name if header[1] else entry), []
+        elif name is not None:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _own(line: str) -> dict[str, float]:
+    """What one operation sends."""
+    found = COLLECTIVE.search(line)
+    if not found:
+        return {}
+    size = sum(
+        max(1, int(re.sub(r"\D", "", kind) or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
+        for kind, shape in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", found[1])
+    )
+    n, kind = _group(line), found[2]
+    share = {"all-reduce": 2 * ring(n), "reduce-scatter": n - 1, "collective-permute": 1.0}.get(kind, ring(n))
+    return {kind: size * share}
+
+
+def _group(line: str) -> int:
+    """Devices that take part in one group of a collective operation."""
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    listed, counted = (
+        re.search(pattern, line) for pattern in (r"replica_groups=\{\{([\d,]*)\}", r"replica_groups=\[\d+,(\d+)\]")
+    )
+    return int(counted[1]) if counted else len(listed[1].split(",")) if listed else 1
+
+
+def _add(into: dict, other: dict, times: float = 1) -> None:
+    for kind, size in other.items():
+        into[kind] = into.get(kind, 0) + times * size
