@@ -7,7 +7,7 @@ weights of both models are split over the axes of config.mesh (sharding.py), so 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,25 +35,30 @@ class Layout:
     kept: Callable  # train state -> a copy that the next step leaves alone, as `Checkpoints.save` takes it
     scored: Callable  # trainable params on the devices -> as an evaluation takes them
     shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
-    compile_step: Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
+    compile_step: (
+        Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
+    )
     compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
-    place: sharding.Place | None  # where a parameter lives that is read or made on the devices; None: whole on the first
+    place: (
+        sharding.Place | None
+    )  # where a parameter lives that is read or made on the devices; None: whole on the first
     share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
     axis: str | None  # name for `jax.lax.pmean` inside the step; None where XLA sees the global batch
     mesh: Mesh | None  # of "mesh"
 
 
-def make_layout(mode: str, mesh: Any = None) -> Layout:
+def make_layout(mode: str, mesh: Any = None, devices: Sequence | None = None) -> Layout:
     """The layout over all devices of all processes.
 
     Args:
         mode: `config.train.parallel`. Raises UserError for another.
         mesh: `config.mesh`, the sizes of the axes, for mode "mesh". Raises UserError where they do not fit the devices.
+        devices: of the mesh, where they are others: those that a step is compiled for and not run on.
     """
     if mode == "pmap":
         return _pmap_layout()
     if mode == "mesh":
-        return _mesh_layout(sharding.make_mesh(mesh))
+        return _mesh_layout(sharding.make_mesh(mesh, devices))
     raise UserError(f'train.parallel is "{mode}": it must be one of {", ".join(MODES)}.')
 
 
@@ -192,8 +197,8 @@ def _put(array, placed):
 
 
 def _share(rows: NamedSharding) -> tuple[int, int]:
-    """(i, n): which part of n of every batch this process reads. Those that share the rows' weights read the same part."""
-    parts = {process: set() for process in range(jax.process_count())}
+    """(i, n): which part of n of every batch this process reads. Those whose devices hold the same rows read the same."""
+    parts = {device.process_index: set() for device in rows.mesh.devices.flat}
     count = math.prod(rows.mesh.shape[name] for name in sharding.ROWS)
     for device, (part,) in rows.devices_indices_map((count,)).items():
         parts[device.process_index].add(part.start or 0)

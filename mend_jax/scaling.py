@@ -2,28 +2,32 @@
 
     python -m mend_jax.scaling opt-6.7b --fsdp=8
     python -m mend_jax.scaling gpt2-large --data=8 --out=gpt2-large.json
+    python -m mend_jax.scaling opt-6.7b --fsdp=8 --topology=v5e:2x4       # by the TPU's compiler: pip install libtpu
     python -m mend_jax.scaling all                 # by formula alone: every model on 1, 8, 64 and 512 devices
 
-The step of finetuning, one sequence for each device that splits the batch, is compiled for simulated devices from the
-shapes of its arguments: no weight is ever made. Bytes per device are the compiler's; what crosses is counted in the
-compiled program, each loop as often as it runs; beside both stand the formulas (scaling_formulas.py) that
-docs/scaling.md goes on with to other numbers of devices.
+The step of finetuning, one sequence for each device that splits the batch, is compiled from the shapes of its arguments:
+no weight is ever made. It is compiled for simulated CPU devices, or with `--topology` for a TPU slice, which need not be
+there either. Bytes per device are the compiler's; what crosses is counted in the program for the CPUs, each loop as often as it
+runs; beside both stand the formulas (scaling_formulas.py) that docs/scaling.md goes on with to other numbers of devices.
 """
 
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 
 from mend_jax import cli, measure, parallel, sharding
 from mend_jax.benchmark import table, write_json
 from mend_jax.benchmark_jax import Settings, step_config
 from mend_jax.collectives import sent
 from mend_jax.data.batches import Batch
+from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
 from mend_jax.models import int8
@@ -50,6 +54,7 @@ def scaling(
     vectors=100,
     query=124,
     target=4,
+    topology="",
     out="",
 ) -> int:
     """Prints what one train step needs on each device of a mesh.
@@ -62,6 +67,7 @@ def scaling(
         remat: both models recompute their layers.
         batch_size: sequences; 0 is one for each device that splits the batch.
         demos, vectors, query, target: tokens of a sequence: context, vectors, query, and of it y.
+        topology: a TPU slice as libtpu names it, such as "v5e:2x4"; empty: simulated CPU devices.
         out: a JSON file for the figures.
     """
     fields = {"dtype": dtype, "weights": weights, "remat": remat}
@@ -70,13 +76,13 @@ def scaling(
         print(formula_table(**fields))
         return 0
     sizes = {sharding.DATA: data, sharding.FSDP: fsdp, sharding.TENSOR: tensor}
-    _simulate(math.prod(sizes.values()))
+    devices = _devices(topology, math.prod(sizes.values()))
     settings = workload(llm, batch_size or data * fsdp, **fields)
-    report = {"llm": llm, "mesh": sizes, "batch_size": settings.rows} | fields
+    report = {"llm": llm, "mesh": sizes, "batch_size": settings.rows, "topology": topology} | fields
     report |= {
         "machine": measure.machine(),
         "formula": by_formula(settings, sizes),
-        "compiled": compiled(settings, sizes),
+        "compiled": compiled(settings, sizes, devices),
     }
     print(as_text(report))
     if out:
@@ -84,21 +90,45 @@ def scaling(
     return 0
 
 
-def _simulate(devices: int) -> None:
-    """Simulated devices, unless the environment says how many there are."""
+def _devices(topology: str, count: int) -> Sequence | None:
+    """The devices of a TPU slice; None: simulated ones, as many, unless the environment says how many there are."""
     jax.config.update("jax_platforms", "cpu")
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", devices)
+    if not topology:
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", count)
+        return None
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose surroundings could be asked
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"--topology={topology} has no compiler here ({str(error).splitlines()[0]}): pip install libtpu, and name a TPU"
+            " slice such as v5e:2x4."
+        ) from None
+    if len(devices) != count:
+        raise UserError(
+            f"--topology={topology} has {len(devices)} devices, the mesh {count}: give as many to its axes."
+        )
+    return devices
 
 
-def compiled(settings: Settings, sizes: dict[str, int]) -> dict:
-    """The compiler's figures of the step on a mesh: bytes per device, and bytes that each device sends, by operation."""
+def compiled(settings: Settings, sizes: dict[str, int], devices: Sequence | None = None) -> dict:
+    """The compiler's figures of the step on a mesh: bytes per device, and bytes that each device sends, by operation.
+
+    `devices` are those to compile for; None: all that JAX has. What is sent is read of CPUs' programs alone.
+    """
     for what, config in (("the LLM", settings.llm), ("the distiller's backbone", settings.distiller)):
         sharding.check_heads(config, sizes[sharding.TENSOR], what)
-    layout = parallel.make_layout("mesh", sizes)
+    layout = parallel.make_layout("mesh", sizes, devices)
     step, state, llm_params, batch = abstract_step(settings, layout)
     began = time.monotonic()
-    program = layout.compile_step(step, state).lower(state, llm_params, batch).compile()
+    lowered = layout.compile_step(step, state).lower(state, llm_params, batch)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"The step does not fit such a device: {str(error).splitlines()[0]}") from None
     memory = program.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -106,7 +136,7 @@ def compiled(settings: Settings, sizes: dict[str, int]) -> dict:
         "state_bytes": _local_bytes(state),
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": kept + memory.temp_size_in_bytes,
-        "sent_bytes": sent(program.as_text()),
+        "sent_bytes": sent(program.as_text()) if devices is None else None,
         "compile_seconds": time.monotonic() - began,
     }
 
@@ -145,17 +175,18 @@ def as_text(report: dict) -> str:
     }
     formula = formula | {"temporary_bytes": formula["total_bytes"] - formula["llm_bytes"] - formula["state_bytes"]}
     rows += [[text, *(f"{side[name] / 1e9:.2f}" for side in (made, formula))] for name, text in names.items()]
-    rows.append(["sent in a step", *(f"{sum(side['sent_bytes'].values()) / 1e9:.3f}" for side in (made, formula))])
-    by_kind = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted(made["sent_bytes"].items()))
+    moved = [side["sent_bytes"] for side in (made, formula)]
+    rows.append(["sent in a step", *("" if of is None else f"{sum(of.values()) / 1e9:.2f}" for of in moved)])
+    by_kind = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted((moved[0] or {}).items()))
     return "\n".join(
         [
             f"{report['llm']}, mesh {mesh}, batch {report['batch_size']}, {report['dtype']},"
             f" LLM {'in 8 bits' if report['weights'] == 'int8' else 'in full'}"
-            f"{', remat' if report['remat'] else ''}: {formula['flops'] / 1e12:.3g} TFLOP a step",
+            f"{', remat' if report['remat'] else ''}, for {report['topology'] or 'CPUs'}: {formula['flops'] / 1e12:.3g} TFLOP a step",
             "",
             table(rows),
             "",
-            f"sent, GB, by the compiled program: {by_kind or 'nothing'}",
+            *([f"sent, GB, by the compiled program: {by_kind or 'nothing'}"] if moved[0] is not None else []),
         ]
     )
 

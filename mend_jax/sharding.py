@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,10 +70,11 @@ def mesh_sizes(wanted: Any, devices: int) -> dict[str, int]:
     return sizes | dict.fromkeys(rest, devices // known)
 
 
-def make_mesh(wanted: Any) -> Mesh:
-    """The mesh of all devices of all processes that config.mesh describes."""
-    sizes = mesh_sizes(wanted, jax.device_count())
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(wanted: Any, devices: Sequence | None = None) -> Mesh:
+    """The mesh that config.mesh describes of all devices of all processes, or of `devices`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(wanted, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
@@ -120,7 +121,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def rows_on(mesh: Mesh):
-    """While a function is traced within: `by_rows` splits over this mesh."""
+    """While a function is traced within: `by_rows` and `gathered` are of this mesh."""
     token = _mesh.set(mesh)
     try:
         yield
@@ -135,6 +136,24 @@ def by_rows(x: jax.Array) -> jax.Array:
     """
     mesh = _mesh.get()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def gathered(x: jax.Array, path: str) -> jax.Array:
+    """A frozen parameter whole along fsdp, as its product wants it, in the dtype that it is held in; elsewhere `x`.
+
+    Without it the compiler may turn int8 into what is computed with first, and send two or four times the bytes.
+    `path` is the end of the parameter's, as far as the rules read it.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return x
+    spec = spec_of(path, x.shape, dict(mesh.shape))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(_without_fsdp(a) for a in spec))))
+
+
+def _without_fsdp(axis):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return tuple(name for name in names if name != FSDP)
 
 
 def check_heads(config: Any, tensor: int, what: str) -> None:

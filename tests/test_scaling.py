@@ -1,6 +1,8 @@
 """The figures of a step that is compiled and not run: what the formulas say, and what is read in a compiled program."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from mend_jax import parallel, scaling, sharding
 from mend_jax.benchmark_jax import Settings
 from mend_jax.collectives import sent
+from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.scaling_formulas import by_formula, count, meshes
 from mend_jax.scaling_models import MODELS, gpt2, workload
@@ -72,7 +75,7 @@ def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are(weights, i
     settings = Settings(small, small.headless, "float32", 8, 24, 16, 4, 8, "xla", weights=weights)
     found = scaling.compiled(settings, sizes(fsdp=8))
     layers = count(small) - 2 * 64 * 64
-    assert found["llm_bytes"] < count(small) * (itemsize / 8 + 0.2)  # norms, biases and scales count in so small a model
+    assert found["llm_bytes"] < count(small) * (itemsize / 8 + 0.2)  # norms, biases and scales are whole everywhere
     # Teacher, student and back, the distiller forward and back, at least; half as much again at most.
     least = (3 * itemsize + 2 * 4) * layers * 7 / 8 * 0.9
     assert least < found["sent_bytes"]["all-gather"] < 1.7 * least
@@ -87,3 +90,26 @@ def test_meshes_of_the_table_divide_every_model():
                 assert math.prod(mesh.values()) == devices
                 for config in (model.llm, model.distiller):
                     assert config.width % (mesh[sharding.FSDP] * mesh[sharding.TENSOR]) == 0
+
+
+def test_the_command_prints_and_writes_both_sides(tmp_path, capsys, monkeypatch):
+    figures = {"llm_bytes": 2e9, "state_bytes": 1e9, "temporary_bytes": 5e8, "total_bytes": 3.5e9, "compile_seconds": 1}
+    for sent_bytes, last in (({"all-reduce": 3e9}, "by the compiled program: all-reduce 3.000"), (None, "")):
+        monkeypatch.setattr(scaling, "compiled", lambda *_, of=sent_bytes: figures | {"sent_bytes": of})
+        assert scaling.scaling("gpt2-large", data=8, weights="int8", out=str(tmp_path / "out.json")) == 0
+        text, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+        assert "gpt2-large, mesh data=8 x fsdp=1 x tensor=1, batch 8, bfloat16, LLM in 8 bits" in text
+        assert "in all              3.50" in text and last in text and ("sent, GB" in text) == bool(last)
+        assert report["weights"] == "int8" and report["compiled"]["total_bytes"] == 3.5e9
+
+
+def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("no TPU platform\nat line 3")
+
+    monkeypatch.setattr(scaling.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"v5e:2x4 has no compiler here \(no TPU platform\): pip install libtpu, and name"):
+        scaling.scaling("gpt2-large", data=8, topology="v5e:2x4")
+    monkeypatch.setattr(scaling.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=[0] * 4))
+    with pytest.raises(UserError, match="v5e:2x2 has 4 devices, the mesh 8: give as many to its axes"):
+        scaling.scaling("gpt2-large", data=8, topology="v5e:2x2")

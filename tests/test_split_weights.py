@@ -29,9 +29,7 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = from_hf_config({"model_type": request.param, "vocab_size": WORDS} | ROWS[request.param])
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda a: rng.standard_normal(a.shape, np.float32), jax.eval_shape(lambda: init_params(model, 0))
-    )
+    params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), init_params(model, 0))
     save_model(folder, model, params, folder)
     return folder
 
@@ -105,7 +103,7 @@ def test_a_step_with_weights_read_in_parts_in_8_bits_is_that_with_weights_read_w
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     assert optax.global_norm(expected) > 0.01
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-7), moved, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), moved, expected)
 
 
 def one_step(c, batch, layout):

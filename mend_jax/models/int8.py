@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from mend_jax.sharding import gathered
+
 SCALE = "_scale"
 SUMMED = {"kernel": -2, "tokens": -1, "head": -1}  # what is held in 8 bits, and the axis that a product sums over
 LARGEST = 127
@@ -36,9 +38,11 @@ class Dense(nn.Module):
     def __call__(self, x):
         """(...,in) -> (...,features)."""
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        in_8_bits = self.has_variable("params", "kernel" + SCALE)
+        kernel = gathered(kernel, f"{self.name}/kernel") if in_8_bits else kernel
         contracted = (((x.ndim - 1,), (0,)), ((), ()))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
-        if self.has_variable("params", "kernel" + SCALE):
+        if in_8_bits:
             y = (y * self.get_variable("params", "kernel" + SCALE)).astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
