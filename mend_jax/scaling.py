@@ -97,7 +97,8 @@ def _devices(topology: str, count: int) -> Sequence | None:
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", count)
         return None
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose surroundings could be asked
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose surroundings could be asked,
+    jax.config.update("jax_enable_compilation_cache", False)  # and none to read a kept program for
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -103,6 +103,15 @@ def test_the_command_prints_and_writes_both_sides(tmp_path, capsys, monkeypatch)
         assert report["weights"] == "int8" and report["compiled"]["total_bytes"] == 3.5e9
 
 
+@pytest.fixture
+def cache_setting():
+    """What a step for a topology changes of JAX's settings is changed back."""
+    kept = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+
+
+@pytest.mark.usefixtures("cache_setting")
 def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
     def missing(**_):
         raise RuntimeError("no TPU platform\nat line 3")

@@ -36,27 +36,26 @@ def folder(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("dtype", "int8"), [("float32", False), ("bfloat16", False), ("float32", True)])
 def test_what_is_read_in_parts_is_what_is_read_whole(folder, dtype, int8, monkeypatch):
-    read, getitem = [], weights._SafeTensor.__getitem__
+    shares, getitem = {}, weights._SafeTensor.__getitem__
 
     def recorded(tensor, index):
-        part = getitem(tensor, index)
-        small = (
-            len(tensor.shape) < 2 or math.prod(tensor.shape) < 1000
-        )  # T5's biases by distance are whole on each device
-        read.append(0 if small else part.size / math.prod(tensor.shape))
+        part, size = getitem(tensor, index), math.prod(tensor.shape)
+        if len(tensor.shape) == 2 and size >= 1000:  # smaller ones are whole on each device
+            shares.setdefault(tensor, []).append(part.size / size)
         return part
 
     monkeypatch.setattr(weights._SafeTensor, "__getitem__", recorded)
     mesh, config = sharding.make_mesh(SIZES), from_hf_config(folder)
     split = read_split(folder, config, dtype, int8, sharding.placer(mesh))
-    shares = list(read)
+    monkeypatch.undo()
     whole = weights.read_params(folder, config, dtype, int8)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
     assert jax.tree.map(lambda a: a.dtype, split) == jax.tree.map(lambda a: a.dtype, whole)
     placed = sharding.shardings(split, mesh)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), split, placed)))
-    if not int8:  # which needs whole channels
-        assert max(shares) <= 0.5
+    # By 4 of the 8 devices, which differ; in 8 bits whole channels are read for the scales first.
+    assert max(max(parts) for parts in shares.values()) <= (1 if int8 else 0.25)
+    assert max(sum(parts) for parts in shares.values()) <= (2 if int8 else 1)
 
 
 def test_what_is_made_in_parts_is_what_is_made_whole(folder):
@@ -120,3 +119,14 @@ def one_step(c, batch, layout):
     else:
         state, metrics = jax.jit(step)(start(model.params), llm.params, batch)
     return jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
+def test_numbers_that_are_not_finite_are_named(tmp_path, folder):
+    config = from_hf_config(folder)
+    tensors = weights.to_tensors(config, weights.read_params(folder, config))
+    tensors["transformer.h.1.mlp.c_fc.weight"] = np.full_like(tensors["transformer.h.1.mlp.c_fc.weight"], np.nan)
+    arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    weights.write_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="The weights of layers/up/kernel hold numbers that are not finite: copy the"):
+        read_split(tmp_path, config, "float32", True, sharding.placer(sharding.make_mesh(SIZES)))

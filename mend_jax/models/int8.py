@@ -84,16 +84,25 @@ def states_gradient(table: jax.Array | Table, logit_grad, dtype):
 
 
 def quantize(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 and float32 scales such that int8 * scale is near `array`; `axis` is summed over and has no scale of its own.
-
-    The largest number of a channel is 127 or -127 (symmetric, rounded to nearest); numbers that are not finite make a
-    scale that is not.
-    """
+    """int8 and float32 scales such that int8 * scale is near `array`; `axis` is summed over and has no scale of its own."""
     array = np.asarray(array, np.float32)
-    scale = np.abs(array).max(axis) / np.float32(LARGEST)
+    scale = scales(array, axis)
+    return rounded(array, scale, axis), scale
+
+
+def scales(array: np.ndarray, axis: int) -> np.ndarray:
+    """The float32 scales of whole channels: the largest number of each is to be 127 or -127 (symmetric).
+
+    Numbers that are not finite make a scale that is not.
+    """
+    return np.abs(np.asarray(array, np.float32)).max(axis) / np.float32(LARGEST)
+
+
+def rounded(array: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """`array` in units of its channels' scales, to the nearest int8; it may be a part of `axis`."""
+    unit = np.expand_dims(np.where(scale == 0, np.float32(1), scale), axis)
     with np.errstate(invalid="ignore"):
-        values = np.rint(array / np.expand_dims(np.where(scale == 0, np.float32(1), scale), axis)).astype(np.int8)
-    return values, scale
+        return np.rint(np.asarray(array, np.float32) / unit).astype(np.int8)
 
 
 def quantize_params(params: dict) -> dict:

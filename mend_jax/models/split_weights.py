@@ -5,7 +5,7 @@ time is its share of one parameter, and what a device holds its share of the mod
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from mend_jax.errors import UserError
 from mend_jax.models.families import Config
-from mend_jax.models.int8 import SCALE, SUMMED, quantize
+from mend_jax.models.int8 import SCALE, SUMMED, rounded, scales
 from mend_jax.models.tables import Entry
 from mend_jax.models.weights import NOT_TIED, Tensor, matched, open_safetensors, weight_files
 from mend_jax.sharding import Place
@@ -42,8 +42,8 @@ def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place
                 node = node.setdefault(parent, {})
             parameter = _Parameter(parts, dtype)
             if int8 and path[-1] in SUMMED:
-                node[path[-1]] = parameter.placed(place, parameter.in_8_bits)
                 node[path[-1] + SCALE] = parameter.placed(place, parameter.scales, scales=True)
+                node[path[-1]] = parameter.placed(place, parameter.in_8_bits)
             else:
                 node[path[-1]] = parameter.placed(place, parameter.full)
         return tree
@@ -56,6 +56,7 @@ class _Parameter:
         self.entry, self.dtype = parts[0][0], dtype
         self.tensors = [tensor for _, tensor in sorted(parts, key=lambda part: part[0].layer or 0)]
         self.summed = SUMMED.get(self.entry.path[-1])
+        self._scales: dict[Tensor, np.ndarray] = {}  # of all parts of a channel, which may lie on different devices
 
     def placed(self, place: Place, read: Callable, scales: bool = False) -> jax.Array:
         """The whole as an array over devices; `read(tensor, index)` gives a part of a tensor, in our axes."""
@@ -70,7 +71,8 @@ class _Parameter:
             key = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
             if key not in kept:
                 if stacked:
-                    kept[key] = np.stack([read(tensor, index[1:]) for tensor in self.tensors[index[0]]])
+                    layers = self.tensors[index[0]]
+                    kept[key] = _stack((read(tensor, index[1:]) for tensor in layers), len(layers))
                 else:
                     kept[key] = read(self.tensors[0], index)
             return kept[key]
@@ -82,19 +84,23 @@ class _Parameter:
         return np.ascontiguousarray(self._read(tensor, index), self.dtype)
 
     def in_8_bits(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        """A part is of its channels whole in the files: they decide the scales."""
-        index, own = list(index), [slice(None)] * len(index)
-        own[self.summed], index[self.summed] = index[self.summed], slice(None)
-        return quantize(self._read(tensor, tuple(index)), self.summed)[0][tuple(own)]
+        channels = list(index)
+        del channels[self.summed]
+        return rounded(self._read(tensor, index), self.scales(tensor, tuple(channels)), self.summed)
 
     def scales(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        index = list(index)
-        index.insert(len(index) + 1 + self.summed, slice(None))
-        scale = quantize(self._read(tensor, tuple(index)), self.summed)[1]
-        if not np.isfinite(scale).all():
-            name = "/".join(self.entry.path)
-            raise UserError(f"The weights of {name} hold numbers that are not finite: copy the model's folder again.")
-        return scale
+        """Of the channels at `index`, which are read whole, once."""
+        shape = list(self.entry.our_shape)
+        del shape[self.summed]
+        known = self._scales.setdefault(tensor, np.full(shape, np.nan, np.float32))
+        if np.isnan(known[index]).any():
+            whole = list(index)
+            whole.insert(len(index) + 1 + self.summed, slice(None))
+            known[index] = scales(self._read(tensor, tuple(whole)), self.summed)
+            if not np.isfinite(known[index]).all():
+                name = "/".join(self.entry.path)
+                raise UserError(f"The weights of {name} hold numbers that are not finite: copy the model's folder again.")
+        return known[index]
 
     def _read(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
         return tensor[index[::-1]].T if self.entry.transposed else tensor[index]
@@ -108,6 +114,16 @@ def _tensors(folder: Path, files: contextlib.ExitStack):
                 f'{path} cannot be read in parts: convert it to safetensors, or set train.parallel to "pmap".'
             )
         yield from open_safetensors(path, files)
+
+
+def _stack(parts: Iterator[np.ndarray], count: int) -> np.ndarray:
+    """`np.stack` of `count` arrays, of which one is held at a time."""
+    first = next(parts)
+    stack = np.empty((count, *first.shape), first.dtype)
+    stack[0] = first
+    for i, part in enumerate(parts, 1):
+        stack[i] = part
+    return stack
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
