@@ -158,4 +158,6 @@ def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM | Encoder
     kind = EncoderDecoderLLM if isinstance(model.config, EncoderDecoderConfig) else LLM
     if kind is EncoderDecoderLLM and attention != "xla":
         raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
+    if kind is EncoderDecoderLLM and not model.config.decoder_layers:
+        raise UserError(f"{model.folder} is an encoder alone, which says nothing: it can be a backbone, not the LLM.")
     return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)

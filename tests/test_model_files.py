@@ -18,10 +18,11 @@ from mend_jax.llm import load_llm
 from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
-from mend_jax.models.folders import has_weights, load_model, local_folder, save_model
+from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 SIZES = {  # layers, width, heads, parameters (published)
+    "distilgpt2": (6, 768, 12, 81_912_576),
     "gpt2": (12, 768, 12, 124_439_808),
     "gpt2-medium": (24, 1024, 16, 354_823_168),
     "gpt2-large": (36, 1280, 20, 774_030_080),
@@ -146,7 +147,7 @@ def test_a_broken_index_is_named(tiny_llm, tmp_path, content):
 def test_bin_is_fetched_only_where_the_hub_has_no_safetensors(tmp_path, monkeypatch, weights_file):
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns=None):
         asked.append(allow_patterns)
         if any(fnmatch.fnmatch(weights_file, pattern) for pattern in allow_patterns):
             (tmp_path / weights_file).write_bytes(b"")
@@ -181,6 +182,14 @@ def test_a_full_disk_is_recognised_in_safetensors_words(llm, tmp_path, monkeypat
     with pytest.raises(OSError) as error:
         weights.write_params(tmp_path, llm.config, llm.params)
     assert checkpoint.is_disk_full(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', '{"model": 3}'])
+def test_a_broken_tokenizer_is_named(tiny_llm, tmp_path, content):
+    (tmp_path / "config.json").write_text((tiny_llm / "config.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"The tokenizer in {tmp_path} cannot be read .*: copy it again"):
+        load_tokenizer(tmp_path)
 
 
 def test_half_precision_files_are_read(llm, torch_llm, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from configs import base
 from mend_jax import prefix as prefixes
 from mend_jax import step
+from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
@@ -150,3 +151,9 @@ def test_a_random_projection_has_the_releases_size(config, llm):
     projection = init_distiller(config, llm, 0).params["projection"]
     assert projection["kernel"].shape == (16, 24) and not projection["bias"].any()
     assert 0.017 < np.std(projection["kernel"]) < 0.023 and abs(np.mean(projection["kernel"])) < 0.004
+
+
+def test_an_identity_needs_a_backbone_as_wide_as_the_llm(config, llm):
+    config.projection = "identity"
+    with pytest.raises(UserError, match='backbone as wide as the LLM, not 16 against 24: use "tanh" or "linear"'):
+        init_distiller(config, llm, 0)

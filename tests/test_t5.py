@@ -16,7 +16,7 @@ from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
 from mend_jax.models.encoder_decoder import distance_buckets
 from mend_jax.models.families import from_hf_config, key_table, to_hf_config
-from mend_jax.models.folders import init_params, load_model, save_model
+from mend_jax.models.folders import headless_params, init_params, load_model, save_model
 from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
 from mend_jax.query import Query
 from mend_jax.scoring import score_options
@@ -222,6 +222,14 @@ def test_the_full_size_has_the_published_number_of_parameters(name):
     shapes = jax.eval_shape(lambda: init_params(config, 0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
     assert sum(int(np.prod(entry.shape)) for entry in key_table(config).values()) == published
+
+
+def test_an_encoder_alone_is_no_llm(row, tmp_path):
+    config = row.llm.config.headless
+    save_model(tmp_path, config, headless_params(row.llm.config, row.llm.params), row.folder)
+    assert load_model(tmp_path).config == config
+    with pytest.raises(UserError, match="is an encoder alone"):
+        load_llm(tmp_path)
 
 
 def test_what_is_not_t5_is_refused(row, tmp_path):

@@ -109,6 +109,19 @@ def test_backbone_with_fewer_tokens(model):
         tokenize.check_backbone(tokenizer, None, 39, "small")
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mesh.tensor": 4}, "mesh.tensor=4 does not divide the 2 heads of .*model: use a divisor"),
+        ({"mesh.data": 3}, "mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1 does not fit 8 devices"),
+        ({"train.batch_size": 12}, "train.batch_size=12 does not divide over mesh.data=1 x mesh.fsdp=8 "),
+    ],
+)
+def test_a_mesh_that_does_not_divide(fields, said, model, tmp_path, no_data):
+    with pytest.raises(UserError, match=said):
+        train.train(config(model, **{"train.parallel": "mesh"} | fields), tmp_path / "run")
+
+
 def test_bad_dev_file_is_found_before_the_first_step(finetuning, tmp_path, no_data):
     path = tmp_path / "world/metaicl/data/t/t_4_21_dev.jsonl"
     path.write_text(path.read_text() + "{nothing\n")

@@ -61,13 +61,22 @@ def from_hf_config(source: dict | str | Path) -> Config:
     if not isinstance(source, dict):
         source = read_json(Path(source))
     model_type = source.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not supported: use one of {', '.join(sorted(FAMILIES))}.")
+    if source.get("quantization_config"):
+        raise UserError(
+            f"config.json of a {model_type} model says that its weights are quantised (quantization_config): take the model "
+            'that they were made from, and llm.weights="int8" for 8 bits.'
+        )
     try:
         config = FAMILIES[model_type].read(source)
     except KeyError as missing:
         raise UserError(
             f"config.json of a {model_type} model lacks the field {missing}: take the model's own file."
+        ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"config.json of a {model_type} model holds a wrong value ({error}): take the model's own file."
         ) from None
     if isinstance(config, DecoderConfig):
         _check_heads(config, source)

@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
 # Fields of a config.json that change no number of ours, but what others do with the model: they go along.
 KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers")
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+HUB_TWICE = ["consolidated*"]  # the same weights again, under Mistral's own names
 HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where there are no safetensors
 
 
@@ -124,7 +125,7 @@ def local_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=HUB_TWICE))
         if weights.has_weights(folder):
             return folder
         return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
@@ -163,7 +164,6 @@ def load_tokenizer(folder: str | Path):
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): copy it again."
-        ) from error
+    except Exception as error:  # of many kinds; tokenizers itself raises bare ones
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The tokenizer in {folder} cannot be read ({reason}): copy it again.") from error

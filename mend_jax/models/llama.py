@@ -18,9 +18,7 @@ def read(hf: dict) -> DecoderConfig:
     family, heads = hf["model_type"], hf["num_attention_heads"]
     # Where one of these fields is no matter of the family, transformers does not read it either.
     bias = hf.get("attention_bias", False) if family in ("llama", "qwen3") else False
-    head_width = hf.get("head_dim") if family != "qwen2" else None
-    if family == "qwen3" and head_width is None:
-        head_width = 128
+    head_width = hf.get("head_dim") or (128 if family == "qwen3" else 0)
     config = DecoderConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -31,7 +29,7 @@ def read(hf: dict) -> DecoderConfig:
         max_positions=hf["max_position_embeddings"],
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         kv_heads=hf.get("num_key_value_heads") or heads,
-        head_width=head_width or 0,
+        head_width=head_width,
         activation="silu",
         gated=True,
         rms_norm=True,
@@ -61,11 +59,10 @@ def write(config: DecoderConfig) -> dict:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
+        "head_dim": config.head_width,
         "attention_dropout": 0.0,
         **write_rope(config.rope),
     }
-    if config.family != "qwen2":
-        fields["head_dim"] = config.head_width
     if config.family in ("llama", "qwen3"):
         fields["attention_bias"] = config.qkv_bias
     if config.family == "llama":

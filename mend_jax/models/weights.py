@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mend_jax.errors import UserError
-from mend_jax.models.families import FAMILIES, HEAD, DecoderConfig, key_table
+from mend_jax.models.families import FAMILIES, HEAD, Config, key_table
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry
 
@@ -44,7 +44,7 @@ class Tensor(Protocol):
 
 
 def from_tensors(
-    tensors: Iterator[tuple[str, Tensor]], config: DecoderConfig, dtype="float32", int8=False, where="the weights"
+    tensors: Iterator[tuple[str, Tensor]], config: Config, dtype="float32", int8=False, where="the weights"
 ) -> dict:
     """The tree (NumPy) of (their name, tensor), read one after another into place, in `dtype`.
 
@@ -69,7 +69,7 @@ def from_tensors(
 
 
 def matched(
-    tensors: Iterator[tuple[str, Tensor]], config: DecoderConfig, where: str
+    tensors: Iterator[tuple[str, Tensor]], config: Config, where: str
 ) -> Iterator[tuple[str, Entry | None, Tensor]]:
     """(name, our place, tensor) of each tensor that is read; the place of a head that is the token table is None.
 
@@ -100,7 +100,7 @@ def matched(
         )
 
 
-def to_tensors(config: DecoderConfig, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
+def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
     """The inverse: their names -> arrays, in the order of the model.
 
     `prefix` stands before all names but the head's; None is that of the family's model with a head.
@@ -116,7 +116,7 @@ def to_tensors(config: DecoderConfig, params: Mapping, prefix: str | None = None
     return tensors
 
 
-def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32", int8: bool = False) -> dict:
+def read_params(folder: str | Path, config: Config, dtype: str = "float32", int8: bool = False) -> dict:
     """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin.
 
     Of safetensors it never takes more memory than the tree and 1.2 times the largest file.
@@ -125,7 +125,7 @@ def read_params(folder: str | Path, config: DecoderConfig, dtype: str = "float32
     return from_tensors(_tensors_of(weight_files(folder)), config, dtype, int8, where=str(folder))
 
 
-def write_params(folder: str | Path, config: DecoderConfig, params: Mapping, dtype: str | None = None) -> None:
+def write_params(folder: str | Path, config: Config, params: Mapping, dtype: str | None = None) -> None:
     """`model.safetensors` in `folder`, as transformers saves the model with its head; `dtype` None is that of `params`.
 
     float32 holds every bfloat16 and float16 number: what was read as float32 and is written in the dtype it had is the

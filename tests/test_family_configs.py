@@ -1,0 +1,108 @@
+"""config.json of the decoder-only families: sizes, windows, and what is refused."""
+
+import math
+import re
+
+import family_sizes
+import jax
+import pytest
+from family_rows import COMMON, LLAMA, OPT, ROWS, make_row
+
+from mend_jax.errors import UserError
+from mend_jax.models.decoder import init_params
+from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
+from mend_jax.prefix import demonstrations_prefix, no_prefix
+from mend_jax.scoring import score_options
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def row(request, tmp_path_factory):
+    return make_row(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("name", family_sizes.SIZES)
+def test_published_sizes(name):
+    fields, published = family_sizes.SIZES[name]
+    config = from_hf_config(fields)
+    shapes = jax.eval_shape(lambda: init_params(config, 0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == published
+    table = key_table(config)
+    assert sum(math.prod(entry.shape) for entry in table.values()) == published
+    for path, leaf in jax.tree.leaves_with_path(shapes):  # every parameter has its key, with the shape of the tree
+        keys = tuple(key.key for key in path)
+        entries = [entry for entry in table.values() if entry.path == keys]
+        stack = () if entries[0].layer is None else (len(entries),)
+        assert {(*stack, *entry.our_shape) for entry in entries} == {leaf.shape}, keys
+
+
+def test_an_unknown_model_type_is_told_the_known_ones():
+    with pytest.raises(UserError, match="model_type 'gemma3' is not supported: use one of gpt2, llama, mistral, opt"):
+        from_hf_config({"model_type": "gemma3"})
+    assert {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"} <= FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "named"),
+    [
+        (OPT, {"activation_function": "gelu"}, "activation_function='gelu'"),
+        (OPT, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+        (OPT, {"num_attention_heads": 5}, "width 24 and 5 heads"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (LLAMA, {"num_key_value_heads": 3}, "4 heads and 3 of keys and values"),
+        (LLAMA, {"num_attention_heads": 8}, "even width"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "'longrope', which is not supported: only default, linear",
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "'linear' lacks factor"),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "llama model says that its weights are quantised"),
+        (LLAMA, {"num_attention_heads": None}, "llama model holds a wrong value"),
+        (LLAMA, {"num_attention_heads": 0}, "llama model holds a wrong value"),
+    ],
+)
+def test_a_config_that_we_do_not_compute_is_refused(fields, change, named):
+    from_hf_config(COMMON | fields)
+    with pytest.raises(UserError, match=named):
+        from_hf_config(COMMON | fields | change)
+    with pytest.raises(UserError, match="lacks the field 'hidden_size'"):
+        from_hf_config({name: value for name, value in (COMMON | fields).items() if name != "hidden_size"})
+
+
+def test_a_position_beyond_the_window_is_refused(row):
+    window = 48 if row.name == "mistral" else 64
+    assert row.llm.window == window
+    reason = re.escape(" (sliding_window=48 in its config.json: longer sequences are not supported)")
+    end = f"reads at most {window}{reason if row.name == 'mistral' else ''}: "
+    with pytest.raises(UserError, match=f"have {window + 1} tokens, the LLM {end}give fewer"):
+        demonstrations_prefix(row.llm, [1] * (window + 1))
+    prefix = no_prefix(1, row.llm.config.width)
+    with pytest.raises(UserError, match=f"{end}shorten"):
+        score_options(row.llm, prefix, [1] * window, [[2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, 32768),
+        ({"model_type": "llama", "sliding_window": 8}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 32768),
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, 8),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "full_attention"],
+            },
+            32768,
+        ),
+    ],
+)
+def test_a_sliding_window_bounds_the_window_where_it_is_active(fields, window):
+    config = from_hf_config(COMMON | LLAMA | fields | {"max_position_embeddings": 32768})
+    assert config.window == window
+    assert from_hf_config(to_hf_config(config)) == config

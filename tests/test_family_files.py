@@ -1,0 +1,103 @@
+"""Folders of every decoder-only family: byte for byte in and out, and what is said where config.json and weights disagree."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from family_rows import ROWS, make_row, tokens, torch_model
+from safetensors.numpy import load_file, save_file
+
+from mend_jax.errors import UserError
+from mend_jax.models.families import from_hf_config, to_hf_config
+from mend_jax.models.folders import load_model, save_model
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def row(request, tmp_path_factory):
+    return make_row(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_comes_back_byte_for_byte(row, tmp_path, dtype):
+    import copy
+
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    copy.deepcopy(row.torch).to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    save_model(tmp_path / "ours", model.config, model.params, tmp_path / "theirs", dtype=dtype)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].tobytes() == tensor.tobytes(), name
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert again.dtype == getattr(torch, dtype)
+    before, after = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").config.to_dict(), again.config.to_dict()
+    free = {"_name_or_path", "dropout", "attention_dropout", "layerdrop", "head_dim", "use_cache", "pretraining_tp"}
+    free |= {"attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx"}
+    assert {k: v for k, v in before.items() if k not in free} == {k: v for k, v in after.items() if k not in free}
+    ids = torch.from_numpy(tokens(1, 30)).long()
+    with torch.no_grad():
+        kept = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(ids).logits
+        assert torch.equal(again(ids).logits, kept)
+
+
+def test_settings_survive_the_round_trip(row):
+    assert from_hf_config(to_hf_config(row.llm.config)) == row.llm.config
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("opt-125m", {"max_position_embeddings": 62}, r"embed_positions.weight has shape \(66, 24\).*\(64, 24\)"),
+        ("opt-125m", {"enable_bias": False}, "bias, which a 2-layer opt model does not have"),
+        ("opt-350m", {"word_embed_proj_dim": 24}, "which a 2-layer opt model does not have|has shape"),
+        ("llama-2", {"num_key_value_heads": 2}, r"k_proj.weight has shape \(24, 24\).*\(12, 24\)"),
+        ("llama-2", {"tie_word_embeddings": True}, "not the token table"),
+        ("llama-3", {"tie_word_embeddings": False}, "lacks lm_head.weight"),
+        ("qwen2", {"model_type": "llama"}, "proj.bias, which a 2-layer llama model does not have"),
+        ("qwen3", {"head_dim": 6}, "has shape"),
+    ],
+)
+def test_a_config_that_disagrees_with_its_weights_is_named(tmp_path, name, change, named):
+    torch_model(ROWS[name]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(UserError, match=named):
+        load_model(tmp_path)
+
+
+def test_a_missing_shard_is_named(row, tmp_path):
+    row.torch.save_pretrained(tmp_path, max_shard_size="10KB")
+    whole = load_model(tmp_path).params
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, row.llm.params))
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is not there, though model.safetensors.index.json names it"):
+        load_model(tmp_path)
+
+
+def test_old_files_with_buffers_and_heads_are_read(tmp_path):
+    """Llama files carried their angles, OPT's of the hub the head as well as the token table, or no `model.`."""
+    for name, drop in (("llama-3", "model."), ("opt-125m", "model."), ("opt-125m", "")):
+        torch_model(ROWS[name]).save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        new = {key.removeprefix(drop): tensor for key, tensor in tensors.items()}
+        table = next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.weight"))
+        new["lm_head.weight"] = table.copy()
+        if name == "llama-3":
+            new["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+        expected = load_model(tmp_path).params
+        save_file(new, tmp_path / "model.safetensors")
+        assert jax.tree.all(jax.tree.map(np.array_equal, load_model(tmp_path).params, expected))
+
+
+def test_the_real_opt_tokenizer_reads_texts(shared):
+    from mend_jax.models.folders import load_tokenizer
+
+    tokenizer = load_tokenizer(shared / "tokenizers" / "opt")
+    ids = tokenizer(" a great film", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == " a great film" and 2 not in ids
