@@ -7,6 +7,12 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results
 
+GROUPS = (  # as it writes the groups of devices: axes of a mesh, [number of groups, devices in one], all devices by number
+    r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{(.*?)\}",
+    r"\[\d+,(\d+)\]",
+    r"\{\{([\d,]*)\}",
+)
+
 
 def sent(text: str) -> dict[str, float]:
     """{collective operation: bytes that one device sends} in the text of a compiled program, loops counted in full.
@@ -57,21 +63,22 @@ def _own(line: str) -> dict[str, float]:
         max(1, int(re.sub(r"\D", "", kind) or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
         for kind, shape in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", found[1])
     )
-    n, kind = _group(line), found[2]
-    share = {"all-reduce": 2 * ring(n), "reduce-scatter": n - 1, "collective-permute": 1.0}.get(kind, ring(n))
-    return {kind: size * share}
+    kind = found[2]
+    if kind == "collective-permute":
+        return {kind: float(size)}
+    n = _group(line)
+    return {kind: size * {"all-reduce": 2 * ring(n), "reduce-scatter": n - 1}.get(kind, ring(n))}
 
 
 def _group(line: str) -> int:
-    """Devices that take part in one group of a collective operation."""
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    """Devices that take part in one group of a collective operation. Raises ValueError where the text does not say it."""
+    mesh, counted, listed = (re.search(f"replica_groups={pattern}", line) for pattern in GROUPS)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    listed, counted = (
-        re.search(pattern, line) for pattern in (r"replica_groups=\{\{([\d,]*)\}", r"replica_groups=\[\d+,(\d+)\]")
-    )
-    return int(counted[1]) if counted else len(listed[1].split(",")) if listed else 1
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]))
+    if not counted and not listed:
+        raise ValueError(f"No groups of devices are found in {line.strip()}")
+    return int(counted[1]) if counted else len(listed[1].split(","))
 
 
 def _add(into: dict, other: dict, times: float = 1) -> None:

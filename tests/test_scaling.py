@@ -50,6 +50,8 @@ PROGRAM = """HloModule jit_step
 ENTRY %main.2 (w: f32[64]) -> f32[64] {
   %while.3 = (s32[], f32[8,16]) while(%init), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"12"}}
   %r = (f32[10]{0}, /*index=1*/f32[20]{0}) all-reduce(%a, %b), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
+  %s.1 = f32[10]{0} all-reduce(%a), replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}
+  %s.2 = bf16[16]{0} all-gather(%a), replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}, dimensions={0}
   %q = f32[6]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
   ROOT %s = f32[64]{0} copy(%w)
 }
@@ -62,10 +64,12 @@ ENTRY %main.2 (w: f32[64]) -> f32[64] {
 
 def test_what_a_program_sends_counts_loops_in_full():
     assert sent(PROGRAM) == {
-        "all-gather": 12 * 64 * 32 * 2 * 3 / 4,
-        "all-reduce": 2 * 30 * 4 * 7 / 8,
+        "all-gather": 12 * 64 * 32 * 2 * 3 / 4 + 16 * 2 * 3 / 4,
+        "all-reduce": 2 * 30 * 4 * 7 / 8 + 2 * 10 * 4 * 1 / 2,
         "collective-permute": 24,
     }
+    with pytest.raises(ValueError, match="No groups of devices are found in %r = "):
+        sent(PROGRAM.replace("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", "replica_groups={}"))
 
 
 @pytest.mark.parametrize(("weights", "itemsize"), [("full", 4), ("int8", 1)])
