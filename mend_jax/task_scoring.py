@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
@@ -230,7 +231,8 @@ def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params, tasks: li
         tasks: of `dev_tasks`.
     """
     method = Method("model in training", model)
-    prefix_of, options = prefix_maker(config, llm, method, jax.device_put(params)), scoring_options(config, method)
+    params = jax.tree.map(jnp.asarray, params)  # what is on devices, of several processes too, stays where it is
+    prefix_of, options = prefix_maker(config, llm, method, params), scoring_options(config, method)
     return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
 
 

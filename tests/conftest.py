@@ -39,6 +39,16 @@ def _compiled_programs_are_dropped():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For files whose time is almost all XLA's: without most of its optimisations, which are not what they test."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def kill_rng():
     """Draws the moments at which a test kills a run. They are others every time; `MEND_KILL_SEED=N pytest ...` repeats

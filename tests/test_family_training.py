@@ -19,6 +19,7 @@ from mend_jax.llm import load_llm
 from mend_jax.prefix import init_distiller
 from mend_jax.trained import read_distiller
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
 T5 = test_t5.COMMON | {"model_type": "t5"}
 LM_ADAPT = (T5 | test_t5.ROWS["t5-large-lm-adapt"] | {"d_model": 32}, T5 | test_t5.ROWS["t5-small-lm-adapt"])
@@ -30,14 +31,6 @@ PAIRS = {  # row: config.json's fields of the LLM and of its distiller's backbon
     "flan-t5-base to flan-t5-xl": LM_ADAPT,
     "mistral": tuple(f | {"model_type": "mistral", "sliding_window": 48} for f in TINY_LLAMA),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    """Most of the time here is XLA's; its optimisations change no number that these tests compare."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

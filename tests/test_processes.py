@@ -155,6 +155,21 @@ def test_sigterm_to_any_process_saves_at_one_step_and_says_75(machine, alone, tm
     assert_same_run(tmp_path, alone)
 
 
+def test_dev_scores_of_a_mesh_are_those_of_one_process(machine, tmp_path, monkeypatch):
+    """Finetuning evaluates with both models in parts on two processes."""
+    monkeypatch.setitem(machine.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # else mostly waiting for XLA
+    fields = {"stage": "finetune", "train.steps": 2, "train.eval_every": 1}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    machine.run(2, "train", tmp_path / "both", "--config.train.parallel=mesh", *flags)
+    config = load_config(f"{machine.folder}/tiny.py")
+    config.stage, config.train.steps, config.train.eval_every = fields.values()
+    assert train.train(config, tmp_path / "alone") == 0
+    lines = [reporting.read_lines(tmp_path / name / "metrics.jsonl") for name in ("both", "alone")]
+    scores = [[line["dev_score"] for line in part if "dev_score" in line] for part in lines]
+    assert len(scores[0]) == 2 and scores[0] == scores[1] and 0 < scores[0][0] < 1
+    np.testing.assert_allclose(*([line["kd"] for line in part if "kd" in line] for part in lines), rtol=1e-4)
+
+
 def test_evaluation_is_shared_and_the_same(machine, tmp_path):
     evaluate(load_config(f"{machine.folder}/tiny.py"), tmp_path / "alone")
     expected = json.loads((tmp_path / "alone" / "scores.json").read_text())
