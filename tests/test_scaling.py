@@ -13,7 +13,7 @@ from mend_jax.collectives import sent
 from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.scaling_formulas import by_formula, count, meshes
-from mend_jax.scaling_models import MODELS, gpt2, workload
+from mend_jax.scaling_models import MODELS, gpt2, opt, t5, workload
 
 
 def sizes(data=1, fsdp=1, tensor=1):
@@ -84,6 +84,17 @@ def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are(weights, i
     least = (3 * itemsize + 2 * 4) * layers * 7 / 8 * 0.9
     assert least < found["sent_bytes"]["all-gather"] < 1.7 * least
     assert found["sent_bytes"].get("all-to-all", 0) < 0.1 * found["sent_bytes"]["all-gather"]
+
+
+@pytest.mark.parametrize("source", [opt(64, 3, 4), t5(64, 3, 4, 128)], ids=["opt", "t5"])
+def test_tensor_leaves_the_states_whole_between_the_layers(source):
+    """Left alone, the compiler splits what goes round the scan, and every layer gathers it."""
+    small = from_hf_config(source | {"vocab_size": 64})
+    demos, query, vectors = 24, 16, 8
+    settings = Settings(small, small.headless, "float32", 2, demos, query, 4, vectors, "xla")
+    found = scaling.compiled(settings, sizes(data=2, tensor=4))["sent_bytes"]
+    read = demos + query + 2 * (vectors + query) + 2 * (demos + vectors)  # by teacher, student and distiller, and back
+    assert found["all-gather"] < 3 * read * 64 * 4 * 3 / 4 < found["all-reduce"]
 
 
 def test_meshes_of_the_table_divide_every_model():

@@ -137,7 +137,8 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
-        x, kept = layers(x, None if cache is None else (cache.keys, cache.values), mask, rotations)
+        # What goes round the scan lies as what it begins with: else tensor would split and gather it in every layer.
+        x, kept = layers(by_rows(x), None if cache is None else (cache.keys, cache.values), mask, rotations)
         x = by_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)

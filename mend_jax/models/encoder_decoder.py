@@ -96,7 +96,7 @@ class Stack(nn.Module):
             in_axes=(nn.broadcast,) * 4,
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
-        x, _ = layers(x.astype(self.dtype), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
+        x, _ = layers(by_rows(x.astype(self.dtype)), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
         return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="final_norm")(by_rows(x))
 
 
