@@ -5,6 +5,7 @@ import errno
 import fnmatch
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -174,9 +175,7 @@ def test_a_file_that_cannot_grow_is_an_oserror(llm, tmp_path):
 
 def test_a_full_disk_is_recognised_in_safetensors_words(llm, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
-        raise weights.SafetensorError(
-            "Error while serializing: I/O error: Out of room (os error 28)"
-        )
+        raise weights.SafetensorError("Error while serializing: I/O error: Out of room (os error 28)")
 
     monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(OSError) as error:
@@ -190,6 +189,38 @@ def test_a_broken_tokenizer_is_named(tiny_llm, tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=f"The tokenizer in {tmp_path} cannot be read .*: copy it again"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_sentencepiece_alone(tiny_llm, tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="spiece.model needs SentencePiece to be read: pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((tiny_llm / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text((tiny_llm / "tokenizer_config.json").read_text())
+    monkeypatch.undo()
+    assert load_tokenizer(tmp_path)("w3", add_special_tokens=False)["input_ids"] == [5]
+
+
+def test_a_space_before_a_text_is_not_doubled(tmp_path):
+    """As tokenizer.json of Mistral 7B v0.1 has it; ours is that of SentencePiece, and stays so when it is saved."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    pieces = ["<unk>", "▁", "w", "1", "▁w", "▁w1", "▁▁"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("▁", "w"), ("▁w", "1"), ("▁", "▁")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    read = load_tokenizer(tmp_path)
+    read.save_pretrained(tmp_path / "again")
+    shutil.copyfile(tmp_path / "config.json", tmp_path / "again" / "config.json")
+    for tokenizer in (read, load_tokenizer(tmp_path / "again")):
+        said = [
+            tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) for text in (" w1", "w1", " w1 w1", "  w1")
+        ]
+        assert said == [["▁w1"], ["▁w1"], ["▁w1", "▁w1"], ["▁", "▁w1"]]
 
 
 def test_half_precision_files_are_read(llm, torch_llm, tmp_path):

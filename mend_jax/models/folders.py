@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -158,12 +159,34 @@ def _fingerprint(files: tuple) -> str:
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a Hugging Face folder, or None where it has none. Nothing is downloaded."""
     folder = Path(folder)
-    if not any((folder / name).exists() for name in VOCABULARIES):
+    there = [name for name in VOCABULARIES if (folder / name).exists()]
+    if not there:
         return None
+    if there[0].endswith(".model") and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(f"{folder / there[0]} needs SentencePiece to be read: pip install sentencepiece.")
     from transformers import AutoTokenizer  # slow to import: only where texts are read
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return _without_doubled_space(AutoTokenizer.from_pretrained(folder))
     except Exception as error:  # of many kinds; tokenizers itself raises bare ones
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}): copy it again.") from error
+
+
+def _without_doubled_space(tokenizer):
+    """`tokenizer`, which no longer puts a space before a text that begins with one.
+
+    Tokenizers like Mistral 7B v0.1's do, so that every x and y behind its separator would begin with an empty word;
+    SentencePiece, which they were made from, and the newer ones do not.
+    """
+    from tokenizers import Regex, normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = getattr(backend, "normalizer", None)
+    state = json.loads(normalizer.__getstate__()) if isinstance(normalizer, normalizers.Sequence) else {}
+    steps = state.get("normalizers", [])
+    if [step["type"] for step in steps] == ["Prepend", "Replace"] and steps[0]["prepend"] == steps[1]["content"]:
+        space = steps[0]["prepend"]
+        once = normalizers.Replace(Regex(f"^{space}{space}"), space)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space), once])
+    return tokenizer
