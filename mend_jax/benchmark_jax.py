@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mend_jax import costs, measure
 from mend_jax.data.batches import Batch
+from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
@@ -129,6 +130,23 @@ class Side:
             product(a, b).block_until_ready()
             times.append(time.perf_counter() - start)
         return 2 * size**3 / min(times)
+
+
+def start_report(arguments, settings: Settings) -> dict:
+    """What a report begins with: what was asked for, and the machine."""
+    return {
+        "arguments": vars(arguments),
+        "settings": dataclasses.asdict(settings),
+        "machine": measure.machine(),
+    }
+
+
+def check_window(reader: str, tokens: int, config: DecoderConfig) -> None:
+    """Raises UserError where a workload is longer than a model's window."""
+    if tokens > config.window:
+        raise UserError(
+            f"The {reader} would read {tokens} tokens, its window is {config.window}: choose smaller sizes."
+        )
 
 
 def step_config() -> ConfigDict:

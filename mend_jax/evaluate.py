@@ -29,7 +29,7 @@ from mend_jax.llm import LLM, load_llm
 from mend_jax.metrics import aggregate
 from mend_jax.prefix import Distiller, SoftPrompt
 from mend_jax.task_scoring import Method, evaluate_task, make_context, prefix_maker, scores_of, scoring_options
-from mend_jax.trained import read_trained
+from mend_jax.trained import load_trained
 
 BUILT_IN = ("zero_shot", "icl")  # methods without a trained model
 
@@ -113,12 +113,7 @@ def load_prefix_model(path: str, llm: LLM, dtype: str = "float32") -> Distiller 
 
     A distiller computes in `dtype`, so that its test scores have the precision of its scores in training.
     """
-    model = read_trained(path)
-    if model.llm_width != llm.config.width:
-        raise UserError(
-            f"The model in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}:"
-            " take its own LLM."
-        )
+    model = load_trained(path, llm)
     arithmetic = {"dtype": dtype} if isinstance(model, Distiller) else {}
     return dataclasses.replace(model, params=jax.device_put(model.params), **arithmetic)
 

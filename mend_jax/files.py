@@ -2,9 +2,12 @@
 
 import contextlib
 import glob
+import json
 import os
 import socket
 from pathlib import Path
+
+from mend_jax.errors import UserError
 
 
 def temporary_for(path: Path) -> Path:
@@ -29,3 +32,14 @@ def _lives(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+def write_report(path: str, report: dict) -> None:
+    """A report as JSON, whole or not at all. Raises UserError where it cannot be written."""
+    target = Path(path).expanduser()
+    try:
+        temporary = temporary_for(target)
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None

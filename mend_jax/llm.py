@@ -5,17 +5,16 @@ Axes: B batch, R queries after each prefix, P prefix, Q query tokens, T any sequ
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mend_jax.errors import UserError
+from mend_jax.frozen_llm import FrozenLLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
-from mend_jax.models import int8
-from mend_jax.models.decoder import Cache, Decoder, head_table
+from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
-from mend_jax.models.folders import Model, init_model, load_model
+from mend_jax.models.folders import Model, init_model, init_params, load_model
 from mend_jax.prefix import Prefix, continue_after
 from mend_jax.query import Query
 from mend_jax.sharding import Place
@@ -26,21 +25,10 @@ WEIGHTS = ("full", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LLM:
-    """A decoder-only LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
+class LLM(FrozenLLM):
+    """A decoder-only LLM; its `params` are a Decoder's tree, {"embed", "layers", ...}."""
 
     config: DecoderConfig
-    params: Any  # a Decoder's tree, {"embed": {"tokens" (V,D), ...}, "layers", ...}, in `dtype` or int8
-    tokenizer: Any  # of transformers, or None where the folder has none
-    path: str  # the folder it was read from
-    dtype: str
-    attention: str = "xla"
-    remat: bool = False
-
-    @property
-    def window(self) -> int:
-        """Positions the LLM can read at once."""
-        return self.config.window
 
     @property
     def model(self) -> Decoder:
@@ -51,10 +39,6 @@ class LLM:
     def said(self, query: Query) -> Query:
         """The tokens that the states stand at: all of the query."""
         return query
-
-    def embed(self, params, tokens):
-        """(B,T) int32 -> (B,T,D), without positions."""
-        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def states(self, params, prefix: Prefix, query: Query):
         """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D). Rows beyond a length are garbage.
@@ -69,14 +53,6 @@ class LLM:
         cache = Cache(*self._keys_and_values(params, prefix), prefix.length)
         states = self.cached_states(params, cache, tokens.reshape(at.shape), position, 1 + segment)
         return states.reshape(*tokens.shape, -1)
-
-    def head(self, params):
-        """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
-        return head_table(self.config, params)
-
-    def logits(self, params, states):
-        """(B,Q,D) -> (B,Q,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
-        return int8.logits(self.head(params), states)
 
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
         """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
@@ -143,6 +119,29 @@ def init_llm(
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
     _check(dtype, attention, "full")
     return _llm(init_model(path, seed, dtype, place), dtype, attention, remat)
+
+
+def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
+    """The LLM with its first `layers` layers alone, or with new ones on top of them all; 0 keeps it as it is.
+
+    A new layer adds nothing at first (the last product of its attention and of its MLP is 0), so that a grown LLM
+    begins where the small one ended. Raises UserError where layers have their norm last: there no layer adds nothing.
+    """
+    more = layers - llm.config.layers
+    if not layers:
+        return llm
+    if more > 0 and not llm.config.norm_first:
+        raise UserError(
+            f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers, and only models whose norms come "
+            "first can be given more: ask for fewer."
+        )
+    config = dataclasses.replace(llm.config, layers=layers)
+    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
+    if more > 0:
+        new = init_params(dataclasses.replace(config, layers=more), seed)["layers"]
+        new |= {name: jax.tree.map(jnp.zeros_like, new[name]) for name in ("out", "down")}
+        stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, new)
+    return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 
 def _check(dtype: str, attention: str, weights: str) -> None:

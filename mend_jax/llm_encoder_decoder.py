@@ -8,12 +8,12 @@ Axes: B batch, P prefix, Q query tokens, Y tokens of y, X tokens of x, T any seq
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mend_jax.models import int8
+from mend_jax.frozen_llm import FrozenLLM
 from mend_jax.models.encoder_decoder import decode, encode
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.prefix import Prefix, join
@@ -32,30 +32,15 @@ class KeptPrefix(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncoderDecoderLLM:
-    """An encoder–decoder LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
+class EncoderDecoderLLM(FrozenLLM):
+    """An encoder–decoder LLM; its `params` are {"embed", "encoder", "decoder"}."""
 
     config: EncoderDecoderConfig
-    params: Any  # {"embed": {"tokens" (V,D), ...}, "encoder", "decoder"}, in `dtype` or int8
-    tokenizer: Any  # of transformers, or None where the folder has none
-    path: str  # the folder it was read from
-    dtype: str
-    attention: str = "xla"
-    remat: bool = False
-
-    @property
-    def window(self) -> int:
-        """Positions the LLM can read at once."""
-        return self.config.window
 
     @property
     def start_token(self) -> int:
         """What the decoder reads first: its state there predicts the first token of y."""
         return self.config.start_token
-
-    def embed(self, params, tokens):
-        """(B,T) int32 -> (B,T,D)."""
-        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def said(self, query: Query) -> Query:
         """What the decoder says: y alone, moved to the front, (B,Y)."""
@@ -76,14 +61,6 @@ class EncoderDecoderLLM:
         said = self.said(query).tokens
         start = jnp.full((said.shape[0], 1), self.start_token, said.dtype)
         return self._decode(params, jnp.concatenate([start, said[:, :-1]], 1), encoded, length)
-
-    def head(self, params):
-        """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
-        return int8.table(params["embed"], "tokens" if self.config.tied_head else "head")
-
-    def logits(self, params, states):
-        """(B,Y,D) -> (B,Y,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
-        return int8.logits(self.head(params), states)
 
     def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
         """One prefix (B == 1; P may be 0), to be shared by every query after it; nothing of it can be computed alone."""

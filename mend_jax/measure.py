@@ -124,6 +124,26 @@ def machine() -> dict:
     }
 
 
+def machine_line(report: dict) -> str:
+    """The machine of a report for a terminal: processor or device, cores, load, versions."""
+    machine, device = report["machine"], report.get("device") or report["sides"]["MEND-JAX"]
+    peak = f", matmul peak {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s" if "matmul_flops" in machine else ""
+    name = machine["cpu"] if device["platform"] == "cpu" else device["device"]
+    versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("jax", "torch") if machine["versions"][p])
+    memory = f", {machine['glibc_tunables']}" if device["platform"] == "cpu" else ""
+    return f"{name}, {machine['cores']} cores{peak}, load {machine['load_before']:.1f} before, {versions}{memory}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
 def median(values) -> float:
     """The middle value, or the mean of the two middle ones."""
     ordered = sorted(values)

@@ -76,6 +76,11 @@ def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
         llm: of `load_llm`.
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
         separator: stands before every x and y of texts; that of a distiller is `distiller.separator`.
+    Returns:
+        Prefix((B, P, llm_width), (B,)) in the LLM's dtype, B the number of contexts, P the tokens of the longest.
+    Raises:
+        UserError: no demonstrations or an empty context, texts without a tokenizer, a token that the LLM does not have, or
+            more tokens than its window.
     """
     tokens, length = demo_tokens(demos, llm.tokenizer, llm.config, llm.window, "LLM", separator)
     return Prefix(llm.embed(llm.params, tokens), length)

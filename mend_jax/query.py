@@ -6,6 +6,8 @@ Axes: B batch, Q query tokens. Every row is right-padded and carries a length.
 import jax
 from flax import struct
 
+from mend_jax.errors import UserError
+
 
 @struct.dataclass
 class Query:
@@ -17,3 +19,15 @@ class Query:
     # No row's x, no row's y is longer; None: not known. Static: an encoder–decoder reads no columns that hold none.
     input_columns: int | None = struct.field(pytree_node=False, default=None)
     target_columns: int | None = struct.field(pytree_node=False, default=None)
+
+
+def query_tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
+    """The LLM's tokens of a text behind the separator (of an empty text none), or token ids as they are.
+
+    `what` it is stands in the UserError where a text is given and the LLM has no tokenizer.
+    """
+    if not isinstance(text_or_ids, str):
+        return [int(token) for token in text_or_ids]
+    if llm.tokenizer is None:
+        raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
+    return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []

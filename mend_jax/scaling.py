@@ -23,11 +23,11 @@ import numpy as np
 from jax.experimental import topologies
 
 from mend_jax import cli, measure, parallel, sharding
-from mend_jax.benchmark import table, write_json
 from mend_jax.benchmark_jax import Settings, step_config
 from mend_jax.collectives import sent
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
+from mend_jax.files import write_report
 from mend_jax.llm import LLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
 from mend_jax.models import int8
@@ -86,7 +86,7 @@ def scaling(
     }
     print(as_text(report))
     if out:
-        write_json(out, report)
+        write_report(out, report)
     return 0
 
 
@@ -185,7 +185,7 @@ def as_text(report: dict) -> str:
             f" LLM {'in 8 bits' if report['weights'] == 'int8' else 'in full'}"
             f"{', remat' if report['remat'] else ''}, for {report['topology'] or 'CPUs'}: {formula['flops'] / 1e12:.3g} TFLOP a step",
             "",
-            table(rows),
+            measure.table(rows),
             "",
             *([f"sent, GB, by the compiled program: {by_kind or 'nothing'}"] if moved[0] is not None else []),
         ]

@@ -20,6 +20,7 @@ import numpy as np
 from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.prefix import Prefix, bucket
+from mend_jax.query import query_tokens
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
 
@@ -55,8 +56,8 @@ def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> 
     """
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
-    x = _tokens(llm, query, "query", separator)
-    row = lay_out(x, [_tokens(llm, option, "option", separator) for option in options], llm.start_token)
+    x = query_tokens(llm, query, "query", separator)
+    row = lay_out(x, [query_tokens(llm, option, "option", separator) for option in options], llm.start_token)
     return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
 
 
@@ -243,14 +244,6 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
                 f"A query holds token {largest}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
                 " tokenizer."
             )
-
-
-def _tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
-    if not isinstance(text_or_ids, str):
-        return [int(token) for token in text_or_ids]
-    if llm.tokenizer is None:
-        raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
-    return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []
 
 
 # The LLM is a static argument (it hashes by identity) and its params a traced one: each shape is compiled once.

@@ -20,7 +20,7 @@ from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
 from mend_jax.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
-from mend_jax.query import Query
+from mend_jax.query import Query, query_tokens
 from mend_jax.sharding import ROWS
 
 
@@ -37,7 +37,19 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW with clipping by the global norm, linear warm-up and linear decay to 0 over train.steps (Table 5)."""
     o = config.optimizer
     adamw = optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
+    return optax.chain(clip_by_global_norm(o.clip), adamw)
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """As optax's, but every gradient is multiplied by the same factor, where optax divides it by the norm: XLA computes a
+    product again in each of AdamW's passes, and a quotient in a pass of its own, which writes all gradients anew."""
+
+    def update(gradients, state, params=None):
+        del params
+        factor = largest / jnp.maximum(optax.global_norm(gradients), largest)
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate(config) -> Callable[[jax.Array], jax.Array]:
@@ -133,16 +145,22 @@ def make_train_step(config, loss_fn, optimizer: optax.GradientTransformation, ax
 
 
 def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
-    """The three losses of one example, unweighted: {"kd", "pred", "clm"}.
+    """The three losses of one example, unweighted (paper, sections 3.2 and 3.3).
 
     Args:
         llm: of `load_llm`.
         distiller: of `load_distiller`.
         demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), where one
             tokenizer serves both.
-        x, y: token ids (lists of int) of the input and the output.
+        x, y: the input and the output: each a text, which gets the distiller's separator in front, or token ids (list of
+            int).
+    Returns:
+        {"kd": KL(teacher || student), "pred": cross-entropy of y, "clm": cross-entropy of x (but its first token) and y},
+        each in nats, the mean over its tokens; float32 arithmetic. Of an encoder–decoder "kd" and "clm" cover y alone,
+        which is what it says.
     Raises:
-        UserError: token ids where the tokenizers differ, an empty x or y, a token that the LLM does not have, or more tokens than one of the windows.
+        UserError: texts where the LLM has no tokenizer, token ids where the tokenizers differ, an empty x or y, a token that
+            the LLM does not have, or more tokens than one of the windows.
     """
     context = distiller.read(demos)
     texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
@@ -153,6 +171,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         )
     reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
     shown, shown_length = demo_tokens(demos, *reader)
+    x, y = (query_tokens(llm, part, what, distiller.separator) for part, what in ((x, "query"), (y, "output")))
     _check_query(llm, x, y, max(shown.shape[1], distiller.num_vectors))
     ids = [*x, *y]
     tokens = jnp.asarray([ids + [0] * (bucket(len(ids)) - len(ids))], jnp.int32)

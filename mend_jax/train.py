@@ -29,23 +29,15 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mend_jax import checkpoint, distributed, meaning, parallel, reporting, sharding
+from mend_jax import checkpoint, distributed, meaning, parallel, reporting, run_parts
 from mend_jax.checkpoint import Checkpoints
 from mend_jax.cli import run
-from mend_jax.data.batches import make_batches
-from mend_jax.data.draws import check_windows
-from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.errors import UserError
-from mend_jax.llm import init_llm, load_llm
-from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.models.folders import has_weights, init_params, local_folder, save_model
-from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
+from mend_jax.models.folders import local_folder, save_model
 from mend_jax.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
-from mend_jax.task_scoring import check_truncation, dev_score, dev_tasks
 from mend_jax.trained import lm_settings
 
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
@@ -85,7 +77,7 @@ def _train(config, workdir):
                 f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}."
             )
         else:
-            check_settings(config)
+            run_parts.check_settings(config)
             code = _Run(config, workdir, checkpoints, score).go()
             if code:
                 return code
@@ -134,10 +126,10 @@ class _Run:
         self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
         self.layout = parallel.make_layout(config.train.parallel, config.mesh)
         place = self.layout.place
-        self.llm = load(config, place)
-        self.model = None if config.stage == "lm" else build(config, self.llm, not checkpoints.steps, place)
-        check_tokenizers(config, self.llm, self.model)
-        check_mesh(config, self.llm, self.model, self.layout.mesh)
+        self.llm = run_parts.load(config, place)
+        self.model = None if config.stage == "lm" else run_parts.build(config, self.llm, not checkpoints.steps, place)
+        run_parts.check_tokenizers(config, self.llm, self.model)
+        run_parts.check_mesh(config, self.llm, self.model, self.layout.mesh)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
         params = self.llm.params if self.model is None else self.model.params
@@ -149,8 +141,8 @@ class _Run:
         self.window = reporting.Window(meta.get("window", ()))
         self.pending = collections.deque()
         self._write_start(params, frozen)
-        self.evaluate = evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
-        self.batches = batches(config, self.llm, self.model, "train", self.layout)
+        self.evaluate = run_parts.evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
+        self.batches = run_parts.batches(config, self.llm, self.model, "train", self.layout)
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 
     def go(self):
@@ -269,117 +261,6 @@ class _Run:
             f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations."
         )
         return True
-
-
-def load(config, place=None):
-    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones.
-
-    `place` as in `load_llm`.
-    """
-    c = config.llm
-    if config.stage != "lm":
-        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
-    if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
-        raise UserError(
-            f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
-        )
-    if has_weights(c.path):
-        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
-    else:
-        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place)
-    return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
-
-
-def with_layers(llm, layers: int, seed: int):
-    """The LLM with its first `layers` layers alone, or with new ones on top of them all; 0 keeps it as it is.
-
-    A new layer adds nothing at first (the last product of its attention and of its MLP is 0), so that a grown LLM
-    begins where the small one ended. Raises UserError where layers have their norm last: there no layer adds nothing.
-    """
-    more = layers - llm.config.layers
-    if not layers:
-        return llm
-    if more > 0 and not llm.config.norm_first:
-        raise UserError(
-            f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers, and only models whose norms come "
-            "first can be given more: ask for fewer."
-        )
-    config = dataclasses.replace(llm.config, layers=layers)
-    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
-    if more > 0:
-        new = init_params(dataclasses.replace(config, layers=more), seed)["layers"]
-        new |= {name: jax.tree.map(jnp.zeros_like, new[name]) for name in ("out", "down")}
-        stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, new)
-    return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
-
-
-def build(config, llm, begins: bool = True, place=None):
-    """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
-    make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
-    model = make(config.prefix, llm, config.seed, place)
-    if begins and config.prefix.start_from:
-        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
-        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
-        model = dataclasses.replace(model, params=params)
-    return model
-
-
-def check_settings(config):
-    """Raises UserError where the config asks for what its models cannot read, by their config.json alone."""
-    backbone = None
-    if config.stage != "lm" and config.prefix.kind == "distiller":
-        backbone = from_hf_config(local_folder(config.prefix.backbone))
-    check_windows(config, from_hf_config(local_folder(config.llm.path)), backbone)
-
-
-def check_tokenizers(config, llm, model):
-    """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
-    check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
-    if not isinstance(model, Distiller):
-        return
-    check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
-    if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
-        check_truncation(config)
-        reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
-
-
-def check_mesh(config, llm, model, mesh):
-    """Raises UserError where a mesh splits the heads of the LLM or of the distiller's backbone unevenly."""
-    if mesh is not None:
-        sharding.check_heads(llm.config, mesh.shape[sharding.TENSOR], config.llm.path)
-        if isinstance(model, Distiller):
-            sharding.check_heads(model.config, mesh.shape[sharding.TENSOR], config.prefix.backbone)
-
-
-def batches(config, llm, model, split, layout):
-    """This process's rows of the batches of a split ("train" or "validation")."""
-    distils = isinstance(model, Distiller)
-    return make_batches(
-        config,
-        llm.tokenizer,
-        split,
-        llm.window,
-        model.config.window if distils else None,
-        *layout.share,
-        targets_apart=llm.start_token is not None,
-        distiller_tokenizer=other_tokenizer(llm.tokenizer, model.tokenizer) if distils else None,
-    )
-
-
-def evaluation(config, llm, model, loss_fn, layout, frozen):
-    """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now."""
-    if config.stage == "finetune":
-        tasks = dev_tasks(config, llm, model)
-        return lambda params: {"dev_score": dev_score(config, llm, model, layout.scored(params), tasks)}
-    loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
-    held_out = batches(config, llm, model, "validation", layout)
-    parts = [held_out[i] for i in range(held_out.steps)]
-
-    def validation_loss(params):
-        losses = [loss(params, frozen, layout.split(part.replace(ids=None))) for part in parts]
-        return {"validation_loss": math.fsum(float(layout.fetch(value)) for value in losses) / len(losses)}
-
-    return validation_loss
 
 
 def _write_llm(config, workdir):

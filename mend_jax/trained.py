@@ -40,12 +40,18 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     Raises:
         UserError: nothing there, or a distiller whose vectors are not as wide as the LLM's embeddings.
     """
-    distiller = read_distiller(path, backbone)
-    if distiller.llm_width != llm.config.width:
+    return _distiller_alone(load_trained(path, llm, backbone), path)
+
+
+def load_trained(path, llm, backbone=None) -> Distiller | SoftPrompt:
+    """As `load_distiller`, and soft prompts too: what `evaluate` reads."""
+    model = read_trained(path, backbone)
+    if model.llm_width != llm.config.width:
         raise UserError(
-            f"The distiller in {path} makes vectors of width {distiller.llm_width}, the LLM reads {llm.config.width}: take the LLM it was trained for."
+            f"What was trained in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}: take the"
+            " LLM it was trained for."
         )
-    return distiller
+    return model
 
 
 def read_distiller(path: str | Path, backbone: str | Path | None = None) -> Distiller:
@@ -58,7 +64,10 @@ def read_distiller(path: str | Path, backbone: str | Path | None = None) -> Dist
     Raises:
         UserError: nothing there, a soft prompt or an LLM, or files that are damaged, incomplete or of another model.
     """
-    model = read_trained(path, backbone)
+    return _distiller_alone(read_trained(path, backbone), path)
+
+
+def _distiller_alone(model: Distiller | SoftPrompt, path) -> Distiller:
     if isinstance(model, SoftPrompt):
         raise UserError(f"{path} holds a soft prompt, which reads no demonstrations: name the workdir of a distiller.")
     return model

@@ -1,5 +1,6 @@
 """The public API: `import mend_jax` is quick, every name is there, and mistakes are said in one sentence."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_training_losses_of_one_example(llm, distiller):
     assert losses["kd"] > 0
     option = mend_jax.score_options(llm, distiller.distill([3, 4, 5, 6]), [7, 8], [[9]])
     assert losses["pred"] == pytest.approx(-option[0], abs=1e-5)  # a score is the log-probability that L_pred raises
+    assert losses == mend_jax.training_losses(llm, distiller, [("w1", "w2"), ("w3", "w4")], "w5 w6", "w7")
     longer = mend_jax.training_losses(llm, distiller, [3, 4, 5, 6], [7], [8, 9])
     assert longer["clm"] == pytest.approx(longer["pred"], abs=1e-6)  # the first token of the query carries no loss
 
@@ -116,6 +118,8 @@ def test_a_soft_prompt_ignores_demonstrations(llm):
         (lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [64], [[5]]), "64"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3] * 90, [4] * 6, [5]), "positions|tokens"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3], [4], []), "empty"),
+        (lambda llm, d: mend_jax.training_losses(llm, d, [3], "w5", ""), "empty"),
+        (lambda llm, d: mend_jax.training_losses(dataclasses.replace(llm, tokenizer=None), d, [3], [4], "w5"), "output as text"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3] * 80, [4], [5]), "80 tokens"),
     ],
 )

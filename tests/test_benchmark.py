@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax import benchmark, cli, costs, measure
+from mend_jax import benchmark, benchmark_inference, benchmark_step, cli, costs, measure
 from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide, random_params
 from mend_jax.errors import UserError
 from mend_jax.models.decoder import Decoder
@@ -103,9 +103,9 @@ def test_inference(method):
 
 
 def test_inference_costs_add_up():
-    cached = benchmark.inference_flops(SETTINGS, "mend", True, items=5, options=3)
+    cached = benchmark_inference.inference_flops(SETTINGS, "mend", True, items=5, options=3)
     assert cached["task_flops"] == cached["once_flops"] + 5 * cached["item_flops"]
-    anew = benchmark.inference_flops(SETTINGS, "mend", False, items=5, options=3)
+    anew = benchmark_inference.inference_flops(SETTINGS, "mend", False, items=5, options=3)
     assert anew["once_flops"] == 0 and anew["task_flops"] > cached["task_flops"]
 
 
@@ -129,9 +129,9 @@ def test_known_devices():
     assert costs.peak_flops("NVIDIA H200") == costs.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert costs.peak_flops("cpu") is None
     side = {"device": "NVIDIA H200", "model_flops": 98.9e12, "seconds": 0.5}
-    found = benchmark.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "bfloat16")
+    found = benchmark_step.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "bfloat16")
     assert found["share"]["MEND-JAX"] == pytest.approx(0.2)
-    assert benchmark.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "float32") is None
+    assert benchmark_step.model_flops_utilisation({"sides": {"MEND-JAX": side}}, "float32") is None
 
 
 def test_median():
@@ -141,9 +141,9 @@ def test_median():
 
 def test_losses_that_differ_are_seen():
     run = {"loss": 2.0, "kd": 1.0, "pred": 1.0, "grad_norm": 3.0}
-    assert benchmark.compare_losses({"a": [run], "b": [run | {"kd": 1.0001}]}, 1e-3)["yes"]
-    assert not benchmark.compare_losses({"a": [run], "b": [run | {"kd": 1.01}]}, 1e-3)["yes"]
-    assert not benchmark.compare_losses({"a": [run], "b": [run | {"kd": float("nan")}]}, 1e-3)["yes"]
+    assert benchmark_step.compare_losses({"a": [run], "b": [run | {"kd": 1.0001}]}, 1e-3)["yes"]
+    assert not benchmark_step.compare_losses({"a": [run], "b": [run | {"kd": 1.01}]}, 1e-3)["yes"]
+    assert not benchmark_step.compare_losses({"a": [run], "b": [run | {"kd": float("nan")}]}, 1e-3)["yes"]
 
 
 def test_step_command(folder, capsys, monkeypatch):

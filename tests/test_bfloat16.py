@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_files import make_world, tiny_config
 
-from mend_jax import checkpoint, reporting, train
+from mend_jax import checkpoint, reporting, run_parts, train
 from mend_jax.step import make_loss_fn
 
 STAGES = ("pretrain", "finetune")
@@ -67,7 +67,7 @@ def loss_of(run, dtype):
     """(the loss function, its arguments) of a run as if its config had asked for `dtype`; the params it trained, its first batch."""
     c = run.config.copy_and_resolve_references().unlock()
     c.llm.dtype = c.prefix.dtype = dtype
-    llm = train.load(c)
+    llm = run_parts.load(c)
     model = dataclasses.replace(run.model, dtype=dtype, params=run.layout.fetch(run.state.params))
     return make_loss_fn(c, llm, model), (model.params, llm.params, run.batches[0].replace(ids=None))
 

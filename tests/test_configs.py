@@ -128,6 +128,29 @@ def test_methods_are_the_papers(monkeypatch):
     }
 
 
+def test_the_stages_that_readme_writes_out_are_the_experiments(monkeypatch):
+    monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for _, rest in COMMAND.findall((ROOT / "README.md").read_text()):
+        arguments = shlex.split(re.sub(r"\\\n", " ", rest))
+        if any("configs/small_world.py:" in word and "methods" not in word for word in arguments):
+            config, workdir = cli.parse(lambda config, workdir: None, ["train", *arguments])
+            c = config.loss
+            found[workdir] = (config.stage, config.prefix.kind, c.kd, c.pred * (config.stage == "finetune"), c.clm)
+    config = load("configs/small_world.py:quick", monkeypatch)
+    for method, workdirs in {
+        "prompt_tuning": ["runs/prompt_tuning"],
+        "hypertuning": ["runs/hyper_pretrain", "runs/hypertuning"],
+        "mend": ["runs/pretrain", "runs/finetune"],
+    }.items():
+        wanted = [
+            (stage, c.prefix.kind, c.loss.kd, c.loss.pred, c.loss.clm)
+            for stage, c in methods.stage_configs(config, method)
+        ]
+        assert [found[workdir] for workdir in workdirs] == wanted
+
+
 def test_stage_configs_take_the_experiments_steps_and_leave_it_alone(monkeypatch):
     config = load("configs/small_world.py:quick", monkeypatch)
     before = config.to_json()

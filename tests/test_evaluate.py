@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from mend_jax import evaluate as ev
-from mend_jax import task_scoring
+from mend_jax import task_scoring, trained
 from mend_jax.data.evaluation import EvalTask, Item, load_tasks
 from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
@@ -82,7 +82,7 @@ def models(monkeypatch, distiller, llm):
     """Trained models without training: paths that the loader knows."""
     vectors = jax.random.normal(jax.random.key(5), (3, llm.config.width))
     known = {"a/distiller": distiller, "a/prompt": SoftPrompt({"vectors": vectors})}
-    monkeypatch.setattr(ev, "read_trained", lambda path: known[path])
+    monkeypatch.setattr(trained, "read_trained", lambda path, backbone: known[path])
     return known
 
 

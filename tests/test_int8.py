@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_training import RandomBatches, config, model_folder
 
-from mend_jax import checkpoint, cli, costs, meaning, reporting, train
+from mend_jax import checkpoint, cli, costs, meaning, reporting, run_parts, train
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM, EncoderDecoderLLM, load_llm
@@ -199,7 +199,7 @@ def test_bfloat16_arithmetic_takes_the_integers_as_they_are(row):
 
 
 def test_a_distiller_trains_and_is_scored_through_an_llm_in_8_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     fields = {"llm.weights": "int8", "train.steps": 2, "train.log_every": 1, "train.eval_every": 2}
     c = config(model_folder(tmp_path / "model"), **fields)
     assert train.train(c, tmp_path / "run") == 0

@@ -17,7 +17,7 @@ from conftest import ROOT
 from data_files import make_world
 from test_end_to_end import _model as model_folder
 
-from mend_jax import checkpoint, distributed, reporting, train
+from mend_jax import checkpoint, distributed, reporting, run_parts, train
 from mend_jax.cli import load_config
 from mend_jax.errors import UserError
 from mend_jax.evaluate import evaluate
@@ -99,7 +99,7 @@ def alone(machine):
     """The workdir of the run that one process made."""
     config, workdir = load_config(f"{machine.folder}/tiny.py"), machine.folder / "alone"
     assert train.train(config, workdir) == 0
-    start = train.build(config, train.load(config)).params
+    start = run_parts.build(config, run_parts.load(config)).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start, checkpoint.read_step(workdir, STEPS))
     assert max(jax.tree.leaves(moved)) > 1e-3  # a hundred times more than runs may differ
     return workdir

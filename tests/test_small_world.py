@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from mend_jax.data import small_world
-from mend_jax.data.small_world import LABELS, SEEDS, World, resolve, write_small_world
+from mend_jax.data.small_world import resolve, write_small_world
+from mend_jax.data.small_world_language import LABELS, SEEDS, World
 from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 

@@ -27,10 +27,10 @@ from mend_jax.losses import token_weights
 from mend_jax.models.encoder_decoder import decode, encode
 from mend_jax.prefix import Prefix, bucket, init_distiller, init_soft_prompt
 from mend_jax.query import Query
+from mend_jax.run_parts import load
 from mend_jax.scoring import cache_prefix, score_items, score_options
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, training_losses
 from mend_jax.task_scoring import Method, evaluate_task, prefix_maker
-from mend_jax.train import load
 from mend_jax.trained import read_distiller
 
 PAIRS = {  # the LLM, its distiller's backbone

@@ -15,9 +15,9 @@ import pytest
 import tiny_training
 from tiny_training import RandomBatches, config, model_folder
 
-from mend_jax import checkpoint, reporting, train
+from mend_jax import checkpoint, reporting, run_parts, train
 from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.llm import load_llm, with_layers
 from mend_jax.models.folders import load_model
 
 SCRIPT = tiny_training.__file__
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _random_batches(monkeypatch):
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def finished_run(model, tmp_path_factory):
     """An unbroken run of `config(model)`, after its end."""
     runs, go = [], train._Run.go
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_batches", RandomBatches)
+        patch.setattr(run_parts, "make_batches", RandomBatches)
         patch.setattr(train._Run, "go", lambda run: (runs.append(run), go(run))[1])
         assert train.train(config(model), tmp_path_factory.mktemp("finished")) == 0
     return runs[0]
@@ -125,10 +125,10 @@ def test_finished_run_says_so(finished, model, capsys):
 @pytest.mark.parametrize("broken_at", [2, 5, 11])
 def test_broken_run_goes_on_to_the_same_end(broken_at, model, finished, tmp_path, monkeypatch):
     """5 and 11 lie between lines of metrics.jsonl: the half-filled mean is in the checkpoint."""
-    monkeypatch.setattr(train, "make_batches", stop_after(broken_at))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(broken_at))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model), tmp_path)
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model), tmp_path) == 0
     assert_same_run(tmp_path, finished)
 
@@ -177,10 +177,10 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(step)
 
-    monkeypatch.setattr(train, "make_batches", Terminated)
+    monkeypatch.setattr(run_parts, "make_batches", Terminated)
     assert train.train(config(model), tmp_path) == train.STOPPED == 75
     assert max(checkpoint.whole_steps(tmp_path)) in (7, 8)
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model), tmp_path) == 0
     # The extra checkpoint was dropped when newer ones came, and the numbers are those of the unbroken run.
     assert_same_run(tmp_path, finished)
@@ -188,7 +188,7 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The checkpoint")
 def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_batches", stop_after(10))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(10))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model), tmp_path)
     newest = tmp_path / "checkpoints" / str(max(checkpoint.whole_steps(tmp_path)))
@@ -196,7 +196,7 @@ def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, 
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     with pytest.warns(UserWarning, match=f"{newest}.*has changed"):
         assert train.train(config(model), tmp_path) == 0
     assert_same_run(tmp_path, finished)
@@ -229,10 +229,10 @@ def test_another_meaning_is_refused(field, value, model, finished):
 
 
 def test_where_and_how_it_computes_may_change(model, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_batches", stop_after(8))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(8))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model), tmp_path)
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     changed = config(model, **{"train.parallel": "mesh", "data.cache": "elsewhere"})
     assert train.train(changed, tmp_path) == 0
     ours, theirs = (reporting.read_lines(folder / "metrics.jsonl") for folder in (tmp_path, finished))
@@ -246,7 +246,7 @@ def test_finished_run_may_be_evaluated_with_other_settings(model, finished, caps
 
 
 def test_second_stage_starts_from_the_best_of_the_first(model, finished, tmp_path):
-    built = train.build(config(model, **{"prefix.start_from": str(finished)}), load_llm(model))
+    built = run_parts.build(config(model, **{"prefix.start_from": str(finished)}), load_llm(model))
     best, _ = checkpoint.load_best(finished)
     jax.tree.map(np.testing.assert_array_equal, built.params, best)
     with pytest.raises(UserError, match="prefix.start_from=.*nothing is not a folder"):
@@ -259,16 +259,16 @@ def test_second_stage_goes_on_after_both_were_moved(model, finished, tmp_path, m
     """And where the first was thrown away: its result is in the second's checkpoints."""
     shutil.copytree(finished, tmp_path / "a" / "first")
     fields = {"train.steps": 5, "train.save_every": 1, "prefix.start_from": str(tmp_path / "a" / "first")}
-    monkeypatch.setattr(train, "make_batches", stop_after(2))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model, **fields), tmp_path / "a" / "second")
     (tmp_path / "a").rename(tmp_path / "b")
     fields["prefix.start_from"] = str(tmp_path / "b" / "first")
-    monkeypatch.setattr(train, "make_batches", stop_after(4))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(4))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model, **fields), tmp_path / "b" / "second")
     shutil.rmtree(tmp_path / "b" / "first")
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model, **fields), tmp_path / "b" / "second") == 0
     assert checkpoint.whole_steps(tmp_path / "b" / "second")[-1] == 5
 
@@ -305,15 +305,15 @@ def test_early_stop_is_the_same_after_a_break(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train._Run, "_save", lambda run, step, evaluates: (runs.append(step), save(run, step, evaluates))
     )
-    monkeypatch.setattr(train, "evaluation", scripted)
+    monkeypatch.setattr(run_parts, "evaluation", scripted)
     fields = {"train.eval_every": 2, "train.patience": 2, "train.save_every": 1}
     assert train.train(config(model, **fields), tmp_path / "a") == 0
     assert checkpoint.whole_steps(tmp_path / "a") == [2, 5, 6]
     assert checkpoint.load_best(tmp_path / "a")[1]["step"] == 2
-    monkeypatch.setattr(train, "make_batches", stop_after(5))
+    monkeypatch.setattr(run_parts, "make_batches", stop_after(5))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model, **fields), tmp_path / "b")
-    monkeypatch.setattr(train, "make_batches", RandomBatches)
+    monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model, **fields), tmp_path / "b") == 0
     assert_same_run(tmp_path / "b", tmp_path / "a")
     assert train.train(config(model, **fields), tmp_path / "b") == 0  # stopped early is finished
@@ -326,19 +326,19 @@ def test_language_model_ends_as_a_hugging_face_folder(tmp_path):
     best, _ = checkpoint.load_best(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, load_llm(tmp_path / "run" / "llm").params, best)
     with pytest.raises(AssertionError):  # it was trained
-        np.testing.assert_array_equal(best["embed"]["tokens"], train.load(c).params["embed"]["tokens"])
+        np.testing.assert_array_equal(best["embed"]["tokens"], run_parts.load(c).params["embed"]["tokens"])
 
 
 def test_grown_llm_begins_where_the_small_one_ended(model):
     llm = load_llm(model)
-    grown = train.with_layers(llm, 4, seed=0)
+    grown = with_layers(llm, 4, seed=0)
     assert grown.config.layers == 4 and llm.config.layers == 2
     embeds = llm.embed(llm.params, np.arange(24).reshape(2, 12))
     states = [one.model.apply({"params": one.params}, embeds) for one in (llm, grown)]
     np.testing.assert_array_equal(*states)
     new = grown.params["layers"]["up"]["kernel"][2:]
     assert np.std(new) == pytest.approx(0.02, rel=0.1)  # it can learn
-    cut = train.with_layers(grown, 2, seed=0)
+    cut = with_layers(grown, 2, seed=0)
     jax.tree.map(np.testing.assert_array_equal, cut.params, llm.params)
 
 
@@ -346,7 +346,7 @@ def test_norms_that_come_last_cannot_grow(model):
     llm = load_llm(model)
     llm = dataclasses.replace(llm, config=dataclasses.replace(llm.config, norm_first=False))
     with pytest.raises(UserError, match="llm.layers is 3, but .* has 2 layers, and only models whose norms come first"):
-        train.with_layers(llm, 3, seed=0)
+        with_layers(llm, 3, seed=0)
 
 
 def test_soft_prompt_trains(model, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from data_files import make_world, tiny_config, words
 from tiny_training import config, model_folder
 
-from mend_jax import reporting, task_scoring, train
+from mend_jax import reporting, run_parts, task_scoring, train
 from mend_jax.data import tokenize
 from mend_jax.errors import UserError
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def no_data(monkeypatch):
     """Nothing may be read or prepared before the checks."""
-    monkeypatch.setattr(train, "make_batches", lambda *_, **__: pytest.fail("the checks come first"))
+    monkeypatch.setattr(run_parts, "make_batches", lambda *_, **__: pytest.fail("the checks come first"))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def finetuning(tmp_path, tiny_llm, tiny_backbone):
 
 @pytest.fixture
 def no_models(monkeypatch):
-    monkeypatch.setattr(train, "load", lambda config: pytest.fail("the settings are checked first"))
+    monkeypatch.setattr(run_parts, "load", lambda config: pytest.fail("the settings are checked first"))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_longest_lengths_that_fit(model, caplog):
         {"stage": "finetune", "data.max_input_tokens": 43},
         {"stage": "finetune", "data.max_input_tokens": 1, "prefix.length": 46, "prefix.kind": "soft_prompt"},
     ):
-        train.check_settings(config(model, **fields))
+        run_parts.check_settings(config(model, **fields))
     assert not caplog.records
-    train.check_settings(config(model, stage="finetune", **{"data.max_demo_tokens": 45}))
+    run_parts.check_settings(config(model, stage="finetune", **{"data.max_demo_tokens": 45}))
     assert [record.getMessage() for record in caplog.records] == [
         "data.max_demo_tokens is 45, but the models have room for 44 at most: demonstrations that do not fit are left out"
     ]
@@ -103,7 +103,7 @@ def test_tokenizer_of_another_llm(tmp_path, no_data):
 
 
 def test_backbone_with_fewer_tokens(model):
-    tokenizer = train.load(config(model)).tokenizer
+    tokenizer = run_parts.load(config(model)).tokenizer
     tokenize.check_backbone(tokenizer, None, 40, "small")
     with pytest.raises(UserError, match="ids up to 39, but the backbone small knows 39 tokens: put the backbone's own"):
         tokenize.check_backbone(tokenizer, None, 39, "small")

@@ -13,7 +13,7 @@ import tokenizer_files
 from data_files import make_world, tiny_config, words, write_examples
 
 import mend_jax
-from mend_jax import evaluate, parallel, prepare, reporting, train
+from mend_jax import evaluate, parallel, prepare, reporting, run_parts, train
 from mend_jax.data import prepared, tokenize
 from mend_jax.data.batches import make_batches
 from mend_jax.data.tokenize import other_tokenizer
@@ -272,7 +272,7 @@ def test_prepare_reads_for_both_and_training_finds_it(program, tmp_path, monkeyp
     monkeypatch.setattr(prepared, "run_job", None)
     llm, distiller = program.llm, mend_jax.load_distiller(program.folder / "finetune", program.llm)
     for c.stage in ("pretrain", "finetune"):
-        assert train.batches(c, llm, distiller, "train", parallel.make_layout("pmap"))[0].teacher_demos is not None
+        assert run_parts.batches(c, llm, distiller, "train", parallel.make_layout("pmap"))[0].teacher_demos is not None
     monkeypatch.undo()
     c.prefix.kind = "soft_prompt"
     assert prepare.prepare(c)["tasks"]["tokenizers"] == 1

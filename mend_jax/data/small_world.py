@@ -20,70 +20,34 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mend_jax.data.small_world_language import (
+    END_OF_TEXT,
+    World,
+    document,
+    draw_task,
+    every_task,
+    test_files,
+    topics,
+    vocabulary,
+)
 from mend_jax.errors import UserError
 
 NAME = "small_world"  # the special value in configs, and the partition's name
 FOUR = "small_world_four"  # the partition whose meta-test tasks have four classes
 FIRST = "small_world_first"  # the partition with the first of the meta-training tasks
-SEEDS = (13, 21, 42, 87, 100)  # MetaICL's
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-LABELS = [
-    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gold", "silver",
-    "cyan", "teal", "navy", "olive", "coral", "amber", "ivory", "lilac", "scarlet", "indigo", "maroon",
-]  # fmt: skip
-PEOPLE = [
-    "anna", "boris", "clara", "david", "elena", "felix", "greta", "hugo", "irene", "jonas", "karen", "louis", "maria",
-    "nils", "olga", "peter",
-]  # fmt: skip
-# The unknown word comes first; the end of text last, where GPT-2 has it.
-FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
-END_OF_TEXT = "<eos>"
 MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the distiller's backbone, from which the LLM grows
+WORLD = World()  # the default one, which the packaged models speak the language of
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """What the generator can be told; lengths in words. The language itself is the same for every seed."""
-
-    seed: int = 0
-    train_topics: int = 216
-    test_topics: int = 24
-    topic_words: int = 5
-    input_words: tuple[int, int] = (3, 4)  # of one topic, none twice: fewest and most
-    classes: tuple[int, ...] = (2, 3, 4)  # of the meta-training tasks, in turn
-    test_classes: tuple[int, ...] = (2, 3)  # of the meta-test tasks, in turn
-    train_tasks: int = 6_000
-    first_tasks: int = 1_200  # of them, in a partition of their own: configs/small_world.py says what for
-    train_examples: int = 64
-    train_examples_per_class: int = 2  # at least
-    test_tasks: int = 24
-    four_tasks: int = 12  # meta-test tasks of four classes
-    demonstrations: int = 16
-    demonstrations_per_class: int = 4  # at least
-    dev_examples: int = 32
-    test_examples: int = 60
-    train_documents: int = 40_000
-    validation_documents: int = 1_000
-    document_words: int = 88  # a document ends with the paragraph that reaches it
-
-    def __post_init__(self) -> None:
-        inputs = sum(math.perm(self.topic_words, n) for n in range(self.input_words[0], self.input_words[1] + 1))
-        needed = max(self.train_examples, self.test_examples + self.demonstrations + self.dev_examples)
-        if inputs < needed:  # else drawing inputs that are all different might never end
-            raise UserError(f"a topic has {inputs} different inputs and a task may need {needed}: raise topic_words.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,82 +59,7 @@ class Paths:
     llm: Path
 
 
-# The language
-
-
-def topics(world: World) -> list[list[str]]:
-    """The words of each topic, all distinct; the meta-training topics come first."""
-    rng = random.Random("the small world's words")
-    syllables = [c + v for c in CONSONANTS for v in VOWELS]
-    real = {*LABELS, *PEOPLE, *FUNCTION_WORDS}
-    words = [a + b for a in syllables for b in syllables if a + b not in real]
-    size = world.topic_words
-    drawn = rng.sample(words, size * (world.train_topics + world.test_topics))
-    return [drawn[i : i + size] for i in range(0, len(drawn), size)]
-
-
-def vocabulary(world: World) -> list[str]:
-    """Every word a text or a task can hold, in the order of the token ids."""
-    return [*FUNCTION_WORDS, *LABELS, *PEOPLE, *(word for topic in topics(world) for word in topic), END_OF_TEXT]
-
-
-def document(rng: random.Random, world: World, all_topics: list[list[str]]) -> str:
-    """Paragraphs of one or two sentences; each person of the document keeps to one topic."""
-    subjects = rng.sample(all_topics, rng.choice(world.classes))
-    people = rng.sample(PEOPLE, len(subjects))
-    paragraphs, length = [], -1
-    while length < world.document_words:
-        i = rng.randrange(len(subjects))
-        paragraph = " ".join(_sentence(rng, world, subjects[i], people[i]) for _ in range(rng.randint(1, 2)))
-        paragraphs.append(paragraph)
-        length += paragraph.count(" ") + 2  # its words and, before all but the first, a line break
-    return "\n".join(paragraphs)
-
-
-def _sentence(rng: random.Random, world: World, topic: list[str], person: str) -> str:
-    words = rng.sample(topic, rng.randint(*world.input_words))
-    form = rng.random()
-    if form < 0.6:
-        return f"{' '.join(words)} said {person} ."
-    if form < 0.8:
-        return f"{person} said {' '.join(words)} ."
-    first, second = rng.choice(("the", "some", "about")), rng.choice(("of", "and", "with"))
-    return f"{first} {words[0]} {second} {' '.join(words[1:])} ."
-
-
-# The tasks
-
-
-def draw_task(rng: random.Random, world: World, some_topics: list[list[str]], classes: int) -> dict[str, list[str]]:
-    """A task: the label of each of its topics, as {label: the topic's words}."""
-    return dict(zip(rng.sample(LABELS, classes), rng.sample(some_topics, classes), strict=True))
-
-
-def draw_examples(
-    rng: random.Random, world: World, task: str, meaning: dict[str, list[str]], labels: list[str], seen: set[str]
-) -> list[dict]:
-    """One MetaICL line per label in `labels`; no input is drawn that is in `seen`, which grows."""
-    rows = []
-    for label in labels:
-        words = None
-        while words is None or words in seen:
-            words = " ".join(rng.sample(meaning[label], rng.randint(*world.input_words)))
-        seen.add(words)
-        rows.append({"task": task, "input": words, "output": label, "options": sorted(meaning)})
-    return rows
-
-
-def _labels(rng: random.Random, meaning: dict[str, list[str]], count: int, at_least: int) -> list[str]:
-    labels = [label for label in meaning for _ in range(at_least)]
-    labels += rng.choices(list(meaning), k=count - len(labels))
-    rng.shuffle(labels)
-    return labels
-
-
-# The files
-
-
-def write_small_world(folder: str | Path, world: World = World()) -> Paths:
+def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
     """Writes the world below `folder` (c4/, metaicl/, llm/), or finds it there already.
 
     The folder appears complete or not at all: killed, or run twice at once, it does no harm.
@@ -217,7 +106,7 @@ def _description(world: World) -> str:
     rng, all_topics = random.Random("sample"), topics(world)
     meaning = draw_task(rng, world, all_topics, max(world.classes))
     made = [document(rng, world, all_topics) for _ in range(4)], vocabulary(world), MODEL_SIZE
-    made += next(_tasks(world)), _test_files(rng, world, "sample", meaning)
+    made += next(every_task(world)), test_files(rng, world, "sample", meaning)
     sample = hashlib.sha256(json.dumps(made).encode()).hexdigest()
     return json.dumps({"sample": sample, **dataclasses.asdict(world)}, indent=1) + "\n"
 
@@ -257,7 +146,7 @@ def _write_tasks(folder: Path, world: World) -> None:
     folder.mkdir(parents=True)
     tasks: dict[str, list[str]] = {"train": [], "test": [], "four": []}
     descriptions = {}
-    for split, task, meaning, files in _tasks(world):
+    for split, task, meaning, files in every_task(world):
         tasks[split].append(task)
         descriptions[task] = {"task_type": "classification", "options": sorted(meaning)}
         (folder / "data" / task).mkdir(parents=True)
@@ -271,56 +160,6 @@ def _write_tasks(folder: Path, world: World) -> None:
     }
     (folder / "partitions.json").write_text(json.dumps(partitions, indent=1) + "\n")
     (folder / "tasks.json").write_text(json.dumps(descriptions, indent=1) + "\n")
-
-
-def _tasks(world: World) -> Iterator[tuple[str, str, dict[str, list[str]], dict[str, list[dict]]]]:
-    """Every task as (split, name, meaning, {k_seed_split: rows}); no two tasks mean the same."""
-    all_topics = topics(world)
-    trained, unseen = all_topics[: world.train_topics], all_topics[world.train_topics :]
-    meanings = set()
-    for split, some_topics, classes, count in (
-        ("train", trained, world.classes, world.train_tasks),
-        ("test", unseen, world.test_classes, world.test_tasks),
-        ("four", unseen, (4,), world.four_tasks),
-    ):
-        for i in range(count):
-            task = f"small-{split}-{i:03d}"
-            rng = random.Random(f"{world.seed} {task}")
-            meaning = None
-            while meaning is None or _key(meaning) in meanings:
-                meaning = draw_task(rng, world, some_topics, classes[i % len(classes)])
-            meanings.add(_key(meaning))
-            files = _train_files if split == "train" else _test_files
-            yield split, task, meaning, files(rng, world, task, meaning)
-
-
-def _key(meaning: dict[str, list[str]]) -> tuple:
-    return tuple(sorted((label, *words) for label, words in meaning.items()))
-
-
-def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
-    labels = _labels(rng, meaning, world.train_examples, at_least=world.train_examples_per_class)
-    return {"16384_100_train": draw_examples(rng, world, task, meaning, labels, set())}
-
-
-def _test_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
-    # As MetaICL: the test rows are the same for every seed; they occur in no seed's demonstrations.
-    test_inputs: set[str] = set()
-    # Every label is as frequent as any other: guessing is worth 1 / classes.
-    labels = _labels(rng, meaning, world.test_examples, world.test_examples // len(meaning))
-    test = draw_examples(rng, world, task, meaning, labels, test_inputs)
-    files = {}
-    for seed in SEEDS:
-        seen = set(test_inputs)
-        k = world.demonstrations
-        for split, count, at_least in (
-            ("train", k, world.demonstrations_per_class),
-            ("dev", world.dev_examples, world.dev_examples // len(meaning)),
-        ):
-            labels = _labels(rng, meaning, count, at_least)
-            files[f"{k}_{seed}_{split}"] = draw_examples(rng, world, task, meaning, labels, seen)
-        files[f"{k}_{seed}_test"] = test
-    return files
 
 
 # The model
@@ -380,7 +219,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     fresh_llm = config.stage == "lm" and config.llm.path == NAME
     if fresh_llm or NAME in (config.data.text, config.data.tasks):
-        world = World()
+        world = WORLD
         paths = write_small_world(Path(config.data.cache).expanduser() / f"{NAME}-{fingerprint(world)}", world)
         if config.data.text == NAME:
             config.data.text = str(paths.text)

@@ -100,8 +100,8 @@ def _check_evaluation_data(config: ConfigDict) -> None:
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import load_tokenizer, local_folder
     from mend_jax.parallel import check_batch_size
+    from mend_jax.run_parts import check_settings
     from mend_jax.task_scoring import check_longest
-    from mend_jax.train import check_settings
 
     config = resolve(config)
     for method in config.experiment.methods:

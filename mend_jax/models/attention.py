@@ -6,6 +6,8 @@ backward pass, which computes the shares again (as Dao et al., 2022, without a k
 Heads that share keys and values are folded into the tokens that read, (B,H,t,F) -> (B,G,R*t,F): nothing is repeated.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -27,12 +29,14 @@ def _forward(q, k, v):
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     G, outputs, normalisers = k.shape[1], [], []
     for rows in _blocks(q.shape[2]):
-        scores = _scores(_fold(q[:, :, rows], G), k[:, :, : rows.stop], rows)
-        top = scores.max(-1, keepdims=True, initial=MASKED)
-        shares = jnp.exp(scores - top)
-        total = shares.sum(-1, keepdims=True)
-        out = (_product("bhts,bhsf->bhtf", shares.astype(v.dtype), v[:, :, : rows.stop]) / total).astype(v.dtype)
-        outputs.append(_unfold(out, q.shape[1]))
+        q_rows, parts = _fold(q[:, :, rows], G), _parts(rows)
+        scores = [_scores(q_rows, k[:, :, seen], masked) for seen, masked in parts]
+        top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True, initial=MASKED) for part in scores])
+        shares = [jnp.exp(part - top) for part in scores]
+        total = sum(part.sum(-1, keepdims=True) for part in shares)
+        values = (v[:, :, seen] for seen, _ in parts)
+        out = sum(_product("bhts,bhsf->bhtf", a.astype(v.dtype), b) for a, b in zip(shares, values, strict=True))
+        outputs.append(_unfold((out / total).astype(v.dtype), q.shape[1]))
         normalisers.append(_unfold(top + jnp.log(total), q.shape[1]))
     out = checkpoint_name(jnp.concatenate(outputs, 2).swapaxes(1, 2), "attended")
     return out, (q, k, v, out, checkpoint_name(jnp.concatenate(normalisers, 2), "normaliser"))
@@ -41,20 +45,28 @@ def _forward(q, k, v):
 def _backward(kept, out_grad):
     q, k, v, out, normaliser = kept
     # What the softmax takes off the gradient of every score in a row.
-    common = (out_grad.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)[..., None]
-    out_grad, (H, G) = out_grad.swapaxes(1, 2), (q.shape[1], k.shape[1])
-    q_grads, k_grad, v_grad = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # One axis for rows and tokens: of a single row XLA sums products ten times slower on a CPU.
+    H, F = out.shape[2:]
+    common = (out_grad.astype(jnp.float32).reshape(-1, H, F) * out.astype(jnp.float32).reshape(-1, H, F)).sum(-1)
+    common = common.reshape(out.shape[:-1]).swapaxes(1, 2)[..., None]
+    out_grad, (B, G, S, _) = out_grad.swapaxes(1, 2), k.shape
+    # Transposed, because the product that makes them is twice as quick so on a CPU.
+    q_grads, k_grad, v_grad = [], jnp.zeros((B, G, F, S), jnp.float32), jnp.zeros((B, G, F, S), jnp.float32)
     for rows in _blocks(q.shape[2]):
-        seen = slice(0, rows.stop)
         q_rows, out_rows, norm_rows, common_rows = (_fold(a[:, :, rows], G) for a in (q, out_grad, normaliser, common))
-        shares = jnp.exp(_scores(q_rows, k[:, :, seen], rows) - norm_rows)
-        share_grad = _product("bhtf,bhsf->bhts", out_rows, v[:, :, seen])
-        score_grad = (shares * (share_grad - common_rows)).astype(q.dtype)
-        q_grads.append(_unfold(_product("bhts,bhsf->bhtf", score_grad, k[:, :, seen]), H))
-        k_grad = k_grad.at[:, :, seen].add(_product("bhts,bhtf->bhsf", score_grad, q_rows))
-        v_grad = v_grad.at[:, :, seen].add(_product("bhts,bhtf->bhsf", shares.astype(v.dtype), out_rows))
-    q_grad = jnp.concatenate(q_grads, 2) * q.shape[-1] ** -0.5
-    return tuple(a.swapaxes(1, 2).astype(q.dtype) for a in (q_grad, k_grad, v_grad))
+        q_grad = 0.0
+        for seen, masked in _parts(rows):
+            keys, values = k[:, :, seen], v[:, :, seen]
+            shares = jnp.exp(_scores(q_rows, keys, masked) - norm_rows)
+            share_grad = _product("bhtf,bhsf->bhts", out_rows, values)
+            score_grad = (shares * (share_grad - common_rows)).astype(q.dtype)
+            q_grad += _product("bhts,bhsf->bhtf", score_grad, keys)
+            k_grad = k_grad.at[..., seen].add(_product("bhtf,bhts->bhfs", q_rows, score_grad))
+            v_grad = v_grad.at[..., seen].add(_product("bhtf,bhts->bhfs", out_rows, shares.astype(v.dtype)))
+        q_grads.append(_unfold(q_grad, H))
+    q_grad = jnp.concatenate(q_grads, 2).swapaxes(1, 2) * F**-0.5
+    k_grad, v_grad = (a.transpose(0, 3, 1, 2) for a in (k_grad, v_grad))
+    return tuple(a.astype(q.dtype) for a in (q_grad, k_grad, v_grad))
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -84,11 +96,13 @@ def attention_after(q, cache, k, v, mask):
     return out if R == 1 else out.reshape(B, T, R, G, F).swapaxes(2, 3).reshape(B, T, H, F)
 
 
-def _scores(q, k, rows: slice):
-    """(B,G,R*t,s) float32 of the queries at `rows`, folded; what comes later is masked."""
+def _scores(q, k, masked: bool):
+    """(B,G,R*t,s) float32 of a block's queries, folded; of its own keys (`masked`) those that come later are hidden."""
     scores = _product("bhtf,bhsf->bhts", q, k)
-    length = rows.stop - rows.start
-    later = jnp.arange(k.shape[2])[None] > rows.start + jnp.arange(length)[:, None]
+    if not masked:
+        return scores
+    length = k.shape[2]
+    later = jnp.arange(length)[None] > jnp.arange(length)[:, None]
     if q.shape[2] > length:
         later = jnp.tile(later, (q.shape[2] // length, 1))
     return jnp.where(later, MASKED, scores)
@@ -108,6 +122,12 @@ def _unfold(a, heads: int):
 
 def _product(form: str, a, b):
     return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _parts(rows: slice) -> list[tuple[slice, bool]]:
+    """(keys, masked): what the queries at `rows` read: all that came before, and themselves, which alone needs a mask."""
+    before = [(slice(0, rows.start), False)] if rows.start else []
+    return [*before, (rows, True)]
 
 
 def _blocks(length: int) -> list[slice]:

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from mend_jax.models import rope
 from mend_jax.models.attention import attention_after, causal_attention
 from mend_jax.models.config import DecoderConfig
-from mend_jax.models.int8 import Dense, Table, table
+from mend_jax.models.int8 import Dense
+from mend_jax.models.norms import layer_norm, rms_norm
 from mend_jax.sharding import by_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
@@ -74,7 +75,11 @@ class Block(nn.Module):
             )
         q, k, v = (a.reshape(*a.shape[:2], a.shape[2] // F, F) for a in (q, k, v))
         if config.qk_norm:
-            q, k = _norm(config, self.dtype, "q_norm")(q), _norm(config, self.dtype, "k_norm")(k)
+            # Heads may lie on several devices, so they are not joined with the tokens.
+            q, k = (
+                nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name=name)(a)
+                for name, a in (("q_norm", q), ("k_norm", k))
+            )
         if rotations is not None:
             q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
         return q, k, v
@@ -166,11 +171,6 @@ class Embed(nn.Module):
         return {name: self.param(name, normal, shape) for name, shape in shapes.items()}
 
 
-def head_table(config: DecoderConfig, params) -> jax.Array | Table:
-    """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""
-    return table(params["embed"], "tokens" if config.tied_head else "head")
-
-
 def drop_head(params):
     """The parameters of the `DecoderConfig.headless` model: a distiller's backbone gives states, not words."""
     return {**params, "embed": {name: table for name, table in params["embed"].items() if name != "head"}}
@@ -190,7 +190,4 @@ def _dense(features, dtype, name, bias=True, std=0.02):
 
 
 def _norm(config, dtype, name):
-    if config.rms_norm or name in ("q_norm", "k_norm"):
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
-    # The two-pass variance is PyTorch's; Flax's fast one loses digits where the mean is large.
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+    return (rms_norm if config.rms_norm else layer_norm)(config.norm_eps, dtype, name)

@@ -18,6 +18,7 @@ from mend_jax.models.attention import MASKED
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
+from mend_jax.models.norms import rms_norm
 from mend_jax.sharding import by_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
@@ -70,7 +71,7 @@ class Block(nn.Module):
         return by_rows(x + _dense(config.width, self.dtype, "down")(up)), None
 
     def _norm(self, name):
-        return nn.RMSNorm(epsilon=self.config.norm_eps, dtype=self.dtype, name=name)
+        return rms_norm(self.config.norm_eps, self.dtype, name)
 
 
 class Stack(nn.Module):
@@ -97,7 +98,7 @@ class Stack(nn.Module):
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
         x, _ = layers(by_rows(x.astype(self.dtype)), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name="final_norm")(by_rows(x))
+        return rms_norm(config.norm_eps, self.dtype, "final_norm")(by_rows(x))
 
 
 def distance_buckets(length: int, config: EncoderDecoderConfig, both_ways: bool):

@@ -40,14 +40,43 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         in_8_bits = self.has_variable("params", "kernel" + SCALE)
         kernel = gathered(kernel, f"{self.name}/kernel") if in_8_bits else kernel
-        contracted = (((x.ndim - 1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contracted)
+        y = times(x.astype(self.dtype), kernel.astype(self.dtype))
         if in_8_bits:
             y = (y * self.get_variable("params", "kernel" + SCALE)).astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+@jax.custom_vjp
+def times(x, kernel):
+    """(...,in) x (in,out) -> (...,out); the gradient of a frozen kernel is not computed.
+
+    JAX's own gradient of the kernel is a product that is transposed afterwards. For that XLA on a CPU copies one operand
+    column by column, often computing it again on the way. Here the narrower one is transposed, once it is whole.
+    """
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _times_forward(x, kernel):
+    return times(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+
+
+def _times_backward(kept, out_grad):
+    x, kernel = kept
+    x_grad = None if kernel is None else jax.lax.dot_general(out_grad, kernel, (((out_grad.ndim - 1,), (1,)), ((), ())))
+    kernel_grad = None
+    if x is not None:
+        rows = tuple(range(x.ndim - 1))
+        if x.shape[-1] <= out_grad.shape[-1]:
+            kernel_grad = jax.lax.dot_general(jax.lax.optimization_barrier(x), out_grad, ((rows, rows), ((), ())))
+        else:
+            kernel_grad = jax.lax.dot_general(out_grad, x, ((rows, rows), ((), ()))).T
+    return x_grad, kernel_grad
+
+
+times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
 
 
 class Table(NamedTuple):
