@@ -297,11 +297,13 @@ def test_missing_tasks_are_named_once(world, tokenizer, caplog):
 
 
 def test_more_demonstrations_than_examples(world, tokenizer):
-    for stage in ("finetune", "lm"):
-        with pytest.raises(
-            UserError, match="Task 'a' has 20 examples, but config.data.k = 20 demonstrations and a query take 21"
-        ):
-            batches(world, tokenizer, stage, k=20, max_demo_tokens=800)
+    with pytest.raises(
+        UserError, match="Task 'a' has 20 examples, but config.data.k = 20 demonstrations and a query take 21"
+    ):
+        batches(world, tokenizer, "finetune", k=20, max_demo_tokens=800)
+    made = batches(world, tokenizer, "lm", k=20, text_share=0.0)  # a sequence has what there is
+    drawn = [made.draws.draw(row)[1] for row in range(50)]
+    assert all(len(set(examples)) == len(examples) <= 20 for examples in drawn)
 
 
 def test_batches_that_do_not_divide(world, tokenizer):

@@ -141,6 +141,16 @@ def test_another_model_under_the_old_name(models, tmp_path):
         meaning.check_resume(run, config(llm, **{"prefix.backbone": str(models / "one")}), False)
 
 
+def test_another_tokenizer_beside_the_same_weights(models, tmp_path):
+    llm = shutil.copytree(models / "one", tmp_path / "llm")
+    (llm / "tokenizer.json").write_text("{}")
+    run = written(tmp_path / "run", config(llm))
+    meaning.check_resume(run, config(llm), False)
+    (llm / "tokenizer.json").write_text("{ }")
+    with pytest.raises(UserError, match=r'llm.path="(.*)" \(content (\w*)\), now it is "\1" \(content (?!\2)'):
+        meaning.check_resume(run, config(llm), False)
+
+
 def test_start_that_moved(models, tmp_path):
     start = written(tmp_path / "start", config(models / "one"), 1.0)
     run = written(tmp_path / "run", config(models / "one", **{"prefix.start_from": str(start)}))

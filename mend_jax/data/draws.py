@@ -215,7 +215,6 @@ class SequenceDraws:
         self.demo_buckets, self.query_buckets = (0,), (self.size,)
         self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
         self.draw = functools.lru_cache(KEPT)(self.draw)
-        check_enough_examples(stores, self.config.k)
 
     def text_number(self, row: int) -> int | None:
         """Which plain text this row is, counted from the first; None for an in-context sequence."""
@@ -224,11 +223,11 @@ class SequenceDraws:
         return batch * int(self.rows * self.share + 1e-9) + before if after > before else None
 
     def draw(self, row: int):
-        """(task number, examples' numbers) of an in-context sequence: half have all that fit, half fewer."""
+        """(task number, examples' numbers) of an in-context sequence: half have K+1 or all that fit, half fewer."""
         rng = sampling.row_rng(self.seed, 3, row)
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
-            full = self.config.k + 1
+            full = min(self.config.k + 1, len(self.stores[task]))
             count = full if rng.random() < 0.5 else int(rng.integers(1, full + 1))
             chosen = sampling.sample_demos(rng, len(self.stores[task]), count)
             if fitting := sampling.fit_demos(self.cut[task][chosen], self.size):

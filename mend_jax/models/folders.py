@@ -138,9 +138,10 @@ def local_folder(path: str | Path) -> Path:
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 hexadecimal digits that change with any byte of a model's config.json or weights, wherever its folder lies."""
+    """16 hexadecimal digits that change with any byte of a model's config.json, vocabulary or weights, wherever it lies."""
     folder = local_folder(path)
-    files = [folder / "config.json", *(weights.weight_files(folder) if weights.has_weights(folder) else [])]
+    files = [folder / "config.json", *(folder / name for name in VOCABULARIES if (folder / name).exists())]
+    files += weights.weight_files(folder) if weights.has_weights(folder) else []
     stats = [file.stat() for file in files]
     return _fingerprint(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
 
