@@ -13,7 +13,7 @@ from data_files import make_world, tiny_config
 from family_rows import COMMON, ROWS, save_random, smaller, tokens
 from tiny_training import config as training_config
 
-from mend_jax import checkpoint, evaluate, reporting, train
+from mend_jax import checkpoint, evaluate, reporting, run_parts, train
 from mend_jax.export import write_folder
 from mend_jax.llm import load_llm
 from mend_jax.prefix import init_distiller
@@ -51,7 +51,7 @@ def settings(world, folder, name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_step_of_both_stages_and_an_evaluation(name, world, tmp_path):
     c, workdir = settings(world, tmp_path, name), ""
-    params = train.build(c, train.load(c)).params
+    params = run_parts.build(c, run_parts.load(c)).params
     for stage, score in (("pretrain", "validation_loss"), ("finetune", "dev_score")):
         c.stage, c.prefix.start_from, workdir = stage, str(workdir), tmp_path / stage
         assert train.train(c, workdir) == 0
