@@ -35,13 +35,9 @@ class Layout:
     kept: Callable  # train state -> a copy that the next step leaves alone, as `Checkpoints.save` takes it
     scored: Callable  # trainable params on the devices -> as an evaluation takes them
     shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
-    compile_step: (
-        Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
-    )
+    compile_step: Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
     compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
-    place: (
-        sharding.Place | None
-    )  # where a parameter lives that is read or made on the devices; None: whole on the first
+    place: sharding.Place | None  # where a parameter lives that is read or made on the devices; None: whole on the first
     share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
     axis: str | None  # name for `jax.lax.pmean` inside the step; None where XLA sees the global batch
     mesh: Mesh | None  # of "mesh"
