@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mend_jax.errors import UserError
@@ -136,6 +137,16 @@ def by_rows(x: jax.Array) -> jax.Array:
     """
     mesh = _mesh.get()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def for_rows(x: jax.Array) -> jax.Array:
+    """(R,...): `x` once for each device that splits the rows of a batch; elsewhere (1,...).
+
+    What is computed of it and then added to every row is not summed over devices on the way back: `x` is, where it is small.
+    """
+    mesh = _mesh.get()
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    return by_rows(jnp.broadcast_to(x, (devices, *x.shape)))
 
 
 def gathered(x: jax.Array, path: str) -> jax.Array:

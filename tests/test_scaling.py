@@ -97,6 +97,14 @@ def test_tensor_leaves_the_states_whole_between_the_layers(source):
     assert found["all-gather"] < 3 * read * 64 * 4 * 3 / 4 < found["all-reduce"]
 
 
+def test_data_sums_the_gradients_of_t5_alone():
+    """And not, in every layer, that of the bias by distance of every pair of tokens, which is larger."""
+    small = from_hf_config(t5(64, 3, 4, 128) | {"vocab_size": 64})
+    settings = Settings(small, small.headless, "float32", 8, 60, 16, 4, 8, "xla")
+    found, formula = (figures(settings, sizes(data=8))["sent_bytes"] for figures in (scaling.compiled, by_formula))
+    assert found["all-reduce"] == pytest.approx(formula["gradients"], rel=0.05)
+
+
 def test_meshes_of_the_table_divide_every_model():
     for name in MODELS:
         for devices in (8, 64, 512):

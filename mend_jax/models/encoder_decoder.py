@@ -19,7 +19,7 @@ from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import rms_norm
-from mend_jax.sharding import by_rows
+from mend_jax.sharding import by_rows, for_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
 
@@ -32,14 +32,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, source, bias, mask):
-        """x (B,T,D) reads source (B,S,D) -> (B,T,D). bias (H,T,S) float32 or None; mask (B,1 or T,S), what is seen."""
+        """x (B,T,D) reads source (B,S,D) -> (B,T,D).
+
+        bias (R,H,T,S) float32, each for B/R rows, or None; mask (B,1 or T,S), what is seen.
+        """
         config, width = self.config, self.config.heads * self.config.head_width
         q, k, v = (
             checkpoint_name(_dense(width, self.dtype, name)(a), "qkv").reshape(*a.shape[:2], config.heads, -1)
             for name, a in (("q", x), ("k", source), ("v", source))
         )
         scores = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
-        scores = scores if bias is None else scores + bias
+        if bias is not None:
+            apart = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
+            scores = (apart + bias[:, None]).reshape(scores.shape)
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED)).astype(v.dtype)
         out = checkpoint_name(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
         return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], width))
@@ -88,7 +93,8 @@ class Stack(nn.Module):
         """x (B,T,D) -> (B,T,D); mask (B,1 or T,T)."""
         config = self.config
         biases = self.param("distance_bias", nn.initializers.normal(0.02), (config.buckets, config.heads))
-        bias = biases.astype(jnp.float32)[distance_buckets(x.shape[1], config, both_ways=not self.cross)]
+        buckets = distance_buckets(x.shape[1], config, both_ways=not self.cross)
+        bias = for_rows(biases.astype(jnp.float32))[:, buckets]  # (R,T,T,H)
         kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=kept),
@@ -97,7 +103,7 @@ class Stack(nn.Module):
             in_axes=(nn.broadcast,) * 4,
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
-        x, _ = layers(by_rows(x.astype(self.dtype)), bias.transpose(2, 0, 1), mask, encoded, encoded_mask)
+        x, _ = layers(by_rows(x.astype(self.dtype)), bias.transpose(0, 3, 1, 2), mask, encoded, encoded_mask)
         return rms_norm(config.norm_eps, self.dtype, "final_norm")(by_rows(x))
 
 
