@@ -28,7 +28,7 @@ class FrozenLLM:
         return self.config.window
 
     def embed(self, params, tokens):
-        """(B,T) int32 -> (B,T,D), without positions."""
+        """(B,T) int32 -> (B,T,D) in `dtype`, without positions."""
         return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
 
     def head(self, params):

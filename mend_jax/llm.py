@@ -41,7 +41,7 @@ class LLM(FrozenLLM):
         return query
 
     def states(self, params, prefix: Prefix, query: Query):
-        """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D). Rows beyond a length are garbage.
+        """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D) in `dtype`. Rows beyond a length are garbage.
 
         R queries, one after another, stand behind each of the B prefixes, which is read once for them.
         """
@@ -100,6 +100,8 @@ def load_llm(
         weights: "full" (in `dtype`), or "int8": kernels and token tables in 8 bits with a scale per output channel
             (models/int8.py), a quarter of the bytes of float32; the arithmetic is still that of `dtype`.
         place: where each parameter lives, for an LLM that is split over devices (sharding.py).
+    Returns:
+        An `LLM`, or an `EncoderDecoderLLM` for the T5 family: the same methods, its params on the default device.
     Raises:
         UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype,
             attention or weights than these.

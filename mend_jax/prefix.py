@@ -19,6 +19,7 @@ from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import headless_params, load_model
+from mend_jax.query import token_ids
 from mend_jax.sharding import Place
 
 PROJECTIONS = ("tanh", "linear", "identity")
@@ -28,7 +29,7 @@ PROJECTIONS = ("tanh", "linear", "identity")
 class Prefix:
     """What stands before a query, in the LLM's embedding space."""
 
-    embeds: jax.Array  # (B,P,D)
+    embeds: jax.Array  # (B,P,D) float32 or bfloat16; what reads them converts
     length: jax.Array  # (B,) int32, at most P
 
 
@@ -65,7 +66,12 @@ def take_rows(states, start, count: int):
 
 
 def no_prefix(batch_size: int, width: int) -> Prefix:
-    """Zero-shot: nothing stands before the query."""
+    """Zero-shot: nothing stands before the query. Prefix((batch_size, 0, width) float32, zeros (batch_size,) int32).
+
+    Args:
+        batch_size: rows; `score_options` takes one.
+        width: of the LLM's embeddings, `llm.config.width`.
+    """
     return Prefix(jnp.zeros((batch_size, 0, width)), jnp.zeros((batch_size,), jnp.int32))
 
 
@@ -138,7 +144,7 @@ class Distiller:
         return Settings(self.config, self.projection, self.dtype, self.attention, self.remat)
 
     def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens with lengths (B,) -> L vectors a row: Prefix((B,L,llm_width), L)."""
+        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, all L)."""
         return make_vectors(self.settings, params, demos, length)
 
     def read(self, demos):
@@ -154,10 +160,10 @@ class Distiller:
             demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs
                 where the distiller came with a tokenizer.
         Returns:
-            Prefix((B, L, llm_width), L), B the number of contexts.
+            Prefix((B, L, llm_width) in `dtype`, (B,) int32, all L), B the number of contexts (paper, section 3.1).
         Raises:
-            UserError: no demonstrations, no tokenizer for texts, a token that the distiller does not have, or more tokens
-                than its window.
+            UserError: no demonstrations, what is neither ids nor pairs of texts, no tokenizer for texts, a token that the
+                distiller does not have, or more tokens than its window.
         """
         tokens, length = self.read(demos)
         return _distill(self.settings, self.params, tokens, length)
@@ -247,14 +253,17 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
 
 def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, separator: str = " "):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
+    if not hasattr(demos, "__len__"):
+        raise UserError(f"Demonstrations are a list, not {demos!r}: give token ids, or [(input, output), ...].")
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")
     if isinstance(demos, str) or isinstance(demos[0], str):
         raise UserError("Demonstrations as texts are a list of (x, y) pairs, not a text: give [(input, output), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
         demos = [pair_tokens(demos, tokenizer, separator)]
-    elif np.ndim(demos[0]) == 0:
+    elif not hasattr(demos[0], "__len__") or np.ndim(demos[0]) == 0:
         demos = [demos]
+    demos = [token_ids(row, "a context of demonstrations", "pairs of texts") for row in demos]
     for row in demos:
         if len(row) == 0:
             raise UserError("A context of demonstrations is empty: every context needs at least one token.")
@@ -292,6 +301,9 @@ def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
     """The context of (x, y) string pairs: each x and y behind the separator, as in training."""
     if tokenizer is None:
         raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
+    wrong = next((p for p in pairs if isinstance(p, str) or len(p) != 2 or not all(isinstance(t, str) for t in p)), None)
+    if wrong is not None:
+        raise UserError(f"A demonstration is a pair of texts, (input, output), not {wrong!r}.")
     texts = [separator + text for pair in pairs for text in pair]
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
 

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> list[float]:
-    """How well each option continues the prefix and the query.
+    """How well each option continues the prefix and the query (paper, section 4.1; MetaICL's protocol).
 
     Args:
         llm: of `load_llm`.
@@ -54,6 +54,8 @@ def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> 
         UserError: an empty query, no option or an empty one, texts without a tokenizer, several rows in the prefix, a
             prefix of another width, or more tokens than the LLM's window.
     """
+    if isinstance(options, str) or not hasattr(options, "__len__"):
+        raise UserError(f"The options are a list of texts or of lists of token ids, not {options!r}.")
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
     x = query_tokens(llm, query, "query", separator)
@@ -238,10 +240,12 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
                 f" reads at most {llm.window}{llm.config.window_reason}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
                 " demonstrations)."
             )
-        largest = int(max(row.tokens.max(), row.targets.max(), row.inputs.max(initial=0)))
-        if largest >= llm.config.vocab_size:
+        parts = (row.tokens, row.targets, row.inputs)
+        largest, least = max(int(a.max(initial=0)) for a in parts), min(int(a.min(initial=0)) for a in parts)
+        wrong = least if least < 0 else largest
+        if least < 0 or largest >= llm.config.vocab_size:
             raise UserError(
-                f"A query holds token {largest}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
+                f"A query holds token {wrong}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
                 " tokenizer."
             )
 

@@ -159,10 +159,12 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         each in nats, the mean over its tokens; float32 arithmetic. Of an encoder–decoder "kd" and "clm" cover y alone,
         which is what it says.
     Raises:
-        UserError: texts where the LLM has no tokenizer, token ids where the tokenizers differ, an empty x or y, a token that
+        UserError: several contexts, texts where the LLM has no tokenizer, token ids where the tokenizers differ, an empty x or y, a token that
             the LLM does not have, or more tokens than one of the windows.
     """
     context = distiller.read(demos)
+    if len(context[1]) != 1:
+        raise UserError(f"The losses are those of one example, with one context, not {len(context[1])}: call it for each.")
     texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
     if not texts and other_tokenizer(llm.tokenizer, distiller.tokenizer) is not None:
         raise UserError(

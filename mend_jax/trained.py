@@ -35,10 +35,14 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
 
     Args:
         path: a training workdir, an exported folder, or the public release's own .safetensors / .bin file.
-        llm: the LLM its vectors are for.
-        backbone: only for the release's file: the Hugging Face folder of its backbone (config.json and tokenizer).
+        llm: the LLM its vectors are for, of `load_llm`.
+        backbone: the Hugging Face folder of its backbone (config.json and tokenizer): needed for the release's file, and
+            for a workdir whose backbone has moved.
+    Returns:
+        A `Distiller` with float32 parameters; of a training workdir those of its best checkpoint.
     Raises:
-        UserError: nothing there, or a distiller whose vectors are not as wide as the LLM's embeddings.
+        UserError: nothing there, a soft prompt or an LLM, files that are damaged, incomplete or of another model, no
+            backbone where one is needed, or a distiller whose vectors are not as wide as the LLM's embeddings.
     """
     return _distiller_alone(load_trained(path, llm, backbone), path)
 

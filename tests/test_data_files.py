@@ -1,6 +1,7 @@
 """Reading C4's and MetaICL's files: partitions, kinds of task, and one clear sentence for every bad file."""
 
 import gzip
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,15 @@ from data_files import make_world, words, write_examples, write_text
 from mend_jax.data import c4, metaicl
 from mend_jax.errors import UserError
 
+DIGESTS = {
+    "class_to_class": "23731f44cab2",
+    "non_class_to_class": "63787139da46",
+    "qa_to_qa": "34a1af79ca87",
+    "non_qa_to_qa": "8c1d5dca74a4",
+    "non_nli_to_nli": "9dd7ac781e00",
+    "hr_to_lr": "703bbf957fac",
+    "non_paraphrase_to_paraphrase": "cc66dca077b2",
+}
 
 @pytest.fixture
 def world(tmp_path):
@@ -21,6 +31,11 @@ def test_metaicl_settings_are_complete():
         "class_to_class": (43, 20), "non_class_to_class": (37, 20), "qa_to_qa": (37, 22), "non_qa_to_qa": (33, 22),
         "non_nli_to_nli": (55, 8), "hr_to_lr": (61, 26), "non_paraphrase_to_paraphrase": (59, 4),
     }  # fmt: skip
+    digests = {  # of the names, sorted: a name that is another is noticed
+        name: hashlib.sha256(json.dumps([sorted(p["train"]), sorted(p["test"])]).encode()).hexdigest()[:12]
+        for name, p in metaicl.metaicl_partitions().items()
+    }
+    assert digests == DIGESTS
     for name, partition in metaicl.metaicl_partitions().items():
         tasks = partition["train"] + partition["test"]
         both = set(partition["train"]) & set(partition["test"])
