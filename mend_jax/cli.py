@@ -8,6 +8,7 @@ A mistake of the user's ends in one sentence and exit code 2.
 """
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -30,6 +31,7 @@ from mend_jax.settings import check, dotted_fields, nearest
 ROOT = Path(__file__).resolve().parents[1]  # where configs/ lies beside the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+STOPPED = 75  # after SIGTERM: EX_TEMPFAIL, "try again"
 
 
 def run(main, argv=None, several=False) -> None:
@@ -58,9 +60,14 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         arguments = parse(main, argv)
         if several:
             distributed.start()
-        with compile_cache.mended():
+        # As one of several processes training asks JAX, at each step, whether all are to stop (`told_to_stop`).
+        stops = contextlib.nullcontext() if distributed.is_running() else distributed.stops_at_sigterm()
+        with stops, compile_cache.mended():
             code = main(*arguments)
         return code if isinstance(code, int) else 0
+    except distributed.Stopped:
+        print(f"{distributed.label()}Stopped. The same command goes on where it stopped.", file=sys.stderr)
+        return STOPPED
     except UserError as error:
         print(f"{distributed.label()}error: {error}", file=sys.stderr)
         return MISTAKE

@@ -9,10 +9,13 @@
 A process that is alone starts nothing. All processes run the same command and see the same workdir.
 """
 
+import contextlib
 import itertools
 import os
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 from mend_jax.errors import UserError
 
@@ -103,6 +106,30 @@ def told_to_stop() -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+class Stopped(BaseException):
+    """SIGTERM came: what is finished is on disk, and the same command goes on from there."""
+
+
+@contextlib.contextmanager
+def stops_at_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises `Stopped`: for what loses nothing when it ends at once. Elsewhere than in the main thread nothing.
+
+    In several processes it takes the signal from JAX, so `told_to_stop` hears of it no more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def is_running() -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mend_jax import cli, measure, parallel, sharding
-from mend_jax.benchmark_jax import Settings, step_config
+from mend_jax.benchmark_jax import Settings, check_window, step_config
 from mend_jax.collectives import sent
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
@@ -76,6 +76,7 @@ def scaling(
         print(formula_table(**fields))
         return 0
     sizes = {sharding.DATA: data, sharding.FSDP: fsdp, sharding.TENSOR: tensor}
+    _check(llm, sizes, batch_size, fields)
     devices = _devices(topology, math.prod(sizes.values()))
     settings = workload(llm, batch_size or data * fsdp, **fields)
     report = {"llm": llm, "mesh": sizes, "batch_size": settings.rows, "topology": topology} | fields
@@ -88,6 +89,23 @@ def scaling(
     if out:
         write_report(out, report)
     return 0
+
+
+def _check(llm: str, sizes: dict[str, int], rows: int, fields: dict) -> None:
+    """Raises UserError where the mesh or the batch cannot be, or a sequence is longer than a model's window."""
+    given = {**sizes, **{name: fields[name] for name in ("demos", "vectors", "query", "target")}}
+    for name, value in given.items():
+        if value < 1:
+            raise UserError(f"--{name}={value} is too small: give 1 or more.")
+    over = sizes[sharding.DATA] * sizes[sharding.FSDP]
+    if rows < 0 or rows % over:
+        raise UserError(f"--batch_size={rows} does not divide over data x fsdp = {over} devices: use a multiple of {over}.")
+    if fields["target"] >= fields["query"]:
+        raise UserError(f"--target={fields['target']} is the end of the query: give fewer tokens than --query={fields['query']}.")
+    settings = workload(llm, rows or over, **fields)
+    longest = max(settings.demos, settings.vectors) + settings.query
+    check_window("LLM", longest, settings.llm)
+    check_window("distiller", settings.demos + settings.vectors, settings.distiller)
 
 
 def _devices(topology: str, count: int) -> Sequence | None:

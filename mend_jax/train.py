@@ -33,14 +33,13 @@ import numpy as np
 
 from mend_jax import checkpoint, distributed, meaning, parallel, reporting, run_parts
 from mend_jax.checkpoint import Checkpoints
-from mend_jax.cli import run
+from mend_jax.cli import STOPPED, run
 from mend_jax.errors import UserError
 from mend_jax.models.folders import local_folder, save_model
 from mend_jax.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 from mend_jax.trained import lm_settings
 
-STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 LLM_FOLDER = "llm"
 
 

@@ -2,6 +2,9 @@
 
 import errno
 import logging
+import os
+import signal
+import time
 from typing import Literal
 
 import pytest
@@ -299,3 +302,16 @@ def test_help(capsys):
 def test_nearest():
     assert nearest("train.step", ["train.steps", "train.batch_size"]) == "train.steps"
     assert nearest("steps", ["llm.path", "train.steps"]) == "train.steps"
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_sigterm_ends_a_command_with_the_code_that_asks_for_a_restart(several, capsys):
+    def told():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        cli.run(told, ["evaluate"], several)
+    assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "Stopped. The same command goes on where it stopped.\n"

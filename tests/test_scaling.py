@@ -145,3 +145,20 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
     monkeypatch.setattr(scaling.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=[0] * 4))
     with pytest.raises(UserError, match="v5e:2x2 has 4 devices, the mesh 8: give as many to its axes"):
         scaling.scaling("gpt2-large", data=8, topology="v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"data": 0}, "--data=0 is too small: give 1 or more"),
+        ({"fsdp": -1}, "--fsdp=-1 is too small"),
+        ({"data": 2, "batch_size": 3}, "--batch_size=3 does not divide over data x fsdp = 2 devices: use a multiple of 2"),
+        ({"demos": 2000}, "The LLM would read 2124 tokens, its window is 1024: choose smaller sizes"),
+        ({"demos": 900, "vectors": 125}, "The distiller would read 1025 tokens, its window is 1024"),
+        ({"query": 4}, "--target=4 is the end of the query: give fewer tokens than --query=4"),
+        ({"vectors": 0}, "--vectors=0 is too small"),
+    ],
+)
+def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(arguments, said):
+    with pytest.raises(UserError, match=said):
+        scaling.scaling("gpt2-large", **arguments)

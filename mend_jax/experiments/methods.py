@@ -174,7 +174,8 @@ def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
 
     _say(f"evaluation: {', '.join(config.experiment.methods)} on {config.data.partition}, in {folder / 'evaluation'}")
     c = evaluation_config(config, folder)
-    times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
+    with distributed.stops_at_sigterm():  # no training comes after it
+        times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
     _say("time of each part: " + ", ".join(f"{name} {_duration(t['seconds'])}" for name, t in times.parts.items()))
 
 
