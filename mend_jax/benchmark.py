@@ -61,17 +61,20 @@ def benchmark(
 
     Args:
         what: the workload.
-        llm, distiller: a size of SIZES or a folder with a config.json. quantization: models of
+        llm, distiller: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json. quantization: models of
             benchmark_quantization.py or folders, with commas between; a folder's own weights where it has some.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
         weights: of the LLM: "full" are in `dtype`.
-        demos, vectors, query: tokens of the demonstrations, vectors, tokens of the query (inference: of its input x).
-        target: step: tokens of y, the query's end; inference: tokens of each option.
+        demos: tokens of the demonstrations.
+        vectors: how many the distiller makes.
+        query: tokens of the query (inference: of its input x); 0 is 124 (inference 56, quantization 32).
+        target: step: tokens of y, the query's end; inference: of each option; 0 is 4 (inference 3, quantization 16).
         batch_size: sequences of a step; inference: items in one pass.
         repeats: timed runs of each side.
-        items, options: inference: test items of the task, and answers of each.
+        items: inference: test items of the task.
+        options: inference: answers of each item.
         no_pytorch: step: our side alone.
         query_head: step: PyTorch, too, applies the head at the query alone, which the release does not.
         out: a JSON file for the figures.

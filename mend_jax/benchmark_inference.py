@@ -105,7 +105,8 @@ def _saving(rows, reuse: bool) -> str:
     icl, mend = (next(row for row in rows if row["method"] == m and row["reuse"] == reuse) for m in ("icl", "mend"))
     item, task = (1 - mend[name] / icl[name] for name in ("item_flops", "task_flops"))
     text = f"MEND against Vanilla ICL, {'cached' if reuse else 'release'}: "
-    text += f"{item:.0%} fewer FLOPs per item, {task:.0%} per task"
+    less = [f"{abs(share):.0%} {'fewer' if share >= 0 else 'more'} FLOPs per" for share in (item, task)]
+    text += f"{less[0]} item, {less[1]} task"
     text += f", {icl['task_seconds'] / mend['task_seconds']:.2f}x as fast"
     if reuse:
         text += f", {icl['cache_bytes'] / mend['cache_bytes']:.1f}x less K/V cache"

@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 import traceback
 from difflib import SequenceMatcher
 from logging import Formatter, StreamHandler, getLogger
@@ -336,7 +337,8 @@ def _wrong_value(message: str, argv: list[str], fields: dict, parameters) -> Use
         return UserError(message)
     name = match[1]
     parts = [argument.lstrip("-").partition("=") for argument in argv]
-    given = next((value for flag, _, value in parts if flag == name and value), "")
+    values = [value for flag, _, value in parts if flag == name and value]  # given twice, the wrong one is in the message
+    given = next((v for v in values if message.startswith(f"flag --{name}={v}:")), values[0] if values else "")
     if name.startswith("config."):
         return UserError(f"--{name} must be {_wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")
     parameter = parameters[name]
@@ -375,4 +377,14 @@ def _help(main) -> str:
         lines.append(
             f"  {text}" + ("" if parameter.default is parameter.empty else f"   (default {parameter.default!r})")
         )
+        lines += ["      " + line for line in textwrap.wrap(_described(main).get(name, ""), 110)]
     return "\n".join(lines)
+
+
+def _described(main) -> dict[str, str]:
+    """{parameter: what the docstring of `main` says of it under Args}; "a, b: text" is of both."""
+    args = inspect.cleandoc(main.__doc__ or "").partition("Args:\n")[2].partition("\nReturns:")[0]
+    found = {}
+    for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", args, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found

@@ -108,7 +108,7 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs PyTorch to be written: pip install torch, or take the .safetensors.") from None
+        raise UserError(f"{path.name} needs PyTorch to be written: pip install torch, or take the .safetensors.") from None
     content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
     try:
         torch.save(content, path)

@@ -131,7 +131,7 @@ def machine_line(report: dict) -> str:
     name = machine["cpu"] if device["platform"] == "cpu" else device["device"]
     versions = ", ".join(f"{p} {machine['versions'][p]}" for p in ("jax", "torch") if machine["versions"][p])
     memory = f", {machine['glibc_tunables']}" if device["platform"] == "cpu" else ""
-    return f"{name}, {machine['cores']} cores{peak}, load {machine['load_before']:.1f} before, {versions}{memory}"
+    return f"{name}, {machine['cores']} core{'s' * (machine['cores'] != 1)}{peak}, load {machine['load_before']:.1f} before, {versions}{memory}"
 
 
 def table(rows: list[list[str]]) -> str:

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from mend_jax import checkpoint, reporting, sharding
-from mend_jax.data.batches import make_batches
+from mend_jax.data.batches import find_tasks, make_batches
+from mend_jax.data.c4 import text_files, tfds_folder
 from mend_jax.data.draws import check_windows
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.errors import UserError
@@ -47,11 +48,17 @@ def build(config, llm, begins: bool = True, place=None):
 
 
 def check_settings(config):
-    """Raises UserError where the config asks for what its models cannot read, by their config.json alone."""
+    """Raises UserError where the config asks for what its models cannot read, by their config.json alone, or names data that
+    is not there. Nothing large is read."""
     backbone = None
     if config.stage != "lm" and config.prefix.kind == "distiller":
         backbone = from_hf_config(local_folder(config.prefix.backbone))
     check_windows(config, from_hf_config(local_folder(config.llm.path)), backbone)
+    text = str(config.data.text)
+    if config.stage != "finetune" and text and not tfds_folder(text):
+        text_files(text)
+    if config.stage != "pretrain" and config.data.tasks:
+        find_tasks(config, "train")
 
 
 def check_tokenizers(config, llm, model):

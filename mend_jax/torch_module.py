@@ -81,6 +81,8 @@ class MendDistiller(nn.Module):
     @torch.no_grad()
     def distill(self, demos):
         """Vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context."""
+        if len(demos) == 0 or (isinstance(demos[0], (tuple, list)) and len(demos[0]) == 0):
+            raise ValueError("there are no demonstrations, or an empty context: give at least one token")
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, this folder has none: give token ids")

@@ -315,3 +315,19 @@ def test_sigterm_ends_a_command_with_the_code_that_asks_for_a_restart(several, c
         cli.run(told, ["evaluate"], several)
     assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == "Stopped. The same command goes on where it stopped.\n"
+
+
+def test_a_flag_given_twice_names_the_wrong_value():
+    argv = ["train", f"--config={BASE}", "--workdir=w", "--config.train.steps=4", "--config.train.steps=abc"]
+    with pytest.raises(UserError, match='train.steps must be a whole number, not "abc"'):
+        cli.parse(command, argv)
+
+
+def test_help_says_what_each_flag_is(capsys):
+    from mend_jax.benchmark import benchmark
+
+    with pytest.raises(SystemExit):
+        cli.run(benchmark, ["benchmark", "--help"])
+    said = capsys.readouterr().out
+    assert "--repeats=int   (default 5)\n      timed runs of each side." in said
+    assert said.count("gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json") == 2

@@ -238,7 +238,8 @@ def test_a_text_that_is_not_there_is_said_before_any_training(tmp_path, monkeypa
     monkeypatch.setattr("mend_jax.data.evaluation.load_tasks", lambda *_: ([], []))
     monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained"))
     config = load("configs/small_world.py:full", monkeypatch)
-    config.data.text, config.data.tasks = str(tmp_path / "nowhere"), str(tmp_path)
+    config.data.text, config.data.tasks = str(tmp_path / "nowhere"), str(make_world(tmp_path / "world") / "metaicl")
+    config.data.partition = "tiny"
     with pytest.raises(UserError, match="nowhere is not a folder"):
         methods.main(config, str(tmp_path / "run"))
 

@@ -289,7 +289,7 @@ def check_enough_examples(stores: list[TaskStore], k: int, queries: int = 1) -> 
         if len(store) < needed:
             raise UserError(
                 f"Task {store.task!r} has {len(store)} examples, but config.data.k = {k} demonstrations and {asked} "
-                f"take {needed}: lower k or leave the task out."
+                f"take {needed}: lower {'k' if queries == 1 else 'k or queries'}, or leave the task out."
             )
 
 

@@ -155,7 +155,9 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
     alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
     hint = f" (is {alike[0]!r}, which is there, meant by {tasks[0]!r}?)" if alike else ""
-    seeds_too = " and config.evaluate.seeds" if side == "test" else ""
+    seeds_too = ""
+    if side == "test":
+        seeds_too = f" and config.evaluate.seeds (now {', '.join(map(str, seeds))}: every test task needs files for each)"
     return UserError(
         f"{folder} has the {split} files of none of the {len(tasks)} meta-{side} tasks of {partition!r}, the first that is "
         f"missing is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
