@@ -80,6 +80,8 @@ def _train(config, workdir):
             code = _Run(config, workdir, checkpoints, score).go()
             if code:
                 return code
+            best = _best_text(reporting.read_lines(workdir / reporting.METRICS), score)
+            reporting.say(f"Trained: {best}; what reads {workdir} takes the weights of that step.")
         checkpoints.wait()
         _write_llm(config, workdir)
         distributed.wait_for_all("trained")  # what reads it next finds it whole
@@ -114,8 +116,11 @@ def _bad_evaluations(lines, score):
 
 
 def _best_text(lines, score):
-    values = score.of(lines)
-    return f"best {score.name} {(max if score.maximize else min)(values):.4f}" if values else "never evaluated"
+    evaluated = [line for line in lines if score.name in line]
+    if not evaluated:
+        return "never evaluated"
+    best = (max if score.maximize else min)(evaluated, key=lambda line: line[score.name])  # the first of equals, as kept
+    return f"best {score.name} {best[score.name]:.4f} at step {best['step']}"
 
 
 class _Run:
