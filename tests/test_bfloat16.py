@@ -11,6 +11,8 @@ from data_files import make_world, tiny_config
 from mend_jax import checkpoint, reporting, run_parts, train
 from mend_jax.step import make_loss_fn
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 STAGES = ("pretrain", "finetune")
 DTYPES = ("bfloat16", "float32")
 STEPS = 3

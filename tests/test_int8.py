@@ -30,6 +30,8 @@ from mend_jax.scoring import score_options
 from mend_jax.settings import check
 from mend_jax.step import make_loss_fn
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROWS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "opt": {  # as opt-350m: projections at both ends

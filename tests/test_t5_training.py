@@ -33,6 +33,8 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 from mend_jax.task_scoring import Method, evaluate_task, prefix_maker
 from mend_jax.trained import read_distiller
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PAIRS = {  # the LLM, its distiller's backbone
     "t5-small-lm-adapt to t5-large-lm-adapt": (V11 | {"d_model": 32, "num_layers": 3, "num_decoder_layers": 3}, V11),
     "flan-t5-base to flan-t5-xl": (V11 | {"d_kv": 12, "num_heads": 4}, V11 | {"d_kv": 8}),

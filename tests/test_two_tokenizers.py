@@ -21,6 +21,8 @@ from mend_jax.errors import UserError
 from mend_jax.export import export
 from mend_jax.task_scoring import Method, make_context
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PAIRS = [("word", "byte"), ("piece", "byte"), ("byte", "piece"), ("byte", "word")]  # the LLM's, the distiller's
 WINDOWS = 110, 100
 
