@@ -4,9 +4,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mend_jax import costs, measure
-from mend_jax.benchmark_jax import InferenceSide, Settings, check_window, start_report
+from mend_jax.benchmark_jax import TOLERANCE, InferenceSide, Settings, check_window, start_report
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between scores with and without the cache
 RULES = "release: every option reads the prefix anew; cached: its keys and values are shared by all items and options"
 
 

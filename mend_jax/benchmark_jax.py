@@ -26,6 +26,7 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 
 LEARNING_RATE, STEPS, CLIP, CHUNK = 5e-5, 30_000, 1.0, 512
 LLM_SEED, DISTILLER_SEED, BATCH_SEED = 1, 2, 3
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between two computations that must agree
 
 
 @dataclasses.dataclass(frozen=True)

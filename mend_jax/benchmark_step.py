@@ -5,10 +5,8 @@ import importlib.util
 from tqdm import tqdm
 
 from mend_jax import costs, measure
-from mend_jax.benchmark_jax import Settings, StepSide, check_window, start_report
+from mend_jax.benchmark_jax import TOLERANCE, Settings, StepSide, check_window, start_report
 from mend_jax.errors import UserError
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between the two sides' losses
 
 
 def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
