@@ -4,8 +4,11 @@ import math
 import re
 
 COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results; begun apart: (operands, results, ...)
+CALLS = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
+ENDS = re.compile(r" async-(?:update|done)\(")  # may name again what was called at its start
+BRANCHES = re.compile(r"(?:true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 
 GROUPS = (  # as it writes the groups of devices: axes of a mesh, [number of groups, devices in one], all devices by number
     r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{(.*?)\}",
@@ -18,7 +21,7 @@ def sent(text: str) -> dict[str, float]:
     """{collective operation: bytes that one device sends} in the text of a compiled program, loops counted in full.
 
     As rings send them: of an all-gather of S bytes over n devices S (n-1)/n, of an all-reduce twice that. A loop whose
-    number of turns the compiler did not find counts once.
+    number of turns the compiler did not find counts once, of the branches of a condition the one that sends most.
     """
     bodies, entry = _computations(text)
     known: dict[str, dict] = {}
@@ -29,8 +32,10 @@ def sent(text: str) -> dict[str, float]:
             for line in bodies[name]:
                 _add(known[name], _own(line))
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+                for called in CALLS.findall(line) if not ENDS.search(line) else ():
                     _add(known[name], total(called), int(trips[1]) if trips else 1)
+                branches = re.findall(r"[\w.\-]+", " ".join(BRANCHES.findall(line)))
+                _add(known[name], max(map(total, branches), key=lambda of: sum(of.values()), default={}))
         return known[name]
 
     return total(entry)
@@ -59,15 +64,29 @@ def _own(line: str) -> dict[str, float]:
     found = COLLECTIVE.search(line)
     if not found:
         return {}
+    result, kind, begun = found.groups()
+    if begun and kind != "all-reduce" and result.startswith("("):
+        result = _parts(result)[1]
     size = sum(
-        max(1, int(re.sub(r"\D", "", kind) or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
-        for kind, shape in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", found[1])
+        max(1, int(re.sub(r"\D", "", dtype) or 8) // 8) * math.prod(int(n) for n in shape.split(",") if n)
+        for dtype, shape in re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", result)
     )
-    kind = found[2]
     if kind == "collective-permute":
         return {kind: float(size)}
     n = _group(line)
     return {kind: size * {"all-reduce": 2 * ring(n), "reduce-scatter": n - 1}.get(kind, ring(n))}
+
+
+def _parts(kind: str) -> list[str]:
+    """The members of a tuple's type, which may be tuples too."""
+    parts, depth = [""], 0
+    for letter in kind[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _group(line: str) -> int:

@@ -1,14 +1,15 @@
-"""What the real-size train step needs on a mesh: bytes per device, and what crosses between devices. Nothing is run.
+"""What the train step of a config file needs on a mesh: bytes per device, and what crosses between devices. Nothing is run.
 
-    python -m mend_jax.scaling opt-6.7b --fsdp=8
-    python -m mend_jax.scaling gpt2-large --data=8 --out=gpt2-large.json
-    python -m mend_jax.scaling opt-6.7b --fsdp=8 --topology=v5e:2x4       # by the TPU's compiler: pip install libtpu
-    python -m mend_jax.scaling all                 # by formula alone: every model on 1, 8, 64 and 512 devices
+    python -m mend_jax.scaling gpt2_large --data=8
+    python -m mend_jax.scaling t5_large --stage=pretrain --data=8 --out=t5_large.json
+    python -m mend_jax.scaling opt_6_7b --fsdp=8 --topology=v5e:2x4      # by the TPU's compiler: pip install libtpu
+    python -m mend_jax.scaling all              # by formula alone: the table's configs on 1, 8, 64 and 512 devices
 
-The step of finetuning, one sequence for each device that splits the batch, is compiled from the shapes of its arguments:
-no weight is ever made. It is compiled for simulated CPU devices, or with `--topology` for a TPU slice, which need not be
-there either. Bytes per device are the compiler's; what crosses is counted in the program for the CPUs, each loop as often as it
-runs; beside both stand the formulas (scaling_formulas.py) that docs/scaling.md goes on with to other numbers of devices.
+The step of MEND's pretraining or finetuning that configs/NAME.py describes, on the largest batch that it can meet
+(scaling_workloads.py), is compiled from the shapes of its arguments: no weight is ever made. It is compiled for simulated
+CPU devices, or with `--topology` for a TPU slice, which need not be there either. Bytes per device are the compiler's; what
+crosses is counted in the program for the CPUs, each loop as often as it runs; beside both stand the formulas
+(scaling_formulas.py) that docs/scaling.md goes on with to other numbers of devices.
 """
 
 import math
@@ -23,7 +24,6 @@ import numpy as np
 from jax.experimental import topologies
 
 from mend_jax import cli, measure, parallel, sharding
-from mend_jax.benchmark_jax import Settings, check_window, step_config
 from mend_jax.collectives import sent
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
@@ -31,59 +31,57 @@ from mend_jax.files import write_report
 from mend_jax.llm import LLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
 from mend_jax.models import int8
-from mend_jax.models.families import Config, DecoderConfig, EncoderDecoderConfig
+from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
 from mend_jax.prefix import Distiller, resolve_projection
 from mend_jax.query import Query
 from mend_jax.scaling_formulas import by_formula, formula_table
-from mend_jax.scaling_models import MODELS, workload
+from mend_jax.scaling_workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
 
 def scaling(
-    llm: Literal["all", *MODELS],
+    name: Literal["all", *NAMES],
     /,
+    stage: Literal[*STAGES] = "finetune",
     data=1,
     fsdp=1,
     tensor=1,
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    weights: Literal["full", "int8"] = "full",
-    remat=False,
     batch_size=0,
-    demos=900,
-    vectors=100,
-    query=124,
-    target=4,
+    dtype: Literal["", "float32", "bfloat16"] = "",
+    weights: Literal["", "full", "int8"] = "",
+    remat=False,
     topology="",
     out="",
 ) -> int:
-    """Prints what one train step needs on each device of a mesh.
+    """Prints what one train step of a config file needs on each device of a mesh.
 
     Args:
-        llm: the LLM, with its distiller; "all": the table by formula.
+        name: the config, configs/NAME.py; "all": the table by formula, of both stages.
+        stage: MEND's pretraining or finetuning.
         data, fsdp, tensor: devices along each axis of the mesh.
-        dtype: of the LLM and of all arithmetic.
-        weights: "int8" holds the LLM in 8 bits.
-        remat: both models recompute their layers.
-        batch_size: sequences; 0 is one for each device that splits the batch.
-        demos, vectors, query, target: tokens of a sequence: context, vectors, query, and of it y.
+        batch_size: sequences; 0 is for each device that splits the batch what one of 8 devices has of the config's.
+        dtype: of both models' arithmetic; empty: the config's.
+        weights: "int8" holds the LLM in 8 bits, "full" in its dtype; empty: as the config says.
+        remat: both models recompute their layers, even if the config does not say so.
         topology: a TPU slice as libtpu names it, such as "v5e:2x4"; empty: simulated CPU devices.
         out: a JSON file for the figures.
     """
     fields = {"dtype": dtype, "weights": weights, "remat": remat}
-    fields |= {"demos": demos, "vectors": vectors, "query": query, "target": target}
-    if llm == "all":
+    if name == "all":
         print(formula_table(**fields))
         return 0
     sizes = {sharding.DATA: data, sharding.FSDP: fsdp, sharding.TENSOR: tensor}
-    _check(llm, sizes, batch_size, fields)
+    for axis, size in sizes.items():
+        if size < 1:
+            raise UserError(f"--{axis}={size} is too small: give 1 or more.")
+    work = load_workload(name, stage, data * fsdp, batch_size, **fields)
     devices = _devices(topology, math.prod(sizes.values()))
-    settings = workload(llm, batch_size or data * fsdp, **fields)
-    report = {"llm": llm, "mesh": sizes, "batch_size": settings.rows, "topology": topology} | fields
+    report = {"config": name, "stage": stage, "mesh": sizes, "topology": topology} | described(work)
     report |= {
         "machine": measure.machine(),
-        "formula": by_formula(settings, sizes),
-        "compiled": compiled(settings, sizes, devices),
+        "formula": by_formula(work, sizes),
+        "compiled": compiled(work, sizes, devices),
     }
     print(as_text(report))
     if out:
@@ -91,21 +89,21 @@ def scaling(
     return 0
 
 
-def _check(llm: str, sizes: dict[str, int], rows: int, fields: dict) -> None:
-    """Raises UserError where the mesh or the batch cannot be, or a sequence is longer than a model's window."""
-    given = {**sizes, **{name: fields[name] for name in ("demos", "vectors", "query", "target")}}
-    for name, value in given.items():
-        if value < 1:
-            raise UserError(f"--{name}={value} is too small: give 1 or more.")
-    over = sizes[sharding.DATA] * sizes[sharding.FSDP]
-    if rows < 0 or rows % over:
-        raise UserError(f"--batch_size={rows} does not divide over data x fsdp = {over} devices: use a multiple of {over}.")
-    if fields["target"] >= fields["query"]:
-        raise UserError(f"--target={fields['target']} is the end of the query: give fewer tokens than --query={fields['query']}.")
-    settings = workload(llm, rows or over, **fields)
-    longest = max(settings.demos, settings.vectors) + settings.query
-    check_window("LLM", longest, settings.llm)
-    check_window("distiller", settings.demos + settings.vectors, settings.distiller)
+def described(work: Workload) -> dict:
+    """What a step computes, for a report."""
+    c = work.config
+    return {
+        "llm": c.llm.path,
+        "backbone": c.prefix.backbone,
+        "dtype": c.llm.dtype,
+        "weights": c.llm.weights,
+        "remat": {"llm": c.llm.remat, "prefix": c.prefix.remat},
+        "batch_size": work.rows,
+        "demos": work.demos,
+        "vectors": work.vectors,
+        "query": work.query,
+        "inputs": work.inputs,
+    }
 
 
 def _devices(topology: str, count: int) -> Sequence | None:
@@ -131,15 +129,15 @@ def _devices(topology: str, count: int) -> Sequence | None:
     return devices
 
 
-def compiled(settings: Settings, sizes: dict[str, int], devices: Sequence | None = None) -> dict:
+def compiled(work: Workload, sizes: dict[str, int], devices: Sequence | None = None) -> dict:
     """The compiler's figures of the step on a mesh: bytes per device, and bytes that each device sends, by operation.
 
     `devices` are those to compile for; None: all that JAX has. What is sent is read of CPUs' programs alone.
     """
-    for what, config in (("the LLM", settings.llm), ("the distiller's backbone", settings.distiller)):
+    for what, config in (("the LLM", work.llm), ("the distiller's backbone", work.backbone)):
         sharding.check_heads(config, sizes[sharding.TENSOR], what)
     layout = parallel.make_layout("mesh", sizes, devices)
-    step, state, llm_params, batch = abstract_step(settings, layout)
+    step, state, llm_params, batch = abstract_step(work, layout)
     began = time.monotonic()
     lowered = layout.compile_step(step, state).lower(state, llm_params, batch)
     try:
@@ -160,24 +158,23 @@ def compiled(settings: Settings, sizes: dict[str, int], devices: Sequence | None
     }
 
 
-def abstract_step(settings: Settings, layout: parallel.Layout):
+def abstract_step(work: Workload, layout: parallel.Layout):
     """(train step, state, LLM params, batch): the last three as `jax.ShapeDtypeStruct`s that lie as `layout` says."""
-    llm_params = _shapes(settings.llm, settings.dtype)
-    llm_params = _in_8_bits(llm_params) if settings.weights == "int8" else llm_params
-    kind = EncoderDecoderLLM if isinstance(settings.llm, EncoderDecoderConfig) else LLM
-    llm = kind(settings.llm, llm_params, None, "shapes alone", settings.dtype, "xla", settings.remat)
-    backbone = settings.distiller
-    projection = resolve_projection("auto", backbone.width, settings.llm.width)
-    params = {"backbone": _shapes(backbone, "float32"), "placeholders": _shape(settings.vectors, backbone.width)}
+    c, backbone = work.config, work.backbone
+    llm_params = _shapes(work.llm, c.llm.dtype)
+    llm_params = _in_8_bits(llm_params) if c.llm.weights == "int8" else llm_params
+    kind = EncoderDecoderLLM if work.apart else LLM
+    llm = kind(work.llm, llm_params, None, c.llm.path, c.llm.dtype, "xla", c.llm.remat)
+    projection = resolve_projection(c.prefix.projection, backbone.width, llm.config.width)
+    params = {"backbone": _shapes(backbone, "float32"), "placeholders": _shape(work.vectors, backbone.width)}
     if projection != "identity":
         params["projection"] = {"kernel": _shape(backbone.width, llm.config.width), "bias": _shape(llm.config.width)}
-    distiller = Distiller(backbone, params, projection, llm.config.width, None, settings.dtype, "xla", settings.remat)
-    config = step_config()
-    optimizer = make_optimizer(config)
-    step = make_train_step(config, make_loss_fn(config, llm, distiller, layout.mesh), optimizer, layout.axis)
+    distiller = Distiller(backbone, params, projection, llm.config.width, None, c.prefix.dtype, "xla", c.prefix.remat)
+    optimizer = make_optimizer(c)
+    step = make_train_step(c, make_loss_fn(c, llm, distiller, layout.mesh), optimizer, layout.axis)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     rows = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(sharding.ROWS))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), _batch(settings))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), _batch(work))
     return step, layout.shaped(state), layout.shaped(llm_params), batch
 
 
@@ -197,11 +194,13 @@ def as_text(report: dict) -> str:
     moved = [side["sent_bytes"] for side in (made, formula)]
     rows.append(["sent in a step", *("" if of is None else f"{sum(of.values()) / 1e9:.2f}" for of in moved)])
     by_kind = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted((moved[0] or {}).items()))
+    remat = [model for model, on in report["remat"].items() if on]
+    facts = [f"{report['config']}, {report['stage']}, mesh {mesh}, batch {report['batch_size']}", report["dtype"]]
+    facts += ["LLM in 8 bits" if report["weights"] == "int8" else "LLM in full", *(f"{model}.remat" for model in remat)]
+    facts += [f"for {report['topology'] or 'CPUs'}: {formula['flops'] / 1e12:.3g} TFLOP a step"]
     return "\n".join(
         [
-            f"{report['llm']}, mesh {mesh}, batch {report['batch_size']}, {report['dtype']},"
-            f" LLM {'in 8 bits' if report['weights'] == 'int8' else 'in full'}"
-            f"{', remat' if report['remat'] else ''}, for {report['topology'] or 'CPUs'}: {formula['flops'] / 1e12:.3g} TFLOP a step",
+            ", ".join(facts),
             "",
             measure.table(rows),
             "",
@@ -234,12 +233,11 @@ def _shape(*shape: int):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _batch(settings: Settings) -> Batch:
+def _batch(work: Workload) -> Batch:
     """Numpy zeros of a step's shapes."""
-    B, N, Q, Y = settings.rows, settings.demos, settings.query, settings.target
-    apart = (None, None) if isinstance(settings.llm, DecoderConfig) else (Q - Y, Y)
-    length = np.zeros(B, np.int32)
-    return Batch(np.zeros((B, N), np.int32), length, Query(np.zeros((B, Q), np.int32), length, length, *apart), None)
+    B, length = work.rows, np.zeros(work.rows, np.int32)
+    query = Query(np.zeros((B, work.query), np.int32), length, length, work.inputs, work.targets)
+    return Batch(np.zeros((B, work.demos), np.int32), length, query, None)
 
 
 def _local_bytes(tree) -> int:

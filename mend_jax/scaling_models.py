@@ -1,7 +1,7 @@
-"""The models whose train step `scaling` computes: each LLM with its distiller's backbone, as their config.json say sizes."""
+"""The sizes of the models that config files name, as their config.json says them: nothing is downloaded."""
 
-from mend_jax.benchmark_jax import Settings
-from mend_jax.models.families import from_hf_config
+from mend_jax.models.families import Config, from_hf_config
+from mend_jax.models.folders import local_folder
 
 
 def gpt2(width, layers, heads, **rest):
@@ -27,21 +27,23 @@ def llama(width, layers, heads, kv_heads, mlp_width, **rest):
 
 
 SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-# LLM -> (it, its distiller's backbone): the paper's pairs (Tables 2, 5 and 6), and two of Llama's family whose
-# tokenizers are the same.
-MODELS = {
-    "gpt2-large": (gpt2(1280, 36, 20), gpt2(768, 12, 12)),
-    "gpt2-xl": (gpt2(1600, 48, 25), gpt2(768, 12, 12)),
-    "opt-6.7b": (opt(4096, 32, 32), opt(768, 12, 12)),
-    "t5-large-lm-adapt": (t5(1024, 24, 16, 2816), t5(512, 8, 6, 1024)),
-    "flan-t5-xl": (t5(2048, 24, 32, 5120), t5(768, 12, 12, 2048)),
-    "smollm2-1.7b": (llama(2048, 24, 32, 32, 8192, **SMOL), llama(576, 30, 9, 3, 1536, **SMOL)),
-    "llama-2-7b": (llama(4096, 32, 32, 32, 11008), llama(2048, 22, 32, 4, 5632)),  # TinyLlama
+SIZES = {
+    "gpt2": gpt2(768, 12, 12),
+    "gpt2-large": gpt2(1280, 36, 20),
+    "gpt2-xl": gpt2(1600, 48, 25),
+    "facebook/opt-125m": opt(768, 12, 12),
+    "facebook/opt-6.7b": opt(4096, 32, 32),
+    "google/t5-small-lm-adapt": t5(512, 8, 6, 1024),
+    "google/t5-large-lm-adapt": t5(1024, 24, 16, 2816),
+    "google/flan-t5-base": t5(768, 12, 12, 2048),
+    "google/flan-t5-xl": t5(2048, 24, 32, 5120),
+    "HuggingFaceTB/SmolLM2-135M": llama(576, 30, 9, 3, 1536, **SMOL),
+    "HuggingFaceTB/SmolLM2-1.7B": llama(2048, 24, 32, 32, 8192, **SMOL),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": llama(2048, 22, 32, 4, 5632, max_position_embeddings=2048),
+    "meta-llama/Llama-2-7b-hf": llama(4096, 32, 32, 32, 11008),
 }
 
 
-def workload(name: str, rows: int, **fields) -> Settings:
-    """A step of finetuning with the pair `name`: 900 + 124 tokens, 4 of them y, 100 vectors, bfloat16; `fields` differ."""
-    llm, backbone = (from_hf_config(source) for source in MODELS[name])
-    usual = {"dtype": "bfloat16", "demos": 900, "query": 124, "target": 4, "vectors": 100, "attention": "xla"}
-    return Settings(llm, backbone.headless, rows=rows, **(usual | fields))
+def settings_of(path: str) -> Config:
+    """Those of the model that a config names: from SIZES, others from the config.json of their folder or on the hub."""
+    return from_hf_config(SIZES[path] if path in SIZES else local_folder(path))

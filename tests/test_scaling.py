@@ -6,26 +6,44 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from conftest import save_tokenizer
+from data_files import make_world, tiny_config
 
-from mend_jax import parallel, scaling, sharding
-from mend_jax.benchmark_jax import Settings
+from configs import base
+from mend_jax import cli, costs, parallel, scaling, sharding
 from mend_jax.collectives import sent
+from mend_jax.data.batches import make_batches
 from mend_jax.errors import UserError
-from mend_jax.models.families import from_hf_config
-from mend_jax.scaling_formulas import by_formula, count, meshes
-from mend_jax.scaling_models import MODELS, gpt2, opt, t5, workload
+from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.scaling_formulas import by_formula, count, flops, formula_table, meshes
+from mend_jax.scaling_models import SIZES, gpt2, llama, opt, settings_of, t5
+from mend_jax.scaling_workloads import STAGES, TABLE, load_workload, make_workload
 
 
 def sizes(data=1, fsdp=1, tensor=1):
     return {"data": data, "fsdp": fsdp, "tensor": tensor}
 
 
+def small(source, rows, demos, query, vectors, stage="finetune", backbone=None, **fields):
+    """A workload of small models; in pretraining a text of demos + query tokens."""
+    c = base.get_config()
+    c.stage, c.prefix.length, c.loss.chunk = stage, vectors, 512
+    c.loss.pred = float(stage == "finetune")
+    c.data.max_demo_tokens, c.data.max_text_tokens, c.data.beta = demos, demos + query, (demos + 0.5) / (demos + query)
+    c.data.query_buckets, c.data.max_input_tokens = (query,), query - 4
+    for name, value in fields.items():
+        for section in (c.llm, c.prefix) if name != "weights" else (c.llm,):
+            section[name] = value
+    config = from_hf_config(source)
+    return make_workload(c, config, backbone or config, rows)
+
+
 @pytest.mark.parametrize("weights", ["full", "int8"])
-@pytest.mark.parametrize("name", ["gpt2-large", "opt-6.7b", "flan-t5-xl", "llama-2-7b"])
+@pytest.mark.parametrize("name", ["gpt2_large", "opt_6_7b", "flan_t5_xl", "llama_2_7b"])
 def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
-    mesh, settings = sizes(fsdp=2, tensor=4), workload(name, 2, weights=weights)
-    step = scaling.abstract_step(settings, parallel.make_layout("mesh", mesh))
-    formula = by_formula(settings, mesh)
+    mesh, work = sizes(fsdp=2, tensor=4), load_workload(name, "finetune", 2, weights=weights)
+    step = scaling.abstract_step(work, parallel.make_layout("mesh", mesh))
+    formula = by_formula(work, mesh)
     for key, tree in (("state_bytes", step[1]), ("llm_bytes", step[2])):
         held = sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
@@ -34,11 +52,64 @@ def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
 
 
 def test_sizes_of_the_models():
-    published = {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200, "opt-6.7b": 6_658_473_984}
-    published |= {"t5-large-lm-adapt": 783_150_080, "flan-t5-xl": 2_849_757_184}
-    published |= {"smollm2-1.7b": 1_711_376_384, "llama-2-7b": 6_738_415_616}
-    assert {name: count(workload(name, 8).llm) for name in MODELS} == published
+    published = {"gpt2": 124_439_808, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    published |= {"facebook/opt-125m": 125_239_296, "facebook/opt-6.7b": 6_658_473_984}
+    published |= {"google/t5-small-lm-adapt": 76_961_152, "google/t5-large-lm-adapt": 783_150_080}
+    published |= {"google/flan-t5-base": 247_577_856, "google/flan-t5-xl": 2_849_757_184}
+    published |= {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384}
+    published |= {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
+    assert {path: count(settings_of(path)) for path in SIZES} == published
 
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_batch_is_the_largest_that_the_data_give(stage, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path)
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path), tiny_config(make_world(tmp_path / "world"), stage)
+    backbone = DecoderConfig("gpt2", 64, 16, 1, 1, 16, 20)
+    for llm in (DecoderConfig("gpt2", 64, 16, 1, 1, 16, 18), from_hf_config(t5(16, 1, 1, 16))):
+        work = make_workload(config, llm, backbone, 4)
+        draws = make_batches(config, tokenizer, "train", llm.window, backbone.window, targets_apart=work.apart).draws
+        assert (work.demos, work.query) == (draws.demo_buckets[-1], draws.query_buckets[-1])
+        assert work.inputs == (draws.input_columns if work.apart else None)
+
+
+def test_a_step_is_the_one_that_the_config_file_describes():
+    works = {(name, stage): load_workload(name, stage, 16) for name in TABLE for stage in STAGES}
+    assert {name for name, _ in works} == set(TABLE)
+    for (_, stage), work in works.items():
+        assert (work.demos, work.query, work.vectors) == ((819, 205, 100) if stage == "pretrain" else (900, 512, 100))
+        assert work.config.stage == stage and work.config.loss.pred == (stage == "finetune")
+    assert [works["t5_large", stage].rows for stage in STAGES] == [128, 16]
+    assert [works["flan_t5_xl", stage].inputs for stage in STAGES] == [0, 256]
+    gpt2_large = works["gpt2_large", "finetune"]
+    assert (gpt2_large.rows, gpt2_large.inputs, gpt2_large.config.llm.weights) == (16, None, "int8")
+    other = load_workload("gpt2_large", "finetune", 2, 6, "float32", "full", True)
+    c = other.config
+    assert (other.rows, c.llm.weights, c.llm.dtype, c.prefix.dtype) == (6, "full", "float32", "float32")
+    assert c.llm.remat and c.prefix.remat and not gpt2_large.config.llm.remat
+
+
+GATED = llama(24, 2, 4, 2, 40, vocab_size=64)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("source", [gpt2(16, 3, 2), GATED, t5(16, 3, 2, 40)], ids=["gpt2", "llama", "t5"])
+def test_flops_are_those_of_the_program(source, stage, remat):
+    backbone = from_hf_config(source | {"hidden_size": 16, "n_embd": 24, "d_model": 24})  # of another width: projected
+    work = small(source | {"vocab_size": 64}, 2, 24, 12, 4, stage, backbone, remat=remat)
+    layout = parallel.make_layout("mesh", sizes(), jax.devices()[:1])
+    step, *arguments = scaling.abstract_step(work, layout)
+    assert costs.count_products(step, *arguments, while_trips=1) == flops(work)
+
+
+ADD = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %z = f32[] add(%x, %y)
+}
+"""
 
 PROGRAM = """HloModule jit_step
 
@@ -55,31 +126,75 @@ ENTRY %main.2 (w: f32[64]) -> f32[64] {
   %q = f32[6]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
   ROOT %s = f32[64]{0} copy(%w)
 }
+"""
 
-%add (x: f32[], y: f32[]) -> f32[] {
-  ROOT %z = f32[] add(%x, %y)
+
+BEGUN = """ENTRY %main.2 (w: f32[64]) -> f32[64] {
+  %g = (f32[8,4]{1,0:T(8,128)}, f32[64,4]{1,0:T(8,128)}) all-gather-start(%w), replica_groups=[1,8]<=[8], dimensions={0}
+  %h = f32[64,4]{1,0} all-gather-done(%g)
+  %q = (bf16[6]{0}, bf16[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %r = (f32[10]{0}, /*index=1*/f32[20]{0}) all-reduce-start(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+  %s = ((f32[16,2]{1,0}, f32[8]{0}), (f32[2,2]{1,0}, f32[1]{0}), u32[]) reduce-scatter-start(%a, %b), replica_groups=[1,8]<=[8]
+  %t = ((f32[16]{0}), f32[16]{0}, u32[]) async-start(%a), calls=%wrapped
+  ROOT %u = f32[16]{0} async-done(%t), calls=%wrapped
+}
+
+%wrapped (p: f32[16]) -> f32[16] {
+  ROOT %a = f32[16]{0} all-to-all(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""
+
+BRANCHES = """%none (p: f32[16]) -> f32[16] {
+  ROOT %a = f32[16]{0} negate(%p)
+}
+
+%some (p: f32[16]) -> f32[16] {
+  ROOT %a = f32[16]{0} all-reduce(%p), replica_groups=[1,2]<=[2], to_apply=%add
+}
+
+%more (p: f32[16]) -> f32[16] {
+  ROOT %a = f32[32]{0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+ENTRY %main.2 (w: f32[64]) -> f32[64] {
+  %b = f32[16]{0} conditional(%i, %a, %a, %a), branch_computations={%none, %some, %more}
+  ROOT %c = f32[16]{0} conditional(%p, %a, %a), true_computation=%more, false_computation=%none
 }
 """
 
 
+def test_what_is_begun_and_ended_apart_counts_its_results_once():
+    assert sent(BEGUN + ADD) == {
+        "all-gather": 64 * 4 * 4 * 7 / 8,
+        "collective-permute": 12,
+        "all-reduce": 2 * 30 * 4 * 7 / 8,
+        "reduce-scatter": 5 * 4 * 7,
+        "all-to-all": 16 * 4 * 3 / 4,
+    }
+
+
+def test_of_the_branches_of_a_condition_the_one_that_sends_most_counts():
+    assert sent(BRANCHES + ADD) == {"all-reduce": 2 * 16 * 4 / 2, "all-gather": 32 * 4 / 2}
+    assert sent(ADD + BRANCHES.replace("f32[32]{0} all-gather", "f32[48]{0} all-gather")) == {"all-gather": 2 * 48 * 4 / 2}
+
+
 def test_what_a_program_sends_counts_loops_in_full():
-    assert sent(PROGRAM) == {
+    assert sent(PROGRAM + ADD) == {
         "all-gather": 12 * 64 * 32 * 2 * 3 / 4 + 16 * 2 * 3 / 4,
         "all-reduce": 2 * 30 * 4 * 7 / 8 + 2 * 10 * 4 * 1 / 2,
         "collective-permute": 24,
     }
     with pytest.raises(ValueError, match="No groups of devices are found in %r = "):
-        sent(PROGRAM.replace("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", "replica_groups={}"))
+        sent(ADD + PROGRAM.replace("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", "replica_groups={}"))
 
 
 @pytest.mark.parametrize(("weights", "itemsize"), [("full", 4), ("int8", 1)])
 def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are(weights, itemsize):
     """Left alone, the compiler takes the weights for what stays, and every device computes on all rows."""
-    small = from_hf_config(gpt2(64, 3, 4, vocab_size=64, n_positions=64))
-    settings = Settings(small, small.headless, "float32", 8, 24, 16, 4, 8, "xla", weights=weights)
-    found = scaling.compiled(settings, sizes(fsdp=8))
-    layers = count(small) - 2 * 64 * 64
-    assert found["llm_bytes"] < count(small) * (itemsize / 8 + 0.2)  # norms, biases and scales are whole everywhere
+    work = small(gpt2(64, 3, 4, vocab_size=64, n_positions=64), 8, 24, 16, 8, weights=weights)
+    found = scaling.compiled(work, sizes(fsdp=8))
+    layers = count(work.llm) - 2 * 64 * 64
+    assert found["llm_bytes"] < count(work.llm) * (itemsize / 8 + 0.2)  # norms, biases and scales are whole everywhere
     # Teacher, student and back, the distiller forward and back, at least; half as much again at most.
     least = (3 * itemsize + 2 * 4) * layers * 7 / 8 * 0.9
     assert least < found["sent_bytes"]["all-gather"] < 1.7 * least
@@ -89,39 +204,47 @@ def test_fsdp_gathers_weights_and_keeps_the_states_where_the_rows_are(weights, i
 @pytest.mark.parametrize("source", [opt(64, 3, 4), t5(64, 3, 4, 128)], ids=["opt", "t5"])
 def test_tensor_leaves_the_states_whole_between_the_layers(source):
     """Left alone, the compiler splits what goes round the scan, and every layer gathers it."""
-    small = from_hf_config(source | {"vocab_size": 64})
     demos, query, vectors = 24, 16, 8
-    settings = Settings(small, small.headless, "float32", 2, demos, query, 4, vectors, "xla")
-    found = scaling.compiled(settings, sizes(data=2, tensor=4))["sent_bytes"]
+    work = small(source | {"vocab_size": 64}, 2, demos, query, vectors)
+    found = scaling.compiled(work, sizes(data=2, tensor=4))["sent_bytes"]
     read = demos + query + 2 * (vectors + query) + 2 * (demos + vectors)  # by teacher, student and distiller, and back
     assert found["all-gather"] < 3 * read * 64 * 4 * 3 / 4 < found["all-reduce"]
 
 
 def test_data_sums_the_gradients_of_t5_alone():
     """And not, in every layer, that of the bias by distance of every pair of tokens, which is larger."""
-    small = from_hf_config(t5(64, 3, 4, 128) | {"vocab_size": 64})
-    settings = Settings(small, small.headless, "float32", 8, 60, 16, 4, 8, "xla")
-    found, formula = (figures(settings, sizes(data=8))["sent_bytes"] for figures in (scaling.compiled, by_formula))
+    work = small(t5(64, 3, 4, 128) | {"vocab_size": 64}, 8, 60, 16, 8)
+    found, formula = (figures(work, sizes(data=8))["sent_bytes"] for figures in (scaling.compiled, by_formula))
     assert found["all-reduce"] == pytest.approx(formula["gradients"], rel=0.05)
 
 
 def test_meshes_of_the_table_divide_every_model():
-    for name in MODELS:
+    for name in TABLE:
+        work = load_workload(name, "finetune", 8)
         for devices in (8, 64, 512):
             for mesh in meshes(devices):
-                model = workload(name, 8)
                 assert math.prod(mesh.values()) == devices
-                for config in (model.llm, model.distiller):
+                for config in (work.llm, work.backbone):
                     assert config.width % (mesh[sharding.FSDP] * mesh[sharding.TENSOR]) == 0
+
+
+def test_the_table_has_a_row_of_each_config_stage_and_number_of_devices():
+    rows = [line.split(" | ") for line in formula_table().splitlines()[2:]]
+    assert [tuple(row[:3]) for row in rows] == [
+        (f"| {name}", stage, str(devices)) for name in TABLE for stage in STAGES for devices in (1, 8, 64, 512)
+    ]
+    t5_large = [row[3:] for row in rows if row[0] == "| t5_large"]
+    assert [row[0] for row in t5_large] == ["8", "64", "512", "4096", "1", "8", "64", "512"]
+    assert all(len(row) == 11 for row in rows) and t5_large[1][4] == "–"  # T5's small one has 6 heads
 
 
 def test_the_command_prints_and_writes_both_sides(tmp_path, capsys, monkeypatch):
     figures = {"llm_bytes": 2e9, "state_bytes": 1e9, "temporary_bytes": 5e8, "total_bytes": 3.5e9, "compile_seconds": 1}
     for sent_bytes, last in (({"all-reduce": 3e9}, "by the compiled program: all-reduce 3.000"), (None, "")):
         monkeypatch.setattr(scaling, "compiled", lambda *_, of=sent_bytes: figures | {"sent_bytes": of})
-        assert scaling.scaling("gpt2-large", data=8, weights="int8", out=str(tmp_path / "out.json")) == 0
+        assert scaling.scaling("gpt2_large", "pretrain", data=8, remat=True, out=str(tmp_path / "out.json")) == 0
         text, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-        assert "gpt2-large, mesh data=8 x fsdp=1 x tensor=1, batch 8, bfloat16, LLM in 8 bits" in text
+        assert "gpt2_large, pretrain, mesh data=8 x fsdp=1 x tensor=1, batch 8, bfloat16, LLM in 8 bits, llm.remat" in text
         assert "in all              3.50" in text and last in text and ("sent, GB" in text) == bool(last)
         assert report["weights"] == "int8" and report["compiled"]["total_bytes"] == 3.5e9
 
@@ -141,24 +264,29 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(scaling.topologies, "get_topology_desc", missing)
     with pytest.raises(UserError, match=r"v5e:2x4 has no compiler here \(no TPU platform\): pip install libtpu, and name"):
-        scaling.scaling("gpt2-large", data=8, topology="v5e:2x4")
+        scaling.scaling("gpt2_large", data=8, topology="v5e:2x4")
     monkeypatch.setattr(scaling.topologies, "get_topology_desc", lambda **_: SimpleNamespace(devices=[0] * 4))
     with pytest.raises(UserError, match="v5e:2x2 has 4 devices, the mesh 8: give as many to its axes"):
-        scaling.scaling("gpt2-large", data=8, topology="v5e:2x2")
+        scaling.scaling("gpt2_large", data=8, topology="v5e:2x2")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("name", "arguments", "said"),
     [
-        ({"data": 0}, "--data=0 is too small: give 1 or more"),
-        ({"fsdp": -1}, "--fsdp=-1 is too small"),
-        ({"data": 2, "batch_size": 3}, "--batch_size=3 does not divide over data x fsdp = 2 devices: use a multiple of 2"),
-        ({"demos": 2000}, "The LLM would read 2124 tokens, its window is 1024: choose smaller sizes"),
-        ({"demos": 900, "vectors": 125}, "The distiller would read 1025 tokens, its window is 1024"),
-        ({"query": 4}, "--target=4 is the end of the query: give fewer tokens than --query=4"),
-        ({"vectors": 0}, "--vectors=0 is too small"),
+        ("gpt2_large", {"data": 0}, "--data=0 is too small: give 1 or more"),
+        ("gpt2_large", {"fsdp": -1}, "--fsdp=-1 is too small"),
+        ("gpt2_large", {"data": 2, "batch_size": 3}, "--batch_size=3 does not divide over data x fsdp = 2 devices"),
+        ("gpt2_large", {"batch_size": -1}, "--batch_size=-1 does not divide"),
+        ("small_world", {}, "configs/small_world.py sets data.queries=8: scaling computes steps with 1 alone"),
     ],
 )
-def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(arguments, said):
+def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(name, arguments, said):
     with pytest.raises(UserError, match=said):
-        scaling.scaling("gpt2-large", **arguments)
+        scaling.scaling(name, **arguments)
+
+
+def test_a_name_that_no_config_file_has_is_told_the_names(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(scaling.scaling, ["scaling", "gpt3"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and 'gpt2_large or gpt2_xl or' in said and '"gpt3" is not one of them' in said
