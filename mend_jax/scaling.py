@@ -2,7 +2,7 @@
 
     python -m mend_jax.scaling gpt2_large --data=8
     python -m mend_jax.scaling t5_large --stage=pretrain --data=8 --out=t5_large.json
-    python -m mend_jax.scaling opt_6_7b --fsdp=8 --topology=v5e:2x4      # by the TPU's compiler: pip install libtpu
+    python -m mend_jax.scaling opt_6_7b --fsdp=8 --topology=v5p:2x2x2    # by the TPU's compiler: pip install libtpu
     python -m mend_jax.scaling all              # by formula alone: the table's configs on 1, 8, 64 and 512 devices
 
 The step of MEND's pretraining or finetuning that configs/NAME.py describes, on the largest batch that it can meet
@@ -64,7 +64,7 @@ def scaling(
         dtype: of both models' arithmetic; empty: the config's.
         weights: "int8" holds the LLM in 8 bits, "full" in its dtype; empty: as the config says.
         remat: both models recompute their layers, even if the config does not say so.
-        topology: a TPU slice as libtpu names it, such as "v5e:2x4"; empty: simulated CPU devices.
+        topology: a TPU slice as libtpu names it, such as "v5p:2x2x2"; empty: simulated CPU devices.
         out: a JSON file for the figures.
     """
     fields = {"dtype": dtype, "weights": weights, "remat": remat}
@@ -115,8 +115,9 @@ def _devices(topology: str, count: int) -> Sequence | None:
         return None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose surroundings could be asked,
     jax.config.update("jax_enable_compilation_cache", False)  # and none to read a kept program for
+    hosts = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}  # else a slice is of whole machines
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(
             f"--topology={topology} has no compiler here ({str(error).splitlines()[0]}): pip install libtpu, and name a TPU"
