@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     train.steps = 30_000
     train.batch_size = 8  # sequences a step, over all devices and accumulation steps together
     train.accumulate = 1  # gradient accumulation: the batch is computed in so many parts
-    train.parallel = "pmap"  # "pmap": data parallel; "mesh": weights split too, as the section `mesh` says
+    train.parallel = "pmap"  # "pmap": data parallel; "mesh": weights split too, as the section `mesh` says; evaluation too
     train.log_every = 10  # steps between lines in metrics.jsonl
     train.eval_every = 2_000  # steps between evaluations on the validation data
     train.save_every = 500  # steps between checkpoints; the newest two and the best are kept

@@ -4,7 +4,7 @@
         --config.data.text=C4 --config.data.tasks=METAICL
 
 The paper gives no hyperparameters of this LLM: those of its gpt2-large are taken. The hub has these weights as .bin, which
-PyTorch reads; --config.train.parallel=mesh, which splits them over the devices, needs safetensors.
+PyTorch reads: pip install torch.
 
 Hardware: the paper's: 8 devices of 24 GB with a sequence each, half precision, the LLM in 8 bits.
 Time: not measured here.

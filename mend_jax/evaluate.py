@@ -7,6 +7,9 @@ For each task and seed the seed's k examples are the demonstrations; their prefi
 values are shared by all items and options. The prediction is the option of the highest mean log-probability per token.
 An evaluation that was interrupted goes on: a task and seed whose file is whole is not computed again (results.py).
 
+Several processes share the tasks, each with both models whole on its first device; with train.parallel="mesh" both lie in
+parts over all devices of all processes, which compute every task together.
+
 Files in the workdir: predictions/, scores.json (fractions, not percent), table.md, config.json.
 """
 
@@ -21,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mend_jax import costs, distributed, results
+from mend_jax import costs, distributed, results, sharding
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.small_world import resolve
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM, load_llm
 from mend_jax.metrics import aggregate
+from mend_jax.models.folders import fingerprint
+from mend_jax.parallel import Layout, make_layout
 from mend_jax.prefix import Distiller, SoftPrompt
 from mend_jax.task_scoring import Method, evaluate_task, make_context, prefix_maker, scores_of, scoring_options
 from mend_jax.trained import load_trained
@@ -41,23 +46,24 @@ def evaluate(config, workdir) -> dict:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
     """
     config, workdir = resolve(config), Path(workdir).expanduser()
-    c = config.llm
-    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights)
-    methods = load_methods(config.evaluate.methods, llm, config.prefix.dtype)
+    layout = make_layout(config.train.parallel, config.mesh)
+    llm, methods = load_models(config, layout)
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
-    llm_hash, found = results.tree_hash(llm.params), {}
-    stores = [results.Store(workdir, method.name, made_of(config, method, llm_hash)) for method in methods]
+    read_from, found = fingerprint(config.llm.path), {}
+    stores = [results.Store(workdir, method.name, made_of(config, method, read_from)) for method in methods]
     if distributed.is_first():
         items = sum(len(task.items) for task in tasks)
         tqdm.write(f"Evaluating {', '.join(method.name for method in methods)}: {items:,} items each.", file=sys.stderr)
-    _evaluate_share(config, llm, methods, tasks, stores)
+    if layout.mesh is None:
+        _evaluate_share(config, llm, methods, tasks, stores)
     with _progress(len(methods) * sum(len(task.items) for task in tasks)) as bar:
         for method, store in zip(methods, stores, strict=True):
             found[method.name] = _evaluate_method(config, llm, method, tasks, store, bar)
             score = found[method.name]["score"]["mean"]
             if distributed.is_first():
-                tqdm.write(f"{method.name}: {100 * score:.2f}", file=sys.stderr)
+                known = "" if store.written else " (all of it was scored before)"
+                tqdm.write(f"{method.name}: {100 * score:.2f}{known}", file=sys.stderr)
     summary = {
         "llm": str(config.llm.path),
         "partition": config.data.partition,
@@ -87,7 +93,21 @@ def _evaluate_share(config, llm, methods, tasks, stores) -> None:
     distributed.wait_for_all("evaluated")
 
 
-def load_methods(specs: Iterable[str], llm: LLM, dtype: str = "float32") -> list[Method]:
+def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
+    """The LLM and the methods of a config, where `layout` says. Raises UserError for a mesh that does not divide their heads."""
+    c = config.llm
+    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place)
+    methods = load_methods(config.evaluate.methods, llm, config.prefix.dtype, layout)
+    if layout.mesh is not None:
+        tensor = layout.mesh.shape[sharding.TENSOR]
+        sharding.check_heads(llm.config, tensor, c.path)
+        for method in methods:
+            if isinstance(method.model, Distiller):
+                sharding.check_heads(method.model.config, tensor, method.path)
+    return llm, methods
+
+
+def load_methods(specs: Iterable[str], llm: LLM, dtype: str, layout: Layout) -> list[Method]:
     """The methods of config.evaluate.methods: "zero_shot", "icl", or "NAME=PATH"; `dtype` is config.prefix.dtype."""
     methods = []
     for spec in specs:
@@ -102,29 +122,33 @@ def load_methods(specs: Iterable[str], llm: LLM, dtype: str = "float32") -> list
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        methods.append(Method(name, load_prefix_model(path, llm, dtype) if path else None, path))
+        methods.append(Method(name, load_prefix_model(path, llm, dtype, layout) if path else None, path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods
 
 
-def load_prefix_model(path: str, llm: LLM, dtype: str = "float32") -> Distiller | SoftPrompt:
-    """A trained distiller or soft prompt, of a training workdir or an exported folder, for this LLM.
+def load_prefix_model(path: str, llm: LLM, dtype: str, layout: Layout) -> Distiller | SoftPrompt:
+    """A trained distiller or soft prompt, of a training workdir or an exported folder, for this LLM and beside it.
 
     A distiller computes in `dtype`, so that its test scores have the precision of its scores in training.
     """
-    model = load_trained(path, llm)
+    model = load_trained(path, llm, place=layout.place)
+    put = jax.device_put if layout.mesh is None else layout.place_frozen
     arithmetic = {"dtype": dtype} if isinstance(model, Distiller) else {}
-    return dataclasses.replace(model, params=jax.device_put(model.params), **arithmetic)
+    return dataclasses.replace(model, params=put(model.params), **arithmetic)
 
 
-def made_of(config, method: Method, llm_hash: str) -> dict:
-    """Everything but the task's files that decides a method's predictions: the key of their folder."""
+def made_of(config, method: Method, read_from: str) -> dict:
+    """Everything but the task's files that decides a method's predictions: the key of their folder.
+
+    `read_from` is the fingerprint of the LLM's folder.
+    """
     data = ("template", "k", "max_demo_tokens", "max_input_tokens", "release_truncation")
     facts = {name: config.data[name] for name in data}
     facts |= {"split": config.evaluate.split, "limit": config.evaluate.limit}
     facts |= {"shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos}
-    facts |= {"llm": llm_hash, "llm_dtype": config.llm.dtype, "method": method.name}
+    facts |= {"llm": read_from, "llm_dtype": config.llm.dtype, "llm_weights": config.llm.weights, "method": method.name}
     if method.model is not None:
         facts |= {
             "model": results.tree_hash(method.model.params),
@@ -138,21 +162,36 @@ def made_of(config, method: Method, llm_hash: str) -> dict:
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
     """One method's entry in scores.json."""
     scores, spent, prefix_of = {}, [], prefix_maker(config, llm, method)
+    together = sharding.mesh_of(llm.params) is not None  # all processes compute, the first one writes
     for task in tasks:
         bar.set_description(f"{method.name}  {task.task} {task.seed}", refresh=False)
         context = make_context(config, llm, method, task) if method.reads_demos else np.zeros(0, np.int32)
         content = results.content_hash(_content(task, method, context))
         kept = store.read(task.task, task.seed, content, len(task.items))
-        if kept is None:
+        if _is_missing(kept, task, together):
             result = evaluate_task(llm, prefix_of, task, progress=bar.update, **scoring_options(config, method))
             counted = _counted(llm, method, task, len(context), result.cost["prefix_length"])
             kept = result.lines, {"content": content, **result.cost, **counted}
-            store.write(task.task, task.seed, *kept)
+            if not together or distributed.is_first():
+                store.write(task.task, task.seed, *kept)
         else:
             bar.total -= len(task.items)  # so that the time left is that of the rest
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, kept[0])
         spent.append(kept[1])
     return {"path": method.path, **aggregate(scores), "cost": _mean_cost(spent)}
+
+
+def _is_missing(kept, task: EvalTask, together: bool) -> bool:
+    """Whether a task and seed is to be scored. Processes that compute `together` do what the first one finds."""
+    if not together:
+        return kept is None
+    missing = bool(distributed.of_first(kept is None))
+    if kept is None and not missing:
+        raise UserError(
+            f"The predictions of {task.task}, seed {task.seed} are seen by process 0 alone: give all processes a workdir on a"
+            " disk that they share."
+        )
+    return missing
 
 
 def _counted(llm, method, task, demo_tokens: int, prefix_length: float) -> dict:

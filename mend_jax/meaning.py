@@ -88,14 +88,32 @@ def check_start(config) -> None:
             )
 
 
-def write_sources(workdir, config, start_hash: str | None = None) -> None:
-    """Writes sources.json; `start_hash` is the `tree_hash` of what the run began with, None where it goes on."""
+def check_data(workdir, contents: dict[str, str]) -> None:
+    """Raises UserError where a run would go on with other texts or examples than it began with.
+
+    `contents` as `Batches` has it. Nothing is known of a run of an earlier version of this program.
+    """
+    recorded = read_sources(workdir)
+    for name, content in contents.items():
+        source = recorded.get(name, {})
+        if source.get("fingerprint", content) != content:
+            raise UserError(
+                f"What {name} names has changed since {workdir} was trained with it ({source['folder']}): put the files back as"
+                " they were, or use another workdir."
+            )
+
+
+def write_sources(workdir, config, contents: dict[str, str], start_hash: str | None = None) -> None:
+    """Writes sources.json; `contents` as `Batches` has it, `start_hash` is the `tree_hash` of what the run began with, None
+    where it goes on."""
     fields, before = fields_of(config.to_dict()), read_sources(workdir)
     sources = {}
     for name in _paths_read(config):
         entry = sources[name] = {"folder": _absolute(fields[name])}
         if name in MODELS:
             entry["fingerprint"] = fingerprint(fields[name])
+        elif name in contents:
+            entry["fingerprint"] = contents[name]
         elif name == START and start_hash is not None:
             entry["fingerprint"] = start_hash
         elif name == START and "fingerprint" in before.get(name, {}):
@@ -104,7 +122,7 @@ def write_sources(workdir, config, start_hash: str | None = None) -> None:
 
 
 def read_sources(workdir) -> dict:
-    """{field: {"folder", "fingerprint" of a model}}; {} where an earlier version of this program trained."""
+    """{field: {"folder", "fingerprint" of a model or of data}}; {} where an earlier version of this program trained."""
     try:
         return json.loads((Path(workdir) / SOURCES).read_text())
     except FileNotFoundError:

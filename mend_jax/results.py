@@ -28,11 +28,12 @@ FORMAT = 1  # of the prediction files: raised when older ones must not be used
 
 
 class Store:
-    """The predictions of one method."""
+    """The predictions of one method; `written` counts the tasks and seeds that this process added."""
 
     def __init__(self, workdir, name: str, made_of: dict):
         made_of = {"format": FORMAT, **made_of}
         self.folder = Path(workdir) / "predictions" / f"{name}-{content_hash(made_of)[:8]}"
+        self.written = 0
         _write(self.folder / "made_of.json", json.dumps(made_of, indent=1) + "\n")
 
     def read(self, task: str, seed: int, content: str, count: int) -> tuple[list[dict], dict] | None:
@@ -49,6 +50,7 @@ class Store:
         self._predictions(task, seed).unlink(missing_ok=True)  # never old predictions beside a new cost
         _write(self._cost(task, seed), json.dumps(cost) + "\n")
         _write(self._predictions(task, seed), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.written += 1
 
     def _predictions(self, task, seed):
         return self.folder / f"{_file_name(task)}_{seed}.jsonl"

@@ -21,6 +21,7 @@ from mend_jax.distributed import to_host
 from mend_jax.errors import UserError
 from mend_jax.prefix import Prefix, bucket
 from mend_jax.query import query_tokens
+from mend_jax.sharding import mesh_of, rows_on
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
 
@@ -199,10 +200,11 @@ def _start(llm, params, cache, rows, count, input_columns, columns, chunk):
         used = len(row.tokens)
         tokens[i, :used], positions[i, :used], segments[i, :used] = row.tokens, row.positions, row.segments
         inputs[i, : len(row.inputs)], input_length[i] = row.inputs, len(row.inputs)
-    if llm.start_token is None:
-        states = _states(llm, params, cache, tokens, positions, segments)
-    else:
-        states = _states(llm, params, cache, inputs, input_length, tokens, segments)
+    with rows_on(mesh_of(params), count):
+        if llm.start_token is None:
+            states = _states(llm, params, cache, tokens, positions, segments)
+        else:
+            states = _states(llm, params, cache, inputs, input_length, tokens, segments)
     where = np.concatenate([np.full(len(row.sources), i, np.int32) for i, row in enumerate(rows)])
     source = np.concatenate([row.sources for row in rows])
     K = 1 << (max(row.targets.shape[1] for row in rows) - 1).bit_length()

@@ -120,9 +120,21 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return places(tree, placer(mesh))
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where each device that has them has them whole."""
+    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    return mesh if mesh is not None and mesh.axis_names == AXES else None
+
+
 @contextlib.contextmanager
-def rows_on(mesh: Mesh):
-    """While a function is traced within: `by_rows` and `gathered` are of this mesh."""
+def rows_on(mesh: Mesh | None, rows: int = 0):
+    """While a function is traced within: `by_rows` and `gathered` are of this mesh.
+
+    Without a mesh, or with a number of `rows` that it does not divide, nothing changes: the compiler chooses.
+    """
+    if mesh is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS):
+        mesh = None
     token = _mesh.set(mesh)
     try:
         yield

@@ -144,9 +144,11 @@ class _Run:
         self.frozen = self.layout.place_frozen(frozen)
         self.window = reporting.Window(meta.get("window", ()))
         self.pending = collections.deque()
-        self._write_start(params, frozen)
         self.evaluate = run_parts.evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
         self.batches = run_parts.batches(config, self.llm, self.model, "train", self.layout)
+        if checkpoints.steps:
+            meaning.check_data(workdir, self.batches.contents)
+        self._write_start(params, frozen)
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 
     def go(self):
@@ -196,7 +198,7 @@ class _Run:
         start_hash = tree_hash(params) if begins else None  # of parts on all processes
         if jax.process_index() == 0:
             checkpoint.write_config(self.workdir, self.config)
-            meaning.write_sources(self.workdir, self.config, start_hash)
+            meaning.write_sources(self.workdir, self.config, self.batches.contents, start_hash)
             (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
 
     def _next(self, source, step):

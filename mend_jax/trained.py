@@ -19,8 +19,9 @@ from mend_jax.data.tokenize import separator
 from mend_jax.errors import UserError
 from mend_jax.models import weights
 from mend_jax.models.families import Config, from_hf_config
-from mend_jax.models.folders import init_params, load_tokenizer, local_folder
+from mend_jax.models.folders import init_params, load_tokenizer, local_folder, read_weights
 from mend_jax.prefix import PROJECTIONS, Distiller, SoftPrompt, resolve_projection
+from mend_jax.sharding import Place
 
 SETTINGS = "distiller_config.json"
 TENSORS = "distiller.safetensors"
@@ -47,9 +48,9 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
 
-def load_trained(path, llm, backbone=None) -> Distiller | SoftPrompt:
-    """As `load_distiller`, and soft prompts too: what `evaluate` reads."""
-    model = read_trained(path, backbone)
+def load_trained(path, llm, backbone=None, place: Place | None = None) -> Distiller | SoftPrompt:
+    """As `load_distiller`, and soft prompts too: what `evaluate` reads. `place` as in `read_trained`."""
+    model = read_trained(path, backbone, place)
     if model.llm_width != llm.config.width:
         raise UserError(
             f"What was trained in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}: take the"
@@ -77,8 +78,14 @@ def _distiller_alone(model: Distiller | SoftPrompt, path) -> Distiller:
     return model
 
 
-def read_trained(path: str | Path, backbone: str | Path | None = None) -> Distiller | SoftPrompt:
-    """As `read_distiller`, and soft prompts too: a workdir of PromptTuning, or an exported folder of one."""
+def read_trained(
+    path: str | Path, backbone: str | Path | None = None, place: Place | None = None
+) -> Distiller | SoftPrompt:
+    """As `read_distiller`, and soft prompts too: a workdir of PromptTuning, or an exported folder of one.
+
+    With `place` (sharding.py) the parameters of a workdir and the backbone of an exported folder are read in parts to
+    where it says.
+    """
     path = Path(path).expanduser()
     if path.is_file():
         if backbone is None:
@@ -88,13 +95,13 @@ def read_trained(path: str | Path, backbone: str | Path | None = None) -> Distil
             )
         return read_release(path, backbone)
     if (path / SETTINGS).exists():
-        return _read_exported(path)
+        return _read_exported(path, place)
     if (path / SOFT_PROMPT).exists():
         vectors = {name: tensor[:] for name, tensor in weights.read_file(path / SOFT_PROMPT)}
         return _soft_prompt(vectors, path / SOFT_PROMPT)
     if not path.exists():
         raise UserError(f"{path} is not there: name a training workdir, an exported folder, or a release's file.")
-    config, model, _ = read_workdir(path, backbone)
+    config, model, _ = read_workdir(path, backbone, place)
     if config["stage"] == "lm":
         raise UserError(
             f"{path} holds an LLM (stage lm), not a distiller: name the workdir of a pretrain or finetune run."
@@ -133,7 +140,7 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
     return _distiller(config, params, projection, load_tokenizer(folder))
 
 
-def _read_exported(folder):
+def _read_exported(folder, place=None):
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
@@ -145,7 +152,7 @@ def _read_exported(folder):
         )
     config, where = from_hf_config(folder), folder / TENSORS
     own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
-    params = {"backbone": weights.read_params(folder, config)}
+    params = {"backbone": read_weights(folder, config, place=place)}
     params["placeholders"] = _take(own, "placeholders", (None, config.width), where)
     if projection != "identity":
         kernel = _take(own, "projection.weight", (llm_width, config.width), where).T
@@ -158,13 +165,16 @@ def _read_exported(folder):
     return _distiller(config, params, projection, load_tokenizer(folder), before)
 
 
-def read_workdir(workdir, backbone) -> tuple[dict, Any, dict]:
-    """(the run's config, its Distiller, SoftPrompt or (stage "lm") tree of LLM params, the checkpoint's numbers)."""
+def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, Any, dict]:
+    """(the run's config, its Distiller, SoftPrompt or (stage "lm") tree of LLM params, the checkpoint's numbers).
+
+    `place` as in `read_trained`.
+    """
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder: name a training workdir.")
     config = checkpoint.read_config(workdir)
-    params, meta = checkpoint.load_best(workdir)
+    params, meta = checkpoint.load_best(workdir, place)
     if config["stage"] == "lm":
         return config, params, meta
     if config["prefix"]["kind"] == "soft_prompt":

@@ -1,6 +1,7 @@
 """Batches: a pure function of (seed, step), sharded by process, one shape for all, and what stands in them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -323,6 +324,19 @@ def test_buckets_hold_every_length():
     assert draws_module.buckets((128, 256, 900), 900) == (128, 256, 900)
     assert draws_module.buckets((128, 256, 900), 300) == (128, 256, 300)
     assert draws_module.buckets((900, 128), 1000) == (128, 900, 1000)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_contents_change_with_the_data_alone(tmp_path, world, tokenizer, stage):
+    shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("cache"))
+    contents = [batches(folder, tokenizer, stage).contents for folder in (world, tmp_path / "world")]
+    assert contents[0] == contents[1] and contents[0].keys() == {
+        "pretrain": {"data.text"}, "finetune": {"data.tasks"}, "lm": {"data.text", "data.tasks"},
+    }[stage]  # fmt: skip
+    write_text(tmp_path / "world" / "c4", "c4-train.00000-of-00002.json.gz", [words(1, 50)])
+    write_examples(tmp_path / "world/metaicl/data/a/a_16384_100_train.jsonl", "a", [("w1", "w50")] * 9, ["w50"])
+    changed = batches(tmp_path / "world", tokenizer, stage).contents
+    assert all(changed[name] != contents[0][name] for name in changed)
 
 
 def test_sorting_saves_padding(world, tokenizer):

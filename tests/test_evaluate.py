@@ -18,6 +18,7 @@ from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
+from mend_jax.parallel import make_layout
 from mend_jax.prefix import Distiller, Prefix, SoftPrompt, no_prefix
 from mend_jax.results import tree_hash
 from mend_jax.task_scoring import evaluate_task
@@ -82,7 +83,7 @@ def models(monkeypatch, distiller, llm):
     """Trained models without training: paths that the loader knows."""
     vectors = jax.random.normal(jax.random.key(5), (3, llm.config.width))
     known = {"a/distiller": distiller, "a/prompt": SoftPrompt({"vectors": vectors})}
-    monkeypatch.setattr(trained, "read_trained", lambda path, backbone: known[path])
+    monkeypatch.setattr(trained, "read_trained", lambda path, *where: known[path])
     return known
 
 
@@ -277,13 +278,32 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     config.prefix.dtype = "bfloat16"
     ev.evaluate(config, tmp_path)
     assert len(files(tmp_path)) == 2 * 2
-    [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype)
+    [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype, make_layout("pmap"))
     task = load_tasks(config, llm, "test")[0][0]
     in_training = dataclasses.replace(distiller, dtype="bfloat16")
     methods = [task_scoring.Method("mend", model) for model in (method.model, in_training, distiller)]
     prefixes = [task_scoring.prefix_maker(config, llm, method)(task) for method in methods]
     assert np.array_equal(prefixes[0].embeds, prefixes[1].embeds)
     assert 0 < np.abs(prefixes[0].embeds - prefixes[2].embeds).max() < 0.2
+
+
+def test_on_a_mesh_both_models_lie_in_parts_and_predict_as_on_one_device(config, models, tmp_path):
+    config.evaluate.methods, config.evaluate.seeds = METHODS, (13,)
+    ev.evaluate(config, tmp_path / "one")
+    config.train.parallel, config.mesh.data, config.mesh.fsdp, config.mesh.tensor = "mesh", 2, 2, 2
+    ev.evaluate(config, tmp_path / "mesh")
+    for name, text in files(tmp_path / "one").items():
+        found = (tmp_path / "mesh" / name).read_text()
+        for line, wanted in zip(*(map(json.loads, part.splitlines()) for part in (found, text)), strict=True):
+            np.testing.assert_allclose(line.pop("scores"), wanted.pop("scores"), atol=2e-5)
+            assert line == wanted
+    llm, methods = ev.load_models(config, make_layout("mesh", config.mesh))
+    for params in (llm.params, methods[-1].model.params["backbone"]):
+        kernel = params["layers"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    config.mesh.fsdp, config.mesh.tensor = 1, 4
+    with pytest.raises(UserError, match="mesh.tensor=4 does not divide the 2 heads of"):
+        ev.evaluate(config, tmp_path / "mesh")
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -31,7 +31,7 @@ def written(workdir, c, value=None):
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_config(workdir, c)
     start = tree_hash(checkpoint.load_best(c.prefix.start_from)[0]) if c.prefix.start_from else None
-    meaning.write_sources(workdir, c, start)
+    meaning.write_sources(workdir, c, {}, start)
     if value is not None:
         checkpoints = Checkpoints(workdir, False)
         params = {"vectors": np.full((4, 16), value, np.float32)}
@@ -157,7 +157,7 @@ def test_start_that_moved(models, tmp_path):
     start.rename(tmp_path / "moved")
     moved = config(models / "one", **{"prefix.start_from": str(tmp_path / "moved")})
     meaning.check_resume(run, moved, False)
-    meaning.write_sources(run, moved)  # the fingerprint is kept when the run goes on
+    meaning.write_sources(run, moved, {})  # the fingerprint is kept when the run goes on
     (tmp_path / "moved").rename(tmp_path / "again")
     meaning.check_resume(run, config(models / "one", **{"prefix.start_from": str(tmp_path / "again")}), False)
     other = str(written(tmp_path / "other", config(models / "one"), 2.0))

@@ -170,19 +170,29 @@ def test_dev_scores_of_a_mesh_are_those_of_one_process(machine, tmp_path, monkey
     np.testing.assert_allclose(*([line["kd"] for line in part if "kd" in line] for part in lines), rtol=1e-4)
 
 
-def test_evaluation_is_shared_and_the_same(machine, tmp_path):
-    evaluate(load_config(f"{machine.folder}/tiny.py"), tmp_path / "alone")
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_evaluation_is_shared_and_the_same(machine, alone, mode, tmp_path):
+    """By tasks, or with both models in parts: the predictions of one process, to the last digits; going on scores nothing."""
+    methods = ("zero_shot", "icl", f"mend={alone}")
+    config = load_config(f"{machine.folder}/tiny.py")
+    config.evaluate.methods = methods
+    evaluate(config, tmp_path / "alone")
     expected = json.loads((tmp_path / "alone" / "scores.json").read_text())
-    said = machine.run(2, "evaluate", tmp_path / "both")
+    flags = [f"--config.train.parallel={mode}", f"--config.evaluate.methods={','.join(methods)}"]
+    said = machine.run(2, "evaluate", tmp_path / "both", *flags)
     assert said.count("| icl ") == 1
     found = json.loads((tmp_path / "both" / "scores.json").read_text())
     for name, method in expected["methods"].items():
         assert found["methods"][name]["per_task"] == method["per_task"]
-    files = [
-        {path.relative_to(folder): path.read_bytes() for path in folder.glob("predictions/*/*.jsonl")}
-        for folder in (tmp_path / "alone", tmp_path / "both")
-    ]
-    assert len(files[0]) == 4 and files[0] == files[1]
+    files = [sorted(folder.glob("predictions/*/*.jsonl")) for folder in (tmp_path / "alone", tmp_path / "both")]
+    assert len(files[0]) == len(files[1]) == 6
+    lines = [[json.loads(line) for file in part for line in file.read_text().splitlines()] for part in files]
+    for ours, theirs in zip(*lines, strict=True):
+        np.testing.assert_allclose(ours.pop("scores"), theirs.pop("scores"), atol=2e-5)
+        assert ours == theirs
+    written = {file: file.stat().st_mtime_ns for file in files[1]}
+    machine.run(2, "evaluate", tmp_path / "both", *flags)
+    assert written == {file: file.stat().st_mtime_ns for file in files[1]}
 
 
 def test_a_mistake_is_one_sentence_and_ends_all(machine, tmp_path):

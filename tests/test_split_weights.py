@@ -65,11 +65,24 @@ def test_what_is_made_in_parts_is_what_is_made_whole(folder):
     assert split["embed"]["tokens"].sharding.spec == PartitionSpec(None, ("fsdp", "tensor"))
 
 
-def test_weights_of_pytorch_alone_are_one_sentence(tmp_path, folder):
+@pytest.mark.parametrize("folder", ["opt", "t5"], indirect=True)
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_is_read_of_pytorch_in_parts_is_the_same(tmp_path, folder, archive, monkeypatch):
+    """The hub has opt-6.7b and the T5s as .bin alone. An archive is mapped; a file of before PyTorch 1.6 is read whole."""
+    torch = pytest.importorskip("torch")
+    model = from_hf_config(folder)
+    whole = weights.read_params(folder, model)
+    tensors = weights.to_tensors(model, whole).items()
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="pytorch_model.bin cannot be read in parts: convert it to safetensors, or set"):
-        load_model(tmp_path, place=sharding.placer(sharding.make_mesh(SIZES)))
+    file = tmp_path / "pytorch_model.bin"
+    state = {name: torch.from_numpy(np.ascontiguousarray(tensor)) for name, tensor in tensors}
+    torch.save(state, file, _use_new_zipfile_serialization=archive)
+    load, mapped = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **how: mapped.append(how["mmap"]) or load(*args, **how))
+    split = load_model(tmp_path, place=sharding.placer(sharding.make_mesh(SIZES))).params
+    assert mapped == [archive]
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    assert split["embed"]["tokens"].addressable_shards[0].data.size * 4 == whole["embed"]["tokens"].size
 
 
 def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):

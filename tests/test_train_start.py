@@ -1,6 +1,7 @@
 """What training checks before its first step: tokenizers, dev examples, the run that it starts from."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -153,3 +154,15 @@ def test_dev_examples_are_read_once(finetuning, tmp_path, monkeypatch):
     lines = reporting.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "dev_score" in line] == [1, 2]
     assert reads == ["dev"]
+
+
+def test_run_does_not_go_on_with_other_examples(finetuning, tmp_path):
+    assert train.train(finetuning, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    [file] = tmp_path.glob("world/metaicl/data/b/*_train.jsonl")
+    before = file.read_text()
+    file.write_text(before + before.splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="What data.tasks names has changed since .*/run was trained with it"):
+        train.train(finetuning, tmp_path / "run")
+    file.write_text(before)
+    assert train.train(finetuning, tmp_path / "run") == 0

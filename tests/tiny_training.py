@@ -62,6 +62,8 @@ def write_tokenizer(folder, words):
 class RandomBatches:
     """Rows of random tokens as a function of (seed, step), in the place of mend_jax.data.batches."""
 
+    contents = {}  # of no files
+
     def __init__(
         self, config, tokenizer, split, window, distiller_window, process_index, process_count, targets_apart=False,
         distiller_tokenizer=None,

@@ -15,6 +15,7 @@ from flax import struct
 from mend_jax.data import metaicl, prepared, sampling
 from mend_jax.data.draws import SequenceDraws, TaskDraws, TextDraws
 from mend_jax.data.stores import TaskStore, text_splits
+from mend_jax.data.tokenize import fingerprint
 from mend_jax.errors import UserError
 from mend_jax.query import Query
 
@@ -41,12 +42,13 @@ class Batches:
     """`batches[step]` is this process's part of the global batch of a step, whenever and wherever it is asked for.
 
     `steps` is the number of batches of a validation split, None for training, which has no end.
+    `contents` says what data they are drawn from: {"data.text" or "data.tasks": a hash of every document's or example's length}.
     """
 
     def __init__(
-        self, draws, config, steps, sort: bool, process_index: int, process_count: int, targets_apart: bool = False
+        self, draws, config, steps, sort: bool, process_index: int, process_count: int, targets_apart=False, contents=None
     ):
-        self.draws, self.steps = draws, steps
+        self.draws, self.steps, self.contents = draws, steps, contents or {}
         self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
         self.seed, self.prefetch = config.seed, config.data.prefetch
         if self.batch_size % process_count:
@@ -168,12 +170,14 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
         raise UserError(f"config.stage is {stage!r}: choose pretrain, finetune or lm.")
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}")
-    store, documents, tasks = None, range(0), []
+    store, documents, tasks, contents = None, range(0), [], {}
     if stage == "pretrain" or (stage == "lm" and config.data.text_share > 0):
         manifest = prepared.prepare_text(config, tokenizer, distiller_tokenizer)
         store, documents = text_splits(manifest, config.data.validation_items)[split]
+        contents["data.text"] = fingerprint(store.all_lengths.tobytes())
     if stage == "finetune" or (stage == "lm" and config.data.text_share < 1):
         tasks = open_tasks(config, tokenizer, split, distiller_tokenizer)
+        contents["data.tasks"] = fingerprint(*(part for task in tasks for part in (task.task, task.lengths.tobytes())))
     if stage == "pretrain":
         draws = TextDraws(config, store, documents, train, windows)
     elif stage == "finetune":
@@ -181,7 +185,7 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     else:
         draws = SequenceDraws(config, store, documents, tasks, train, windows, tokenizer.eos_token_id)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
-    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart)
+    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart, contents)
 
 
 def open_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> list[TaskStore]:

@@ -50,11 +50,14 @@ def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, pla
     """
     folder = local_folder(path)
     config = from_hf_config(folder)
+    return Model(config, read_weights(folder, config, dtype, int8, place), load_tokenizer(folder), folder)
+
+
+def read_weights(folder: Path, config: Config, dtype="float32", int8=False, place: Place | None = None) -> dict:
+    """The tree of `load_model` alone."""
     if place is not None:
-        params = read_split(folder, config, dtype, int8, place)
-    else:
-        params = _to_device(weights.read_params(folder, config, dtype, int8))
-    return Model(config, params, load_tokenizer(folder), folder)
+        return read_split(folder, config, dtype, int8, place)
+    return _to_device(weights.read_params(folder, config, dtype, int8))
 
 
 def init_model(path: str | Path, seed: int, dtype: str = "float32", place: Place | None = None) -> Model:

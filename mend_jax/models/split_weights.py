@@ -15,7 +15,7 @@ from mend_jax.errors import UserError
 from mend_jax.models.families import Config
 from mend_jax.models.int8 import SCALE, SUMMED, rounded, scales
 from mend_jax.models.tables import Entry
-from mend_jax.models.weights import NOT_TIED, Tensor, matched, open_safetensors, weight_files
+from mend_jax.models.weights import NOT_TIED, Tensor, matched, open_file, weight_files
 from mend_jax.sharding import Place
 
 COMPARED = 4096  # rows of two token tables at a time
@@ -24,7 +24,7 @@ COMPARED = 4096  # rows of two token tables at a time
 def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place: Place) -> dict:
     """The tree that `weights.read_params` reads, as `jax.Array`s that lie where `place` says.
 
-    Raises UserError as that does, and for weights that are no safetensors, which cannot be read in parts.
+    Raises UserError as that does.
     """
     folder, tied, found = Path(folder), None, {}
     with contextlib.ExitStack() as files:
@@ -109,11 +109,7 @@ class _Parameter:
 def _tensors(folder: Path, files: contextlib.ExitStack):
     """(name, tensor) of every tensor of a folder; the files stay open as long as `files`."""
     for path in weight_files(folder):
-        if path.suffix == ".bin":
-            raise UserError(
-                f'{path} cannot be read in parts: convert it to safetensors, or set train.parallel to "pmap".'
-            )
-        yield from open_safetensors(path, files)
+        yield from open_file(path, files)
 
 
 def _stack(parts: Iterator[np.ndarray], count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -188,8 +189,12 @@ def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     return _tensors_of([Path(path)])
 
 
-def open_safetensors(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one .safetensors file; the tensors can be read as long as `files` is open."""
+def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one .safetensors or .bin file; the tensors can be read as long as `files` is open."""
+    return _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, files)
+
+
+def _open_safetensors(path: Path, files: contextlib.ExitStack):
     try:
         file = files.enter_context(safe_open(path, framework="numpy"))
         for name in file.keys():  # noqa: SIM118  (it is no dict and cannot be iterated)
@@ -198,29 +203,27 @@ def open_safetensors(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[
         raise UserError(f"{path} cannot be read as safetensors ({error}): copy it again.") from error
 
 
-def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        yield from (_read_torch(path) if path.suffix == ".bin" else _read_safetensors(path))
-
-
-def _read_safetensors(path: Path):
-    with contextlib.ExitStack() as files:
-        yield from open_safetensors(path, files)
-
-
-def _read_torch(path: Path):
+def _open_torch(path: Path):
     try:
         import torch
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.") from None
+    # The file is mapped, and a tensor's pages are read with it; files of before PyTorch 1.6 are no archives and read whole.
+    mapped = zipfile.is_zipfile(path)
     try:  # weights only: an arbitrary pickle could run code
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds, all of them mean the same to the user
         raise UserError(
             f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again."
         ) from error
     for name, tensor in tensors.items():
         yield name, _TorchTensor(tensor)
+
+
+def _tensors_of(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in paths:
+        with contextlib.ExitStack() as files:
+            yield from open_file(path, files)
 
 
 class _SafeTensor:
