@@ -13,6 +13,26 @@ need() {
     [ -n "${!1:-}" ] || stop "$1 is not set: $2"
 }
 
+# explain "$@": where --help is asked for, the script's head is printed and that is all.
+explain() {
+    case ${1:-} in
+    -h | --help)
+        sed -n '2,/^$/s/^# \{0,1\}//p' "launch/${0##*/}"
+        exit
+        ;;
+    esac
+}
+
+# known COMMAND: stops where mend_jax has none of this name.
+known() {
+    [ -f "mend_jax/${1//.//}.py" ] || stop "mend_jax has no command \"$1\": name train, evaluate or experiments.methods, and behind it what it takes."
+}
+
+# program NAME SENTENCE: stops with the sentence where the program is not there, unless it would only be printed.
+program() {
+    [ -n "${DRY_RUN:-}" ] || command -v "$1" >/dev/null || stop "$1 is not there: $2"
+}
+
 # run COMMAND...: runs it; with DRY_RUN=1 prints it instead, as it could be given to a shell.
 run() {
     if [ -n "${DRY_RUN:-}" ]; then
@@ -43,7 +63,7 @@ find_python() {
             return
         fi
     done
-    stop "Python 3.11 or 3.12 is needed: install one, or name it with PYTHON=/path/to/python3.12 $0"
+    stop "Python 3.11 or 3.12 is needed, and there is none here: install one (for a TPU: in SETUP), or name it with PYTHON=/path/to/python3.12."
 }
 
 # install FILE: makes the environment if there is none, and installs FILE into it unless that was done before.

@@ -4,17 +4,20 @@
 #   NAME=mend IMAGE=registry/mend-jax:1 CLAIM=shared NODES=2 GPUS=8 \
 #       ./launch/kubernetes.sh train --config=configs/gpt2_xl.py:class_to_class --workdir=/shared/run
 #
-# Everything after the command's name goes on to it. IMAGE holds this project, installed, with the working directory in its
-# clone. CLAIM is a persistent volume claim that all pods can write (ReadWriteMany); it appears as /shared. Settings: NAME,
-# IMAGE, CLAIM, NODES (1), GPUS per node (8), RESOURCE (nvidia.com/gpu; google.com/tpu on GKE), SELECTOR=KEY=VALUE,...
-# (labels of the nodes), GRACE seconds to save in (300), RESTARTS after crashes (5), DRY_RUN=1 (print the manifest).
+# Everything after the command's name goes on to it. The cluster needs JobSet 0.6 or newer. IMAGE holds this project,
+# installed, with the working directory in its clone. CLAIM is a persistent volume claim that all pods can write
+# (ReadWriteMany); it appears as /shared. Settings: NAME, IMAGE, CLAIM, NODES (1), GPUS per node (8), RESOURCE
+# (nvidia.com/gpu; google.com/tpu on GKE), SELECTOR=KEY=VALUE,... (labels of the nodes), GRACE seconds to save in (300),
+# RESTARTS after crashes (5), DRY_RUN=1 (print the manifest).
 # A pod that is told to go saves and leaves with 75: the JobSet is then restarted, as often as that happens, and goes on.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
+explain "$@"
 [ $# -gt 0 ] || stop "name a command of mend_jax, such as: NAME=mend IMAGE=... CLAIM=... $0 train --config=... --workdir=..."
+known "$1"
 need NAME "name the JobSet; kubectl delete jobset NAME ends it."
 need IMAGE "name the container image with this project in it."
 need CLAIM "name the persistent volume claim for data and workdir."
@@ -48,5 +51,6 @@ manifest=$("$(project_python)" -c "$fill" "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     printf '# kubectl apply -f -\n%s\n' "$manifest"
 else
+    program kubectl "install it, and let it know your cluster."
     kubectl apply -f - <<<"$manifest"
 fi

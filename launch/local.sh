@@ -11,7 +11,9 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 source launch/environment.sh
 
+explain "$@"
 [ $# -gt 0 ] || stop "name a command of mend_jax, such as: PROCESSES=2 $0 train --config=... --workdir=..."
+known "$1"
 python=$(project_python)
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 [ "$gpus" -gt 0 ] || need PROCESSES "this machine has no GPUs to count, so say how many processes to start."

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
+explain "$@"
 
 workdir=runs/quickstart
 install requirements.txt

@@ -7,13 +7,15 @@
 # Settings: PARTITION, NODES (1), GPUS per node (8), TASK=gpu or node (gpu: one process per GPU, the default; node: one per
 # node), TIME (24:00:00), CPUS per GPU (8), GRACE seconds before the end (300), SBATCH_ARGS (more flags of sbatch, by words),
 # PYTHON, DRY_RUN=1 (print, do not run). Told to end, by a preemption or because TIME is nearly over, the run saves and
-# leaves with 75; the job is then requeued and goes on.
+# leaves with 75; the job is then requeued and goes on. `scancel JOB` ends it for good.
 
 set -euo pipefail
 cd "${MEND_JAX_ROOT:-$(dirname "${BASH_SOURCE[0]}")/..}" # sbatch runs a copy, which lies elsewhere
 source launch/environment.sh
 
+explain "$@"
 [ $# -gt 0 ] || stop "name a command of mend_jax, such as: PARTITION=gpu $0 train --config=... --workdir=..."
+known "$1"
 nodes=${NODES:-1} gpus=${GPUS:-8} task=${TASK:-gpu}
 for setting in "NODES=$nodes" "GPUS=$gpus" "CPUS=${CPUS:-8}" "GRACE=${GRACE:-300}"; do
     [[ $setting =~ =[1-9][0-9]*$ ]] || stop "$setting is not a whole number of at least 1: set it to one."
@@ -30,6 +32,7 @@ step=(srun "--nodes=$nodes" "--ntasks-per-node=$tasks" "--cpus-per-task=$cpus" -
 command=("$(project_python)" -m "mend_jax.$1" "${@:2}")
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     need PARTITION "name the SLURM partition with the GPUs (sinfo lists them)."
+    program sbatch "run this where jobs are submitted, on a login node of the SLURM cluster."
     run mkdir -p logs
     read -ra more <<<"${SBATCH_ARGS:-}"
     export MEND_JAX_ROOT=$PWD NODES=$nodes GPUS=$gpus TASK=$task
@@ -40,13 +43,18 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     [ -n "${DRY_RUN:-}" ] || exit 0
 fi
 
+# `scancel` sends SIGTERM too, but means it. (A SLURM without JSON does not say: then a second scancel ends the job.)
+is_cancelled() { scontrol --json show job "$SLURM_JOB_ID" 2>/dev/null | grep '"CANCELLED"' >/dev/null; }
+
 # In the job (and, in a dry run, what the job would do).
 if [ -n "$devices" ]; then step=(env "JAX_LOCAL_DEVICE_IDS=$devices" "${step[@]}"); fi
 trap : TERM # the step's own processes get the signal; this shell is to hear how they end
 code=0
 run "${step[@]}" "${command[@]}" || code=$?
-if [ "$code" -eq 75 ] || { [ -n "${DRY_RUN:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; }; then
-    [ -z "${DRY_RUN:-}" ] || echo "# and, when that ends with 75:"
+if [ -n "${DRY_RUN:-}" ]; then
+    echo "# and, when that ends with 75 in a job that was not cancelled:"
     run scontrol requeue "${SLURM_JOB_ID:-JOB}"
+elif [ "$code" -eq 75 ] && ! is_cancelled; then
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
+explain "$@"
 
 install requirements-test.txt
 echo "== running the tests, two at a time"

@@ -2,24 +2,33 @@
 # A command of mend_jax on a TPU pod slice: asks for it (a queued resource), puts this clone and its packages on every worker,
 # and runs the command on all of them. JAX learns addresses and numbers from the TPU's metadata.
 #
-#   TPU=mend ZONE=us-central2-b ACCELERATOR=v4-32 VERSION=tpu-ubuntu2204-base SETUP='sudo mount 10.0.0.2:/shared /shared' \
+#   TPU=mend ZONE=us-central2-b ACCELERATOR=v4-32 VERSION=tpu-ubuntu2204-base SETUP="$(cat setup.sh)" \
 #       ./launch/tpu_pod.sh train --config=configs/gpt2_xl.py:class_to_class --workdir=/shared/run
 #
-# Everything after the command's name goes on to it. Settings: TPU (a name), ZONE, ACCELERATOR, VERSION of the TPU software,
-# SETUP (a command for every worker, which mounts the folder that all share: workdirs must lie there), SPOT=1 (cheap, may
-# be taken away), PROJECT, DRY_RUN=1 (print, do not run). The slice stays when the command has ended; delete it with
-# gcloud compute tpus queued-resources delete TPU --force. A run that was told to stop (75), or whose slice was taken away,
-# is started again, on a new slice if need be, and goes on.
+# Everything after the command's name goes on to it. Settings: TPU (a name), ZONE, ACCELERATOR, VERSION of the TPU software
+# (v2-alpha-tpuv6e, v2-alpha-tpuv5, v2-alpha-tpuv5-lite; before v5 tpu-ubuntu2204-base), SETUP (commands for every worker,
+# below), SPOT=1 (cheap, may be taken away), PROJECT, DRY_RUN=1 (print, do not run). The slice stays when the command has
+# ended; delete it with gcloud compute tpus queued-resources delete TPU --zone=ZONE --force. A run that was told to stop
+# (75), or whose slice was taken away, is started again, on a new slice if need be, and goes on.
+#
+# SETUP runs before every start. It mounts the folder that all share, where workdirs must lie, and installs Python 3.11 or
+# 3.12 where the TPU software has neither (that of Ubuntu 22.04 has 3.10), as
+#
+#   mountpoint -q /shared || sudo mount 10.0.0.2:/shared /shared
+#   command -v python3.12 || { sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y python3.12-venv; }
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
+explain "$@"
 [ $# -gt 0 ] || stop "name a command of mend_jax, such as: TPU=mend ZONE=... $0 train --config=... --workdir=..."
+known "$1"
 need TPU "name the slice, new or one that this script made."
 need ZONE "name the zone (gcloud compute tpus locations list)."
 need ACCELERATOR "name the type of slice, such as v4-32."
-need VERSION "name the TPU software (gcloud compute tpus tpu-vm versions list), such as tpu-ubuntu2204-base."
+need VERSION "name the TPU software (gcloud compute tpus tpu-vm versions list --zone=$ZONE), such as tpu-ubuntu2204-base."
+program gcloud "install the Google Cloud SDK (https://cloud.google.com/sdk), then gcloud auth login."
 POLL=${POLL:-30} # seconds between questions
 where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet)
 code_file=${TMPDIR:-/tmp}/mend_jax-$TPU.tar.gz
@@ -66,6 +75,7 @@ while :; do
     code=0
     { install_all && ssh_all "$command"; } || code=$?
     if [ "$code" -eq 0 ]; then exit 0; fi
+    if [ "$code" -eq 255 ]; then sleep "$POLL"; fi # ssh broke: a slice that is taken away says so a little later
     if [ "$code" -ne 75 ] && [ "$(state)" = ACTIVE ]; then
         stop "the command ended with $code on $TPU, which stays: see its messages above."
     fi

@@ -32,11 +32,11 @@ SETTINGS = {
 NEEDED = [(script, name) for script, names in SETTINGS.items() for name in names if name not in ("PORT", "POLL")]
 STAND_IN = r"""#!/bin/bash
 # Its name and arguments go to $CALLS; srun and a `ssh` that runs a command end with the next code of $CODES, a `describe`
-# prints the next line of $STATES, the last one for ever.
+# or `show job` prints the next line of $STATES, the last one for ever.
 { printf '%s\x1f' "${0##*/}" "$@"; echo; } >>"$CALLS"
 next() { sed -n 1p "$1"; if [ "$(wc -l <"$1")" -gt 1 ]; then sed -i 1d "$1"; fi; }
 case "${0##*/} $*" in
-*describe*) next "$STATES" ;;
+*describe* | *show\ job*) next "$STATES" ;;
 *create*) echo ACTIVE >"$STATES" ;;
 kubectl*) cat >"$CALLS.stdin" ;;
 srun* | *-m\ mend_jax*) exit "$(next "$CODES")" ;;
@@ -48,6 +48,8 @@ esac
 def launch(tmp_path):
     """launch(script, arguments, **settings) -> (finished process, what it called)."""
     shutil.copytree(ROOT / "launch", tmp_path / "clone" / "launch")
+    (tmp_path / "clone" / "mend_jax").mkdir()
+    (tmp_path / "clone" / "mend_jax" / "train.py").write_text("")
     for name in ("sbatch", "srun", "scontrol", "kubectl", "gcloud", "git"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -81,6 +83,28 @@ def test_a_missing_command_is_one_sentence(launch, script):
     failed, calls = launch(script, [], **SETTINGS[script])
     assert failed.returncode == 1 and calls == []
     assert re.fullmatch(r"error: name a command of mend_jax, such as: [^\n]+\n", failed.stderr)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_help_is_the_scripts_head(launch, script):
+    done, calls = launch(script, ["--help"])
+    assert (done.returncode, calls, done.stderr) == (0, [], "")
+    assert done.stdout.startswith("A command of mend_jax ") and "DRY_RUN=1" in done.stdout and "#" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_an_unknown_command_is_one_sentence(launch, script):
+    failed, calls = launch(script, ["tarin", "--config=configs/base.py"], **SETTINGS[script])
+    assert failed.returncode == 1 and calls == [] and failed.stdout == ""
+    assert re.fullmatch(r'error: mend_jax has no command "tarin": name train, [^\n]+\.\n', failed.stderr)
+
+
+@pytest.mark.parametrize(("script", "program"), [("slurm", "sbatch"), ("kubernetes", "kubectl"), ("tpu_pod", "gcloud")])
+def test_a_machine_without_the_scheduler_is_one_sentence(launch, script, program, tmp_path):
+    for name in ("bash", "dirname", "sed", "seq", "mkdir"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    failed, _ = launch(script, **SETTINGS[script], PATH=str(tmp_path))
+    assert failed.returncode == 1 and re.fullmatch(rf"error: {program} is not there: [^\n]+\.\n", failed.stderr)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +186,21 @@ def test_slurm_prints_what_it_submits_and_what_the_job_runs(launch, settings, ta
     assert done.returncode == 0 and calls == [step[len(before) :]]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (1, False), (137, False)])
-def test_slurm_requeues_what_was_told_to_stop(launch, code, requeued):
-    done, calls = launch("slurm", codes=[code], SLURM_JOB_ID="17")
+@pytest.mark.parametrize(
+    ("code", "states", "requeued"),
+    [
+        (75, '["RUNNING"]', True),
+        (75, '["TIMEOUT", "COMPLETING"]', True),
+        (75, "", True),  # SLURM does not say
+        (75, '["CANCELLED", "COMPLETING"]', False),  # scancel
+        *((code, '["RUNNING"]', False) for code in (0, 2, 1, 137)),
+    ],
+)
+def test_slurm_requeues_what_was_told_to_stop(launch, code, states, requeued):
+    done, calls = launch("slurm", codes=[code], states=[f'"job_state": {states}'], SLURM_JOB_ID="17")
     assert done.returncode == code
-    assert calls[1:] == ([["scontrol", "requeue", "17"]] if requeued else [])
+    asked = [["scontrol", "--json", "show", "job", "17"]] if code == 75 else []
+    assert calls[1:] == asked + ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
 def check(value, schema, where="manifest"):

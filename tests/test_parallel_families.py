@@ -19,9 +19,11 @@ from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 T5 = test_t5.COMMON | {"model_type": "t5", "num_heads": 4} | test_t5.V11
 LLAMA = COMMON | ROWS["llama-3"]
-CASES = {  # stage, mesh (data, fsdp, tensor), config.json's fields of LLM and backbone, whose heads divide by 2
-    "llama-3": ("pretrain", (1, 4, 2), (LLAMA, smaller(LLAMA))),
-    "t5": ("finetune", (2, 2, 2), (T5, T5 | {"d_model": 16})),
+ONE_GROUP = smaller(LLAMA) | {"num_key_value_heads": 1}
+CASES = {  # stage, meshes (data, fsdp, tensor), config.json's fields of LLM and backbone
+    # Heads of keys and values: 2 of the LLM, 1 of the backbone; where tensor is more, a head lies on several devices.
+    "llama-3": ("pretrain", ((1, 4, 2), (1, 2, 4)), (LLAMA, ONE_GROUP)),
+    "t5": ("finetune", ((2, 2, 2),), (T5, T5 | {"d_model": 16})),
 }
 B, N, Q = 8, 12, 10
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -38,39 +40,40 @@ def rows(stage):
 @pytest.mark.parametrize("name", CASES)
 def test_update_is_that_of_one_device(name, tmp_path):
     """With plain gradient descent and a rate of 1 the update is the gradient itself; the weights are read in parts."""
-    stage, sizes, models = CASES[name]
+    stage, meshes, models = CASES[name]
     folder, backbone = (save_random(tmp_path / str(i), fields, i) for i, fields in enumerate(models))
     fields = {"stage": stage, "prefix.backbone": backbone, "train.batch_size": B, "loss.clm": 0.5, "loss.chunk": 16}
-    c, optimizer, layout = config(folder, **fields), optax.sgd(1.0), layout_of(*sizes)
-    results = []
-    for place, mesh in ((None, None), (layout.place, layout.mesh)):
-        llm = load_llm(folder, place=place)
-        model = init_distiller(c.prefix, llm, 0, place)
-        step = make_train_step(c, make_loss_fn(c, llm, model, mesh), optimizer)
-        if mesh is None:
-            state, frozen, batch = init_state(model.params, optimizer), llm.params, rows(stage)
-            step = jax.jit(step)
-        else:
-            state = layout.init(partial(init_state, optimizer=optimizer), model.params)
-            frozen, batch = layout.place_frozen(llm.params), layout.split(rows(stage))
-            assert is_split(frozen, sizes) and is_split(state.params["backbone"], sizes)
-            step = layout.compile_step(step, state)
-        before = jax.device_get(model.params)
-        state, metrics = step(state, frozen, batch)
-        gradient = jax.tree.map(lambda a, b: np.asarray(a) - b, layout.fetch(state.params), before)
-        results.append((gradient, jax.device_get(metrics)))
-    (wanted, expected), (found, metrics) = results
-    assert metrics.keys() == expected.keys() and expected["kd"] > 0
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)) > 1e-6
-    # Sums of a few hundred terms in another order: rounding is as large as the terms, not as their sum.
-    off = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), found, wanted)
-    assert max(jax.tree.leaves(off)) < 1e-4, off
+    c = config(folder, **fields)
+    wanted, expected = one_step(c, None)
+    assert expected["kd"] > 0 and min(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted)) > 1e-6
+    for sizes in meshes:
+        found, metrics = one_step(c, layout_of(*sizes), parts=sizes[1] * sizes[2])
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=f"{name}, {sizes}")
+        # Sums of a few hundred terms in another order: rounding is as large as the terms, not as their sum.
+        off = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), found, wanted)
+        assert max(jax.tree.leaves(off)) < 1e-4, (sizes, off)
 
 
-def is_split(params, sizes):
+def one_step(c, layout, parts=1):
+    """(the gradient, metrics): on a mesh that splits every kernel into so many parts, or without one on one device."""
+    place, mesh = (layout.place, layout.mesh) if layout else (None, None)
+    llm = load_llm(c.llm.path, place=place)
+    model = init_distiller(c.prefix, llm, 0, place)
+    optimizer, before = optax.sgd(1.0), jax.device_get(model.params)
+    start = partial(init_state, optimizer=optimizer)
+    step = make_train_step(c, make_loss_fn(c, llm, model, mesh), optimizer)
+    if layout:
+        state, frozen = layout.init(start, model.params), layout.place_frozen(llm.params)
+        assert is_split(frozen, parts) and is_split(state.params["backbone"], parts)
+        state, metrics = layout.compile_step(step, state)(state, frozen, layout.split(rows(c.stage)))
+    else:
+        state, metrics = jax.jit(step)(start(model.params), llm.params, rows(c.stage))
+    return jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before), jax.device_get(metrics)
+
+
+def is_split(params, parts):
     """Whether a device holds its part alone of every kernel in the layers."""
     kernels = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel" and leaf.ndim == 3]
-    parts = sizes[1] * sizes[2]
     return kernels and all(k.addressable_shards[0].data.size * parts == k.size for k in kernels)

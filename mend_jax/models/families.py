@@ -57,9 +57,17 @@ HEAD = "lm_head.weight"  # in every family, without the prefix
 
 
 def from_hf_config(source: dict | str | Path) -> Config:
-    """Settings of the model described by a `config.json`: its content, its path, or its folder's path."""
-    if not isinstance(source, dict):
-        source = read_json(Path(source))
+    """Settings of the model described by a `config.json`: its content, its path, or its folder's path. Raises UserError."""
+    if isinstance(source, dict):
+        return _from_fields(source)
+    fields = read_json(Path(source))
+    try:
+        return _from_fields(fields)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _from_fields(source: dict) -> Config:
     model_type = source.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not supported: use one of {', '.join(sorted(FAMILIES))}.")
