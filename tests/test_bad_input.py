@@ -90,8 +90,18 @@ def test_a_model_that_cannot_be_read(command, model, mistake, flags, world, tmp_
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        ([*MESH, "--config.mesh.tensor=4"], "mesh.tensor=4 does not divide the 2 heads of"),
-        ([*MESH, "--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1 does not fit 8 devices"),
+        (["--config.mesh.tensor=4"], "mesh.tensor=4 does not divide the 2 heads of"),
+        (["--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1 does not fit 8 devices"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mesh_that_does_not_divide(command, flags, part, said):
+    assert part in said(command, *MESH, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
         ([*MESH, "--config.train.batch_size=12"], "train.batch_size=12 does not divide over mesh.data=1 x mesh.fsdp=8"),
         (["--config.train.batch_size=12"], "train.batch_size=12 does not divide over 8 devices"),
         (["--config.prefix.projection=identity"], "a backbone as wide as the LLM, not 24 against 32"),
@@ -115,6 +125,7 @@ def distiller(world, folder, shape):
     save_file({"placeholders": np.ones(shape, np.float32)}, folder / "distiller.safetensors")
 
 
+@pytest.mark.parametrize("flags", [[], MESH], ids=["pmap", "mesh"])
 @pytest.mark.parametrize(
     ("make", "shape", "part"),
     [
@@ -123,10 +134,10 @@ def distiller(world, folder, shape):
         (soft_prompt, (100, 32), "The prefix has 100 positions, the LLM reads at most 96"),
     ],
 )
-def test_what_was_trained_for_another_llm(make, shape, part, world, tmp_path, said):
+def test_what_was_trained_for_another_llm(make, shape, part, flags, world, tmp_path, said):
     (tmp_path / "trained").mkdir()
     make(world, tmp_path / "trained", shape)
-    assert part in said("evaluate", f"--config.evaluate.methods=mine={tmp_path}/trained")
+    assert part in said("evaluate", f"--config.evaluate.methods=mine={tmp_path}/trained", *flags)
 
 
 @pytest.mark.parametrize("flags", [[], MESH], ids=["pmap", "mesh"])
