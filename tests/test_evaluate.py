@@ -156,7 +156,7 @@ def test_the_files_that_are_left(config, models, tmp_path, capsys):
         assert text in table
 
 
-def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch, capsys):
     config.evaluate.methods = METHODS
     ev.evaluate(config, tmp_path / "whole")
     original, done = ev.evaluate_task, []
@@ -178,7 +178,9 @@ def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     done.clear()
     first = (tmp_path / "cut" / "table.md").read_text()
+    assert capsys.readouterr().err.count(" (all of it was scored before)") == 1  # of four methods
     ev.evaluate(config, tmp_path / "cut")
+    assert capsys.readouterr().err.count(" (all of it was scored before)") == len(METHODS)
     assert not done and (tmp_path / "cut" / "table.md").read_text() == first
 
 

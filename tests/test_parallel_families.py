@@ -1,4 +1,5 @@
-"""MEND of the other families on a mesh: the update is that of one device, as tests/test_parallel.py has it for GPT-2."""
+"""MEND of the other families on a mesh: update and scores are those of one device, as for GPT-2 in tests/test_parallel.py
+and tests/test_evaluate.py."""
 
 from functools import partial
 
@@ -13,8 +14,9 @@ from tiny_training import config
 
 from mend_jax.data.batches import Batch
 from mend_jax.llm import load_llm
-from mend_jax.prefix import init_distiller
+from mend_jax.prefix import demonstrations_prefix, init_distiller
 from mend_jax.query import Query
+from mend_jax.scoring import cache_prefix, lay_out, score_rows
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 T5 = test_t5.COMMON | {"model_type": "t5", "num_heads": 4} | test_t5.V11
@@ -77,3 +79,21 @@ def is_split(params, parts):
     """Whether a device holds its part alone of every kernel in the layers."""
     kernels = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel" and leaf.ndim == 3]
     return kernels and all(k.addressable_shards[0].data.size * parts == k.size for k in kernels)
+
+
+@pytest.mark.parametrize("items", [8, 3], ids=["rows over the devices", "rows that do not divide"])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_one_device(name, items, tmp_path):
+    _, meshes, (fields, _) = CASES[name]
+    folder, rng = save_random(tmp_path / "llm", fields, 0), np.random.default_rng(0)
+    tokens = lambda count: rng.integers(1, 60, count)  # noqa: E731
+    rows = [(tokens(rng.integers(2, 6)), [tokens(1), tokens(2), tokens(3)]) for _ in range(items)]
+    prefix = tokens(7).tolist()
+    scores = []
+    for place in (None, layout_of(*meshes[-1]).place):
+        llm = load_llm(folder, place=place)
+        cache = cache_prefix(llm, demonstrations_prefix(llm, prefix))
+        laid_out = [lay_out(x, options, llm.start_token) for x, options in rows]
+        scores.append(score_rows(llm, cache, laid_out, items))
+    np.testing.assert_allclose(*scores, atol=2e-5)
+    assert np.std(scores[0]) > 1e-3
