@@ -1,14 +1,13 @@
 """Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
-    python -m mend_jax.benchmark step --llm=gpt2-large --dtype=bfloat16 --batch_size=8 --no_pytorch     # a GPU
+    python -m mend_jax.benchmark step --llm=opt-6.7b --distiller=opt-125m --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
-Weights are random, sizes are known: nothing is downloaded. `--llm` and `--distiller` are gpt2, gpt2-medium,
-gpt2-large, gpt2-xl, or a folder with a config.json. Each side runs in a process of its own, so that its peak memory is
-its own; sides take turns step by step, so that a busy moment of the machine meets both. Figures are medians. Use a
-quiet machine.
+Weights are random, sizes are known (model_sizes.py): nothing is downloaded. Each side runs in a process of its own, so that
+its peak memory is its own; sides take turns step by step, so that a busy moment of the machine meets both. Figures are
+medians. Use a quiet machine.
 """
 
 from pathlib import Path
@@ -21,14 +20,9 @@ from mend_jax.benchmark_jax import Settings
 from mend_jax.benchmark_step import measure_step
 from mend_jax.errors import UserError
 from mend_jax.files import write_report
-from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.model_sizes import known_or_folder
+from mend_jax.models.families import DecoderConfig
 
-SIZES = {  # width, layers, heads
-    "gpt2": (768, 12, 12),
-    "gpt2-medium": (1024, 24, 16),
-    "gpt2-large": (1280, 36, 20),
-    "gpt2-xl": (1600, 48, 25),
-}
 DEFAULTS = {
     "step": {"query": 124, "target": 4},
     "inference": {"query": 56, "target": 3},
@@ -61,8 +55,8 @@ def benchmark(
 
     Args:
         what: the workload.
-        llm, distiller: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a config.json. quantization: models of
-            benchmark_quantization.py or folders, with commas between; a folder's own weights where it has some.
+        llm, distiller: a published model by its name (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...), or a folder with a
+            config.json. quantization: several with commas between; a folder's own weights where it has some.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
@@ -106,8 +100,10 @@ def measure_weights(arguments) -> tuple[dict, str, bool]:
 
 def settings_of(arguments) -> Settings:
     """The workload that the command line asks for."""
-    llm, distiller = model_config(arguments.llm), model_config(arguments.distiller).headless
+    llm, distiller = known_or_folder(arguments.llm), known_or_folder(arguments.distiller).headless
     _check_sizes(arguments)
+    if arguments.what == "inference" and not isinstance(llm, DecoderConfig):
+        raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {llm.family}: name another.")
     shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
     return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
 
@@ -122,19 +118,6 @@ def _check_sizes(arguments) -> None:
         )
     if arguments.what == "inference" and min(arguments.items, arguments.options) < 1:
         raise UserError("--items and --options must be 1 or more.")
-
-
-def model_config(name: str) -> DecoderConfig:
-    """A known size, or that of a folder's config.json."""
-    if name in SIZES:
-        width, layers, heads = SIZES[name]
-        return DecoderConfig("gpt2", 50257, width, layers, heads, 4 * width, 1024)
-    if not Path(name).exists():
-        raise UserError(f"{name} is neither a known size ({', '.join(SIZES)}) nor a folder with a config.json.")
-    config = from_hf_config(name)
-    if not isinstance(config, DecoderConfig):
-        raise UserError(f"The benchmarks measure decoder-only models, {name} is {config.family}: name another folder.")
-    return config
 
 
 if __name__ == "__main__":

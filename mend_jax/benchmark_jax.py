@@ -17,6 +17,7 @@ from mend_jax import costs, measure
 from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM
+from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
 from mend_jax.prefix import Distiller, Prefix, resolve_projection
@@ -33,8 +34,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between two computa
 class Settings:
     """One workload; both sides make the same weights and the same batch from it."""
 
-    llm: DecoderConfig
-    distiller: DecoderConfig
+    llm: Config
+    distiller: Config  # headless
     dtype: str  # of the LLM and of the distiller's arithmetic; trained weights are float32
     rows: int  # B
     demos: int  # N, no padding
@@ -90,24 +91,28 @@ class Side:
 
     def __init__(self, settings: Settings):
         self.settings, self.device = settings, jax.devices()[0]
-        on_gpu = self.device.platform == "gpu"
-        attention = settings.attention
-        if attention == "auto":
-            attention = "cudnn" if on_gpu and settings.dtype == "bfloat16" else "xla"
-        self.attention = attention
         weights = random_params(settings.llm, LLM_SEED, settings.dtype, settings.weights == "int8")
         params = jax.tree.map(jnp.asarray, weights)
-        self.llm = LLM(settings.llm, params, None, "random", settings.dtype, attention, settings.remat)
+        kind = LLM if isinstance(settings.llm, DecoderConfig) else EncoderDecoderLLM
+        attention = self._attention(settings.llm)
+        self.llm = kind(settings.llm, params, None, "random", settings.dtype, attention, settings.remat)
+
+    def _attention(self, config: Config) -> str:
+        if not isinstance(config, DecoderConfig):
+            return "xla"  # scores with a bias by distance
+        if self.settings.attention == "auto":
+            return "cudnn" if self.device.platform == "gpu" and self.settings.dtype == "bfloat16" else "xla"
+        return self.settings.attention
 
     def make_distiller(self) -> Distiller:
         config, llm = self.settings.distiller, self.settings.llm
         params = jax.tree.map(jnp.asarray, distiller_params(self.settings))
         kind = resolve_projection("auto", config.width, llm.width)
-        dtype, attention = self.settings.dtype, self.attention
+        dtype, attention = self.settings.dtype, self._attention(config)
         return Distiller(config, params, kind, llm.width, None, dtype, attention, self.settings.remat)
 
     def description(self) -> dict:
-        return {"platform": self.device.platform, "device": self.device.device_kind, "attention": self.attention}
+        return {"platform": self.device.platform, "device": self.device.device_kind, "attention": self.llm.attention}
 
     def reset_peak(self) -> int:
         """Forgets the peak of memory; returns the memory in use now, in bytes."""
@@ -142,7 +147,7 @@ def start_report(arguments, settings: Settings) -> dict:
     }
 
 
-def check_window(reader: str, tokens: int, config: DecoderConfig) -> None:
+def check_window(reader: str, tokens: int, config: Config) -> None:
     """Raises UserError where a workload is longer than a model's window."""
     if tokens > config.window:
         raise UserError(
@@ -264,8 +269,7 @@ class InferenceSide(Side):
 def step_batch(settings: Settings) -> Batch:
     """The batch of `batch_tokens`: every row full, y the last `target` tokens."""
     demos, query = batch_tokens(settings)
-    full = np.full(settings.rows, 1, np.int32)
-    y_start = settings.query - settings.target
-    return Batch(
-        demos, full * settings.demos, Query(query, full * settings.query, full * y_start), np.arange(settings.rows)
-    )
+    full, x = np.full(settings.rows, 1, np.int32), settings.query - settings.target
+    apart = (None, None) if isinstance(settings.llm, DecoderConfig) else (x, settings.target)
+    query = Query(query, full * settings.query, full * x, *apart)
+    return Batch(demos, full * settings.demos, query, np.arange(settings.rows))

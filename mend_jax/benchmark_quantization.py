@@ -23,7 +23,8 @@ from mend_jax.data.batches import Batch
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM
 from mend_jax.llm_encoder_decoder import EncoderDecoderLLM
-from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config
+from mend_jax.model_sizes import known_or_folder
+from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import has_weights
 from mend_jax.models.int8 import quantize_params
 from mend_jax.models.weights import read_params
@@ -31,40 +32,6 @@ from mend_jax.prefix import Prefix, SoftPrompt
 from mend_jax.query import Query
 from mend_jax.step import make_loss_fn
 
-KNOWN = {  # the smallest published model of each family, as its config.json says it
-    "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
-    "opt-125m": {
-        "model_type": "opt",
-        "vocab_size": 50272,
-        "hidden_size": 768,
-        "ffn_dim": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 2048,
-    },
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "t5-small-lm-adapt": {
-        "model_type": "t5",
-        "vocab_size": 32128,
-        "d_model": 512,
-        "d_kv": 64,
-        "d_ff": 1024,
-        "num_layers": 8,
-        "num_heads": 6,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-    },
-}
 FORMATS = ("float32", "bfloat16", "int8")
 
 
@@ -80,7 +47,7 @@ class Sizes:
 
 
 def measure_models(names: str, sizes: Sizes) -> dict:
-    """The report on models with commas between: names of KNOWN, or folders with a config.json."""
+    """The report on models with commas between: as `known_or_folder` takes them."""
     report: dict[str, Any] = {"machine": measure.machine(), "sizes": dataclasses.asdict(sizes), "models": {}}
     for name in names.split(","):
         report["models"][name] = measure_model(name, sizes)
@@ -131,13 +98,8 @@ def text(report: dict) -> str:
 
 def _model(name: str) -> tuple[Config, dict, str]:
     """(its config, float32 params (NumPy), "its own" or "random")."""
-    if name in KNOWN:
-        config = from_hf_config(KNOWN[name])
-        return config, random_params(config, LLM_SEED), "random"
-    if not Path(name).is_dir():
-        raise UserError(f"{name} is neither a known model ({', '.join(KNOWN)}) nor a folder with a config.json.")
-    config = from_hf_config(name)
-    if has_weights(name):
+    config = known_or_folder(name)
+    if Path(name).is_dir() and has_weights(name):
         return config, read_params(name, config), "its own"
     return config, random_params(config, LLM_SEED), "random"
 

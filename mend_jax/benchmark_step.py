@@ -7,12 +7,16 @@ from tqdm import tqdm
 from mend_jax import costs, measure
 from mend_jax.benchmark_jax import TOLERANCE, Settings, StepSide, check_window, start_report
 from mend_jax.errors import UserError
+from mend_jax.models.families import DecoderConfig
 
 
 def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
     """(report, its text, whether both sides computed the same) of the train step."""
     if settings.weights != "full" and not arguments.no_pytorch:
         raise UserError(f"PyTorch's side has no {settings.weights} weights to be compared with: give --no_pytorch too.")
+    decoders = isinstance(settings.llm, DecoderConfig) and isinstance(settings.distiller, DecoderConfig)
+    if not decoders and not arguments.no_pytorch:
+        raise UserError("PyTorch's side has decoder-only models alone: give --no_pytorch too.")
     check_window("teacher", settings.demos + settings.query, settings.llm)
     check_window("student", settings.vectors + settings.query, settings.llm)
     check_window("distiller", settings.demos + settings.vectors, settings.distiller)
@@ -31,8 +35,10 @@ def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
         for worker in sides.values():
             worker.close()
     sizes = (settings.llm, settings.distiller, settings.rows, settings.demos, settings.query, settings.vectors)
-    report["model_flops"] = costs.step(*sizes)
-    release = report["model_flops"]["total"] if arguments.query_head else costs.release_step(*sizes)
+    report["model_flops"] = costs.step(*sizes, 0 if isinstance(settings.llm, DecoderConfig) else settings.target)
+    release = None
+    if not arguments.no_pytorch:
+        release = report["model_flops"]["total"] if arguments.query_head else costs.release_step(*sizes)
     report["machine"]["matmul_flops"] = max(side["matmul_flops"] for side in report["sides"].values())
     tokens = settings.rows * (settings.demos + settings.query)
     for name, side in report["sides"].items():

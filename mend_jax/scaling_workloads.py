@@ -9,8 +9,8 @@ from mend_jax.data import sampling
 from mend_jax.data.draws import check_windows
 from mend_jax.errors import UserError
 from mend_jax.experiments.methods import stage_configs
+from mend_jax.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
-from mend_jax.scaling_models import settings_of
 
 FOLDER = cli.ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))

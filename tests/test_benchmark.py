@@ -13,6 +13,7 @@ import pytest
 from mend_jax import benchmark, benchmark_inference, benchmark_step, cli, costs, measure
 from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide, random_params
 from mend_jax.errors import UserError
+from mend_jax.model_sizes import known_or_folder
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
@@ -110,7 +111,7 @@ def test_inference_costs_add_up():
 
 
 def test_the_paper_sizes_cost_what_the_design_says():
-    llm, distiller = benchmark.model_config("gpt2-large"), benchmark.model_config("gpt2")
+    llm, distiller = known_or_folder("gpt2-large"), known_or_folder("gpt2")
     step = costs.step(llm, distiller, 1, 900, 124, 100)
     rounded = {name: round(flops / 1e12, 1) for name, flops in step.items()}
     assert (rounded["teacher"], rounded["distiller"]) == (1.6, 0.6)
@@ -209,11 +210,26 @@ def test_step_command_in_8_bits(folder, capsys):
     assert held.llm.params["layers"]["up"]["kernel"].dtype == jnp.int8 and held.flops == full.flops
 
 
+def test_step_command_of_an_encoder_decoder(folder, capsys):
+    fields = {"model_type": "t5", "vocab_size": 96, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+    (folder / "t5").mkdir()
+    (folder / "t5" / "config.json").write_text(json.dumps(fields))
+    out = folder / "step.json"
+    arguments = [f"--llm={folder / 't5'}", f"--distiller={folder / 't5'}", *TINY, "--no_pytorch", f"--out={out}"]
+    assert command("step", *arguments) == 0
+    report = json.loads(out.read_text())
+    [side] = report["sides"].values()
+    assert side["losses"][-1] < side["losses"][0] and side["attention"] == "xla"
+    assert report["model_flops"]["total"] < side["counted_flops"] < 1.3 * report["model_flops"]["total"]
+
+
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        (["step", "--llm=gpt3"], "neither a known size"),
-        (["quantization", "--llm=gpt3"], "neither a known model"),
+        (["step", "--llm=gpt3"], "gpt3 is neither one of gpt2, gpt2-medium,"),
+        (["quantization", "--llm=gpt3"], "gpt3 is neither one of gpt2, gpt2-medium,"),
+        (["inference", "--llm=t5-small-lm-adapt"], "inference measures decoder-only LLMs, t5-small-lm-adapt is t5"),
+        (["step", "--llm=t5-small-lm-adapt"], "PyTorch's side has decoder-only models alone: give --no_pytorch too"),
         (["quantization", "--demos=1000"], "window"),
         (["quantization", "--weights=int4"], "--weights must be one of full, int8"),
         (["step", "--demos=1000"], "window"),

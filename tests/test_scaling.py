@@ -14,9 +14,9 @@ from mend_jax import cli, costs, parallel, scaling, sharding
 from mend_jax.collectives import sent
 from mend_jax.data.batches import make_batches
 from mend_jax.errors import UserError
+from mend_jax.model_sizes import SIZES, gpt2, llama, opt, settings_of, t5
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.scaling_formulas import by_formula, count, flops, formula_table, meshes
-from mend_jax.scaling_models import SIZES, gpt2, llama, opt, settings_of, t5
 from mend_jax.scaling_workloads import STAGES, TABLE, load_workload, make_workload
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")  # bytes are settled before what it leaves out
@@ -54,7 +54,7 @@ def test_bytes_by_formula_are_those_of_the_shapes(name, weights):
 
 
 def test_sizes_of_the_models():
-    published = {"gpt2": 124_439_808, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     published |= {"facebook/opt-125m": 125_239_296, "facebook/opt-6.7b": 6_658_473_984}
     published |= {"google/t5-small-lm-adapt": 76_961_152, "google/t5-large-lm-adapt": 783_150_080}
     published |= {"google/flan-t5-base": 247_577_856, "google/flan-t5-xl": 2_849_757_184}

@@ -1,5 +1,8 @@
-"""The sizes of the models that config files name, as their config.json says them: nothing is downloaded."""
+"""The sizes of published models, as their config.json says them: what is measured or computed needs no download."""
 
+from pathlib import Path
+
+from mend_jax.errors import UserError
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import local_folder
 
@@ -29,6 +32,7 @@ def llama(width, layers, heads, kv_heads, mlp_width, **rest):
 SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 SIZES = {
     "gpt2": gpt2(768, 12, 12),
+    "gpt2-medium": gpt2(1024, 24, 16),
     "gpt2-large": gpt2(1280, 36, 20),
     "gpt2-xl": gpt2(1600, 48, 25),
     "facebook/opt-125m": opt(768, 12, 12),
@@ -44,6 +48,17 @@ SIZES = {
 }
 
 
+NAMES = tuple(path.split("/")[-1] for path in SIZES)
+
+
 def settings_of(path: str) -> Config:
     """Those of the model that a config names: from SIZES, others from the config.json of their folder or on the hub."""
     return from_hf_config(SIZES[path] if path in SIZES else local_folder(path))
+
+
+def known_or_folder(name: str) -> Config:
+    """A model of SIZES by the last part of its name, or that of a folder's config.json. Raises UserError for another name."""
+    known = dict(zip(NAMES, SIZES.values(), strict=True))
+    if name not in known and not Path(name).expanduser().is_dir():
+        raise UserError(f"{name} is neither one of {', '.join(NAMES)} nor a folder with a config.json.")
+    return from_hf_config(known.get(name, name))
