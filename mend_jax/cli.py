@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from mend_jax import compile_cache, distributed
+from mend_jax.distributed import STOPPED
 from mend_jax.errors import UserError
 from mend_jax.settings import check, dotted_fields, nearest
 
 ROOT = Path(__file__).resolve().parents[1]  # where configs/ lies beside the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
-STOPPED = 75  # after SIGTERM: EX_TEMPFAIL, "try again"
 
 
 def run(main, argv=None, several=False) -> None:
@@ -67,7 +67,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
             code = main(*arguments)
         return code if isinstance(code, int) else 0
     except distributed.Stopped:
-        print(f"{distributed.label()}Stopped. The same command goes on where it stopped.", file=sys.stderr)
+        distributed.say_stopped()
         return STOPPED
     except UserError as error:
         print(f"{distributed.label()}error: {error}", file=sys.stderr)

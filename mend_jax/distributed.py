@@ -12,6 +12,7 @@ A process that is alone starts nothing. All processes run the same command and s
 import contextlib
 import itertools
 import os
+import select
 import signal
 import sys
 import threading
@@ -21,7 +22,10 @@ from mend_jax.errors import UserError
 
 NUMBER, INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PATIENCE = 10  # seconds that a process which fails waits for the others to fail alike
+HEARD = 5  # seconds that a command told to stop may be deaf to it, in a program of JAX's, before it is ended all the same
+STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 _calls = itertools.count()  # of `told_to_stop` by this process
+_said = threading.Event()  # by a thread that ends the process
 
 
 def start() -> None:
@@ -116,6 +120,7 @@ class Stopped(BaseException):
 def stops_at_sigterm() -> Iterator[None]:
     """Within, SIGTERM raises `Stopped`: for what loses nothing when it ends at once. Elsewhere than in the main thread nothing.
 
+    A main thread that waits for others, computes or compiles hears of no signal: then another thread ends the process.
     In several processes it takes the signal from JAX, so `told_to_stop` hears of it no more.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -125,11 +130,38 @@ def stops_at_sigterm() -> Iterator[None]:
     def stop(*_):
         raise Stopped
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals, told = os.pipe()  # the number of each signal, at once
+    os.set_blocking(told, False)
+    threading.Thread(target=_end_deaf, args=(signals, stop), daemon=True).start()
+    before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before[0] or signal.SIG_DFL)
+        signal.set_wakeup_fd(before[1])
+        os.close(told)
+
+
+def _end_deaf(signals: int, stop) -> None:
+    """Ends the process where the main thread does not leave `stops_at_sigterm`, which closes the pipe, soon after SIGTERM.
+
+    Another handler than `stop`, such as a training's, may take its time.
+    """
+    with os.fdopen(signals, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop:
+                if select.select([pipe], [], [], HEARD)[0]:
+                    continue
+                say_stopped()
+                _said.set()  # the main thread may hear yet, when the others have gone
+                leave(STOPPED)
+                os._exit(STOPPED)
+
+
+def say_stopped() -> None:
+    """What a person sees last; once."""
+    if not _said.is_set():
+        print(f"{label()}Stopped. The same command goes on where it stopped.", file=sys.stderr, flush=True)
 
 
 def is_running() -> bool:

@@ -20,7 +20,10 @@ from test_end_to_end import _model as model_folder
 from mend_jax import checkpoint, distributed, reporting, run_parts, train
 from mend_jax.cli import load_config
 from mend_jax.errors import UserError
-from mend_jax.evaluate import evaluate
+from mend_jax.evaluate import evaluate, made_of
+from mend_jax.models.folders import fingerprint
+from mend_jax.results import Store
+from mend_jax.task_scoring import Method
 
 STEPS = 40
 CONFIG = """
@@ -193,6 +196,28 @@ def test_evaluation_is_shared_and_the_same(machine, alone, mode, tmp_path):
     written = {file: file.stat().st_mtime_ns for file in files[1]}
     machine.run(2, "evaluate", tmp_path / "both", *flags)
     assert written == {file: file.stat().st_mtime_ns for file in files[1]}
+
+
+def test_sigterm_ends_an_evaluation_which_goes_on(machine, tmp_path, monkeypatch):
+    """Process 0 has scored its seed and waits for process 1, which waits for a pipe in the place of its last predictions."""
+    monkeypatch.setitem(machine.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    config = load_config(f"{machine.folder}/tiny.py")
+    made = made_of(config, Method("icl"), fingerprint(config.llm.path))
+    pipe = Store(tmp_path, "icl", made).folder / "t_21.jsonl"
+    os.mkfifo(pipe)
+    launcher = machine.start(2, "evaluate", tmp_path)
+    while launcher.poll() is None and len(list(tmp_path.glob("predictions/*/*.jsonl"))) < 4:
+        time.sleep(0.002)
+    assert launcher.poll() is None, machine.log.read_text()
+    launcher.terminate()
+    said = machine.end(launcher, 75)
+    assert said.count("Stopped. The same command goes on where it stopped.") == 2 and "Traceback" not in said
+    pipe.unlink()
+    scored = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*/*.jsonl")}
+    assert len(scored) == 3 and not (tmp_path / "scores.json").exists()
+    machine.run(2, "evaluate", tmp_path)
+    assert scored == {path: path.stat().st_mtime_ns for path in scored}  # they were not scored again
+    assert pipe.is_file() and (tmp_path / "scores.json").exists()
 
 
 def test_a_mistake_is_one_sentence_and_ends_all(machine, tmp_path):
