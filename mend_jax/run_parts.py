@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
+
 from mend_jax import checkpoint, reporting, sharding
 from mend_jax.data.batches import find_tasks, make_batches
 from mend_jax.data.c4 import text_files, tfds_folder
@@ -13,7 +15,7 @@ from mend_jax.errors import UserError
 from mend_jax.llm import init_llm, load_llm, with_layers
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, local_folder
-from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt
+from mend_jax.prefix import Distiller, init_distiller, init_soft_prompt, resolve_projection
 from mend_jax.task_scoring import check_truncation, dev_score, dev_tasks
 
 
@@ -48,12 +50,18 @@ def build(config, llm, begins: bool = True, place=None):
 
 
 def check_settings(config):
-    """Raises UserError where the config asks for what its models cannot read, by their config.json alone, or names data that
+    """Raises UserError where the config asks for what its models cannot do, by their config.json alone, or names data that
     is not there. Nothing large is read."""
-    backbone = None
+    llm, backbone = from_hf_config(local_folder(config.llm.path)), None
     if config.stage != "lm" and config.prefix.kind == "distiller":
         backbone = from_hf_config(local_folder(config.prefix.backbone))
-    check_windows(config, from_hf_config(local_folder(config.llm.path)), backbone)
+        resolve_projection(config.prefix.projection, backbone.width, llm.width)
+    check_windows(config, llm, backbone)
+    if config.train.parallel == "mesh":
+        tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
+        sharding.check_heads(llm, tensor, config.llm.path)
+        if backbone is not None:
+            sharding.check_heads(backbone, tensor, config.prefix.backbone)
     text = str(config.data.text)
     if config.stage != "finetune" and text and not tfds_folder(text):
         text_files(text)
@@ -70,14 +78,6 @@ def check_tokenizers(config, llm, model):
     if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
         check_truncation(config)
         reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
-
-
-def check_mesh(config, llm, model, mesh):
-    """Raises UserError where a mesh splits the heads of the LLM or of the distiller's backbone unevenly."""
-    if mesh is not None:
-        sharding.check_heads(llm.config, mesh.shape[sharding.TENSOR], config.llm.path)
-        if isinstance(model, Distiller):
-            sharding.check_heads(model.config, mesh.shape[sharding.TENSOR], config.prefix.backbone)
 
 
 def batches(config, llm, model, split, layout):

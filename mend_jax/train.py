@@ -133,7 +133,6 @@ class _Run:
         self.llm = run_parts.load(config, place)
         self.model = None if config.stage == "lm" else run_parts.build(config, self.llm, not checkpoints.steps, place)
         run_parts.check_tokenizers(config, self.llm, self.model)
-        run_parts.check_mesh(config, self.llm, self.model, self.layout.mesh)
         optimizer = make_optimizer(config)
         self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
         params = self.llm.params if self.model is None else self.model.params

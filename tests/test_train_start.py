@@ -66,12 +66,19 @@ def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(stage, fi
         train.train(config(model, stage=stage, **fields), tmp_path / "run")
 
 
-def test_a_backbone_without_room_for_demonstrations(model, tmp_path, no_models):
+@pytest.mark.parametrize(
+    ("change", "fields", "said"),
+    [
+        ({"n_positions": 4}, {}, "distiller's window of 4 tokens has no room for demonstrations beside"),
+        ({"n_embd": 8}, {"prefix.projection": "identity"}, "as wide as the LLM, not 8 against 16: use"),
+        ({"n_head": 1}, {"train.parallel": "mesh", "mesh.tensor": 2}, "mesh.tensor=2 does not divide the 1 heads of .*backbone"),
+    ],
+)
+def test_a_backbone_that_does_not_do(change, fields, said, model, tmp_path, no_models):
     backbone = model_folder(tmp_path / "backbone", with_weights=False)
-    fields = json.loads((backbone / "config.json").read_text()) | {"n_positions": 4}
-    (backbone / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="distiller's window of 4 tokens has no room for demonstrations beside"):
-        train.train(config(model, **{"prefix.backbone": str(backbone)}), tmp_path / "run")
+    (backbone / "config.json").write_text(json.dumps(json.loads((backbone / "config.json").read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        train.train(config(model, **{"prefix.backbone": str(backbone)} | fields), tmp_path / "run")
 
 
 def test_longest_lengths_that_fit(model, caplog):
@@ -118,7 +125,7 @@ def test_backbone_with_fewer_tokens(model):
         ({"train.batch_size": 12}, "train.batch_size=12 does not divide over mesh.data=1 x mesh.fsdp=8 "),
     ],
 )
-def test_a_mesh_that_does_not_divide(fields, said, model, tmp_path, no_data):
+def test_a_mesh_that_does_not_divide(fields, said, model, tmp_path, no_models):
     with pytest.raises(UserError, match=said):
         train.train(config(model, **{"train.parallel": "mesh"} | fields), tmp_path / "run")
 
