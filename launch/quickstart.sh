@@ -12,7 +12,7 @@ explain "$@"
 
 workdir=runs/quickstart
 install requirements.txt
-echo "== training and evaluating in $workdir: about ten minutes on two cores; stopped, the same command goes on"
+echo "== training and evaluating in $workdir: five to ten minutes on two cores; stopped, the same command goes on"
 python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
 cat <<END
 

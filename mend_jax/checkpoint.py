@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import jax
@@ -35,7 +34,8 @@ CONFIG = "config.json"
 class Checkpoints:
     """The checkpoints of one run that is training: keeps the newest two and the best.
 
-    `maximize` says whether a higher score is better. Opening removes what an interrupted or damaged save left behind.
+    `maximize` says whether a higher score is better. Opening removes what an interrupted save left behind, and puts
+    what was damaged since aside.
     """
 
     def __init__(self, workdir, maximize):
@@ -165,7 +165,7 @@ def load_best(workdir, place=None):
     for step in _steps(folder):
         damage = find_damage(folder / str(step))
         if damage:
-            warnings.warn(damage, stacklevel=2)
+            logging.warning(damage)
         else:
             candidates[step] = read_meta(folder / str(step))
     if not candidates:
@@ -292,8 +292,19 @@ def _remove_unusable(folder):
     for step in _steps(folder):
         damage = find_damage(folder / str(step))
         if damage:
-            warnings.warn(damage, stacklevel=3)
-            shutil.rmtree(folder / str(step))
+            _put_away(folder, step, damage)
+
+
+def _put_away(folder, step, damage):
+    """Removes a save that was interrupted; a checkpoint that was whole once stays beside the others, under another name."""
+    if not (folder / str(step) / CHECKSUMS).exists():
+        logging.warning(damage)
+        shutil.rmtree(folder / str(step))
+        return
+    aside = folder / f"{step}.damaged"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder / str(step), aside)
+    logging.warning("%s Its files are in %s now.", damage, aside)
 
 
 def _steps(folder):

@@ -118,7 +118,7 @@ def parse(main, argv) -> list:
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}: see --help.") from None
     flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
-    return _arguments(parameters, values, words)
+    return _arguments(main, values, words)
 
 
 def load_config(name: str) -> ConfigDict:
@@ -274,15 +274,15 @@ def _define(name: str, parameter: inspect.Parameter, values: flags.FlagValues) -
     define.get(parameter.annotation, flags.DEFINE_string)(name, default, "", flag_values=values)
 
 
-def _arguments(parameters, values, words: list[str]) -> list:
+def _arguments(main, values, words: list[str]) -> list:
     arguments, words = [], list(words)
-    for name, parameter in parameters.items():
+    for name, parameter in _parameters(main).items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             arguments.append(_word(parameter, words.pop(0) if words else None))
         elif name == "config":
             arguments.append(_resolved(values.config))
         else:
-            arguments.append(_flag(name, parameter, values[name].value))
+            arguments.append(_flag(main, name, parameter, values[name].value))
     if words:
         raise UserError(f'"{words[0]}" is not understood: flags are written --name=value; see --help.')
     return arguments
@@ -305,10 +305,9 @@ def _word(parameter: inspect.Parameter, word: str | None):
     raise UserError(f"Say {' or '.join(choices)}: {given}.")
 
 
-def _flag(name: str, parameter: inspect.Parameter, value):
+def _flag(main, name: str, parameter: inspect.Parameter, value):
     if parameter.default is parameter.empty and value in (None, ""):
-        what = "the folder of the run" if name == "workdir" else "see --help"
-        raise UserError(f"--{name} is needed: {what}.")
+        raise UserError(f"--{name} is needed: {_described(main).get(name, 'see --help').rstrip('.')}.")
     if name == "workdir" and value:
         value = str(Path(value).expanduser())
         if Path(value).exists() and not Path(value).is_dir():
@@ -384,7 +383,7 @@ def _help(main) -> str:
 def _described(main) -> dict[str, str]:
     """{parameter: what the docstring of `main` says of it under Args}; "a, b: text" is of both."""
     args = inspect.cleandoc(main.__doc__ or "").partition("Args:\n")[2].partition("\nReturns:")[0]
-    found = {}
+    found = {"workdir": "the folder of the run: new, or that of an earlier one, which goes on."}
     for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", args, re.MULTILINE):
         found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found

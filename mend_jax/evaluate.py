@@ -33,7 +33,15 @@ from mend_jax.metrics import aggregate
 from mend_jax.models.folders import fingerprint
 from mend_jax.parallel import Layout, make_layout
 from mend_jax.prefix import Distiller, SoftPrompt
-from mend_jax.task_scoring import Method, evaluate_task, make_context, prefix_maker, scores_of, scoring_options
+from mend_jax.task_scoring import (
+    Method,
+    check_longest,
+    evaluate_task,
+    make_context,
+    prefix_maker,
+    scores_of,
+    scoring_options,
+)
 from mend_jax.trained import load_trained
 
 BUILT_IN = ("zero_shot", "icl")  # methods without a trained model
@@ -50,6 +58,8 @@ def evaluate(config, workdir) -> dict:
     llm, methods = load_models(config, layout)
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
+    for method in methods:
+        check_longest(llm, getattr(method.model, "num_vectors", 0), tasks, config.evaluate.split)
     read_from, found = fingerprint(config.llm.path), {}
     stores = [results.Store(workdir, method.name, made_of(config, method, read_from)) for method in methods]
     if distributed.is_first():

@@ -1,7 +1,7 @@
 """What a run's config means: whether the run may go on with it, and whether another run's result may be its start.
 
 Beside config.json lies sources.json: where the folders were that the config names, and a fingerprint of what they held. So a
-run goes on where its folders have moved, and not where another model lies under an old name.
+run goes on where its folders have moved, and not where another model or other data lie under an old name.
 """
 
 import functools
@@ -18,6 +18,7 @@ from mend_jax.results import tree_hash
 
 SOURCES = "sources.json"
 MODELS = ("llm.path", "prefix.backbone")
+DATA = ("data.text", "data.tasks")
 START = "prefix.start_from"
 # What may change when a run goes on: where and how fast it computes, what it prints, what the experiment does later.
 FREE_FIELDS = (
@@ -41,6 +42,8 @@ def check_resume(workdir, config, finished: bool) -> None:
             continue
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
+        if name in DATA and there and here and not finished and "fingerprint" in recorded.get(name, {}):
+            continue  # wherever they lie: `check_data` looks at what they are
         if name not in wanted and finished:
             continue
         there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
@@ -88,18 +91,17 @@ def check_start(config) -> None:
             )
 
 
-def check_data(workdir, contents: dict[str, str]) -> None:
+def check_data(workdir, config, contents: dict[str, str]) -> None:
     """Raises UserError where a run would go on with other texts or examples than it began with.
 
     `contents` as `Batches` has it. Nothing is known of a run of an earlier version of this program.
     """
-    recorded = read_sources(workdir)
+    recorded, fields = read_sources(workdir), fields_of(config.to_dict())
     for name, content in contents.items():
-        source = recorded.get(name, {})
-        if source.get("fingerprint", content) != content:
+        if recorded.get(name, {}).get("fingerprint", content) != content:
             raise UserError(
-                f"What {name} names has changed since {workdir} was trained with it ({source['folder']}): put the files back as"
-                " they were, or use another workdir."
+                f"{name}={fields[name]} does not hold what {workdir} was trained with ({recorded[name]['folder']}, as it was then):"
+                " put the files back, or use another workdir."
             )
 
 
@@ -139,7 +141,7 @@ def fields_of(tree: dict, before: str = "") -> dict:
     return flat
 
 
-_PATHS = (*MODELS, START, "data.text", "data.tasks")
+_PATHS = (*MODELS, START, *DATA)
 
 
 def _paths_read(config) -> list[str]:

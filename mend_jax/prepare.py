@@ -5,8 +5,7 @@
 
 Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them
 itself when this was not run. Interrupted, it goes on where it stopped. Where prefix.backbone has another tokenizer than
-the LLM, each text is read by both. Test and dev examples are few: whoever scores them tokenises them (3 s for all 16,785
-of class_to_class).
+the LLM, each text is read by both. Test and dev examples are few: whoever scores them tokenises them.
 """
 
 from mend_jax import cli

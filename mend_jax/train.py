@@ -146,7 +146,7 @@ class _Run:
         self.evaluate = run_parts.evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
         self.batches = run_parts.batches(config, self.llm, self.model, "train", self.layout)
         if checkpoints.steps:
-            meaning.check_data(workdir, self.batches.contents)
+            meaning.check_data(workdir, config, self.batches.contents)
         self._write_start(params, frozen)
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole, damaged, interrupted; what is kept; a full disk; the configuration that is kept."""
 
 import errno
+import re
 import shutil
 import subprocess
 import sys
@@ -108,15 +109,17 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_newest_is_named_and_the_previous_used(damage, tmp_path):
+def test_damaged_newest_is_named_and_the_previous_used(damage, tmp_path, caplog):
     saved(tmp_path, [None, None])
     newest = tmp_path / "checkpoints" / "2"
     damage(largest_file(newest))
-    with pytest.warns(UserWarning, match=f"{newest} .*{DAMAGES[damage]}"):
-        params, _ = checkpoint.load_best(tmp_path)
+    params, _ = checkpoint.load_best(tmp_path)
     np.testing.assert_array_equal(params["b"], 1)
-    with pytest.warns(UserWarning, match=f"{newest} .*{DAMAGES[damage]}"):
-        checkpoints = Checkpoints(tmp_path, False)
+    checkpoints = Checkpoints(tmp_path, False)
+    assert len(caplog.messages) == 2
+    assert all(re.search(f"{newest} .*{DAMAGES[damage]}", said) for said in caplog.messages)
+    aside = tmp_path / "checkpoints" / "2.damaged"
+    assert aside.exists() == (damage is not empty_folder) == (f"Its files are in {aside} now." in caplog.messages[1])
     assert checkpoints.restore(*trees(0))[0] == 1
     checkpoints.save(2, *trees(2), {})  # training passes the place again
     checkpoints.close()
@@ -145,7 +148,7 @@ def test_interrupted_saves_are_cleared_away(tmp_path):
 def test_all_damaged_is_said(tmp_path):
     saved(tmp_path, [None])
     cut_short(largest_file(tmp_path / "checkpoints" / "1"))
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
         checkpoint.load_best(tmp_path)
 
 

@@ -333,8 +333,10 @@ def test_contents_change_with_the_data_alone(tmp_path, world, tokenizer, stage):
     assert contents[0] == contents[1] and contents[0].keys() == {
         "pretrain": {"data.text"}, "finetune": {"data.tasks"}, "lm": {"data.text", "data.tasks"},
     }[stage]  # fmt: skip
-    write_text(tmp_path / "world" / "c4", "c4-train.00000-of-00002.json.gz", [words(1, 50)])
-    write_examples(tmp_path / "world/metaicl/data/a/a_16384_100_train.jsonl", "a", [("w1", "w50")] * 9, ["w50"])
+    texts = [words(i, 30 + 7 * (i % 9)) for i in range(40)]
+    write_text(tmp_path / "world" / "c4", "c4-train.00000-of-00002.json.gz", [texts[1], texts[0], *texts[2:]])
+    examples = tmp_path / "world/metaicl/data/a/a_16384_100_train.jsonl"
+    examples.write_text(examples.read_text().replace("w50", "w51"))
     changed = batches(tmp_path / "world", tokenizer, stage).contents
     assert all(changed[name] != contents[0][name] for name in changed)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_training
@@ -186,8 +188,7 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint")
-def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch):
+def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_parts, "make_batches", stop_after(10))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model), tmp_path)
@@ -197,8 +198,9 @@ def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, 
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
-    with pytest.warns(UserWarning, match=f"{newest}.*has changed"):
-        assert train.train(config(model), tmp_path) == 0
+    assert train.train(config(model), tmp_path) == 0
+    [said] = caplog.messages
+    assert re.search(f"{newest} is damaged: .* has changed since .*Its files are in {newest}.damaged now", said)
     assert_same_run(tmp_path, finished)
 
 
@@ -273,7 +275,33 @@ def test_second_stage_goes_on_after_both_were_moved(model, finished, tmp_path, m
     assert checkpoint.whole_steps(tmp_path / "b" / "second")[-1] == 5
 
 
-def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, tmp_path):
+def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, finished, tmp_path, monkeypatch):
+    class Poisoned(RandomBatches):
+        def _batch(self, step):
+            batch = super()._batch(step)
+            return batch.replace(demos=np.full_like(batch.demos, 7)) if step == 5 else batch
+
+    def poisoned(*args):
+        loss_fn = make_loss_fn(*args)
+
+        def loss(params, llm_params, batch):
+            value, metrics = loss_fn(params, llm_params, batch)
+            return jnp.where((batch.demos == 7).all(), jnp.nan, value), metrics
+
+        return loss
+
+    make_loss_fn = train.make_loss_fn
+    with monkeypatch.context() as patch:
+        patch.setattr(run_parts, "make_batches", Poisoned)
+        patch.setattr(train, "make_loss_fn", poisoned)
+        with pytest.raises(UserError, match=r"Step 6 is not finite .*rows \d+, \d+.*random row.*checkpoint 3 in .* is intact"):
+            train.train(config(model), tmp_path)
+    assert checkpoint.whole_steps(tmp_path) == [3]
+    assert train.train(config(model), tmp_path) == 0  # with what was learnt until then
+    assert_same_run(tmp_path, finished)
+
+
+def test_overflow_of_a_parameter_is_noticed(model, tmp_path):
     exploding = {"optimizer.learning_rate": 1e36, "train.save_every": 1, "train.eval_every": 100, "optimizer.clip": 1e9}
     with pytest.raises(UserError, match=r"Step \d+ is not finite .*rows \d+, \d+.*random row"):
         train.train(config(model, **exploding), tmp_path)

@@ -163,13 +163,16 @@ def test_dev_examples_are_read_once(finetuning, tmp_path, monkeypatch):
     assert reads == ["dev"]
 
 
-def test_run_does_not_go_on_with_other_examples(finetuning, tmp_path):
+def test_run_goes_on_with_the_same_examples_wherever_they_lie_and_with_no_others(finetuning, tmp_path):
     assert train.train(finetuning, tmp_path / "run") == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
-    [file] = tmp_path.glob("world/metaicl/data/b/*_train.jsonl")
-    before = file.read_text()
-    file.write_text(before + before.splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="What data.tasks names has changed since .*/run was trained with it"):
-        train.train(finetuning, tmp_path / "run")
-    file.write_text(before)
+    (tmp_path / "world").rename(tmp_path / "moved")
+    finetuning.data.tasks = str(tmp_path / "moved" / "metaicl")
+    for file in ("b/b_16384_100_train.jsonl", "t/t_4_21_dev.jsonl"):  # what is learnt, what chooses the best
+        path = tmp_path / "moved" / "metaicl" / "data" / file
+        before = path.read_text()
+        path.write_text(before.replace("w2", "w3"))  # no length changes
+        with pytest.raises(UserError, match="data.tasks=.*moved/metaicl does not hold what .*/run was trained with"):
+            train.train(finetuning, tmp_path / "run")
+        path.write_text(before)
     assert train.train(finetuning, tmp_path / "run") == 0

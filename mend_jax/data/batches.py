@@ -15,7 +15,6 @@ from flax import struct
 from mend_jax.data import metaicl, prepared, sampling
 from mend_jax.data.draws import SequenceDraws, TaskDraws, TextDraws
 from mend_jax.data.stores import TaskStore, text_splits
-from mend_jax.data.tokenize import fingerprint
 from mend_jax.errors import UserError
 from mend_jax.query import Query
 
@@ -42,7 +41,7 @@ class Batches:
     """`batches[step]` is this process's part of the global batch of a step, whenever and wherever it is asked for.
 
     `steps` is the number of batches of a validation split, None for training, which has no end.
-    `contents` says what data they are drawn from: {"data.text" or "data.tasks": a hash of every document's or example's length}.
+    `contents` says what files they are drawn from, and the validation beside them: {"data.text" or "data.tasks": a hash}.
     """
 
     def __init__(
@@ -174,10 +173,11 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     if stage == "pretrain" or (stage == "lm" and config.data.text_share > 0):
         manifest = prepared.prepare_text(config, tokenizer, distiller_tokenizer)
         store, documents = text_splits(manifest, config.data.validation_items)[split]
-        contents["data.text"] = fingerprint(store.all_lengths.tobytes())
+        contents["data.text"] = prepared.contents(manifest)
     if stage == "finetune" or (stage == "lm" and config.data.text_share < 1):
-        tasks = open_tasks(config, tokenizer, split, distiller_tokenizer)
-        contents["data.tasks"] = fingerprint(*(part for task in tasks for part in (task.task, task.lengths.tobytes())))
+        manifest = prepare_tasks(config, tokenizer, split, distiller_tokenizer)
+        tasks = [TaskStore(shard, manifest["dtype"], manifest["tokenizers"]) for shard in manifest["shards"]]
+        contents["data.tasks"] = prepared.contents(manifest, *metaicl.held_out_files(config))
     if stage == "pretrain":
         draws = TextDraws(config, store, documents, train, windows)
     elif stage == "finetune":
@@ -188,11 +188,10 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
     return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart, contents)
 
 
-def open_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> list[TaskStore]:
-    """The examples of `find_tasks`, tokenised now if they are not yet."""
+def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> dict:
+    """The manifest of `find_tasks`, tokenised now if they are not yet."""
     files = "train" if split == "train" else "dev"
-    manifest = prepared.prepare_tasks(config, tokenizer, find_tasks(config, split), files, distiller_tokenizer)
-    return [TaskStore(shard, manifest["dtype"], manifest["tokenizers"]) for shard in manifest["shards"]]
+    return prepared.prepare_tasks(config, tokenizer, find_tasks(config, split), files, distiller_tokenizer)
 
 
 def find_tasks(config, split: str) -> list[str]:

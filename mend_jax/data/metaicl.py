@@ -147,6 +147,15 @@ def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tupl
     return present, missing
 
 
+def held_out_files(config) -> list[Path]:
+    """What validation reads of a run's config: demonstrations and dev examples of the meta-test tasks that have files."""
+    data, seeds, chosen = config.data, tuple(config.evaluate.seeds), config.evaluate.tasks
+    names = [name for name in load_partition(data.tasks, data.partition)["test"] if name in chosen or not chosen]
+    present, _ = present_tasks(data.tasks, names, "dev", data.k, seeds)
+    parts = [(task, seed, split) for task in present for seed in seeds for split in ("train", "dev")]
+    return [example_file(data.tasks, task, data.k, seed, split) for task, seed, split in parts]
+
+
 def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:
     """What to say where `present_tasks` found none of a side's tasks: the file of the first that is missing."""
     side = "train" if split == "train" else "test"
@@ -157,7 +166,7 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     hint = f" (is {alike[0]!r}, which is there, meant by {tasks[0]!r}?)" if alike else ""
     seeds_too = ""
     if side == "test":
-        seeds_too = f" and config.evaluate.seeds (now {', '.join(map(str, seeds))}: every test task needs files for each)"
+        seeds_too = f", config.data.k (now {k}) and config.evaluate.seeds (now {', '.join(map(str, seeds))}: every test task needs files for each)"
     return UserError(
         f"{folder} has the {split} files of none of the {len(tasks)} meta-{side} tasks of {partition!r}, the first that is "
         f"missing is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "

@@ -63,6 +63,12 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
     return _prepare("tasks", jobs, _several(tokenizer, distiller_tokenizer), separator(config.data.template), config)
 
 
+def contents(manifest: dict, *files: Path) -> str:
+    """A hash of the sources of a manifest's shards, and of other files: the same wherever they lie."""
+    with readable(manifest["source"]):
+        return fingerprint(*(shard["file"] for shard in manifest["shards"]), *(file.read_bytes() for file in files))
+
+
 def _several(tokenizer, distiller_tokenizer) -> list:
     return [tokenizer] if distiller_tokenizer is None else [tokenizer, distiller_tokenizer]
 
@@ -93,13 +99,16 @@ def _tfds_jobs(folder) -> list[dict]:
 
 
 def _file_fingerprint(file: Path) -> str:
-    """By name, size, time, and the first and last 64 KiB: C4 is too large to be read whole at every start."""
+    """By name, size, and the first and last 64 KiB: C4 is too large to be read whole at every start.
+
+    The end of a gzip file is a checksum of its content.
+    """
     with readable(file):
         stat = file.stat()
         with file.open("rb") as content:
             head = content.read(1 << 16)
             content.seek(max(0, stat.st_size - (1 << 16)))
-            return fingerprint(file.name, stat.st_size, stat.st_mtime_ns, head, content.read())
+            return fingerprint(file.name, stat.st_size, head, content.read())
 
 
 def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config) -> dict:

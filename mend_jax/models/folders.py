@@ -136,7 +136,7 @@ def local_folder(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name."
+            f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name and the network, or give a folder."
         ) from error
 
 
