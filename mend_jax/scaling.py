@@ -35,7 +35,7 @@ from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
 from mend_jax.prefix import Distiller, resolve_projection
 from mend_jax.query import Query
-from mend_jax.scaling_formulas import by_formula, formula_table
+from mend_jax.scaling_formulas import by_formula, formula_table, tera
 from mend_jax.scaling_workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
@@ -198,7 +198,7 @@ def as_text(report: dict) -> str:
     remat = [model for model, on in report["remat"].items() if on]
     facts = [f"{report['config']}, {report['stage']}, mesh {mesh}, batch {report['batch_size']}", report["dtype"]]
     facts += ["LLM in 8 bits" if report["weights"] == "int8" else "LLM in full", *(f"{model}.remat" for model in remat)]
-    facts += [f"for {report['topology'] or 'CPUs'}: {formula['flops'] / 1e12:.3g} TFLOP a step"]
+    facts += [f"for {report['topology'] or 'CPUs'}: {tera(formula['flops'])} TFLOP a step"]
     return "\n".join(
         [
             ", ".join(facts),

@@ -82,7 +82,7 @@ def formula_table(**fields) -> str:
                 held = [f"{cell['total_bytes'] / 1e9:.2f}" if cell else "–" for cell in cells]
                 moved = [f"{sum(cell['sent_bytes'].values()) / 1e9:.2f}" if cell else "–" for cell in cells]
                 work = load_workload(name, stage, devices, **fields)
-                first = [name, stage, str(devices), str(work.rows), f"{flops(work) / 1e12:.3g}"]
+                first = [name, stage, str(devices), str(work.rows), tera(flops(work))]
                 lines.append(f"| {' | '.join(first + held + moved)} |")
     return "\n".join(lines)
 
@@ -110,6 +110,11 @@ def flops(work: Workload) -> int:
     total = own.forward + own.gradient + 6 * work.vectors * _projection(work)
     total += student.forward + student.input_gradient + kd * teacher.forward + (2 + kd) * costs.head(work.llm, work.query)
     return work.rows * total + recomputed(work)
+
+
+def tera(number: float) -> str:
+    """12345e12 as "12,345", less than a thousand with three digits."""
+    return f"{number / 1e12:,.0f}" if number >= 1e15 else f"{number / 1e12:.3g}"
 
 
 def recomputed(work: Workload) -> int:
