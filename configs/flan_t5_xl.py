@@ -5,7 +5,8 @@
 
 The paper gives no hyperparameters of this LLM: those of its T5 are taken.
 
-Hardware: the paper's: 8 devices of 24 GB. Where memory is short: --config.train.parallel=mesh, --config.llm.remat=true.
+Hardware: the paper's: 8 devices of 24 GB, over which both models are split: whole on each, 8 sequences of its pretraining in
+float32 would need more (docs/scaling.md).
 Time: not measured here.
 Expected (Table 6, class_to_class): PromptTuning 33.24, Vanilla ICL 40.63, HyperTuning 39.70, MEND 40.77.
 """
@@ -16,4 +17,5 @@ from configs import t5_large
 def get_config(partition: str = "class_to_class"):
     c = t5_large.get_config(partition)
     c.llm.path, c.prefix.backbone = "google/flan-t5-xl", "google/flan-t5-base"
+    c.train.parallel = "mesh"  # fsdp over all devices
     return c
