@@ -1,7 +1,7 @@
 """Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
-    python -m mend_jax.benchmark step --llm=opt-6.7b --distiller=opt-125m --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
+    python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
@@ -20,7 +20,7 @@ from mend_jax.benchmark_jax import Settings
 from mend_jax.benchmark_step import measure_step
 from mend_jax.errors import UserError
 from mend_jax.files import write_report
-from mend_jax.model_sizes import known_or_folder
+from mend_jax.model_sizes import known_or_folder, smallest_of
 from mend_jax.models.families import DecoderConfig
 
 DEFAULTS = {
@@ -34,7 +34,7 @@ def benchmark(
     what: Literal["step", "inference", "quantization"],
     /,
     llm="gpt2",
-    distiller="gpt2",
+    distiller="",
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "xla", "cudnn"] = "auto",
     remat=False,
@@ -56,7 +56,8 @@ def benchmark(
     Args:
         what: the workload.
         llm, distiller: a published model by its name (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...), or a folder with a
-            config.json. quantization: several with commas between; a folder's own weights where it has some.
+            config.json; no distiller: the smallest of the LLM's family. quantization: several LLMs with commas between; a folder's
+            own weights where it has some.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
@@ -100,7 +101,9 @@ def measure_weights(arguments) -> tuple[dict, str, bool]:
 
 def settings_of(arguments) -> Settings:
     """The workload that the command line asks for."""
-    llm, distiller = known_or_folder(arguments.llm), known_or_folder(arguments.distiller).headless
+    llm = known_or_folder(arguments.llm)
+    arguments.distiller = arguments.distiller or smallest_of(llm.family)
+    distiller = known_or_folder(arguments.distiller).headless
     _check_sizes(arguments)
     if arguments.what == "inference" and not isinstance(llm, DecoderConfig):
         raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {llm.family}: name another.")

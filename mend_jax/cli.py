@@ -72,6 +72,9 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     except UserError as error:
         print(f"{distributed.label()}error: {error}", file=sys.stderr)
         return MISTAKE
+    except BrokenPipeError:  # what was printed went into a program, such as head, that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         return INTERRUPTED

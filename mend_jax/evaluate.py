@@ -29,6 +29,7 @@ from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.small_world import resolve
 from mend_jax.errors import UserError
 from mend_jax.llm import LLM, load_llm
+from mend_jax.meaning import check_llm
 from mend_jax.metrics import aggregate
 from mend_jax.models.folders import fingerprint
 from mend_jax.parallel import Layout, make_layout
@@ -144,6 +145,7 @@ def load_prefix_model(path: str, llm: LLM, dtype: str, layout: Layout) -> Distil
     A distiller computes in `dtype`, so that its test scores have the precision of its scores in training.
     """
     model = load_trained(path, llm, place=layout.place)
+    check_llm(path, llm.path)
     put = jax.device_put if layout.mesh is None else layout.place_frozen
     arithmetic = {"dtype": dtype} if isinstance(model, Distiller) else {}
     return dataclasses.replace(model, params=put(model.params), **arithmetic)

@@ -6,6 +6,7 @@ run goes on where its folders have moved, and not where another model or other d
 
 import functools
 import json
+import logging
 from pathlib import Path
 
 from mend_jax import checkpoint
@@ -89,6 +90,18 @@ def check_start(config) -> None:
                 f"{START}={given} was trained with {name}={there}, now it is {here}: set it as it was, or start from "
                 "another workdir."
             )
+
+
+def check_llm(workdir, path) -> None:
+    """Warns where the LLM at `path` is not the one that the run of a workdir was trained for; of other folders nothing is known."""
+    known = read_sources(workdir).get("llm.path", {}) if Path(workdir).is_dir() else {}
+    if known.get("fingerprint", (here := fingerprint(path))) != here:
+        logging.warning(
+            "What was trained in %s is for the LLM in %s, not for that in %s, to which its vectors may say nothing.",
+            workdir,
+            known["folder"],
+            path,
+        )
 
 
 def check_data(workdir, config, contents: dict[str, str]) -> None:

@@ -57,8 +57,14 @@ def settings_of(path: str) -> Config:
 
 
 def known_or_folder(name: str) -> Config:
-    """A model of SIZES by the last part of its name, or that of a folder's config.json. Raises UserError for another name."""
-    known = dict(zip(NAMES, SIZES.values(), strict=True))
+    """A model of SIZES by its name, whole or without whose it is, or that of a folder's config.json. Raises UserError."""
+    known = SIZES | dict(zip(NAMES, SIZES.values(), strict=True))
     if name not in known and not Path(name).expanduser().is_dir():
         raise UserError(f"{name} is neither one of {', '.join(NAMES)} nor a folder with a config.json.")
     return from_hf_config(known.get(name, name))
+
+
+def smallest_of(family: str) -> str:
+    """The name of the smallest model of a family in SIZES; that of Llama's for those that are like it."""
+    kind = family if family in ("gpt2", "opt", "t5") else "llama"
+    return next(name for name, fields in zip(NAMES, SIZES.values(), strict=True) if fields["model_type"] == kind)

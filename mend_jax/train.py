@@ -151,7 +151,7 @@ class _Run:
         self.report = reporting.Reporter(workdir, self.start, config.train.steps)
 
     def go(self):
-        """Trains to the end (0) or until SIGTERM (75)."""
+        """Trains to the end (0) or until SIGTERM (75), which may come at the end too: then nothing that takes long may follow."""
         with _sigterm() as told_to_stop, contextlib.closing(self.report):
             step, source = self.start, iter(self.batches.iterator(self.start))
             ready = self._next(source, step)
@@ -168,7 +168,10 @@ class _Run:
                 evaluates = last or step % self.config.train.eval_every == 0
                 if evaluates or stops or step % self.config.train.save_every == 0:
                     self._save(step, evaluates)
-                if last or (evaluates and self._stops_early(step)):
+                ends = last or (evaluates and self._stops_early(step))
+                if ends:  # its evaluation may have taken long
+                    stops = told_to_stop(step) or stops
+                if ends and not stops:
                     return 0
                 if stops:
                     self.checkpoints.wait()

@@ -188,6 +188,23 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
     assert_same_run(tmp_path, finished)
 
 
+def test_sigterm_in_the_last_evaluation_says_75_too(model, finished, tmp_path, monkeypatch, capsys):
+    """Else a command of several stages would begin the next one."""
+    save = train._Run._save
+
+    def told_at_the_end(run, step, evaluates):
+        save(run, step, evaluates)
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train._Run, "_save", told_at_the_end)
+    assert train.train(config(model), tmp_path) == 75
+    assert "Stopped at step 12, which is saved" in capsys.readouterr().err
+    assert train.train(config(model), tmp_path) == 0
+    assert "This run is finished" in capsys.readouterr().err
+    assert_same_run(tmp_path, finished)
+
+
 def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_parts, "make_batches", stop_after(10))
     with pytest.raises(KeyboardInterrupt):

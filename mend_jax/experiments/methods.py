@@ -25,6 +25,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mend_jax import distributed
+from mend_jax.cli import STOPPED
 from mend_jax.errors import UserError
 from mend_jax.files import temporary_for
 from mend_jax.settings import METHODS
@@ -86,6 +87,8 @@ def main(config: ConfigDict, workdir: str) -> int:
             if code:
                 return code
             before = str(run)
+    if distributed.is_running() and distributed.told_to_stop():
+        return STOPPED
     _evaluate(config, folder, times)
     return 0
 
