@@ -253,9 +253,9 @@ def abstract_int8(shapes):
 
 
 LOAD = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
-from mend_jax import measure
+from mend_jax import measure, sharding
 from mend_jax.llm import load_llm
 from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
@@ -263,6 +263,7 @@ from mend_jax.models.families import from_hf_config
 import jax
 
 def peak(load):
+    gc.collect()
     measure.reset_peak()
     before = measure.peak_bytes()
     result = load()
@@ -272,15 +273,18 @@ def careless(folder):
     tensors = [(name, tensor[:]) for name, tensor in weights._tensors_of(weights.weight_files(folder))]
     return weights.from_tensors(iter(tensors), from_hf_config(folder), int8=True)
 
-small, large = Path(sys.argv[1]), Path(sys.argv[2])
-load_llm(small, weights="int8"), load_llm(small)
-found = {name: peak(lambda: load_llm(large, weights=name).params) for name in ("int8", "full")}
+small, large, sizes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+place = sharding.placer(sharding.make_mesh(sizes)) if sizes else None
+load_llm(small, weights="int8", place=place), load_llm(small, place=place)
+found = {name: peak(lambda: load_llm(large, weights=name, place=place).params) for name in ("int8", "full")}
 print(json.dumps(found | {"careless": peak(lambda: careless(large))}))
 """
 
 
-def test_loading_never_holds_two_copies(tmp_path):
-    """Peak host memory: at most the result and 1.2 times the largest shard."""
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=["whole", "mesh"])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_loading_never_holds_two_copies(tmp_path, ending, mesh):
+    """Peak host memory: at most the result, which is all of a mesh's devices here, and 1.2 times the largest shard."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the peak of a process's memory cannot be reset here")
     small, large = tmp_path / "small", tmp_path / "large"
@@ -289,17 +293,16 @@ def test_loading_never_holds_two_copies(tmp_path):
     for folder, changes in {small: {}, large: {"vocab_size": 20_000, "n_layer": 4, "n_embd": 768}}.items():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(sizes | changes))
-        shard = write_shards(folder, 4)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, small, large], capture_output=True, text=True, cwd=cli.ROOT, check=True
-    )
+        shard = write_shards(folder, 4, ending)
+    command = [sys.executable, "-c", LOAD, small, large, json.dumps(mesh)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cli.ROOT, check=True)
     found = json.loads(done.stdout)
     within = {name: of["peak"] <= of["result"] + 1.2 * shard for name, of in found.items()}
     assert within == {"int8": True, "full": True, "careless": False}, (found, shard)
     assert found["int8"]["result"] < 0.26 * found["full"]["result"]
 
 
-def write_shards(folder, count):
+def write_shards(folder, count, ending):
     """Random weights in `count` files of about the same size; returns the bytes of the largest."""
     from mend_jax.models.families import key_table
 
@@ -311,11 +314,16 @@ def write_shards(folder, count):
         if sum(tensor.nbytes for tensor in shards[-1].values()) >= limit:
             shards.append({})
     shards = [shard for shard in shards if shard]
-    names = [f"model-{i}.safetensors" for i in range(len(shards))]
+    single = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[ending]
+    names = [f"{i}-{single}" for i in range(len(shards))]
     for name, tensors in zip(names, shards, strict=True):
-        save_file(tensors, folder / name)
+        if ending == "bin":
+            torch = pytest.importorskip("torch")
+            torch.save({key: torch.from_numpy(array) for key, array in tensors.items()}, folder / name)
+        else:
+            save_file(tensors, folder / name)
     index = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / f"{single}.index.json").write_text(json.dumps({"weight_map": index}))
     return max((folder / name).stat().st_size for name in names)
 
 

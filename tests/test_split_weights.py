@@ -80,7 +80,8 @@ def test_what_is_read_of_pytorch_in_parts_is_the_same(tmp_path, folder, archive,
     load, mapped = torch.load, []
     monkeypatch.setattr(torch, "load", lambda *args, **how: mapped.append(how["mmap"]) or load(*args, **how))
     split = load_model(tmp_path, place=sharding.placer(sharding.make_mesh(SIZES))).params
-    assert mapped == [archive]
+    assert set(mapped) == {archive}
+    assert len(mapped) == 1 or archive  # which is opened for each parameter: its pages are given back
     jax.tree.map(np.testing.assert_array_equal, split, whole)
     assert split["embed"]["tokens"].addressable_shards[0].data.size * 4 == whole["embed"]["tokens"].size
 

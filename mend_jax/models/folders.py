@@ -46,7 +46,8 @@ def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, pla
     """The model of a folder or hub name, its weights in `dtype`, or kernels and tables in 8 bits (models/int8.py).
 
     The host never holds two copies: its peak is the tree and 1.2 times the largest file of weights. With `place`
-    (sharding.py) the weights are read straight to where it says, and a host never holds one copy.
+    (sharding.py) the weights are read straight to where it says: the tree is then what this host's devices hold, and of
+    the rest it reads its share of one parameter at a time (split_weights.py).
     """
     folder = local_folder(path)
     config = from_hf_config(folder)

@@ -1,12 +1,16 @@
 """A folder's weights read straight onto the devices that hold them, part by part.
 
-Each process reads of each file the parts that its own devices hold, one parameter after another: what a host holds at one
-time is its share of one parameter, and what a device holds its share of the model.
+Each process reads of each file the parts that its own devices hold, one parameter after another. A file is open only
+while one parameter is read of it, and a few megabytes are read at once: beside what its devices hold already, a host has
+its share of one parameter and the pages of it that the system maps, of one file at a time. On a CPU the share becomes
+the devices' own without a copy.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +19,20 @@ from mend_jax.errors import UserError
 from mend_jax.models.families import Config
 from mend_jax.models.int8 import SCALE, SUMMED, rounded, scales
 from mend_jax.models.tables import Entry
-from mend_jax.models.weights import NOT_TIED, Tensor, matched, open_file, weight_files
+from mend_jax.models.weights import NOT_TIED, PIECE, Tensor, aligned, is_mapped, matched, open_file, weight_files
 from mend_jax.sharding import Place
 
 COMPARED = 4096  # rows of two token tables at a time
+
+Index = tuple[slice, ...]  # with a start and a stop for each axis
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file that need not be open."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
 
 
 def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place: Place) -> dict:
@@ -26,105 +40,161 @@ def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place
 
     Raises UserError as that does.
     """
-    folder, tied, found = Path(folder), None, {}
-    with contextlib.ExitStack() as files:
-        for _, entry, tensor in matched(_tensors(folder, files), config, str(folder)):
+    folder, files, tied, found = Path(folder), _Files(), None, {}
+    with contextlib.closing(files):
+        for _, entry, stored in matched(_stored(folder, files), config, str(folder)):
             if entry is None:
-                tied = tensor
+                tied = stored
             else:
-                found.setdefault(entry.path, []).append((entry, tensor))
-        if tied is not None and not _same(tied, found["embed", "tokens"][0][1]):
+                found.setdefault(entry.path, []).append((entry, stored))
+        if tied is not None and not _same(tied, found["embed", "tokens"][0][1], files):
             raise UserError(NOT_TIED.format(where=folder))
         tree: dict = {}
         for path, parts in found.items():
             node = tree
             for parent in path[:-1]:
                 node = node.setdefault(parent, {})
-            parameter = _Parameter(parts, dtype)
-            if int8 and path[-1] in SUMMED:
-                node[path[-1] + SCALE] = parameter.placed(place, parameter.scales, scales=True)
-                node[path[-1]] = parameter.placed(place, parameter.in_8_bits)
-            else:
-                node[path[-1]] = parameter.placed(place, parameter.full)
+            kind = _In8Bits if int8 and path[-1] in SUMMED else _Parameter
+            node |= kind(parts[0][0], dtype, place).read(parts, files)
         return tree
+
+
+class _Files:
+    """Files of weights, of which one is open at a time: what the system maps of a file is given back with the next."""
+
+    def __init__(self):
+        self._path, self._tensors, self._open = None, {}, contextlib.ExitStack()
+
+    def open(self, path: Path) -> dict[str, Tensor]:
+        """{name: tensor}, to be read until `open` is called again. A file that can only be read whole is not read twice."""
+        if path != self._path or is_mapped(path):
+            self.close()
+            self._path, self._tensors = path, dict(open_file(path, self._open))
+        return self._tensors
+
+    def close(self) -> None:
+        self._path, self._tensors = None, {}
+        self._open.close()
+
+
+class _Shares:
+    """An array's parts that this process's devices hold, to be filled; devices that hold the same part share it."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype, place: Place):
+        self.shape, self.sharding = shape, place(path, shape)
+        self._parts = {}
+        for index in self.sharding.addressable_devices_indices_map(shape).values():
+            key = self._key(index)
+            if key not in self._parts:
+                self._parts[key] = aligned([stop - start for start, stop in key], dtype)
+
+    def of_layer(self, layer: int | None) -> Iterator[tuple[Index, np.ndarray]]:
+        """(index in a layer, or without layers in the whole, what is to be filled there) of each part."""
+        for key, part in self._parts.items():
+            index = tuple(slice(*ends) for ends in key)
+            if layer is None:
+                yield index, part
+            elif index[0].start <= layer < index[0].stop:
+                yield index[1:], part[layer - index[0].start]
+
+    def array(self) -> jax.Array:
+        whole = jax.make_array_from_callback(self.shape, self.sharding, lambda index: self._parts[self._key(index)])
+        return jax.block_until_ready(whole)  # no longer needs the parts
+
+    def _key(self, index: Index) -> tuple[tuple[int, int], ...]:
+        return tuple(axis.indices(size)[:2] for axis, size in zip(index, self.shape, strict=True))
 
 
 class _Parameter:
     """One parameter of our tree, in the files as one tensor, or one for each layer."""
 
-    def __init__(self, parts: list[tuple[Entry, Tensor]], dtype: str):
-        self.entry, self.dtype = parts[0][0], dtype
-        self.tensors = [tensor for _, tensor in sorted(parts, key=lambda part: part[0].layer or 0)]
-        self.summed = SUMMED.get(self.entry.path[-1])
-        self._scales: dict[Tensor, np.ndarray] = {}  # of all parts of a channel, which may lie on different devices
+    def __init__(self, entry: Entry, dtype, place: Place):
+        self.entry, self.place = entry, place
+        self.name = "/".join(entry.path)
+        self.leaves = {entry.path[-1]: self._shares(self.name, entry.our_shape, dtype)}
 
-    def placed(self, place: Place, read: Callable, scales: bool = False) -> jax.Array:
-        """The whole as an array over devices; `read(tensor, index)` gives a part of a tensor, in our axes."""
-        entry, shape = self.entry, list(self.entry.our_shape)
-        if scales:
-            del shape[self.summed]
-        stacked = entry.layer is not None
-        shape = (len(self.tensors), *shape) if stacked else tuple(shape)
-        kept: dict = {}  # devices that hold the same part share it
+    def read(self, parts: list[tuple[Entry, _Stored]], files: _Files) -> dict[str, jax.Array]:
+        """{name of a leaf: its array}."""
+        for file in sorted({stored.file for _, stored in parts}):
+            tensors = files.open(file)
+            for entry, stored in parts:
+                if stored.file == file:
+                    self._fill(entry.layer, tensors[stored.name])
+        return {name: shares.array() for name, shares in self.leaves.items()}
 
-        def part(index):
-            key = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
-            if key not in kept:
-                if stacked:
-                    layers = self.tensors[index[0]]
-                    kept[key] = _stack((read(tensor, index[1:]) for tensor in layers), len(layers))
-                else:
-                    kept[key] = read(self.tensors[0], index)
-            return kept[key]
+    def _fill(self, layer: int | None, tensor: Tensor) -> None:
+        cut = len(self.entry.shape) - 1 if self.entry.transposed else 0  # rows of the file
+        for index, part in self.leaves[self.entry.path[-1]].of_layer(layer):
+            size = math.prod(part.shape) // max(1, part.shape[cut])
+            for piece, where in _pieces(index, cut, size):
+                part[where] = self._values(tensor, piece)
 
-        path = "/".join(entry.path) + (SCALE if scales else "")
-        return jax.make_array_from_callback(shape, place(path, shape), part)
+    def _shares(self, path: str, shape: tuple[int, ...], dtype) -> _Shares:
+        stacked = self.entry.layer is not None
+        return _Shares(path, (self.entry.layers, *shape) if stacked else tuple(shape), dtype, self.place)
 
-    def full(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        return np.ascontiguousarray(self._read(tensor, index), self.dtype)
-
-    def in_8_bits(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        channels = list(index)
-        del channels[self.summed]
-        return rounded(self._read(tensor, index), self.scales(tensor, tuple(channels)), self.summed)
-
-    def scales(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        """Of the channels at `index`, which are read whole, once."""
-        shape = list(self.entry.our_shape)
-        del shape[self.summed]
-        known = self._scales.setdefault(tensor, np.full(shape, np.nan, np.float32))
-        if np.isnan(known[index]).any():
-            whole = list(index)
-            whole.insert(len(index) + 1 + self.summed, slice(None))
-            known[index] = scales(self._read(tensor, tuple(whole)), self.summed)
-            if not np.isfinite(known[index]).all():
-                name = "/".join(self.entry.path)
-                raise UserError(f"The weights of {name} hold numbers that are not finite: copy the model's folder again.")
-        return known[index]
-
-    def _read(self, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    def _values(self, tensor: Tensor, index: Index) -> np.ndarray:
         return tensor[index[::-1]].T if self.entry.transposed else tensor[index]
 
 
-def _tensors(folder: Path, files: contextlib.ExitStack):
-    """(name, tensor) of every tensor of a folder; the files stay open as long as `files`."""
+class _In8Bits(_Parameter):
+    """A kernel (in,out) or a token table (V,D) as int8, and the scales of its channels."""
+
+    def __init__(self, entry: Entry, dtype, place: Place):
+        super().__init__(entry, np.int8, place)
+        self.summed = SUMMED[entry.path[-1]]
+        self.channels = 1 + self.summed  # their axis
+        shape = [entry.our_shape[self.channels]]
+        self.leaves[entry.path[-1] + SCALE] = self._shares(self.name + SCALE, shape, np.float32)
+
+    def _fill(self, layer: int | None, tensor: Tensor) -> None:
+        values, scale = self.leaves.values()
+        known = np.full(self.entry.our_shape[self.channels], np.nan, np.float32)  # a channel may lie on several devices
+        size = self.entry.our_shape[self.summed]
+        for index, part in values.of_layer(layer):
+            for piece, where in _pieces(index, self.channels, size):
+                unit = self._scales(tensor, piece[self.channels], known)
+                part[where] = rounded(self._values(tensor, piece), unit, self.summed)
+        for index, part in scale.of_layer(layer):
+            for piece, where in _pieces(index, 0, size):
+                part[where] = self._scales(tensor, piece[0], known)
+
+    def _scales(self, tensor: Tensor, channels: slice, known: np.ndarray) -> np.ndarray:
+        """Of channels, which are read whole unless they are `known`."""
+        if np.isnan(known[channels]).any():
+            whole = [slice(0, size) for size in self.entry.our_shape]
+            whole[self.channels] = channels
+            known[channels] = scales(self._values(tensor, tuple(whole)), self.summed)
+            if not np.isfinite(known[channels]).all():
+                raise UserError(
+                    f"The weights of {self.name} hold numbers that are not finite: copy the model's folder again."
+                )
+        return known[channels]
+
+
+def _stored(folder: Path, files: _Files) -> Iterator[tuple[str, _Stored]]:
+    """(name, tensor) of every tensor of a folder."""
     for path in weight_files(folder):
-        yield from open_file(path, files)
+        for name, tensor in files.open(path).items():
+            yield name, _Stored(path, name, tensor.shape)
 
 
-def _stack(parts: Iterator[np.ndarray], count: int) -> np.ndarray:
-    """`np.stack` of `count` arrays, of which one is held at a time."""
-    first = next(parts)
-    stack = np.empty((count, *first.shape), first.dtype)
-    stack[0] = first
-    for i, part in enumerate(parts, 1):
-        stack[i] = part
-    return stack
+def _pieces(index: Index, axis: int, size: int) -> Iterator[tuple[Index, Index]]:
+    """`index` cut along `axis`, where each number stands for `size`: (index of a piece, its index in the part)."""
+    count = max(1, PIECE // max(1, size))
+    for start in range(index[axis].start, index[axis].stop, count):
+        piece, where = list(index), [slice(None)] * len(index)
+        piece[axis] = slice(start, min(start + count, index[axis].stop))
+        where[axis] = slice(start - index[axis].start, piece[axis].stop - index[axis].start)
+        yield tuple(piece), tuple(where)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: _Stored, other: _Stored, files: _Files) -> bool:
     """Whether two tensors hold the same, read some rows at a time."""
     if one.shape != other.shape:
         return False
-    starts = range(0, one.shape[0], COMPARED)
-    return all(np.array_equal(one[i : i + COMPARED], other[i : i + COMPARED]) for i in starts)
+    for start in range(0, one.shape[0], COMPARED):
+        rows = slice(start, start + COMPARED)
+        if not np.array_equal(*(files.open(stored.file)[stored.name][rows] for stored in (one, other))):
+            return False
+    return True

@@ -120,7 +120,7 @@ def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> di
 def read_params(folder: str | Path, config: Config, dtype: str = "float32", int8: bool = False) -> dict:
     """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin.
 
-    Of safetensors it never takes more memory than the tree and 1.2 times the largest file.
+    It never takes more memory than the tree and 1.2 times the largest file.
     """
     folder = Path(folder)
     return from_tensors(_tensors_of(weight_files(folder)), config, dtype, int8, where=str(folder))
@@ -194,6 +194,11 @@ def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Te
     return _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, files)
 
 
+def is_mapped(path: Path) -> bool:
+    """Whether a tensor is read with its own pages: .bin files of before PyTorch 1.6 are no archives and read whole."""
+    return path.suffix != ".bin" or zipfile.is_zipfile(path)
+
+
 def _open_safetensors(path: Path, files: contextlib.ExitStack):
     try:
         file = files.enter_context(safe_open(path, framework="numpy"))
@@ -208,10 +213,8 @@ def _open_torch(path: Path):
         import torch
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.") from None
-    # The file is mapped, and a tensor's pages are read with it; files of before PyTorch 1.6 are no archives and read whole.
-    mapped = zipfile.is_zipfile(path)
     try:  # weights only: an arbitrary pickle could run code
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
     except Exception as error:  # torch raises many kinds, all of them mean the same to the user
         raise UserError(
             f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}): copy it again."
@@ -272,11 +275,11 @@ def _leaf(params: dict, entry: Entry, leaf: str, dtype) -> np.ndarray:
         params = params.setdefault(part, {})
     if leaf not in params:
         kept = [n for axis, n in enumerate(entry.our_shape) if leaf == name or axis != SUMMED[name] % 2]
-        params[leaf] = _empty(kept if entry.layer is None else (entry.layers, *kept), dtype)
+        params[leaf] = aligned(kept if entry.layer is None else (entry.layers, *kept), dtype)
     return params[leaf] if entry.layer is None else params[leaf][entry.layer]
 
 
-def _empty(shape, dtype) -> np.ndarray:
+def aligned(shape, dtype) -> np.ndarray:
     """An array that begins at a multiple of 64 bytes: JAX takes it for a CPU's own, without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + 64, np.uint8)
