@@ -100,11 +100,11 @@ class PyTorchStep:
     def _losses(self):
         rows, target = len(self.demos), self.settings.target
         placeholders = self.placeholders.expand(rows, -1, -1)
-        read = torch.cat([self.backbone.wte(self.demos), placeholders], 1)
+        read = torch.cat([self.backbone.get_input_embeddings()(self.demos), placeholders], 1)
         vectors = self.backbone(inputs_embeds=read, use_cache=False).last_hidden_state[:, -self.settings.vectors :]
         if self.projection is not None:
             vectors = torch.tanh(self.projection(vectors))
-        embed = self.llm.transformer.wte
+        embed = self.llm.get_input_embeddings()
         student = self._query_logits(torch.cat([vectors.to(embed.weight.dtype), embed(self.query)], 1))
         with torch.no_grad():
             teacher = self._query_logits(torch.cat([embed(self.demos), embed(self.query)], 1))

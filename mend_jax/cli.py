@@ -17,7 +17,7 @@ import sys
 import textwrap
 import traceback
 from difflib import SequenceMatcher
-from logging import Formatter, StreamHandler, getLogger
+from logging import BASIC_FORMAT, Formatter, StreamHandler, getLogger
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -54,6 +54,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
     _plain_warnings()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's warnings of how it lays a program out, on meshes with tensor
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
@@ -95,8 +96,12 @@ def _plain_warnings() -> None:
     handler, said = StreamHandler(), set()
     handler.setFormatter(Formatter("warning: %(message)s"))
     handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))
-    if not getLogger().handlers:
-        getLogger().addHandler(handler)
+    root = getLogger()
+    for other in list(root.handlers):  # a library may have called logging.basicConfig, whose lines are for programmers
+        if getattr(other.formatter, "_fmt", "") == BASIC_FORMAT:
+            root.removeHandler(other)
+    if not root.handlers:
+        root.addHandler(handler)
 
 
 def parse(main, argv) -> list:

@@ -225,11 +225,12 @@ def _counted(llm, method, task, demo_tokens: int, prefix_length: float) -> dict:
 
 
 def _mean_cost(entries: list[dict]) -> dict:
-    """Means over tasks and seeds; of the times medians, because the first of each shape is compiled."""
+    """Means over tasks and seeds; of the times medians over those for which nothing was compiled, None where there are none."""
     mean = {}
-    for name in (key for key in entries[0] if key != "content"):
-        values = [entry[name] for entry in entries]
-        mean[name] = float(np.median(values) if name.endswith("seconds") else np.mean(values))
+    for name in (key for key in entries[0] if key not in ("content", "compiled")):
+        timed = name.endswith("seconds")
+        values = [entry[name] for entry in entries if not (timed and entry["compiled"])]
+        mean[name] = float((np.median if timed else np.mean)(values)) if values else None
     return mean
 
 

@@ -24,7 +24,7 @@ from mend_jax.errors import UserError
 from mend_jax.files import temporary_for
 from mend_jax.metrics import TITLES, percent
 
-FORMAT = 1  # of the prediction files: raised when older ones must not be used
+FORMAT = 2  # of the prediction files: raised when older ones must not be used
 
 
 class Store:
@@ -94,7 +94,7 @@ def method_table(results: dict) -> str:
             + [
                 _number(cost["item_flops"] / 1e9),
                 _number(cost["item_flops_uncached"] / 1e9),
-                _number(1000 * cost["item_seconds"]),
+                "–" if cost["item_seconds"] is None else _number(1000 * cost["item_seconds"]),
             ]
         )
     return markdown(header, rows)
@@ -151,7 +151,8 @@ def _notes(results: dict) -> str:
         " The score is the mean over tasks of Macro-F1 for classification and accuracy for the rest; ± is the sample"
         " standard deviation over seeds. All scores x 100. Prefix length is in positions of the LLM; GFLOPs/item"
         " score all options of one item after a cached prefix, *uncached* makes and reads the prefix anew for every"
-        " item; ms/item is the median over tasks and seeds, with the cache, on the machine that ran it."
+        " item; ms/item is the median over the tasks and seeds for which no program had to be compiled (– where there are"
+        " none), with the cache, on the machine that ran it."
     )
     if results["missing_tasks"]:
         text += f"\n\nTasks of the partition without files, left out: {', '.join(results['missing_tasks'])}."

@@ -23,6 +23,11 @@ from mend_jax.metrics import aggregate, task_scores
 from mend_jax.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
 from mend_jax.scoring import cache_prefix, check_items, score_items
 
+_compiled: list[str] = []  # what was compiled, or read from the compile cache, in this process; only the number counts
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: _compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
@@ -153,7 +158,7 @@ def evaluate_task(
     where, groups = f"{task.task}, seed {task.seed}", [(None, task.items)]
     if shuffle_demos:
         groups = [(row_rng(task.seed, i).permutation(len(task.demos)), [item]) for i, item in enumerate(task.items)]
-    scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
+    scores, prefix_seconds, seconds, positions, before = [], 0.0, 0.0, 0, len(_compiled)
     for order, items in groups:
         began = time.perf_counter()
         cache = jax.block_until_ready(cache_prefix(llm, prefix_of(task, order), params))
@@ -170,6 +175,7 @@ def evaluate_task(
         "prefix_length": positions / len(groups),
         "prefix_seconds": prefix_seconds / len(groups),
         "item_seconds": seconds / len(task.items),
+        "compiled": len(_compiled) > before,  # so the seconds are not those of the work alone
     }
     return TaskResult(lines, cost)
 

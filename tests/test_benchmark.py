@@ -15,11 +15,13 @@ from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide, random_par
 from mend_jax.errors import UserError
 from mend_jax.model_sizes import known_or_folder
 from mend_jax.models.decoder import Decoder
-from mend_jax.models.families import DecoderConfig
+from mend_jax.models.families import DecoderConfig, from_hf_config
 
 LLM = DecoderConfig("gpt2", 96, 16, 3, 2, 64, 64)
 BACKBONE = DecoderConfig("gpt2", 96, 8, 2, 2, 24, 64)  # narrower, with an MLP that is not 4 times as wide
 SETTINGS = Settings(LLM, BACKBONE, "float32", rows=2, demos=20, query=9, target=3, vectors=4)
+OPT = {"model_type": "opt", "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+OPT |= {"ffn_dim": 64, "max_position_embeddings": 64}
 SIZES = (LLM, BACKBONE, 2, 20, 9, 4)
 TINY = ["--demos=20", "--query=9", "--target=3", "--vectors=4", "--repeats=2", "--batch_size=2"]
 
@@ -161,6 +163,18 @@ def test_step_command(folder, capsys, monkeypatch):
     assert ours["peak_bytes"] >= ours["start_bytes"] > 0
     assert report["ratio"] > 0 and report["machine"]["versions"]["jax"] == jax.__version__
     assert "the same" in capsys.readouterr().out
+
+
+def test_pytorch_computes_every_family_of_decoders():
+    pytest.importorskip("torch")
+    from mend_jax.benchmark_pytorch import PyTorchStep
+
+    opt = from_hf_config(OPT)
+    settings = dataclasses.replace(SETTINGS, llm=opt, distiller=opt.headless)
+    ours, theirs = (side.run() for side in (StepSide(settings), PyTorchStep(settings, False)))
+    for name in ("loss", "pred", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    assert ours["kd"] == pytest.approx(theirs["kd"], rel=1e-2) and ours["kd"] > 0  # of 1e-4, a difference of larger numbers
 
 
 def test_step_command_without_pytorch(folder, capsys, monkeypatch):

@@ -285,6 +285,9 @@ def test_errors_of_the_program_keep_their_trace():
 def test_warnings_are_sentences_and_said_once(monkeypatch, capsys):
     logger = logging.Logger("in the place of the root")
     monkeypatch.setattr(cli, "getLogger", lambda: logger)
+    basic = logging.StreamHandler()
+    basic.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    logger.addHandler(basic)  # as a library's basicConfig does
     for _ in range(2):
         cli._plain_warnings()
         logger.warning("%s is missing", "t")

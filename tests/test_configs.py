@@ -181,6 +181,22 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
             methods.main(config, str(tmp_path / "run"))
 
 
+def test_bad_training_data_is_found_before_any_training(tmp_path, tiny_llm, tiny_backbone, monkeypatch):
+    """A mistake in what the second stage reads, before the first one's days."""
+    monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained before the training data was read"))
+    config = tiny_config(make_world(tmp_path), "finetune")
+    config.llm.path, config.prefix.backbone, config.experiment.methods = str(tiny_llm), str(tiny_backbone), ("mend",)
+    config.train.batch_size = 8
+    path = tmp_path / "metaicl" / "data" / "b" / "b_16384_100_train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:8], "{", *lines[9:]]))
+    with pytest.raises(UserError, match="b_16384_100_train.jsonl, line 9 is not valid JSON"):
+        methods.main(config, str(tmp_path / "run"))
+    path.write_text("\n".join(lines[:3]))
+    with pytest.raises(UserError, match="b holds 3 examples|has 3 examples|3 examples"):
+        methods.main(config, str(tmp_path / "run"))
+
+
 def test_sequences_a_step_of_pretraining_are_its_own(tiny_llm, tiny_backbone, tmp_path, monkeypatch):
     config = load("configs/base.py", monkeypatch)
     sizes = lambda: [c.train.batch_size for _, c in methods.stage_configs(config, "hypertuning")]  # noqa: E731
@@ -215,12 +231,14 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.evaluate.evaluate", evaluate)
     config = load("configs/small_world.py:quick", monkeypatch)
     monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: calls.append("checked"))
+    monkeypatch.setattr(methods, "_prepare_training_data", lambda config, folder: calls.append("prepared"))
     config.experiment.methods = ("zero_shot", "prompt_tuning", "icl", "mend")
     assert methods.main(config, str(tmp_path)) == 0
     run = str(tmp_path / "mend" / "pretrain")
     tuned, mend = str(tmp_path / "prompt_tuning" / "finetune"), str(tmp_path / "mend" / "finetune")
     assert calls == [
         "checked",
+        "prepared",
         (tuned, "finetune", ""),
         (run, "pretrain", ""),
         (mend, "finetune", run),
@@ -247,6 +265,7 @@ def test_a_text_that_is_not_there_is_said_before_any_training(tmp_path, monkeypa
 def test_an_experiment_stops_with_its_training(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", lambda config, workdir: 75)
     monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: None)
+    monkeypatch.setattr(methods, "_prepare_training_data", lambda config, folder: None)
     monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda *_: pytest.fail("evaluated a training that was stopped"))
     config = load("configs/small_world.py:quick", monkeypatch)
     assert methods.main(config, str(tmp_path)) == 75

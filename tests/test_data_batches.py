@@ -297,6 +297,14 @@ def test_missing_tasks_are_named_once(world, tokenizer, caplog):
         make_batches(config, tokenizer, "train", 96, 80)
 
 
+def test_seeds_without_files_are_named(world, tokenizer):
+    config = tiny_config(world, "lm")
+    config.evaluate.seeds = (13, 42, 87)
+    said = "has files of the meta-test tasks of 'tiny' for seed 13, and none for 42, 87: set --config.evaluate.seeds=13, or"
+    with pytest.raises(UserError, match=said):
+        make_batches(config, tokenizer, "validation")
+
+
 def test_more_demonstrations_than_examples(world, tokenizer):
     with pytest.raises(
         UserError, match="Task 'a' has 20 examples, but config.data.k = 20 demonstrations and a query take 21"

@@ -392,3 +392,16 @@ def test_a_distiller_for_another_llm_of_the_same_width_is_said(tmp_path, tiny_ll
     (other / "config.json").write_text(json.dumps(fields | {"layer_norm_epsilon": 1e-6}))
     meaning.check_llm(tmp_path, other)
     assert f"is for the LLM in {tiny_llm}, not for that in {other}" in caplog.text
+
+
+def test_times_are_of_what_was_not_compiled_on_the_way(config, models, tmp_path):
+    config.evaluate.methods, config.evaluate.seeds = ("mend=a/distiller",), (13, 21)
+    jax.clear_caches()
+    ev.evaluate(config, tmp_path)
+    costs = [json.loads(text) for text in files(tmp_path, ".cost.json").values()]
+    assert {cost["compiled"] for cost in costs} == {True, False}
+    mean = ev._mean_cost(costs)
+    assert mean["item_seconds"] == np.median([cost["item_seconds"] for cost in costs if not cost["compiled"]])
+    assert "compiled" not in mean and mean["prefix_length"] == 5
+    cold = ev._mean_cost([cost for cost in costs if cost["compiled"]])
+    assert cold["item_seconds"] is None and cold["prefix_length"] == 5

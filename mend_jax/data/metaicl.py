@@ -161,6 +161,13 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     side = "train" if split == "train" else "test"
     if not tasks:
         return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
+    there = [seed for seed in seeds if side == "test" and any(not _first_missing(folder, t, split, k, (seed,)) for t in tasks)]
+    if there:
+        known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
+        return UserError(
+            f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, and none for {absent}: set"
+            f" --config.evaluate.seeds={known.replace(' ', '')}, or add the others."
+        )
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
     alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
     hint = f" (is {alike[0]!r}, which is there, meant by {tasks[0]!r}?)" if alike else ""
