@@ -138,7 +138,7 @@ def bytes_of(*folders):
 def without_times(tree):
     """JSON-like content without what differs between two workdirs: seconds, and paths of models."""
     if isinstance(tree, dict):
-        return {k: without_times(v) for k, v in tree.items() if not k.endswith("seconds") and k != "path"}
+        return {k: without_times(v) for k, v in tree.items() if not k.endswith(("seconds", "compiled")) and k != "path"}
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
