@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     llm.weights = "full"  # "full": the frozen weights in llm.dtype; "int8": 8 bits with a scale per output channel, arithmetic in llm.dtype
     llm.attention = "xla"  # "xla" everywhere; "cudnn" (flash attention) on NVIDIA GPUs with dtype "bfloat16"
     llm.layers = 0  # stage "lm": start from the first layers of llm.path alone, as DistilGPT-2 from GPT-2, or from it with new layers on top; 0 is all it has
-    llm.remat = False  # recompute each layer's activations in the backward pass: less memory, a third more time
+    llm.remat = False  # recompute each layer's activations in the backward pass: less memory, 11 to 17% more FLOPs with prefix.remat (docs/scaling.md)
 
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning) or "soft_prompt" (PromptTuning)

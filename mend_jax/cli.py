@@ -309,8 +309,8 @@ def _word(parameter: inspect.Parameter, word: str | None):
         return word
     if word is None and parameter.default is not parameter.empty:
         return parameter.default
-    given = "nothing is given" if word is None else f'"{word}" is not one of them'
-    raise UserError(f"Say {' or '.join(choices)}: {given}.")
+    given = "The first word is missing" if word is None else f'"{word}" is not understood as the first word'
+    raise UserError(f"{given}: give one of {', '.join(choices)}.")
 
 
 def _flag(main, name: str, parameter: inspect.Parameter, value):
