@@ -309,4 +309,4 @@ def test_a_name_that_no_config_file_has_is_told_the_names(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(scaling.scaling, ["scaling", "gpt3"])
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and 'gpt2_large or gpt2_xl or' in said and '"gpt3" is not one of them' in said
+    assert ended.value.code == 2 and 'gpt2_large, gpt2_xl, ' in said and '"gpt3" is not understood' in said
