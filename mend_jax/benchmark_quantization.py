@@ -27,7 +27,7 @@ from mend_jax.model_sizes import known_or_folder
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import has_weights
 from mend_jax.models.int8 import quantize_params
-from mend_jax.models.weights import read_params
+from mend_jax.models.weights import as_read, read_params
 from mend_jax.prefix import Prefix, SoftPrompt
 from mend_jax.query import Query
 from mend_jax.step import make_loss_fn
@@ -100,7 +100,8 @@ def _model(name: str) -> tuple[Config, dict, str]:
     """(its config, float32 params (NumPy), "its own" or "random")."""
     config = known_or_folder(name)
     if Path(name).is_dir() and has_weights(name):
-        return config, read_params(name, config), "its own"
+        params = read_params(name, config)
+        return as_read(config, params), params, "its own"
     return config, random_params(config, LLM_SEED), "random"
 
 

@@ -11,24 +11,30 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_int8 import restored
 
 from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
 from mend_jax.models.encoder_decoder import distance_buckets
 from mend_jax.models.families import from_hf_config, key_table, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, save_model
+from mend_jax.models.weights import to_tensors
 from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
 from mend_jax.query import Query
 from mend_jax.scoring import score_options
+from mend_jax.sharding import make_mesh, placer
 
 V1 = {"feed_forward_proj": "relu"}
 V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+# What transformers 5 makes of V11 and writes: the token table is the head, and no lm_head.weight is in the file.
+V11_TIED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "scale_decoder_outputs": False}
 ROWS = {
     "t5-small": V1,
     "t5-small-lm-adapt": V11,
     "t5-large-lm-adapt": V11 | {"num_layers": 3, "num_decoder_layers": 3, "num_heads": 4},
     "flan-t5-base": V11 | {"d_kv": 8},
     "flan-t5-xl": V11 | {"d_kv": 12, "num_decoder_layers": 1},
+    "v1.1 as transformers 5 makes it": V11_TIED,
 }
 COMMON = {
     "vocab_size": 61,
@@ -44,7 +50,7 @@ DISTANCES = {"relative_attention_num_buckets": 8, "relative_attention_max_distan
 
 
 def torch_model(fields, seed=0):
-    """The PyTorch model of a config.json's fields; norms random too, and of v1.1 a head of its own."""
+    """The PyTorch model of a config.json's fields; norms random too, and as published a head of its own for v1.1."""
     torch = pytest.importorskip("torch")
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -155,7 +161,8 @@ def test_a_folder_goes_in_and_out_with_the_same_bytes(row, tmp_path):
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
     again = from_hf_config(tmp_path)
     assert again == model.config == from_hf_config(to_hf_config(model.config))
-    assert again.tied_head == (row.name == "t5-small")
+    assert again.tied_head == ("lm_head.weight" not in before)
+    assert again.scaled_head == (row.name == "t5-small")
 
 
 def test_transformers_reads_what_we_write(row, tmp_path):
@@ -167,6 +174,53 @@ def test_transformers_reads_what_we_write(row, tmp_path):
     ids, labels = torch.tensor(tokens(1, 9)), torch.tensor(tokens(1, 4)).long()
     with torch.no_grad():
         assert torch.equal(model(ids, labels=labels).logits, row.torch(ids, labels=labels).logits)
+
+
+# config.json's tie_word_embeddings and scale_decoder_outputs, where they are there; whether the file holds a head.
+SAID = [{}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"tie_word_embeddings": None}]
+SAID += [said | {"scale_decoder_outputs": scaled} for said in SAID for scaled in (True, False)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_head_is_what_transformers_takes_for_it_whatever_config_json_says(own, tmp_path):
+    """Where they cannot agree, a head of its own in the file of a v1.0, it is refused."""
+    pytest.importorskip("torch")
+    from transformers import T5ForConditionalGeneration
+
+    torch_model(V11 if own else V11_TIED).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert own == ("lm_head.weight" in load_file(tmp_path / "model.safetensors"))
+    fields = {name: value for name, value in fields.items() if name not in SAID[-1]}
+    for said in SAID:
+        (tmp_path / "config.json").write_text(json.dumps(fields | said))
+        theirs = T5ForConditionalGeneration.from_pretrained(tmp_path)
+        scaled = theirs.config.scale_decoder_outputs
+        if own and scaled and said.get("tie_word_embeddings") is not False:
+            with pytest.raises(UserError, match="holds a head .* that is not the token table"):
+                load_model(tmp_path)
+            continue
+        llm = load_llm(tmp_path)
+        assert (llm.config.tied_head, llm.config.scaled_head) == (not own, scaled), said
+        np.testing.assert_array_equal(llm.head(llm.params), theirs.lm_head.weight.detach().numpy())
+
+
+def test_a_v11_without_a_head_in_8_bits_and_over_a_mesh(tmp_path):
+    """Read whole and in parts; the logits in 8 bits are PyTorch's with the numbers that 8 bits hold."""
+    torch = pytest.importorskip("torch")
+    model = torch_model(V11_TIED | {"d_model": 32, "num_heads": 4, "d_kv": 8, "vocab_size": 64})
+    model.save_pretrained(tmp_path)
+    ids, place = tokens(1, 14), placer(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    query, whole = Query(ids, np.array([14]), np.array([9]), 9, 5), load_llm(tmp_path, weights="int8")
+    for weights, expected in (("full", load_llm(tmp_path)), ("int8", whole)):
+        split = load_llm(tmp_path, weights=weights, place=place)
+        assert split.config == expected.config and split.config.tied_head and not split.config.scaled_head
+        jax.tree.map(np.testing.assert_array_equal, split.params, expected.params)
+    numbers = to_tensors(whole.config, restored(whole.params)).items()
+    model.load_state_dict({name: torch.tensor(np.array(numbers)) for name, numbers in numbers}, strict=False)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids[:, :9]), labels=torch.tensor(ids[:, 9:]).long()).logits.numpy()
+    states = whole.states(whole.params, no_prefix(1, whole.config.width), query)
+    np.testing.assert_allclose(whole.logits(whole.params, states), expected, atol=1e-4)
 
 
 def test_copies_of_the_token_table_and_what_nobody_reads_are_passed_over(row, tmp_path):

@@ -83,7 +83,8 @@ class EncoderDecoderConfig:
     gated: bool = False  # as in `DecoderConfig`
     buckets: int = 32  # of distances between tokens, each with a bias per head
     max_distance: int = 128  # farther tokens share a bucket
-    tied_head: bool = True  # the head is the token table, and reads states scaled by D^-0.5
+    tied_head: bool = True  # the head is the token table
+    scaled_head: bool = True  # the head reads states scaled by D^-0.5
     start_token: int = 0  # what the decoder reads first
 
     @property
@@ -94,4 +95,4 @@ class EncoderDecoderConfig:
     @property
     def headless(self) -> "EncoderDecoderConfig":
         """The encoder alone: what a distiller's backbone is."""
-        return dataclasses.replace(self, decoder_layers=0, tied_head=True)
+        return dataclasses.replace(self, decoder_layers=0, tied_head=True, scaled_head=True)

@@ -147,7 +147,7 @@ def decode(config, params, embeds, encoded, encoded_length, segments=None, dtype
     stack = Stack(config, config.decoder_layers, True, dtype, remat)
     seen = _valid(encoded.shape[1], encoded_length)
     states = stack.apply({"params": params["decoder"]}, embeds, mask, encoded, seen)
-    return states * config.width**-0.5 if config.tied_head else states
+    return states * config.width**-0.5 if config.scaled_head else states
 
 
 def init_params(config: EncoderDecoderConfig, seed: int) -> dict:

@@ -120,6 +120,14 @@ def key_table(config: Config) -> Table:
     return table if config.tied_head else table | {HEAD: Entry(("embed", "head"), (config.vocab_size, config.width))}
 
 
+def file_says_head(config: Config) -> bool:
+    """Whether files of such a model come with a head of its own and without one, whatever config.json says of it.
+
+    T5's do, but for v1.0's: transformers 5 calls every T5 tied, and takes the token table where a file has no head.
+    """
+    return isinstance(config, EncoderDecoderConfig) and not (config.tied_head and config.scaled_head)
+
+
 def read_json(path: Path) -> dict:
     """The object that a JSON file, or a folder's config.json, holds."""
     path = path / "config.json" if path.is_dir() else path

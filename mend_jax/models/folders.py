@@ -51,7 +51,8 @@ def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, pla
     """
     folder = local_folder(path)
     config = from_hf_config(folder)
-    return Model(config, read_weights(folder, config, dtype, int8, place), load_tokenizer(folder), folder)
+    params = read_weights(folder, config, dtype, int8, place)
+    return Model(weights.as_read(config, params), params, load_tokenizer(folder), folder)
 
 
 def read_weights(folder: Path, config: Config, dtype="float32", int8=False, place: Place | None = None) -> dict:

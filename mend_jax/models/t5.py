@@ -1,5 +1,5 @@
 """T5 (Raffel et al., 2020): v1.0 (ReLU, tied and scaled head), v1.1, its LM-adapted and Flan versions (gated GELU, a
-head of its own).
+head of its own, or where the file has none the token table, not scaled: what transformers 5 makes).
 """
 
 from mend_jax.errors import UserError
@@ -24,6 +24,8 @@ def read(hf: dict) -> EncoderDecoderConfig:
         )
     activation, gated = ACTIVATIONS[inside]
     decoder_layers = hf.get("num_decoder_layers")
+    # As transformers 5 reads them: it writes tie_word_embeddings=true for every T5, and v1.1's false meant "not scaled".
+    tied = hf.get("tie_word_embeddings") is not False
     return EncoderDecoderConfig(
         family="t5",
         vocab_size=hf["vocab_size"],
@@ -38,8 +40,8 @@ def read(hf: dict) -> EncoderDecoderConfig:
         gated=gated,
         buckets=hf.get("relative_attention_num_buckets", 32),
         max_distance=hf.get("relative_attention_max_distance", 128),
-        # transformers 5 writes tie_word_embeddings=true for every T5; what was meant is then in scale_decoder_outputs.
-        tied_head=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)),
+        tied_head=tied,
+        scaled_head=bool(hf.get("scale_decoder_outputs", tied)),
         start_token=hf.get("decoder_start_token_id") or 0,
     )
 
@@ -59,6 +61,7 @@ def write(config: EncoderDecoderConfig) -> dict:
         "relative_attention_max_distance": config.max_distance,
         "layer_norm_epsilon": config.norm_eps,
         "feed_forward_proj": names[config.activation, config.gated],
+        "scale_decoder_outputs": config.scaled_head,
         "decoder_start_token_id": config.start_token,
         "is_encoder_decoder": config.decoder_layers > 0,
         "dropout_rate": 0.0,

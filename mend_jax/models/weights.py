@@ -6,6 +6,7 @@ the pages of one file that the system maps, there are never more than a few mega
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mend_jax.errors import UserError
-from mend_jax.models.families import FAMILIES, HEAD, Config, key_table
+from mend_jax.models.families import FAMILIES, HEAD, Config, file_says_head, key_table
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry
 
@@ -76,6 +77,8 @@ def matched(
 
     Raises UserError for a name that the model does not have, that comes twice or is missing, and for another shape.
     """
+    optional = {HEAD} if file_says_head(config) else set()
+    config = dataclasses.replace(config, tied_head=config.tied_head and not optional)
     family, table, seen = FAMILIES[config.family], key_table(config), set()
     for raw_name, tensor in tensors:
         name = raw_name.removeprefix(family.prefix)
@@ -94,11 +97,16 @@ def matched(
         if tensor.shape != table[name].shape:
             raise UserError(f"{where}: {raw_name} has shape {tensor.shape}, config.json asks for {table[name].shape}.")
         yield raw_name, table[name], tensor
-    missing = [name for name in table if name not in seen]
+    missing = [name for name in table if name not in seen | optional]
     if missing:
         raise UserError(
             f"{where} lacks {missing[0]} ({len(missing)} keys missing): the file is of another model or incomplete."
         )
+
+
+def as_read(config: Config, params: Mapping) -> Config:
+    """`config` with what `params`, read with it, say of the head (`families.file_says_head`)."""
+    return dataclasses.replace(config, tied_head="head" not in params["embed"])
 
 
 def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
