@@ -229,10 +229,6 @@ def test_what_t5_cannot_do_is_said(pair):
     with pytest.raises(UserError, match="reads x in the encoder|input or the output is empty"):
         distiller = init_distiller(c.prefix, pair.llm, 0)
         training_losses(pair.llm, distiller, [1, 2], [], [3])
-    from mend_jax.benchmark import model_config
-
-    with pytest.raises(UserError, match="The benchmarks measure decoder-only models"):
-        model_config(str(pair.folder))
 
 
 def test_the_real_tokenizer_joins_texts_as_the_data_does(shared):
