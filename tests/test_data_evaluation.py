@@ -103,8 +103,24 @@ def test_missing_tasks(world, llm, caplog):
         load_tasks(config, llm, "test")
     config.data.partition, config.evaluate.seeds = "tiny", (13, 99)
     config.evaluate.tasks = ("t",)
-    with pytest.raises(UserError, match="none of the 1 .* is .*t_4_99_train.jsonl: add it, .* config.evaluate.seeds"):
+    with pytest.raises(UserError, match="for seed 13, and none for 99: set --config.evaluate.seeds=13, or add"):
         load_tasks(config, llm, "test")
+
+
+def test_no_task_with_all_seeds(world, llm):
+    """Each seed has files of some task: the first file that is missing is named."""
+    config = tiny_config(world, "finetune")
+    (world / "metaicl" / "partitions.json").write_text(json.dumps({"tiny": {"train": [], "test": ["t"]}}))
+    (world / "metaicl" / "data" / "t" / "t_4_21_dev.jsonl").unlink()
+    with pytest.raises(UserError, match="for seed 13, and none for 21"):
+        load_tasks(config, llm, "dev")
+    other = world / "metaicl" / "data" / "s"
+    other.mkdir()
+    for split in ("train", "dev"):
+        write_examples(other / f"s_4_21_{split}.jsonl", "s", [("w1", "w2")] * 4, ["w2"])
+    (world / "metaicl" / "partitions.json").write_text(json.dumps({"tiny": {"train": [], "test": ["t", "s"]}}))
+    with pytest.raises(UserError, match="none of the 2 .* is .*t_4_21_dev.jsonl: add it, .* config.data.k .now 4. and"):
+        load_tasks(config, llm, "dev")
 
 
 def test_free_form_items_are_refused(world, llm):

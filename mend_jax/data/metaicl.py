@@ -162,7 +162,7 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     if not tasks:
         return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
     there = [seed for seed in seeds if side == "test" and any(not _first_missing(folder, t, split, k, (seed,)) for t in tasks)]
-    if there:
+    if 0 < len(there) < len(seeds):
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(
             f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, and none for {absent}: set"
