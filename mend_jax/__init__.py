@@ -12,6 +12,11 @@ Mistakes of the caller raise `UserError` with one sentence. Names are imported w
 """
 
 import importlib
+import os
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a command of ours: XLA, which reads this when it is loaded, is to say errors alone
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 _HOMES = {
     "LLM": "mend_jax.llm",

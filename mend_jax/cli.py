@@ -54,7 +54,6 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
     _plain_warnings()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's warnings of how it lays a program out, on meshes with tensor
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
