@@ -29,19 +29,34 @@ from mend_distiller import MendDistiller
 
 distiller = MendDistiller.from_pretrained(folder)
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, {num_vectors}, {llm_width})
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)  # llm: {llm}, in transformers
+query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
 In JAX: `mend_jax.load_distiller(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
 
-Every x and y is tokenised behind {separator}. The backbone alone: `AutoModel.from_pretrained(folder)`. `release/`
-holds the same distiller in the layout of the method's public PyTorch release, where that layout can hold it.
+Every x and y is tokenised behind {separator}. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
+is a folder `release/`, it holds the same distiller in the layout of the method's public PyTorch release.
 
 """
 
 _SOFT_PROMPT = """{num_vectors} learned vectors (PromptTuning) that a frozen LLM of width {llm_width} ({llm}) reads
 before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safetensors`.
+
+## Use
+
+```python
+import torch
+from safetensors.torch import load_file
+
+vectors = load_file("soft_prompt.safetensors")["vectors"][None]
+query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+logits = llm(inputs_embeds=embeds).logits
+```
+
+`python -m mend_jax.evaluate --config.evaluate.methods=NAME=FOLDER` scores it.
 
 """
 
