@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from mend_jax import evaluate as ev
-from mend_jax import meaning, task_scoring, trained
+from mend_jax import task_scoring, trained
 from mend_jax.data.evaluation import EvalTask, Item, load_tasks
 from mend_jax.errors import UserError
 from mend_jax.llm import load_llm
@@ -379,19 +379,6 @@ def test_a_workdir_that_cannot_be_written_is_said(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         ev.evaluate(config, tmp_path / "file")
-
-
-def test_a_distiller_for_another_llm_of_the_same_width_is_said(tmp_path, tiny_llm, caplog):
-    run = base.get_config()
-    run.llm.path = run.prefix.backbone = str(tiny_llm)
-    meaning.write_sources(tmp_path, run, {})
-    meaning.check_llm(tmp_path, tiny_llm)
-    assert not caplog.messages
-    other = shutil.copytree(tiny_llm, tmp_path / "other")
-    fields = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(fields | {"layer_norm_epsilon": 1e-6}))
-    meaning.check_llm(tmp_path, other)
-    assert f"is for the LLM in {tiny_llm}, not for that in {other}" in caplog.text
 
 
 def test_times_are_of_what_was_not_compiled_on_the_way(config, models, tmp_path):

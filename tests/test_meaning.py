@@ -141,6 +141,14 @@ def test_another_model_under_the_old_name(models, tmp_path):
         meaning.check_resume(run, config(llm, **{"prefix.backbone": str(models / "one")}), False)
 
 
+def test_an_llm_that_a_run_was_not_trained_for_is_said(models, tmp_path, caplog):
+    run = written(tmp_path / "run", config(models / "one"))
+    meaning.check_llm(run, models / "one")
+    assert not caplog.messages
+    meaning.check_llm(run, models / "other")
+    assert f"is for the LLM in {models / 'one'}, not for that in {models / 'other'}" in caplog.text
+
+
 def test_another_tokenizer_beside_the_same_weights(models, tmp_path):
     llm = shutil.copytree(models / "one", tmp_path / "llm")
     (llm / "tokenizer.json").write_text("{}")

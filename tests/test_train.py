@@ -1,6 +1,5 @@
 """The loop: resumed, stopped and broken runs, and what a run leaves on disk."""
 
-import dataclasses
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import checkpoint, reporting, run_parts, train
 from mend_jax.errors import UserError
-from mend_jax.llm import load_llm, with_layers
+from mend_jax.llm import load_llm
 from mend_jax.models.folders import load_model
 
 SCRIPT = tiny_training.__file__
@@ -372,26 +371,6 @@ def test_language_model_ends_as_a_hugging_face_folder(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_llm(tmp_path / "run" / "llm").params, best)
     with pytest.raises(AssertionError):  # it was trained
         np.testing.assert_array_equal(best["embed"]["tokens"], run_parts.load(c).params["embed"]["tokens"])
-
-
-def test_grown_llm_begins_where_the_small_one_ended(model):
-    llm = load_llm(model)
-    grown = with_layers(llm, 4, seed=0)
-    assert grown.config.layers == 4 and llm.config.layers == 2
-    embeds = llm.embed(llm.params, np.arange(24).reshape(2, 12))
-    states = [one.model.apply({"params": one.params}, embeds) for one in (llm, grown)]
-    np.testing.assert_array_equal(*states)
-    new = grown.params["layers"]["up"]["kernel"][2:]
-    assert np.std(new) == pytest.approx(0.02, rel=0.1)  # it can learn
-    cut = with_layers(grown, 2, seed=0)
-    jax.tree.map(np.testing.assert_array_equal, cut.params, llm.params)
-
-
-def test_norms_that_come_last_cannot_grow(model):
-    llm = load_llm(model)
-    llm = dataclasses.replace(llm, config=dataclasses.replace(llm.config, norm_first=False))
-    with pytest.raises(UserError, match="llm.layers is 3, but .* has 2 layers, and only models whose norms come first"):
-        with_layers(llm, 3, seed=0)
 
 
 def test_soft_prompt_trains(model, tmp_path):

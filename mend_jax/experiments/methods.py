@@ -95,9 +95,8 @@ def main(config: ConfigDict, workdir: str) -> int:
 
 
 def _check_evaluation_data(config: ConfigDict) -> None:
-    """Reads all that will be evaluated, looks for the text and measures what the models can read: a mistake would else
-    be found after hours of training."""
-    from mend_jax.data.c4 import text_files, tfds_folder
+    """Reads all that will be evaluated and measures what the models can read: a mistake would else be found after hours of
+    training."""
     from mend_jax.data.evaluation import load_tasks
     from mend_jax.data.small_world import resolve
     from mend_jax.llm import LLM
@@ -120,10 +119,6 @@ def _check_evaluation_data(config: ConfigDict) -> None:
         tasks, _ = load_tasks(config, llm, split)
         if finetuned:
             check_longest(llm, config.prefix.length, tasks, split)
-    pretrained = any(stage == "pretrain" for method in config.experiment.methods for stage, *_ in STAGES[method])
-    text = str(config.data.text)
-    if pretrained and not (text and tfds_folder(text)):
-        text_files(text)
 
 
 def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
