@@ -92,6 +92,9 @@ def _quick(c: ConfigDict, name: str) -> None:
 
 
 def _full(c: ConfigDict) -> None:
+    # Where all labels are right, all methods that read the demonstrations answer all but everything: docs/results.md.
+    c.data.tasks = "small_world_wrong_labels"
+    c.loss.kd = 10.0  # the largest that the paper tried
     c.experiment.pretrain_steps = 1_000  # on text with the words of all topics: what the unseen tasks speak of
     c.experiment.finetune_steps = 2_000
     c.train.steps = c.experiment.finetune_steps

@@ -12,7 +12,11 @@ text speaks of all of them. The partitions: the meta-test tasks of "small_world"
 "small_world_four" four, which is more than a few vectors carry; "small_world_first" has the first few of the
 meta-training tasks.
 
-Configs name the special value "small_world" instead of a path; `resolve` writes the world when needed and puts paths there.
+In the small world of *wrong labels* everything is the same, but a quarter of the meta-training examples and of the
+demonstrations have a label of another class, as in data that people labelled. Test and dev items are right.
+
+Configs name the special values "small_world" and, for the tasks, "small_world_wrong_labels" instead of a path; `resolve`
+writes the world when needed and puts paths there.
 """
 
 import argparse
@@ -47,6 +51,8 @@ FOUR = "small_world_four"  # the partition whose meta-test tasks have four class
 FIRST = "small_world_first"  # the partition with the first of the meta-training tasks
 MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the distiller's backbone, from which the LLM grows
 WORLD = World()  # the default one, which the packaged models speak the language of
+WRONG_LABELS = "small_world_wrong_labels"  # the special value for the tasks of
+WORLD_OF_WRONG_LABELS = World(wrong_labels=0.25)
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
@@ -211,19 +217,20 @@ def _write_model_folder(folder: Path, world: World) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy of the config with paths for the special value "small_world"; the world is written when it is missing.
+    """A copy of the config with paths for the special values; the world is written when it is missing.
 
-    `data.text`, `data.tasks`: below `data.cache`. `llm.path`, `prefix.backbone`: the packaged models; but stage "lm", which
-    makes the LLM, starts from its settings without weights.
+    `data.text`, `data.tasks`: below `data.cache`; the text of both worlds is the same. `llm.path`, `prefix.backbone`: the
+    packaged models; but stage "lm", which makes the LLM, starts from its settings without weights.
     """
     config = config.copy_and_resolve_references()
     fresh_llm = config.stage == "lm" and config.llm.path == NAME
-    if fresh_llm or NAME in (config.data.text, config.data.tasks):
-        world = WORLD
+    wrong_labels = config.data.tasks == WRONG_LABELS
+    if fresh_llm or wrong_labels or NAME in (config.data.text, config.data.tasks):
+        world = WORLD_OF_WRONG_LABELS if wrong_labels else WORLD
         paths = write_small_world(Path(config.data.cache).expanduser() / f"{NAME}-{fingerprint(world)}", world)
         if config.data.text == NAME:
             config.data.text = str(paths.text)
-        if config.data.tasks == NAME:
+        if config.data.tasks in (NAME, WRONG_LABELS):
             config.data.tasks = str(paths.tasks)
     if config.llm.path == NAME:
         config.llm.path = str(paths.llm if fresh_llm else PACKAGED_MODELS / "llm")
@@ -236,9 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Writes the small world in C4's and MetaICL's formats.")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="other texts and tasks in the same language")
+    parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of them in training and demonstrations")
     options = parser.parse_args(arguments)
     try:
-        paths = write_small_world(options.out, World(seed=options.seed))
+        paths = write_small_world(options.out, World(seed=options.seed, wrong_labels=options.wrong_labels))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -37,6 +37,7 @@ class World:
     first_tasks: int = 1_200  # of them, in a partition of their own: configs/small_world.py says what for
     train_examples: int = 64
     train_examples_per_class: int = 2  # at least
+    wrong_labels: float = 0.0  # share of the meta-training examples and of the demonstrations with another label of the task
     test_tasks: int = 24
     four_tasks: int = 12  # meta-test tasks of four classes
     demonstrations: int = 16
@@ -50,6 +51,8 @@ class World:
     def __post_init__(self) -> None:
         inputs = sum(math.perm(self.topic_words, n) for n in range(self.input_words[0], self.input_words[1] + 1))
         needed = max(self.train_examples, self.test_examples + self.demonstrations + self.dev_examples)
+        if not 0 <= self.wrong_labels < 1:
+            raise UserError(f"wrong_labels is {self.wrong_labels}: give a share, from 0 to less than 1.")
         if inputs < needed:  # else drawing inputs that are all different might never end
             raise UserError(f"a topic has {inputs} different inputs and a task may need {needed}: raise topic_words.")
 
@@ -150,7 +153,17 @@ def _key(meaning: dict[str, list[str]]) -> tuple:
 
 def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
     labels = _labels(rng, meaning, world.train_examples, at_least=world.train_examples_per_class)
-    return {"16384_100_train": draw_examples(rng, world, task, meaning, labels, set())}
+    return {"16384_100_train": _labelled(world, draw_examples(rng, world, task, meaning, labels, set()))}
+
+
+def _labelled(world: World, rows: list[dict]) -> list[dict]:
+    """The rows as somebody labelled them who is sometimes wrong."""
+    labelled = []
+    for row in rows:
+        rng = random.Random(f"{world.seed} {row['task']} {row['input']}")  # its own: all other draws are every world's
+        others = [option for option in row["options"] if option != row["output"]]
+        labelled.append(row | {"output": rng.choice(others)} if rng.random() < world.wrong_labels else row)
+    return labelled
 
 
 def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
@@ -168,6 +181,8 @@ def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> di
             ("dev", world.dev_examples, world.dev_examples // len(meaning)),
         ):
             labels = _labels(rng, meaning, count, at_least)
-            files[f"{k}_{seed}_{split}"] = draw_examples(rng, world, task, meaning, labels, seen)
+            rows = draw_examples(rng, world, task, meaning, labels, seen)
+            # What methods are chosen and judged by is right.
+            files[f"{k}_{seed}_{split}"] = _labelled(world, rows) if split == "train" else rows
         files[f"{k}_{seed}_test"] = test
     return files
