@@ -205,10 +205,49 @@ def test_topics_too_small_for_different_inputs_are_refused():
         World(topic_words=4)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_of_wrong_labels_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match="wrong_labels"):
+        World(wrong_labels=share)
+
+
+def test_wrong_labels_are_in_training_examples_and_demonstrations_alone(tmp_path):
+    """A quarter of them, each another label of its task; what scores are measured on is right, and so is all else."""
+    settings = TINY.__dict__ | {"train_tasks": 30, "test_tasks": 4}
+    right = write_small_world(tmp_path / "right", World(**settings))
+    wrong = write_small_world(tmp_path / "wrong", World(**settings | {"wrong_labels": 0.25}))
+    before, after = digest(tmp_path / "right"), digest(tmp_path / "wrong")
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys() and all(name.endswith("_train.jsonl") for name in changed)
+    flipped, count = 0, 0
+    for task in partition(right)["train"] + partition(right)["test"]:
+        name = "16384_100_train" if "-train-" in task else "16_21_train"
+        for one, other in zip(rows(right, task, name), rows(wrong, task, name), strict=True):
+            assert one | {"output": ""} == other | {"output": ""} and other["output"] in one["options"]
+            flipped += one["output"] != other["output"]
+            count += 1
+    assert abs(flipped / count - 0.25) < 4 * (0.25 * 0.75 / count) ** 0.5  # four standard deviations of a drawn share
+
+
+def test_configs_find_both_worlds(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_world, "WORLD", TINY)
+    monkeypatch.setattr(small_world, "WORLD_OF_WRONG_LABELS", dataclasses.replace(TINY, wrong_labels=0.25))
+    found = {}
+    for name in ("quick", "full"):
+        config = get_config(name)
+        config.data.cache = str(tmp_path)
+        found[name] = resolve(config).data
+        assert Path(found[name].text).is_dir() and Path(found[name].tasks).is_dir()
+    assert found["quick"].tasks != found["full"].tasks
+    assert digest(Path(found["quick"].text)) == digest(Path(found["full"].text))
+
+
 def test_the_command_and_its_errors(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(small_world, "World", lambda seed: World(**{**TINY.__dict__, "seed": seed}))
-    small_world.main([f"--out={tmp_path / 'w'}", "--seed=3"])
+    monkeypatch.setattr(small_world, "World", lambda **said: World(**{**TINY.__dict__, **said}))
+    small_world.main([f"--out={tmp_path / 'w'}", "--seed=3", "--wrong_labels=0.5"])
     assert str(tmp_path / "w" / "metaicl") in capsys.readouterr().out
+    described = json.loads((tmp_path / "w" / "world.json").read_text())
+    assert (described["seed"], described["wrong_labels"]) == (3, 0.5)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "precious").write_text("")
     with pytest.raises(SystemExit) as stop:
