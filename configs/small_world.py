@@ -3,8 +3,9 @@
     python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
     python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
 
-On 2 cores of an Intel Xeon the first takes 5 minutes, MEND 99.3 against Vanilla ICL's 100. In the second, whose trainings took 64 minutes of one core in
-all, a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4 (docs/results.md).
+On 2 cores of an Intel Xeon the first takes 5 minutes, MEND 99.3 against Vanilla ICL's 100. The second took 64
+minutes of one core; there a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning
+71.4 (docs/results.md).
 
 One stage by itself:
 
