@@ -158,6 +158,8 @@ def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> 
 
 def _labelled(world: World, rows: list[dict]) -> list[dict]:
     """The rows as somebody labelled them who is sometimes wrong."""
+    if not world.wrong_labels:
+        return rows  # 400,000 generators that nobody needs
     labelled = []
     for row in rows:
         rng = random.Random(f"{world.seed} {row['task']} {row['input']}")  # its own: all other draws are every world's
