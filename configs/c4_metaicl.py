@@ -17,7 +17,7 @@ does not learn in context from real text (docs/results.md).
 """
 
 from configs import base
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 
 def get_config(name: str = "methods"):

@@ -20,7 +20,7 @@ Expected (Table 2; MEND's spread over five seeds is 0.4 to 2.2):
 """
 
 from configs import base
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 PARTITIONS = (
     "class_to_class",

@@ -24,7 +24,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import base
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 NAMES = ("backbone", "llm", "pretrain", "finetune", "quick", "full")
 

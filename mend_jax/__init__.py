@@ -19,18 +19,18 @@ if sys.argv[:1] == ["-m"]:  # a command of ours: XLA, which reads this when it i
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 _HOMES = {
-    "LLM": "mend_jax.llm",
-    "load_llm": "mend_jax.llm",
-    "Prefix": "mend_jax.prefix",
-    "Query": "mend_jax.query",
-    "Distiller": "mend_jax.prefix",
-    "SoftPrompt": "mend_jax.prefix",
-    "load_distiller": "mend_jax.trained",
-    "demonstrations_prefix": "mend_jax.prefix",
-    "no_prefix": "mend_jax.prefix",
-    "score_options": "mend_jax.scoring",
+    "LLM": "mend_jax.llm.decoder_only",
+    "load_llm": "mend_jax.llm.decoder_only",
+    "Prefix": "mend_jax.prefixes.prefix",
+    "Query": "mend_jax.data.query",
+    "Distiller": "mend_jax.prefixes.prefix",
+    "SoftPrompt": "mend_jax.prefixes.prefix",
+    "load_distiller": "mend_jax.interchange.trained",
+    "demonstrations_prefix": "mend_jax.prefixes.prefix",
+    "no_prefix": "mend_jax.prefixes.prefix",
+    "score_options": "mend_jax.scoring.options",
     "training_losses": "mend_jax.step",
-    "UserError": "mend_jax.errors",
+    "UserError": "mend_jax.cli.errors",
 }
 
 __all__ = list(_HOMES)  # noqa: PLE0605

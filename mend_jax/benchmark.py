@@ -14,14 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from mend_jax import benchmark_quantization, cli
-from mend_jax.benchmark_inference import measure_inference
-from mend_jax.benchmark_jax import Settings
-from mend_jax.benchmark_step import measure_step
-from mend_jax.errors import UserError
-from mend_jax.files import write_report
-from mend_jax.model_sizes import known_or_folder, smallest_of
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.measure import quantization as benchmark_quantization
+from mend_jax.measure.inference import measure_inference
+from mend_jax.measure.jax_side import Settings
+from mend_jax.measure.model_sizes import known_or_folder, smallest_of
+from mend_jax.measure.step import measure_step
 from mend_jax.models.families import DecoderConfig
+from mend_jax.run.files import write_report
 
 DEFAULTS = {
     "step": {"query": 124, "target": 4},

@@ -24,17 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mend_jax import costs, distributed, results, sharding
+from mend_jax.cli.errors import UserError
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.small_world import resolve
-from mend_jax.errors import UserError
-from mend_jax.llm import LLM, load_llm
-from mend_jax.meaning import check_llm
-from mend_jax.metrics import aggregate
+from mend_jax.interchange.trained import load_trained
+from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.folders import fingerprint
-from mend_jax.parallel import Layout, make_layout
-from mend_jax.prefix import Distiller, SoftPrompt
-from mend_jax.task_scoring import (
+from mend_jax.prefixes.prefix import Distiller, SoftPrompt
+from mend_jax.run import distributed, sharding
+from mend_jax.run.layout import Layout, make_layout
+from mend_jax.run.resume import check_llm
+from mend_jax.scoring import costs, results
+from mend_jax.scoring.metrics import aggregate
+from mend_jax.scoring.tasks import (
     Method,
     check_longest,
     evaluate_task,
@@ -43,7 +45,6 @@ from mend_jax.task_scoring import (
     scores_of,
     scoring_options,
 )
-from mend_jax.trained import load_trained
 
 BUILT_IN = ("zero_shot", "icl")  # methods without a trained model
 
@@ -258,6 +259,6 @@ def main(config, workdir) -> int:
 
 
 if __name__ == "__main__":
-    from mend_jax.cli import run
+    from mend_jax.cli.command_line import run
 
     run(main, several=True)

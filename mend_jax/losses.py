@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mend_jax.data.query import Query
 from mend_jax.models import int8
-from mend_jax.query import Query
 
 
 class Weights(NamedTuple):

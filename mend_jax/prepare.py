@@ -8,11 +8,11 @@ itself when this was not run. Interrupted, it goes on where it stopped. Where pr
 the LLM, each text is read by both. Test and dev examples are few: whoever scores them tokenises them.
 """
 
-from mend_jax import cli
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
 from mend_jax.data import prepared
 from mend_jax.data.batches import find_tasks
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
-from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
 

@@ -16,12 +16,12 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.tokenize import other_tokenizer
-from mend_jax.errors import UserError
 from mend_jax.losses import Weights, head_loss, token_weights
-from mend_jax.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
-from mend_jax.query import Query, query_tokens
-from mend_jax.sharding import ROWS
+from mend_jax.prefixes.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
+from mend_jax.run.sharding import ROWS
 
 
 @struct.dataclass

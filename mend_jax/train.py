@@ -31,14 +31,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mend_jax import checkpoint, distributed, meaning, parallel, reporting, run_parts
-from mend_jax.checkpoint import Checkpoints
-from mend_jax.cli import STOPPED, run
-from mend_jax.errors import UserError
+from mend_jax.cli.command_line import STOPPED, run
+from mend_jax.cli.errors import UserError
+from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
-from mend_jax.results import tree_hash
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, distributed, reporting
+from mend_jax.run import layout as parallel
+from mend_jax.run import resume as meaning
+from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
-from mend_jax.trained import lm_settings
 
 LLM_FOLDER = "llm"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_training import write_tokenizer
 
-from mend_jax.llm import load_llm
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_params, save_model
 

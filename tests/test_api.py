@@ -11,7 +11,7 @@ import pytest
 
 import mend_jax
 from configs import base
-from mend_jax.prefix import init_distiller, init_soft_prompt
+from mend_jax.prefixes.prefix import init_distiller, init_soft_prompt
 
 ROOT = Path(__file__).parents[1]
 

@@ -95,7 +95,7 @@ def test_no_square_array_and_half_the_products():
     q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     step = jax.make_jaxpr(lambda *a: with_gradients(causal_attention, *a))(q, q, q, q)
     assert max(_sizes(step.jaxpr)) <= BLOCK * length
-    from mend_jax.costs import count_products
+    from mend_jax.scoring.costs import count_products
 
     masked, full = (count_products(f, q, q, q) for f in (causal_attention, plain))
     assert masked / full == pytest.approx((1 + 1 / 6) / 2)

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from test_end_to_end import _model as model_folder
 from test_processes import CONFIG
 
-from mend_jax import cli, evaluate, train
+from mend_jax import evaluate, train
+from mend_jax.cli import command_line as cli
 
 COMMANDS = {"train": train.train, "evaluate": evaluate.main}
 MESH = ["--config.train.parallel=mesh"]

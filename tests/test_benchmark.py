@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax import benchmark, benchmark_inference, benchmark_step, cli, costs, measure
-from mend_jax.benchmark_jax import InferenceSide, Settings, StepSide, random_params
-from mend_jax.errors import UserError
-from mend_jax.model_sizes import known_or_folder
+from mend_jax import benchmark
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.measure import inference as benchmark_inference
+from mend_jax.measure import machine as measure
+from mend_jax.measure import step as benchmark_step
+from mend_jax.measure.jax_side import InferenceSide, Settings, StepSide, random_params
+from mend_jax.measure.model_sizes import known_or_folder
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.scoring import costs
 
 LLM = DecoderConfig("gpt2", 96, 16, 3, 2, 64, 64)
 BACKBONE = DecoderConfig("gpt2", 96, 8, 2, 2, 24, 64)  # narrower, with an MLP that is not 4 times as wide
@@ -167,7 +172,7 @@ def test_step_command(folder, capsys, monkeypatch):
 
 def test_pytorch_computes_every_family_of_decoders():
     pytest.importorskip("torch")
-    from mend_jax.benchmark_pytorch import PyTorchStep
+    from mend_jax.measure.pytorch_side import PyTorchStep
 
     opt = from_hf_config(OPT)
     settings = dataclasses.replace(SETTINGS, llm=opt, distiller=opt.headless)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from data_files import make_world, tiny_config
 
-from mend_jax import checkpoint, reporting, run_parts, train
+from mend_jax import train
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, reporting
 from mend_jax.step import make_loss_fn
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

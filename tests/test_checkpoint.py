@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from mend_jax import checkpoint
-from mend_jax.checkpoint import Checkpoints
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
+from mend_jax.run import checkpoint
+from mend_jax.run.checkpoint import Checkpoints
 
 
 def trees(value):
@@ -230,8 +230,8 @@ def test_really_full_disk_is_one_sentence(room, tmp_path):
 FULL_DISK = """
 import sys
 import numpy as np
-from mend_jax.checkpoint import Checkpoints
-from mend_jax.errors import UserError
+from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.cli.errors import UserError
 
 checkpoints = Checkpoints(sys.argv[1], False)
 values = np.random.default_rng(0).normal(size=(32, 2000)).astype(np.float32)

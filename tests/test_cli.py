@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 
-from mend_jax import cli
-from mend_jax.errors import UserError
-from mend_jax.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
 
 BASE = str(cli.ROOT / "configs" / "base.py")
 

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 
-from mend_jax.cli import ROOT
+from mend_jax.cli.command_line import ROOT
 
 PROGRAM = """
 import jax
-from mend_jax import compile_cache
+from mend_jax.cli import compile_cache
 
 with compile_cache.mended():
     print(jax.jit(lambda x: x + 1)(41))

@@ -8,10 +8,10 @@ import shlex
 import pytest
 from data_files import make_world, tiny_config, words, write_examples
 
-from mend_jax import cli
-from mend_jax.errors import UserError
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import METHODS, check
 from mend_jax.experiments import methods
-from mend_jax.settings import METHODS, check
 
 ROOT = cli.ROOT
 PARTITIONS = [
@@ -93,7 +93,7 @@ def commands():
 def test_written_commands_run(module, arguments, monkeypatch):
     """Up to the point where the work starts: the module exists, its flags are right, the config takes the overrides."""
     mains = []
-    monkeypatch.setattr("mend_jax.cli.run", lambda main, *_, **__: mains.append(main))
+    monkeypatch.setattr("mend_jax.cli.command_line.run", lambda main, *_, **__: mains.append(main))
     monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
     monkeypatch.setattr("sys.argv", [module, "--out=unused"])
     monkeypatch.chdir(ROOT)

@@ -8,9 +8,9 @@ import pytest
 from conftest import save_tokenizer
 from data_files import make_world, tiny_config, words, write_examples, write_text
 
-from mend_jax.data import draws as draws_module
+from mend_jax.cli.errors import UserError
+from mend_jax.data import rows as draws_module
 from mend_jax.data.batches import Batch, make_batches
-from mend_jax.errors import UserError
 
 STAGES = ("pretrain", "finetune", "lm")
 

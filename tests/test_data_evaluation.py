@@ -7,8 +7,8 @@ import pytest
 from conftest import save_tokenizer
 from data_files import make_world, tiny_config, write_examples
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.evaluation import load_tasks
-from mend_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import json
 import pytest
 from data_files import make_world, words, write_examples, write_text
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, metaicl
-from mend_jax.errors import UserError
 
 DIGESTS = {
     "class_to_class": "23731f44cab2",

@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT, save_tokenizer
 from data_files import make_world, tiny_config, words, write_text
 
-from mend_jax import cli, prepare
+from mend_jax import prepare
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, prepared, tokenize
 from mend_jax.data.stores import TaskStore, TextStore, text_splits
-from mend_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax.errors import UserError
-from mend_jax.llm import init_llm, load_llm
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import init_llm, load_llm
 from mend_jax.models.decoder import Decoder, init_params
-from mend_jax.prefix import Prefix, join, no_prefix
-from mend_jax.query import Query
+from mend_jax.prefixes.prefix import Prefix, join, no_prefix
 
 
 @pytest.fixture(scope="module")

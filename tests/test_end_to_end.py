@@ -19,9 +19,9 @@ from conftest import ROOT, save_tokenizer
 from data_files import make_world, words, write_examples
 
 import mend_jax
-from mend_jax import checkpoint
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, save_model
+from mend_jax.run import checkpoint
 
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
 STAGES = (

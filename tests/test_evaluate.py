@@ -12,16 +12,17 @@ import pytest
 
 from configs import base
 from mend_jax import evaluate as ev
-from mend_jax import task_scoring, trained
+from mend_jax.cli.errors import UserError
 from mend_jax.data.evaluation import EvalTask, Item, load_tasks
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.interchange import trained
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.parallel import make_layout
-from mend_jax.prefix import Distiller, Prefix, SoftPrompt, no_prefix
-from mend_jax.results import tree_hash
-from mend_jax.task_scoring import evaluate_task
+from mend_jax.prefixes.prefix import Distiller, Prefix, SoftPrompt, no_prefix
+from mend_jax.run.layout import make_layout
+from mend_jax.scoring import tasks as task_scoring
+from mend_jax.scoring.results import tree_hash
+from mend_jax.scoring.tasks import evaluate_task
 
 TASKS = ("colour", "choice")
 

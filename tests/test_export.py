@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 
 import mend_jax
 from configs import base
-from mend_jax import checkpoint, export, trained
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
+from mend_jax.interchange import export, trained
 from mend_jax.models import weights
-from mend_jax.prefix import init_distiller, init_soft_prompt
+from mend_jax.prefixes.prefix import init_distiller, init_soft_prompt
+from mend_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 ROWS = [[5, 9, 2, 33], [7] * 31, [60], list(range(2, 22))]  # demonstrations of different lengths
@@ -92,7 +93,8 @@ def test_without_pytorch_the_safetensors_are_written(workdir, tmp_path):
         from importlib.machinery import PathFinder
         find = PathFinder.find_spec
         PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
-        from mend_jax import export, trained
+        from mend_jax.interchange import export
+        from mend_jax.interchange import trained
         print(export.export({str(workdir)!r}, {str(tmp_path / "out")!r}))
         print(trained.read_distiller({str(tmp_path / "out")!r}).distill({PAIRS!r}).embeds.shape)
     """

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from family_rows import COMMON, ROWS, make_row, tokens
 
-from mend_jax import costs
-from mend_jax.llm import load_llm
-from mend_jax.prefix import Prefix, demonstrations_prefix, no_prefix
-from mend_jax.query import Query
-from mend_jax.scoring import score_options
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes.prefix import Prefix, demonstrations_prefix, no_prefix
+from mend_jax.scoring import costs
+from mend_jax.scoring.options import score_options
 
 
 @pytest.fixture(scope="module", params=ROWS)

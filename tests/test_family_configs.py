@@ -8,11 +8,11 @@ import jax
 import pytest
 from family_rows import COMMON, LLAMA, OPT, ROWS, make_row
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
-from mend_jax.prefix import demonstrations_prefix, no_prefix
-from mend_jax.scoring import score_options
+from mend_jax.prefixes.prefix import demonstrations_prefix, no_prefix
+from mend_jax.scoring.options import score_options
 
 
 @pytest.fixture(scope="module", params=ROWS)

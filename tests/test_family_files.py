@@ -8,7 +8,7 @@ import pytest
 from family_rows import ROWS, make_row, tokens, torch_model
 from safetensors.numpy import load_file, save_file
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import load_model, save_model
 

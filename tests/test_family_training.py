@@ -13,11 +13,13 @@ from data_files import make_world, tiny_config
 from family_rows import COMMON, ROWS, save_random, smaller, tokens
 from tiny_training import config as training_config
 
-from mend_jax import checkpoint, evaluate, reporting, run_parts, train
-from mend_jax.export import write_folder
-from mend_jax.llm import load_llm
-from mend_jax.prefix import init_distiller
-from mend_jax.trained import read_distiller
+from mend_jax import evaluate, train
+from mend_jax.interchange.export import write_folder
+from mend_jax.interchange.trained import read_distiller
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, reporting
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
@@ -79,7 +81,7 @@ def predicted(workdir, method):
 @pytest.mark.parametrize("name", ROWS)
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(name, tmp_path):
     pytest.importorskip("torch")
-    from mend_jax.torch_module import MendDistiller
+    from mend_jax.interchange.mend_distiller import MendDistiller
 
     llm, backbone = (save_random(tmp_path / str(i), fields, i) for i, fields in enumerate(PAIRS[name]))
     llm = load_llm(llm)

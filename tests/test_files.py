@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-from mend_jax.files import temporary_for
+from mend_jax.run.files import temporary_for
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):

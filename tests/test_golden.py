@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 import mend_jax
 from configs import base
 from mend_jax.data.batches import Batch
+from mend_jax.interchange.trained import PLACEHOLDERS, PROJECTION
 from mend_jax.models.weights import key_table
 from mend_jax.step import make_loss_fn
-from mend_jax.trained import PLACEHOLDERS, PROJECTION
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2_same_width"])

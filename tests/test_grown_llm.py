@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_training import model_folder
 
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm, with_layers
+from mend_jax.cli.errors import UserError
+from mend_jax.llm.decoder_only import load_llm, with_layers
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,23 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_training import RandomBatches, config, model_folder
 
-from mend_jax import checkpoint, cli, costs, meaning, reporting, run_parts, train
+from mend_jax import train
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import check
 from mend_jax.data.batches import Batch
-from mend_jax.errors import UserError
-from mend_jax.llm import LLM, EncoderDecoderLLM, load_llm
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import LLM, EncoderDecoderLLM, load_llm
 from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_params, save_model
 from mend_jax.models.int8 import quantize, quantize_params
-from mend_jax.prefix import SoftPrompt, demonstrations_prefix, init_soft_prompt
-from mend_jax.query import Query
-from mend_jax.scoring import score_options
-from mend_jax.settings import check
+from mend_jax.prefixes.prefix import SoftPrompt, demonstrations_prefix, init_soft_prompt
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, reporting
+from mend_jax.run import resume as meaning
+from mend_jax.scoring import costs
+from mend_jax.scoring.options import score_options
 from mend_jax.step import make_loss_fn
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -255,8 +260,9 @@ def abstract_int8(shapes):
 LOAD = """
 import gc, json, sys
 from pathlib import Path
-from mend_jax import measure, sharding
-from mend_jax.llm import load_llm
+from mend_jax.measure import machine as measure
+from mend_jax.run import sharding
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from mend_jax.cli import ROOT
+from mend_jax.cli.command_line import ROOT
 
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", ".ci/run"]
 JOBS = [f"launch/{name}.sh" for name in ("local", "slurm", "kubernetes", "tpu_pod")]  # see test_launch_jobs.py

@@ -12,12 +12,12 @@ import pytest
 
 from configs import base
 from mend_jax.data.batches import Batch
-from mend_jax.llm import LLM
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import LLM
 from mend_jax.losses import Weights, head_loss, token_weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefix import Distiller
-from mend_jax.query import Query
+from mend_jax.prefixes.prefix import Distiller
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, query_losses
 
 B, Q, D, V = 3, 11, 16, 57

@@ -8,10 +8,11 @@ import pytest
 from tiny_training import config, model_folder
 
 from configs.base import get_config
-from mend_jax import checkpoint, meaning
-from mend_jax.checkpoint import Checkpoints
-from mend_jax.errors import UserError
-from mend_jax.results import tree_hash
+from mend_jax.cli.errors import UserError
+from mend_jax.run import checkpoint
+from mend_jax.run import resume as meaning
+from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.scoring.results import tree_hash
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mend_jax.errors import UserError
-from mend_jax.metrics import accuracy, aggregate, macro_f1, mean_and_std, percent, task_scores
+from mend_jax.cli.errors import UserError
+from mend_jax.scoring.metrics import accuracy, aggregate, macro_f1, mean_and_std, percent, task_scores
 
 
 def test_accuracy_ignores_surrounding_spaces():

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mend_jax import checkpoint
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.cli.errors import UserError
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model
+from mend_jax.run import checkpoint
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 SIZES = {  # layers, width, heads, parameters (published)

@@ -8,10 +8,10 @@ import optax
 import pytest
 from tiny_training import RandomBatches, config, model_folder
 
-from mend_jax import parallel
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
-from mend_jax.prefix import init_distiller
+from mend_jax.cli.errors import UserError
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
 ROWS = 32

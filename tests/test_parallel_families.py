@@ -13,10 +13,10 @@ from test_parallel import layout_of
 from tiny_training import config
 
 from mend_jax.data.batches import Batch
-from mend_jax.llm import load_llm
-from mend_jax.prefix import demonstrations_prefix, init_distiller
-from mend_jax.query import Query
-from mend_jax.scoring import cache_prefix, lay_out, score_rows
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes.prefix import demonstrations_prefix, init_distiller
+from mend_jax.scoring.options import cache_prefix, lay_out, score_rows
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 T5 = test_t5.COMMON | {"model_type": "t5", "num_heads": 4} | test_t5.V11

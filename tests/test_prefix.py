@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from configs import base
-from mend_jax import prefix as prefixes
 from mend_jax import step
-from mend_jax.errors import UserError
-from mend_jax.llm import LLM
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import save_model
-from mend_jax.prefix import Distiller, demonstrations_prefix, init_distiller, init_soft_prompt
-from mend_jax.query import Query
+from mend_jax.prefixes import prefix as prefixes
+from mend_jax.prefixes.prefix import Distiller, demonstrations_prefix, init_distiller, init_soft_prompt
 
 BACKBONE = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=72)
 WIDER = DecoderConfig("gpt2", vocab_size=61, width=24, layers=1, heads=2, mlp_width=48, max_positions=96)

@@ -17,13 +17,15 @@ from conftest import ROOT
 from data_files import make_world
 from test_end_to_end import _model as model_folder
 
-from mend_jax import checkpoint, distributed, reporting, run_parts, train
-from mend_jax.cli import load_config
-from mend_jax.errors import UserError
+from mend_jax import train
+from mend_jax.cli.command_line import load_config
+from mend_jax.cli.errors import UserError
 from mend_jax.evaluate import evaluate, made_of
 from mend_jax.models.folders import fingerprint
-from mend_jax.results import Store
-from mend_jax.task_scoring import Method
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, distributed, reporting
+from mend_jax.scoring.results import Store
+from mend_jax.scoring.tasks import Method
 
 STEPS = 40
 CONFIG = """

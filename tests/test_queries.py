@@ -9,12 +9,12 @@ from conftest import save_tokenizer
 from data_files import make_world, tiny_config
 from tiny_training import config, model_folder
 
-from mend_jax import parallel
+from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
-from mend_jax.prefix import Prefix, init_distiller
-from mend_jax.query import Query
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes.prefix import Prefix, init_distiller
+from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 ROWS, QUERIES = 8, 3

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mend_jax import export, trained
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
+from mend_jax.interchange import export, trained
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_same_width"])

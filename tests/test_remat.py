@@ -11,9 +11,9 @@ from test_parallel import layout_of
 from test_parallel_families import LLAMA, T5
 from tiny_training import config
 
-from mend_jax import run_parts
 from mend_jax.data.batches import Batch
-from mend_jax.query import Query
+from mend_jax.data.query import Query
+from mend_jax.run import build as run_parts
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 B, N, Q, LAYERS = 8, 44, 16, 12  # scanned: their number costs no time to compile

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from family_rows import COMMON, LLAMA, LLAMA3, YARN, tokens, torch_model
 
-from mend_jax.llm import load_llm
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.rope import frequencies, read_rope
-from mend_jax.prefix import no_prefix
-from mend_jax.query import Query
+from mend_jax.prefixes.prefix import no_prefix
 
 
 @pytest.mark.parametrize(

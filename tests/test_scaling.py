@@ -10,14 +10,18 @@ from conftest import save_tokenizer
 from data_files import make_world, tiny_config
 
 from configs import base
-from mend_jax import cli, costs, parallel, scaling, sharding
-from mend_jax.collectives import sent
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import make_batches
-from mend_jax.errors import UserError
-from mend_jax.model_sizes import SIZES, gpt2, llama, opt, settings_of, t5
+from mend_jax.measure import scaling
+from mend_jax.measure.collectives import sent
+from mend_jax.measure.formulas import by_formula, count, flops, formula_table, meshes
+from mend_jax.measure.model_sizes import SIZES, gpt2, llama, opt, settings_of, t5
+from mend_jax.measure.workloads import STAGES, TABLE, load_workload, make_workload
 from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.scaling_formulas import by_formula, count, flops, formula_table, meshes
-from mend_jax.scaling_workloads import STAGES, TABLE, load_workload, make_workload
+from mend_jax.run import layout as parallel
+from mend_jax.run import sharding
+from mend_jax.scoring import costs
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")  # bytes are settled before what it leaves out
 

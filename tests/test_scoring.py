@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax import scoring
-from mend_jax.errors import UserError
-from mend_jax.llm import LLM
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefix import Prefix, bucket, demonstrations_prefix, no_prefix
-from mend_jax.query import Query
-from mend_jax.scoring import cache_prefix, lay_out, score_items, score_options
+from mend_jax.prefixes.prefix import Prefix, bucket, demonstrations_prefix, no_prefix
+from mend_jax.scoring import options as scoring
+from mend_jax.scoring.options import cache_prefix, lay_out, score_items, score_options
 
 CONFIG = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=96)
 
@@ -132,7 +132,7 @@ def test_equal_to_pytorch(tmp_path):
         transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=96, initializer_range=0.3)
     ).eval()
     hf.save_pretrained(tmp_path)
-    from mend_jax.llm import load_llm
+    from mend_jax.llm.decoder_only import load_llm
 
     llm, demos = load_llm(tmp_path), list(range(20, 60))
     for item in random_items(4, seed=9):

@@ -6,10 +6,10 @@ import jax
 import pytest
 from family_sizes import SIZES
 
-from mend_jax import sharding
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_params
+from mend_jax.run import sharding
 
 T5 = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "num_layers": 24, "num_heads": 32, "d_kv": 64}
 T5 |= {"d_ff": 5120, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import small_world
 from mend_jax.data.small_world import resolve, write_small_world
 from mend_jax.data.small_world_language import LABELS, SEEDS, World
-from mend_jax.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 
 TINY = World(train_tasks=3, test_tasks=3, four_tasks=2, train_documents=6, validation_documents=2)
@@ -340,9 +340,9 @@ def test_the_packaged_llm_learns_in_context(world):
     """On unseen tasks the demonstrations are worth at least 25 points of accuracy."""
     import jax
 
-    from mend_jax.llm import load_llm
-    from mend_jax.prefix import Prefix, no_prefix
-    from mend_jax.query import Query
+    from mend_jax.data.query import Query
+    from mend_jax.llm.decoder_only import load_llm
+    from mend_jax.prefixes.prefix import Prefix, no_prefix
 
     assert (small_world.PACKAGED_MODELS / "llm" / "model.safetensors").exists()
     llm = load_llm(small_world.PACKAGED_MODELS / "llm")

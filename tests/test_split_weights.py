@@ -11,14 +11,15 @@ from jax.sharding import PartitionSpec
 from test_int8 import ROWS, WORDS
 from tiny_training import RandomBatches, config
 
-from mend_jax import parallel, sharding
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.cli.errors import UserError
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, init_params, load_model, save_model
 from mend_jax.models.split_weights import read_split
-from mend_jax.prefix import init_distiller
+from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.run import layout as parallel
+from mend_jax.run import sharding
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}

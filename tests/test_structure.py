@@ -86,6 +86,6 @@ def test_rooms_import_only_from_rooms_above():
     ],
 )
 def test_an_import_from_below_is_seen(text):
-    order = {"mend_jax.prefix": 0, "mend_jax.train": 1, "mend_jax.evaluate": 1, "mend_jax.export": 2, "mend_jax": 3}
+    order = {"mend_jax.prefixes.prefix": 0, "mend_jax.train": 1, "mend_jax.evaluate": 1, "mend_jax.export": 2, "mend_jax": 3}
     assert len(upward({"mend_jax.train": text}, order)) == 1
-    assert upward({"mend_jax.train": "from mend_jax.prefix import Prefix\nimport jax"}, order) == []
+    assert upward({"mend_jax.train": "from mend_jax.prefixes.prefix import Prefix\nimport jax"}, order) == []

@@ -13,16 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_int8 import restored
 
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.encoder_decoder import distance_buckets
 from mend_jax.models.families import from_hf_config, key_table, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, save_model
 from mend_jax.models.weights import to_tensors
-from mend_jax.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
-from mend_jax.query import Query
-from mend_jax.scoring import score_options
-from mend_jax.sharding import make_mesh, placer
+from mend_jax.prefixes.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
+from mend_jax.run.sharding import make_mesh, placer
+from mend_jax.scoring.options import score_options
 
 V1 = {"feed_forward_proj": "relu"}
 V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

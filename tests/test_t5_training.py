@@ -17,21 +17,21 @@ from tiny_training import config as tiny_config
 from tiny_training import write_tokenizer
 from transformers import AutoTokenizer
 
-from mend_jax import costs
+from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.evaluation import EvalTask, Item
-from mend_jax.errors import UserError
-from mend_jax.export import write_folder
-from mend_jax.llm import load_llm
+from mend_jax.data.query import Query
+from mend_jax.interchange.export import write_folder
+from mend_jax.interchange.trained import read_distiller
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.losses import token_weights
 from mend_jax.models.encoder_decoder import decode, encode
-from mend_jax.prefix import Prefix, bucket, init_distiller, init_soft_prompt
-from mend_jax.query import Query
-from mend_jax.run_parts import load
-from mend_jax.scoring import cache_prefix, score_items, score_options
+from mend_jax.prefixes.prefix import Prefix, bucket, init_distiller, init_soft_prompt
+from mend_jax.run.build import load
+from mend_jax.scoring import costs
+from mend_jax.scoring.options import cache_prefix, score_items, score_options
+from mend_jax.scoring.tasks import Method, evaluate_task, prefix_maker
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, training_losses
-from mend_jax.task_scoring import Method, evaluate_task, prefix_maker
-from mend_jax.trained import read_distiller
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -169,7 +169,7 @@ def test_every_method_is_evaluated(pair):
 
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(pair, tmp_path):
     torch = pytest.importorskip("torch")
-    from mend_jax.torch_module import MendDistiller
+    from mend_jax.interchange.mend_distiller import MendDistiller
 
     distiller = init_distiller(settings(pair).prefix, pair.llm, 0)
     write_folder(distiller, tmp_path)

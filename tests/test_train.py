@@ -16,10 +16,12 @@ import pytest
 import tiny_training
 from tiny_training import RandomBatches, config, model_folder
 
-from mend_jax import checkpoint, reporting, run_parts, train
-from mend_jax.errors import UserError
-from mend_jax.llm import load_llm
+from mend_jax import train
+from mend_jax.cli.errors import UserError
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
+from mend_jax.run import build as run_parts
+from mend_jax.run import checkpoint, reporting
 
 SCRIPT = tiny_training.__file__
 

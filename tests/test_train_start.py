@@ -8,9 +8,12 @@ import pytest
 from data_files import make_world, tiny_config, words
 from tiny_training import config, model_folder
 
-from mend_jax import reporting, run_parts, task_scoring, train
+from mend_jax import train
+from mend_jax.cli.errors import UserError
 from mend_jax.data import tokenize
-from mend_jax.errors import UserError
+from mend_jax.run import build as run_parts
+from mend_jax.run import reporting
+from mend_jax.scoring import tasks as task_scoring
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,16 @@ import tokenizer_files
 from data_files import make_world, tiny_config, words, write_examples
 
 import mend_jax
-from mend_jax import evaluate, parallel, prepare, reporting, run_parts, train
+from mend_jax import evaluate, prepare, train
+from mend_jax.cli.errors import UserError
 from mend_jax.data import prepared, tokenize
 from mend_jax.data.batches import make_batches
 from mend_jax.data.tokenize import other_tokenizer
-from mend_jax.errors import UserError
-from mend_jax.export import export
-from mend_jax.task_scoring import Method, make_context
+from mend_jax.interchange.export import export
+from mend_jax.run import build as run_parts
+from mend_jax.run import layout as parallel
+from mend_jax.run import reporting
+from mend_jax.scoring.tasks import Method, make_context
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

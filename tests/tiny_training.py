@@ -84,7 +84,7 @@ class RandomBatches:
         import numpy as np
 
         from mend_jax.data.batches import Batch
-        from mend_jax.query import Query
+        from mend_jax.data.query import Query
 
         rng, B, Q = np.random.default_rng([*self.seed, step]), self.rows, 16
         N = 0 if self.config.stage == "lm" else 16
@@ -105,7 +105,8 @@ class RandomBatches:
 
 
 def main(workdir, *fields):
-    from mend_jax import run_parts, train
+    from mend_jax import train
+    from mend_jax.run import build as run_parts
 
     run_parts.make_batches = RandomBatches
     values = {name: ast.literal_eval(value) for name, value in (field.split("=", 1) for field in fields)}

@@ -12,11 +12,11 @@ import grain
 import numpy as np
 from flax import struct
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import metaicl, prepared, sampling
-from mend_jax.data.draws import SequenceDraws, TaskDraws, TextDraws
+from mend_jax.data.query import Query
+from mend_jax.data.rows import SequenceDraws, TaskDraws, TextDraws
 from mend_jax.data.stores import TaskStore, text_splits
-from mend_jax.errors import UserError
-from mend_jax.query import Query
 
 LAST_STEP = 2**40
 

@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.json_lines import parse_object
-from mend_jax.errors import UserError
 
 
 def text_files(folder) -> dict[str, list[Path]]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import nearest
 from mend_jax.data import alignment, metaicl, sampling
 from mend_jax.data.tokenize import check_tokenizer, encode, readings, separator, tokenizer_text
-from mend_jax.errors import UserError
-from mend_jax.settings import nearest
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import json
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 
 def parse_object(line: str, where: str) -> dict:

@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import nearest
 from mend_jax.data.json_lines import parse_object
-from mend_jax.errors import UserError
-from mend_jax.settings import nearest
 
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, metaicl
 from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
-from mend_jax.errors import UserError
-from mend_jax.files import temporary_for
+from mend_jax.run.files import temporary_for
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
 IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longer than the work

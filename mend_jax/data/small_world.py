@@ -34,6 +34,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.small_world_language import (
     END_OF_TEXT,
     World,
@@ -44,7 +45,6 @@ from mend_jax.data.small_world_language import (
     topics,
     vocabulary,
 )
-from mend_jax.errors import UserError
 
 NAME = "small_world"  # the special value in configs, and the partition's name
 FOUR = "small_world_four"  # the partition whose meta-test tasks have four classes

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 SEEDS = (13, 21, 42, 87, 100)  # MetaICL's
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import alignment
 from mend_jax.data.tokenize import damaged, read_shard
-from mend_jax.errors import UserError
 
 
 class TextStore:

@@ -20,10 +20,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tokenizers import Tokenizer
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
-from mend_jax.errors import UserError
-from mend_jax.files import temporary_for
+from mend_jax.run.files import temporary_for
 
 SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: stands before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard

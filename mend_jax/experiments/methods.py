@@ -24,11 +24,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mend_jax import distributed
-from mend_jax.cli import STOPPED
-from mend_jax.errors import UserError
-from mend_jax.files import temporary_for
-from mend_jax.settings import METHODS
+from mend_jax.cli.command_line import STOPPED
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import METHODS
+from mend_jax.run import distributed
+from mend_jax.run.files import temporary_for
 
 # Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
 STAGES = {
@@ -99,12 +99,12 @@ def _check_evaluation_data(config: ConfigDict) -> None:
     training."""
     from mend_jax.data.evaluation import load_tasks
     from mend_jax.data.small_world import resolve
-    from mend_jax.llm import LLM
+    from mend_jax.llm.decoder_only import LLM
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import load_tokenizer, local_folder
-    from mend_jax.parallel import check_batch_size
-    from mend_jax.run_parts import check_settings
-    from mend_jax.task_scoring import check_longest
+    from mend_jax.run.build import check_settings
+    from mend_jax.run.layout import check_batch_size
+    from mend_jax.scoring.tasks import check_longest
 
     config = resolve(config)
     for method in config.experiment.methods:
@@ -213,6 +213,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    from mend_jax.cli import run
+    from mend_jax.cli.command_line import run
 
     run(main, several=True)

@@ -18,7 +18,7 @@ from mend_jax.models.attention import attention_after, causal_attention
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import layer_norm, rms_norm
-from mend_jax.sharding import by_rows
+from mend_jax.run.sharding import by_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
 # quicker than to write and read what they would keep (three times as much).

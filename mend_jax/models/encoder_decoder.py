@@ -19,7 +19,7 @@ from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import rms_norm
-from mend_jax.sharding import by_rows, for_rows
+from mend_jax.run.sharding import by_rows, for_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
 

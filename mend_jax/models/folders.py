@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, read_json, to_hf_config
 from mend_jax.models.split_weights import read_split
-from mend_jax.sharding import Place, places
+from mend_jax.run.sharding import Place, places
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")  # a tokenizer has one of them
 TOKENIZER_FILES = (

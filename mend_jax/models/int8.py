@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mend_jax.sharding import gathered
+from mend_jax.run.sharding import gathered
 
 SCALE = "_scale"
 SUMMED = {"kernel": -2, "tokens": -1, "head": -1}  # what is held in 8 bits, and the axis that a product sums over

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 _ORIGINAL = "original_max_position_embeddings"
 

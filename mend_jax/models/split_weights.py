@@ -15,12 +15,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models.families import Config
 from mend_jax.models.int8 import SCALE, SUMMED, rounded, scales
 from mend_jax.models.tables import Entry
 from mend_jax.models.weights import NOT_TIED, PIECE, Tensor, aligned, is_mapped, matched, open_file, weight_files
-from mend_jax.sharding import Place
+from mend_jax.run.sharding import Place
 
 COMPARED = 4096  # rows of two token tables at a time
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 
 
 class Entry(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mend_jax.errors import UserError
+from mend_jax.cli.errors import UserError
 from mend_jax.models.families import FAMILIES, HEAD, Config, file_says_head, key_table
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry

@@ -1,0 +1,1 @@
+"""What a person meets: the command line, the values of a config, sentences for mistakes."""

@@ -1,0 +1,397 @@
+"""The command line of every command: `run(main)`; the parameters of `main` are the flags.
+
+    def train(config, workdir): ...          # --config=FILE.py[:VARIANT] --workdir=FOLDER --config.section.field=value
+    def export(workdir, out, name="mend"):   # --workdir=FOLDER --out=... [--name=mend]
+    def benchmark(what: Literal["step", "inference"], /, repeats=5):   # the word itself, and [--repeats=5]
+
+A mistake of the user's ends in one sentence and exit code 2.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import textwrap
+import traceback
+from difflib import SequenceMatcher
+from logging import BASIC_FORMAT, Formatter, StreamHandler, getLogger
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from mend_jax.cli import compile_cache
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import check, dotted_fields, nearest
+from mend_jax.run import distributed
+from mend_jax.run.distributed import STOPPED
+
+ROOT = Path(__file__).resolve().parents[2]  # where configs/ lies beside the package
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+def run(main, argv=None, several=False) -> None:
+    """Parses the command line, calls `main` with it, and exits with the whole number it returns, or 0.
+
+    Args:
+        main: its parameter `config` is a file of configs/, `workdir` a folder; any other is a flag of the type of its
+            annotation or default, needed if it has none; a positional-only one is a word without a flag.
+        argv: for tests; else sys.argv.
+        several: whether the command may run as several processes (distributed.py); others run as one.
+    """
+    code = _code_of(main, sys.argv if argv is None else argv, several)
+    distributed.leave(code)
+    sys.exit(code)
+
+
+def _code_of(main, argv: list[str], several: bool) -> int:
+    """The exit code; what went wrong is printed."""
+    logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+    _plain_warnings()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
+    try:
+        if {"--help", "-h", "-help"} & set(argv[1:]):
+            print(_help(main))
+            return 0
+        arguments = parse(main, argv)
+        if several:
+            distributed.start()
+        # As one of several processes training asks JAX, at each step, whether all are to stop (`told_to_stop`).
+        stops = contextlib.nullcontext() if distributed.is_running() else distributed.stops_at_sigterm()
+        with stops, compile_cache.mended():
+            code = main(*arguments)
+        return code if isinstance(code, int) else 0
+    except distributed.Stopped:
+        distributed.say_stopped()
+        return STOPPED
+    except UserError as error:
+        print(f"{distributed.label()}error: {error}", file=sys.stderr)
+        return MISTAKE
+    except BrokenPipeError:  # what was printed went into a program, such as head, that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        from mend_jax.run.checkpoint import is_disk_full  # slow to import
+
+        if not is_disk_full(error):
+            if not distributed.is_running():
+                raise
+            traceback.print_exc()  # here, because `leave` may end the process before Python would print it
+            return FAILED
+        print("error: the disk is full: make room, then the same command goes on where it stopped.", file=sys.stderr)
+        return MISTAKE
+
+
+def _plain_warnings() -> None:
+    """Warnings as "warning: SENTENCE", each once: two stages of one command have the same to say."""
+    handler, said = StreamHandler(), set()
+    handler.setFormatter(Formatter("warning: %(message)s"))
+    handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))
+    root = getLogger()
+    for other in list(root.handlers):  # a library may have called logging.basicConfig, whose lines are for programmers
+        if getattr(other.formatter, "_fmt", "") == BASIC_FORMAT:
+            root.removeHandler(other)
+    if not root.handlers:
+        root.addHandler(handler)
+
+
+def parse(main, argv) -> list:
+    """The arguments of `main`, in its order. Raises UserError for every mistake in `argv`."""
+    parameters = _parameters(main)
+    values = flags.FlagValues()
+    argv, fields = list(argv), {}
+    if "config" in parameters:
+        argv, config = _take_config(argv)
+        fields = dotted_fields(config)
+        argv = _plain_overrides(argv, fields)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
+    for name, parameter in parameters.items():
+        if name != "config" and parameter.kind is not parameter.POSITIONAL_ONLY:
+            _define(name, parameter, values)
+    try:
+        words = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, parameters) from None
+    except flags.IllegalFlagValueError as error:
+        raise _wrong_value(str(error), argv, fields, parameters) from None
+    except flags.Error as error:
+        raise UserError(f"{str(error).rstrip('.')}: see --help.") from None
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+    return _arguments(main, values, words)
+
+
+def load_config(name: str) -> ConfigDict:
+    """FILE.py or FILE.py:VARIANT -> what its get_config makes; every field of configs/base.py is there, and no other.
+
+    Raises UserError for a file that is missing or broken, an unknown variant, or a field that configs/base.py has not.
+    """
+    path, _, variant = name.partition(":")
+    get_config = _get_config(path)
+    takes_variant = bool(inspect.signature(get_config).parameters)
+    if variant and not takes_variant:
+        raise UserError(f'{path} has no variants: leave ":{variant}" out.')
+    try:
+        config = get_config(variant) if variant else get_config()
+    except UserError:
+        raise
+    except (ValueError, KeyError) as error:
+        if not variant:
+            raise UserError(f"{path} fails: {_reason(error)}.") from error
+        own_words = isinstance(error, ValueError) and variant in str(error)
+        raise UserError(f"{'' if own_words else f'{path} has no variant {variant}: '}{_reason(error)}.") from error
+    except Exception as error:
+        raise UserError(f"{path} fails: {_reason(error)}.") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path} must return an ml_collections ConfigDict, as configs/base.py does.")
+    base = base_config()
+    if base is not None:
+        _compare_fields(path, config, base)
+    return config
+
+
+def base_config() -> ConfigDict | None:
+    """configs/base.py: every field with its default. None where the package is installed without configs/."""
+    base = ROOT / "configs" / "base.py"
+    return _get_config(str(base))() if base.is_file() else None
+
+
+def _get_config(path: str):
+    if not Path(path).is_file():
+        there = sorted(str(p) for folder in {Path(path).parent, Path("configs")} for p in folder.glob("*.py"))
+        hint = f"did you mean {nearest(path, there)}?" if there else "give the path of a file like configs/base.py."
+        raise UserError(f'There is no config file "{path}": {hint}')
+    for folder in (str(ROOT), str(Path.cwd())):  # a variant says "from configs import base"
+        if folder not in sys.path:
+            sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None:
+        raise UserError(f'"{path}" is not a config file: give a Python file like configs/base.py.')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no function get_config: see configs/base.py.")
+    return module.get_config
+
+
+def _compare_fields(path: str, config: ConfigDict, base: ConfigDict) -> None:
+    ours, theirs = dotted_fields(base), dotted_fields(config)
+    for key in theirs:
+        if key not in ours:
+            raise UserError(f"{path} sets {key}, which configs/base.py has not: did you mean {nearest(key, ours)}?")
+    for key in ours:
+        if key not in theirs:
+            raise UserError(f"{path} has no field {key}: start from configs.base.get_config() and change what differs.")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().rstrip(".")
+    line = getattr(error, "lineno", None)
+    return " ".join(f"{'' if line is None else f'line {line}: '}{text or type(error).__name__}".split())
+
+
+def _take_config(argv: list[str]):
+    """argv without --config, and the config it named."""
+    rest, name = [], None
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("--config", "-config"):
+            name = next(arguments, "")
+        elif argument.startswith(("--config=", "-config=")):
+            name = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if not name:
+        raise UserError("A config is needed: add --config=FILE.py, for example --config=configs/small_world.py:quick.")
+    return rest, load_config(name)
+
+
+def _plain_overrides(argv: list[str], fields: dict) -> list[str]:
+    """argv with every override as --config.key=value, the key known and tuples written as Python writes them."""
+    plain = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = OVERRIDE.fullmatch(argument)
+        if not match:
+            plain.append(argument)
+            continue
+        negated, key, has_value, value = match.groups()
+        if key not in fields:
+            raise _unknown_field(key, fields)
+        if not has_value and not isinstance(fields[key], bool):
+            value = next(arguments, None)
+            if value is None:
+                raise UserError(f"--config.{key} needs a value: {_wanted(fields[key])}.")
+        elif not has_value:
+            value = "false" if negated else "true"
+        elif negated:
+            raise UserError(f"--noconfig.{key} takes no value: write --config.{key}=false.")
+        if isinstance(fields[key], tuple):
+            value = repr(_tuple(value))
+        plain.append(f"--config.{key}={value}")
+    return plain
+
+
+def _tuple(text: str) -> tuple:
+    """(13, 21), "13,21" and "zero_shot,mend=runs/mend" alike."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        value = tuple(int(part) if part.isdecimal() else part for part in parts)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _unknown_field(key: str, fields: dict) -> UserError:
+    within = [name for name in fields if name.startswith(f"{key}.")]
+    if within:
+        return UserError(f"--config.{key} is a section: set one of its fields, for example --config.{within[0]}.")
+    return UserError(
+        f"There is no --config.{key}: did you mean --config.{nearest(key, fields)}? (configs/base.py has them all.)"
+    )
+
+
+def _parameters(main) -> dict[str, inspect.Parameter]:
+    """The parameters of `main`, their annotations resolved: a type, or a Literal of words."""
+    hints = get_type_hints(main)
+    parameters = {}
+    for name, parameter in inspect.signature(main).parameters.items():
+        default = parameter.default
+        kind = hints.get(name, str if default in (parameter.empty, None) else type(default))
+        parameters[name] = parameter.replace(annotation=kind)
+    return parameters
+
+
+def _define(name: str, parameter: inspect.Parameter, values: flags.FlagValues) -> None:
+    default = None if parameter.default is parameter.empty else parameter.default
+    if get_origin(parameter.annotation) is Literal:
+        flags.DEFINE_enum(name, default, [str(word) for word in get_args(parameter.annotation)], "", flag_values=values)
+        return
+    define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    define.get(parameter.annotation, flags.DEFINE_string)(name, default, "", flag_values=values)
+
+
+def _arguments(main, values, words: list[str]) -> list:
+    arguments, words = [], list(words)
+    for name, parameter in _parameters(main).items():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            arguments.append(_word(parameter, words.pop(0) if words else None))
+        elif name == "config":
+            arguments.append(_resolved(values.config))
+        else:
+            arguments.append(_flag(main, name, parameter, values[name].value))
+    if words:
+        raise UserError(f'"{words[0]}" is not understood: flags are written --name=value; see --help.')
+    return arguments
+
+
+def _resolved(config: ConfigDict) -> ConfigDict:
+    from mend_jax.data.small_world import resolve
+
+    check(config)
+    return resolve(config).lock()
+
+
+def _word(parameter: inspect.Parameter, word: str | None):
+    choices = get_args(parameter.annotation)
+    if word in choices:
+        return word
+    if word is None and parameter.default is not parameter.empty:
+        return parameter.default
+    given = "The first word is missing" if word is None else f'"{word}" is not understood as the first word'
+    raise UserError(f"{given}: give one of {', '.join(choices)}.")
+
+
+def _flag(main, name: str, parameter: inspect.Parameter, value):
+    if parameter.default is parameter.empty and value in (None, ""):
+        raise UserError(f"--{name} is needed: {_described(main).get(name, 'see --help').rstrip('.')}.")
+    if name == "workdir" and value:
+        value = str(Path(value).expanduser())
+        if Path(value).exists() and not Path(value).is_dir():
+            raise UserError(f'--workdir="{value}" is a file: name a folder, new or of an earlier run.')
+    return value
+
+
+def _unknown_flag(name: str, parameters) -> UserError:
+    if name.partition(".")[0] in ("config", "noconfig"):
+        return UserError(f"This command takes no --config: it takes {_flag_names(parameters)}.")
+    known = [n for n, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY]
+    closest = nearest(name, known) if known else ""
+    if closest and SequenceMatcher(None, name, closest).ratio() > 0.5:
+        return UserError(f"There is no flag --{name}: did you mean --{closest}?")
+    return UserError(f"There is no flag --{name}: this command takes {_flag_names(parameters)}.")
+
+
+def _flag_names(parameters) -> str:
+    names = [f"--{n}" for n, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY]
+    return ", ".join(names) + (" and --config.section.field" if "config" in parameters else "")
+
+
+def _wrong_value(message: str, argv: list[str], fields: dict, parameters) -> UserError:
+    match = re.match(r"flag --([\w.]+)=", message)
+    if not match:
+        return UserError(message)
+    name = match[1]
+    parts = [argument.lstrip("-").partition("=") for argument in argv]
+    values = [value for flag, _, value in parts if flag == name and value]  # given twice, the wrong one is in the message
+    given = next((v for v in values if message.startswith(f"flag --{name}={v}:")), values[0] if values else "")
+    if name.startswith("config."):
+        return UserError(f"--{name} must be {_wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")
+    parameter = parameters[name]
+    if get_origin(parameter.annotation) is Literal:
+        choices = [str(word) for word in get_args(parameter.annotation)]
+        return UserError(
+            f'--{name} must be one of {", ".join(choices)}, not "{given}": did you mean "{nearest(given, choices)}"?'
+        )
+    return UserError(f"--{name} must be {_wanted(parameter.annotation())}, not {_given(given)}.")
+
+
+def _wanted(value) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(type(value), "a list like a,b")
+
+
+def _given(text: str) -> str:
+    try:
+        kind = type(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        kind = str
+    words = {bool: "a truth value", int: "a whole number", float: "a fraction", tuple: "a list", str: "text"}
+    return f'"{text}" ({words.get(kind, kind.__name__)})'
+
+
+def _help(main) -> str:
+    doc = inspect.cleandoc(sys.modules[main.__module__].__doc__ or main.__doc__ or "")
+    lines = [doc, "", "Flags:"]
+    for name, parameter in _parameters(main).items():
+        if name == "config":
+            lines += ["  --config=FILE.py[:VARIANT]", "  --config.section.field=value   any field of configs/base.py"]
+            continue
+        choices = get_args(parameter.annotation)
+        value = "|".join(map(str, choices)) if choices else getattr(parameter.annotation, "__name__", "value")
+        text = value if parameter.kind is parameter.POSITIONAL_ONLY else f"--{name}={value}"
+        lines.append(
+            f"  {text}" + ("" if parameter.default is parameter.empty else f"   (default {parameter.default!r})")
+        )
+        lines += ["      " + line for line in textwrap.wrap(_described(main).get(name, ""), 110)]
+    return "\n".join(lines)
+
+
+def _described(main) -> dict[str, str]:
+    """{parameter: what the docstring of `main` says of it under Args}; "a, b: text" is of both."""
+    args = inspect.cleandoc(main.__doc__ or "").partition("Args:\n")[2].partition("\nReturns:")[0]
+    found = {"workdir": "the folder of the run: new, or that of an earlier one, which goes on."}
+    for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", args, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found

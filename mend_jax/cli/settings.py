@@ -1,0 +1,166 @@
+"""What values a config's fields may have: `check(config)` says the first that is wrong, in one sentence."""
+
+import math
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+from ml_collections import ConfigDict
+
+from mend_jax.cli.errors import UserError
+
+CHOICES = {
+    "stage": ("pretrain", "finetune", "lm"),
+    "llm.dtype": ("float32", "bfloat16"),
+    "llm.weights": ("full", "int8"),
+    "llm.attention": ("xla", "cudnn"),
+    "prefix.kind": ("distiller", "soft_prompt"),
+    "prefix.placeholder_init": ("vocabulary", "normal"),
+    "prefix.projection": ("auto", "tanh", "linear", "identity"),
+    "prefix.dtype": ("float32", "bfloat16"),
+    "data.template": ("space", "newline"),
+    "train.parallel": ("pmap", "mesh"),
+    "evaluate.split": ("test", "dev"),
+}
+METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # of experiment.methods
+# (lowest, highest) of a number, which is at least 1 if not named here; a bound in NOT_REACHED is not allowed itself.
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "loss.kd": (0, math.inf),
+    "loss.pred": (0, math.inf),
+    "loss.clm": (0, math.inf),
+    "data.beta": (0, 1),
+    "data.text_share": (0, 1),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.clip": (0, math.inf),
+    "llm.layers": (0, math.inf),
+    "evaluate.limit": (0, math.inf),
+    "experiment.pretrain_batch_size": (0, math.inf),
+    "mesh.data": (-1, math.inf),
+    "mesh.fsdp": (-1, math.inf),
+    "mesh.tensor": (-1, math.inf),
+}
+NOT_REACHED = {
+    "data.beta": (0, 1),
+    "optimizer.learning_rate": (0,),
+    "optimizer.clip": (0,),
+    "optimizer.b1": (1,),
+    "optimizer.b2": (1,),
+}
+TUPLES = {  # what each element is, and whether there may be none
+    "data.demo_buckets": (int, False),
+    "data.query_buckets": (int, False),
+    "evaluate.methods": (str, False),
+    "evaluate.seeds": (int, False),
+    "evaluate.tasks": (str, True),
+    "experiment.methods": (str, False),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value that no run can have; the sentence names the nearest that is allowed."""
+    for key, value in dotted_fields(config).items():
+        if key in CHOICES:
+            _check_choice(key, value, CHOICES[key])
+        elif isinstance(value, tuple):
+            _check_tuple(key, value, *TUPLES[key])
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            _check_range(key, value)
+    for method in config.experiment.methods:
+        _check_choice("experiment.methods", method, METHODS)
+    _check_weights(config)
+    _check_text_share(config)
+    _check_attention(config)
+    _check_frozen(config)
+
+
+def dotted_fields(config: ConfigDict, before: str = "") -> dict:
+    """{"section.field": value} of every field, in the config's order."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            fields |= dotted_fields(value, f"{before}{name}.")
+        else:
+            fields[before + name] = value
+    return fields
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like `name`, as a whole or by its last part."""
+
+    def likeness(other: str) -> float:
+        last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
+        return SequenceMatcher(None, name, other).ratio() + last
+
+    return max(known, key=likeness)
+
+
+def _check_weights(config: ConfigDict) -> None:
+    """A loss that is always 0 would train nothing."""
+    read = {"pretrain": ("kd", "clm"), "finetune": ("kd", "pred")}.get(config.stage, ())
+    if read and not any(config.loss[name] for name in read):
+        names = " and ".join(f"loss.{name}" for name in read)
+        raise UserError(f'{names} are both 0, so stage "{config.stage}" has nothing to learn: set one of them above 0.')
+
+
+def _check_text_share(config: ConfigDict) -> None:
+    """Rows of text are a whole number of each batch (data/draws.py: SequenceDraws.text_number)."""
+    share, rows = config.data.text_share, config.train.batch_size
+    if config.stage == "lm" and config.data.text and config.data.tasks and share > 0 and int(rows * share + 1e-9) < 1:
+        raise UserError(
+            f"data.text_share = {share} of train.batch_size = {rows} is less than one row of text: set it to 0, or to "
+            f"{1 / rows:.3g} at least."
+        )
+
+
+def _check_attention(config: ConfigDict) -> None:
+    """cuDNN's kernel has no float32; the distiller takes the LLM's attention."""
+    if config.llm.attention != "cudnn":
+        return
+    for section in ("llm",) if config.stage == "lm" else ("llm", "prefix"):
+        if config[section].dtype != "bfloat16":
+            raise UserError(
+                f'llm.attention="cudnn" computes in bfloat16, but {section}.dtype is "{config[section].dtype}": set '
+                f'--config.{section}.dtype=bfloat16, or --config.llm.attention=xla.'
+            )
+
+
+def _check_frozen(config: ConfigDict) -> None:
+    """Integers cannot be trained."""
+    if config.stage == "lm" and config.llm.weights != "full":
+        raise UserError(
+            f'Stage "lm" trains the LLM\'s own weights, which llm.weights="{config.llm.weights}" cannot hold: set '
+            "--config.llm.weights=full."
+        )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f'{key} must be one of {", ".join(choices)}, not "{value}": did you mean "{nearest(value, choices)}"?'
+        )
+
+
+def _check_tuple(key: str, value: tuple, kind: type, may_be_empty: bool) -> None:
+    what = "whole numbers" if kind is int else "names"
+    if not value and not may_be_empty:
+        raise UserError(f"{key} must hold at least one of its {what}: write them with commas between.")
+    for element in value:
+        if type(element) is not kind:
+            raise UserError(f"{key} must hold {what}, not {element!r}: write them with commas between.")
+        if key.endswith("_buckets") and element < 1:
+            raise UserError(f"{key} holds lengths in tokens, which are at least 1, not {element}: take it out.")
+
+
+def _check_range(key: str, value: float) -> None:
+    lowest, highest = RANGES.get(key, (1, math.inf))
+    excluded = NOT_REACHED.get(key, ())
+    if lowest <= value <= highest and value not in excluded and math.isfinite(value):
+        return
+    words = [f"more than {lowest}" if lowest in excluded else f"at least {lowest}"]
+    if highest < math.inf:
+        words.append(f"less than {highest}" if highest in excluded else f"at most {highest}")
+    raise UserError(f"{key} must be {' and '.join(words)}, not {value}: set it with --config.{key}=NUMBER.")

@@ -1,0 +1,51 @@
+"""What is asked of the LLM: the tokens that stand behind a prefix.
+
+Axes: B batch, Q query tokens. Every row is right-padded and carries a length.
+"""
+
+import jax
+import numpy as np
+from flax import struct
+
+from mend_jax.cli.errors import UserError
+
+
+@struct.dataclass
+class Query:
+    """The test input x and its output y = tokens[target_start:length]."""
+
+    tokens: jax.Array  # (B,Q) int32
+    length: jax.Array  # (B,) int32
+    target_start: jax.Array  # (B,) int32
+    # No row's x, no row's y is longer; None: not known. Static: an encoder–decoder reads no columns that hold none.
+    input_columns: int | None = struct.field(pytree_node=False, default=None)
+    target_columns: int | None = struct.field(pytree_node=False, default=None)
+
+
+def query_tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
+    """The LLM's tokens of a text behind the separator (of an empty text none), or token ids as they are.
+
+    `what` it is stands in the UserError where it is neither, or a text and the LLM has no tokenizer.
+    """
+    if not isinstance(text_or_ids, str):
+        return token_ids(text_or_ids, f"the {what}")
+    if llm.tokenizer is None:
+        raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
+    return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []
+
+
+def token_ids(values, what: str, texts: str = "a text") -> list[int]:
+    """One row of whole numbers as a list. Raises UserError for anything else, which says `what` it is and that it may be
+    `texts` too."""
+    try:
+        ids = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        ids = np.zeros((0, 0))
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise UserError(f"{what[0].upper()}{what[1:]} must be {texts} or a list of token ids (whole numbers), not {_shown(values)}.")
+    return ids.tolist()
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

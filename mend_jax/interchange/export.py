@@ -1,0 +1,181 @@
+"""An exported model: files that need nothing of this project (the command `export` says which). trained.py reads them back."""
+
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.interchange.model_card import distiller_card, llm_card, soft_prompt_card
+from mend_jax.interchange.trained import (
+    HYPERNET,
+    PLACEHOLDERS,
+    PROJECTION,
+    SETTINGS,
+    SOFT_PROMPT,
+    TENSORS,
+    check_backbone,
+    lm_settings,
+    read_workdir,
+    source_folder,
+)
+from mend_jax.models import weights
+from mend_jax.models.families import to_hf_config
+from mend_jax.models.folders import save_model
+from mend_jax.prefixes.prefix import Distiller, SoftPrompt, resolve_projection
+
+MODULE = "mend_distiller.py"
+
+
+def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = None) -> str:
+    """Writes what was trained in `workdir` to the new folder `out`, whole or not at all; returns a sentence on it.
+
+    Args:
+        workdir: of mend_jax.train, any stage; its best checkpoint is taken.
+        out: a folder that is not there yet, or is empty.
+        backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
+    Raises:
+        UserError: no such workdir, no whole checkpoint, a backbone that is not there, a full `out`, a full disk.
+    """
+    out = Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: name another folder, or remove it.")
+    config, model, meta = read_workdir(workdir, backbone)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        said = _write(temporary, workdir, config, model, meta, backbone)
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}): make room, or name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{said} Step {meta['step']} of {workdir} is in {out}."
+
+
+# The release's layout
+
+
+def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
+    """The distiller's parameters under the release's names, in its order: placeholders, backbone, projection.
+
+    Raises:
+        UserError: a projection that the release does not have (its code adds tanh, and only where the widths differ).
+    """
+    if distiller.config.family != "gpt2":
+        raise UserError(f"The release's layout has GPT-2 backbones alone: it cannot hold this one ({distiller.config.family}).")
+    if distiller.projection != resolve_projection("auto", distiller.config.width, distiller.llm_width):
+        raise UserError(
+            f'The release\'s layout has no "{distiller.projection}" projection from width {distiller.config.width} to '
+            f"{distiller.llm_width}: it cannot hold this distiller."
+        )
+    params = distiller.params
+    tensors = {HYPERNET + PLACEHOLDERS: np.asarray(params["placeholders"])}
+    tensors |= weights.to_tensors(distiller.config, params["backbone"], HYPERNET)
+    if "projection" in params:
+        tensors[HYPERNET + PROJECTION["kernel"]] = np.asarray(params["projection"]["kernel"]).T
+        tensors[HYPERNET + PROJECTION["bias"]] = np.asarray(params["projection"]["bias"])
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def write_release(distiller: Distiller, path: str | Path) -> None:
+    """The release's own file; `path` ends in .safetensors, or in .bin (needs PyTorch)."""
+    tensors, path = release_tensors(distiller), Path(path)
+    if path.suffix == ".safetensors":
+        weights.write_file(tensors, path, metadata=None)
+        return
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path.name} needs PyTorch to be written: pip install torch, or take the .safetensors.") from None
+    content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # PyTorch's word for a disk that is full, among others
+        raise OSError(errno.EIO, f"PyTorch: {str(error).splitlines()[0]}", str(path)) from error
+
+
+# The exported folder
+
+
+def write_folder(distiller: Distiller, folder: str | Path) -> None:
+    """The distiller as a Hugging Face folder, without card and release files."""
+    folder, params = Path(folder), distiller.params
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
+    backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
+    weights.write_file(_contiguous(backbone), folder / "model.safetensors")
+    tensors = {"placeholders": np.asarray(params["placeholders"])}
+    if "projection" in params:
+        tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
+        tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
+    weights.write_file(_contiguous(tensors), folder / TENSORS)
+    settings = {
+        "num_vectors": distiller.num_vectors,
+        "width": distiller.config.width,
+        "llm_width": distiller.llm_width,
+        "projection": distiller.projection,
+        "separator": distiller.separator,
+    }
+    _write_json(folder / SETTINGS, settings)
+    if distiller.tokenizer is not None:
+        distiller.tokenizer.save_pretrained(folder)
+    shutil.copyfile(Path(__file__).with_name(MODULE), folder / MODULE)
+
+
+# A whole export
+
+
+def _write(folder, workdir, config, model, meta, backbone) -> str:
+    """Fills the new folder; returns a sentence on what it is."""
+    card = folder / "README.md"
+    if config["stage"] == "lm":
+        source = source_folder(config["llm"]["path"], backbone, workdir)
+        settings = lm_settings(config, source)
+        check_backbone(model, settings, source, workdir)
+        save_model(folder, settings, model, source)
+        card.write_text(llm_card(config, meta, workdir))
+        return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
+    if isinstance(model, SoftPrompt):
+        weights.write_file(_contiguous(model.params), folder / SOFT_PROMPT)
+        card.write_text(soft_prompt_card(config, meta, workdir, model))
+        return f"A soft prompt: {model.num_vectors} vectors in {SOFT_PROMPT}."
+    write_folder(model, folder)
+    card.write_text(distiller_card(config, meta, workdir, model))
+    return (
+        f"A distiller as a Hugging Face folder, with {MODULE} for PyTorch. {_write_releases(model, folder / 'release')}"
+    )
+
+
+def _write_releases(distiller, folder) -> str:
+    """The two files of the release's layout, as far as they can be written; returns a sentence on what was."""
+    folder.mkdir()
+    try:
+        write_release(distiller, folder / "distiller.safetensors")
+        write_release(distiller, folder / "distiller.bin")
+    except UserError as error:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        return str(error)
+    return "The public release's layout is in release/."
+
+
+# Small parts
+
+
+def _contiguous(tensors: Mapping) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _write_json(path, content) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

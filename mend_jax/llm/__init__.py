@@ -1,0 +1,1 @@
+"""The frozen LLM, behind one interface for decoders and encoder–decoders."""

@@ -1,0 +1,164 @@
+"""The frozen LLM behind one interface: whatever stands before a query, the LLM reads it as embeddings.
+
+Axes: B batch, R queries after each prefix, P prefix, Q query tokens, T any sequence, D width, V vocabulary.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.query import Query
+from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
+from mend_jax.llm.frozen import FrozenLLM
+from mend_jax.models.decoder import Cache, Decoder
+from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
+from mend_jax.models.folders import Model, init_model, init_params, load_model
+from mend_jax.prefixes.prefix import Prefix, continue_after
+from mend_jax.run.sharding import Place
+
+DTYPES = ("float32", "bfloat16")
+ATTENTION = ("xla", "cudnn")
+WEIGHTS = ("full", "int8")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LLM(FrozenLLM):
+    """A decoder-only LLM; its `params` are a Decoder's tree, {"embed", "layers", ...}."""
+
+    config: DecoderConfig
+
+    @property
+    def model(self) -> Decoder:
+        return Decoder(self.config, jnp.dtype(self.dtype), self.attention, self.remat)
+
+    start_token = None  # of an encoder–decoder: what its decoder reads first
+
+    def said(self, query: Query) -> Query:
+        """The tokens that the states stand at: all of the query."""
+        return query
+
+    def states(self, params, prefix: Prefix, query: Query):
+        """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D) in `dtype`. Rows beyond a length are garbage.
+
+        R queries, one after another, stand behind each of the B prefixes, which is read once for them.
+        """
+        tokens, contexts = query.tokens, len(prefix.length)
+        if len(tokens) == contexts:
+            return continue_after(self.model, params, prefix, self.embed(params, tokens))
+        at = jnp.broadcast_to(jnp.arange(tokens.size // contexts), (contexts, tokens.size // contexts))
+        segment, position = jnp.divmod(at, tokens.shape[1])
+        cache = Cache(*self._keys_and_values(params, prefix), prefix.length)
+        states = self.cached_states(params, cache, tokens.reshape(at.shape), position, 1 + segment)
+        return states.reshape(*tokens.shape, -1)
+
+    def prefix_cache(self, params, prefix: Prefix) -> Cache:
+        """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
+        keys, values = self._keys_and_values(params, prefix)
+        return Cache(keys[:, 0], values[:, 0], prefix.length[0])
+
+    def _keys_and_values(self, params, prefix: Prefix):
+        return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
+
+    def cached_states(self, params, cache: Cache, tokens, positions, segments):
+        """States (B,T,D) of rows that all stand after the cached prefix, or each after its own.
+
+        Args:
+            tokens: (B,T) int32.
+            positions: (B,T) int32, counted from the end of the prefix.
+            segments: (B,T) int32: 0 is seen by every later token, j > 0 only by tokens of j, -1 is padding.
+                So an input (0) is read once, and every answer option (1, 2, ...) sees it and itself.
+        """
+        P, T, length = cache.columns, tokens.shape[1], cache.length[..., None]
+        within = jnp.tril(jnp.ones((T, T), bool))[None] & (
+            (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        )
+        before = jnp.broadcast_to(jnp.arange(P) < length[..., None], (*tokens.shape, P))
+        mask = jnp.concatenate([before, within], -1)
+        embeds = self.embed(params, tokens)
+        return self.model.apply({"params": params}, embeds, length + positions, cache, mask)
+
+
+def load_llm(
+    path: str | Path,
+    dtype: str = "float32",
+    attention: str = "xla",
+    remat: bool = False,
+    weights: str = "full",
+    place: Place | None = None,
+) -> LLM | EncoderDecoderLLM:
+    """The LLM of a Hugging Face folder or hub name.
+
+    Args:
+        path: a folder with config.json, weights (safetensors, single or sharded; .bin where PyTorch is installed)
+            and, if texts are to be read, a tokenizer; or a hub name such as "gpt2-large".
+        dtype: "float32" or "bfloat16", of the weights and of the arithmetic (norms and softmax stay float32).
+        attention: "xla", or "cudnn" (NVIDIA, bfloat16).
+        remat: recompute each layer in the backward pass.
+        weights: "full" (in `dtype`), or "int8": kernels and token tables in 8 bits with a scale per output channel
+            (models/int8.py), a quarter of the bytes of float32; the arithmetic is still that of `dtype`.
+        place: where each parameter lives, for an LLM that is split over devices (sharding.py).
+    Returns:
+        An `LLM`, or an `EncoderDecoderLLM` for the T5 family: the same methods, its params on the default device.
+    Raises:
+        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype,
+            attention or weights than these.
+    """
+    _check(dtype, attention, weights)
+    return _llm(load_model(path, dtype, weights == "int8", place), dtype, attention, remat)
+
+
+def init_llm(
+    path: str | Path,
+    seed: int,
+    dtype: str = "float32",
+    attention: str = "xla",
+    remat: bool = False,
+    place: Place | None = None,
+) -> LLM:
+    """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
+    _check(dtype, attention, "full")
+    return _llm(init_model(path, seed, dtype, place), dtype, attention, remat)
+
+
+def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
+    """The LLM with its first `layers` layers alone, or with new ones on top of them all; 0 keeps it as it is.
+
+    A new layer adds nothing at first (the last product of its attention and of its MLP is 0), so that a grown LLM
+    begins where the small one ended. Raises UserError where layers have their norm last: there no layer adds nothing.
+    """
+    more = layers - llm.config.layers
+    if not layers:
+        return llm
+    if more > 0 and not llm.config.norm_first:
+        raise UserError(
+            f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers, and only models whose norms come "
+            "first can be given more: ask for fewer."
+        )
+    config = dataclasses.replace(llm.config, layers=layers)
+    stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])
+    if more > 0:
+        new = init_params(dataclasses.replace(config, layers=more), seed)["layers"]
+        new |= {name: jax.tree.map(jnp.zeros_like, new[name]) for name in ("out", "down")}
+        stack = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stack, new)
+    return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
+
+
+def _check(dtype: str, attention: str, weights: str) -> None:
+    given = {"dtype": (dtype, DTYPES), "attention": (attention, ATTENTION), "weights": (weights, WEIGHTS)}
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}: it must be one of {', '.join(choices)}.")
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".')
+
+
+def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM | EncoderDecoderLLM:
+    kind = EncoderDecoderLLM if isinstance(model.config, EncoderDecoderConfig) else LLM
+    if kind is EncoderDecoderLLM and attention != "xla":
+        raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
+    if kind is EncoderDecoderLLM and not model.config.decoder_layers:
+        raise UserError(f"{model.folder} is an encoder alone, which says nothing: it can be a backbone, not the LLM.")
+    return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)

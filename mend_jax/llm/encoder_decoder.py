@@ -1,0 +1,89 @@
+"""The frozen encoder–decoder LLM (T5's family) behind the interface of llm.py.
+
+The encoder reads the prefix and behind it x, the decoder y. The encoder sees both ways, so that its states of a prefix
+depend on x: nothing but the prefix itself can be kept from one item to the next. Within an item x is read once for all
+answer options.
+
+Axes: B batch, P prefix, Q query tokens, Y tokens of y, X tokens of x, T any sequence, D width, V vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mend_jax.data.query import Query
+from mend_jax.llm.frozen import FrozenLLM
+from mend_jax.models.encoder_decoder import decode, encode
+from mend_jax.models.families import EncoderDecoderConfig
+from mend_jax.prefixes.prefix import Prefix, join
+
+
+class KeptPrefix(NamedTuple):
+    """One prefix, shared by every row that is read after it."""
+
+    embeds: jax.Array  # (P,D)
+    length: jax.Array  # () int32: rows beyond are padding
+
+    @property
+    def columns(self) -> int:
+        return self.embeds.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncoderDecoderLLM(FrozenLLM):
+    """An encoder–decoder LLM; its `params` are {"embed", "encoder", "decoder"}."""
+
+    config: EncoderDecoderConfig
+
+    @property
+    def start_token(self) -> int:
+        """What the decoder reads first: its state there predicts the first token of y."""
+        return self.config.start_token
+
+    def said(self, query: Query) -> Query:
+        """What the decoder says: y alone, moved to the front, (B,Y)."""
+        Q = query.tokens.shape[1]
+        columns = query.target_start[:, None] + jnp.arange(query.target_columns or Q)[None]
+        tokens = jnp.take_along_axis(query.tokens, jnp.minimum(columns, Q - 1), axis=1)
+        return Query(tokens, query.length - query.target_start, jnp.zeros_like(query.target_start))
+
+    def states(self, params, prefix: Prefix, query: Query):
+        """The decoder's states (B*R,Y,D): state j *predicts* token j of `said(query)`. Rows beyond a length are garbage.
+
+        R queries, one after another, stand behind each of the B prefixes; the encoder reads it anew with every x.
+        """
+        queries = len(query.tokens) // len(prefix.length)
+        prefix = jax.tree.map(lambda a: jnp.repeat(a, queries, 0), prefix)
+        x = query.tokens[:, : query.input_columns]
+        encoded, length = self._encode(params, prefix, x, query.target_start)
+        said = self.said(query).tokens
+        start = jnp.full((said.shape[0], 1), self.start_token, said.dtype)
+        return self._decode(params, jnp.concatenate([start, said[:, :-1]], 1), encoded, length)
+
+    def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
+        """One prefix (B == 1; P may be 0), to be shared by every query after it; nothing of it can be computed alone."""
+        del params
+        return KeptPrefix(prefix.embeds[0], prefix.length[0])
+
+    def cached_states(self, params, cache: KeptPrefix, inputs, input_length, tokens, segments):
+        """States (B,T,D) of answer options: the encoder reads the prefix and an item's x once for all of them.
+
+        Args:
+            inputs: (B,X) int32, x, with lengths (B,).
+            tokens: (B,T) int32, the options one after another, each with the start token for its last token.
+            segments: (B,T) int32: a token sees those of its own segment; an option is one.
+        """
+        rows = inputs.shape[0]
+        prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))
+        encoded, length = self._encode(params, prefix, inputs, input_length)
+        return self._decode(params, tokens, encoded, length, segments)
+
+    def _encode(self, params, prefix, x, length):
+        joined, length = join(prefix, self.embed(params, x), length)
+        return encode(self.config, params, joined, length, jnp.dtype(self.dtype), self.remat), length
+
+    def _decode(self, params, tokens, encoded, length, segments=None):
+        embeds, dtype = self.embed(params, tokens), jnp.dtype(self.dtype)
+        return decode(self.config, params, embeds, encoded, length, segments, dtype, self.remat)

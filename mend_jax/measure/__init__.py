@@ -1,0 +1,1 @@
+"""What the commands benchmark and scaling measure and compute."""

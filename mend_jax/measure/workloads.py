@@ -1,0 +1,109 @@
+"""The train steps that `scaling` computes: a config file, one of its stages, and the largest batch that stage can meet."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.errors import UserError
+from mend_jax.data import sampling
+from mend_jax.data.rows import check_windows
+from mend_jax.experiments.methods import stage_configs
+from mend_jax.measure.model_sizes import settings_of
+from mend_jax.models.families import Config, DecoderConfig
+
+FOLDER = cli.ROOT / "configs"
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
+TABLE = ("gpt2_large", "gpt2_xl", "opt_6_7b", "t5_large", "flan_t5_xl", "smollm2", "llama_2_7b")  # whose step is of real size
+STAGES = ("pretrain", "finetune")
+CONFIGS_DEVICES = 8  # what a config's batch is for (the paper's machine, Table 5): with more devices the batch grows
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One train step of MEND.
+
+    Axes: B batch, N demonstration tokens, L vectors, Q query tokens, X and Y those of x and y.
+    """
+
+    config: ConfigDict  # of the stage's run
+    llm: Config
+    backbone: Config  # of the distiller, without a head
+    rows: int  # B, of the whole step
+    demos: int  # N
+    query: int  # Q
+    inputs: int | None  # X, where the LLM is an encoder–decoder, which reads x and y apart
+
+    @property
+    def vectors(self) -> int:
+        return self.config.prefix.length
+
+    @property
+    def apart(self) -> bool:
+        return self.inputs is not None
+
+    @property
+    def targets(self) -> int | None:
+        """Y: no y is longer than a whole query."""
+        return self.query if self.apart else None
+
+    @property
+    def read(self) -> int:
+        """Tokens that stand behind the prefix: Q, of an encoder X."""
+        return self.inputs if self.apart else self.query
+
+
+def load_workload(
+    name: str, stage: str, over: int, batch_size: int = 0, dtype: str = "", weights: str = "", remat: bool = False
+) -> Workload:
+    """The step of a config file's stage, as its training would compute it.
+
+    Args:
+        name: of the file in configs/, without ".py".
+        stage: "pretrain" or "finetune", MEND's run of it.
+        over: devices that split the batch; each has what one of 8 devices has of the config's.
+        batch_size: sequences a step instead; 0 is the config's.
+        dtype, weights: instead of the config's, of both models and of the LLM.
+        remat: both models recompute their layers, whatever the config says.
+    Raises:
+        UserError: a config that cannot be read, several queries of a context or the release's budgets, lengths that the
+            models have no room for, a batch that does not divide.
+    """
+    config = cli.load_config(str(FOLDER / f"{name}.py"))
+    if dtype:
+        config.llm.dtype = config.prefix.dtype = dtype
+    if weights:
+        config.llm.weights = weights
+    if remat:
+        config.llm.remat = config.prefix.remat = True
+    for field, usual in (("queries", 1), ("release_truncation", False)):
+        if config.data[field] != usual:
+            raise UserError(
+                f"configs/{name}.py sets data.{field}={config.data[field]}: scaling computes steps with {usual} alone."
+            )
+    run = dict(stage_configs(config, "mend"))[stage]
+    parts = run.train.accumulate
+    rows = batch_size or max(parts, run.train.batch_size // CONFIGS_DEVICES) * over
+    if rows < 1 or rows % (over * parts):
+        raise UserError(
+            f"--batch_size={rows} does not divide over data x fsdp = {over} devices x train.accumulate={parts}: use a multiple"
+            f" of {over * parts}."
+        )
+    return make_workload(run, settings_of(run.llm.path), settings_of(run.prefix.backbone), rows)
+
+
+def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) -> Workload:
+    """The step of a stage's config with these models, on the largest batch that `data/draws.py` makes of long enough data:
+    most batches are smaller. Raises UserError where the models have no room for it."""
+    check_windows(config, llm, backbone)
+    data, vectors = config.data, config.prefix.length
+    demos = sampling.demo_budget(data.max_demo_tokens, llm.window, 1, backbone.window, vectors)
+    if config.stage == "pretrain":
+        inputs = 0  # all of a text's continuation is said
+        text = data.max_text_tokens
+        _, query = sampling.split_text(text, data.beta, text)
+        demos, _ = sampling.split_text(text, data.beta, demos)
+    else:
+        inputs, query = data.max_input_tokens, min(max(data.query_buckets), llm.window - vectors)
+    apart = not isinstance(llm, DecoderConfig)
+    return Workload(config, llm, backbone.headless, rows, demos, query, inputs if apart else None)

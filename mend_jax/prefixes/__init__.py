@@ -1,0 +1,1 @@
+"""What stands before a query: `Prefix`, and one file for each kind of it."""

@@ -1,0 +1,111 @@
+"""What a run is made of, as its config says: the LLM, what is trained, the batches, the evaluation; and what must fit."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.batches import find_tasks, make_batches
+from mend_jax.data.c4 import text_files, tfds_folder
+from mend_jax.data.rows import check_windows
+from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
+from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
+from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.models.folders import has_weights, local_folder
+from mend_jax.prefixes.prefix import Distiller, init_distiller, init_soft_prompt, resolve_projection
+from mend_jax.run import checkpoint, reporting, sharding
+from mend_jax.scoring.tasks import check_truncation, dev_score, dev_tasks
+
+
+def load(config, place=None):
+    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones.
+
+    `place` as in `load_llm`.
+    """
+    c = config.llm
+    if config.stage != "lm":
+        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
+    if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
+        raise UserError(
+            f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
+        )
+    if has_weights(c.path):
+        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
+    else:
+        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place)
+    return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
+
+
+def build(config, llm, begins: bool = True, place=None):
+    """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
+    make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
+    model = make(config.prefix, llm, config.seed, place)
+    if begins and config.prefix.start_from:
+        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
+        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
+        model = dataclasses.replace(model, params=params)
+    return model
+
+
+def check_settings(config):
+    """Raises UserError where the config asks for what its models cannot do, by their config.json alone, or names data that
+    is not there. Nothing large is read."""
+    llm, backbone = from_hf_config(local_folder(config.llm.path)), None
+    if config.stage != "lm" and config.prefix.kind == "distiller":
+        backbone = from_hf_config(local_folder(config.prefix.backbone))
+        resolve_projection(config.prefix.projection, backbone.width, llm.width)
+    check_windows(config, llm, backbone)
+    if config.train.parallel == "mesh":
+        tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
+        sharding.check_heads(llm, tensor, config.llm.path)
+        if backbone is not None:
+            sharding.check_heads(backbone, tensor, config.prefix.backbone)
+    text = str(config.data.text)
+    if config.stage != "finetune" and text and not tfds_folder(text):
+        text_files(text)
+    if config.stage != "pretrain" and config.data.tasks:
+        find_tasks(config, "train")
+
+
+def check_tokenizers(config, llm, model):
+    """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
+    check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
+    if not isinstance(model, Distiller):
+        return
+    check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+    if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
+        check_truncation(config)
+        reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
+
+
+def batches(config, llm, model, split, layout):
+    """This process's rows of the batches of a split ("train" or "validation")."""
+    distils = isinstance(model, Distiller)
+    return make_batches(
+        config,
+        llm.tokenizer,
+        split,
+        llm.window,
+        model.config.window if distils else None,
+        *layout.share,
+        targets_apart=llm.start_token is not None,
+        distiller_tokenizer=other_tokenizer(llm.tokenizer, model.tokenizer) if distils else None,
+    )
+
+
+def evaluation(config, llm, model, loss_fn, layout, frozen):
+    """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now."""
+    if config.stage == "finetune":
+        tasks = dev_tasks(config, llm, model)
+        return lambda params: {"dev_score": dev_score(config, llm, model, layout.scored(params), tasks)}
+    loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
+    held_out = batches(config, llm, model, "validation", layout)
+    parts = [held_out[i] for i in range(held_out.steps)]
+
+    def validation_loss(params):
+        losses = [loss(params, frozen, layout.split(part.replace(ids=None))) for part in parts]
+        return {"validation_loss": math.fsum(float(layout.fetch(value)) for value in losses) / len(losses)}
+
+    return validation_loss

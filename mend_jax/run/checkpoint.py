@@ -1,0 +1,397 @@
+"""Save and restore a run: `<workdir>/checkpoints/<step>/{params,opt_state,meta}` and `<step>/checksums.json`.
+
+Orbax writes a step in the background; when it has finished, the SHA-256 of every file of the step is written beside them.
+A step without its checksums was interrupted, a step that does not agree with them is damaged: neither is ever used.
+Only trainable params, their optimizer state and a few numbers are here; the frozen LLM is always loaded from its source.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as managers
+
+from mend_jax.cli.errors import UserError
+from mend_jax.run.distributed import wait_for_all
+from mend_jax.run.sharding import places
+
+FOLDER = "checkpoints"
+CHECKSUMS = "checksums.json"
+CONFIG = "config.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run that is training: keeps the newest two and the best.
+
+    `maximize` says whether a higher score is better. Opening removes what an interrupted save left behind, and puts
+    what was damaged since aside.
+    """
+
+    def __init__(self, workdir, maximize):
+        self.folder = Path(workdir).absolute() / FOLDER
+        self.maximize = maximize
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_unusable(self.folder)
+        wait_for_all("checkpoints opened")
+        logging.getLogger("absl").addFilter(_without_orbax_traces)
+        if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+            sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+        self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
+        policy = managers.AnyPreservationPolicy([managers.LatestN(2), _KeepBest(self)])
+        options = managers.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=True, **_waiting_beside_the_step()
+        )
+        self.manager = _Manager(self.folder, options=options)
+        self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self.unfinished = None
+
+    @property
+    def steps(self):
+        """The whole checkpoints, oldest first."""
+        return sorted(self.scores)
+
+    @property
+    def best_step(self):
+        """The step with the best score so far, or None while nothing was evaluated."""
+        return _best(self.scores, self.maximize)
+
+    def save(self, step, params, opt_state, meta, score=None):
+        """Begins to save trees of which all processes write a part; returns before they are on disk.
+
+        The trees are numpy, the same on all processes, or arrays split over the devices of all, which nobody will change.
+        `meta` is JSON; `score` that of the evaluation at this step.
+        """
+        self.wait()
+        meta = dict(meta, step=step, score=score, maximize=self.maximize, shapes=shapes_of(params))
+        self.scores[step] = score
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(_spread(params)),
+            opt_state=ocp.args.PyTreeSave(_spread(opt_state)),
+            meta=ocp.args.JsonSave(meta),
+        )
+        with self._clear_disk_errors(step):
+            self.manager.save(step, args=items, force=True)
+        self.unfinished = step, self.background.submit(self._seal, step)
+
+    def wait(self):
+        """Blocks until the last save is whole on disk, or says why it is not."""
+        if self.unfinished is None:
+            return
+        (step, future), self.unfinished = self.unfinished, None
+        with self._clear_disk_errors(step):
+            future.result()
+
+    def restore(self, params, opt_state):
+        """(step, params, opt_state, meta) of the newest whole checkpoint, or None.
+
+        The arguments give the shapes; where these have a sharding, each process reads its parts alone, else all as numpy.
+        """
+        if not self.steps:
+            return None
+        folder = self.folder / str(self.steps[-1])
+        meta = read_meta(folder)
+        check_shapes(meta["shapes"], shapes_of(params), folder)
+        return meta["step"], _read_tree(folder / "params", params), _read_tree(folder / "opt_state", opt_state), meta
+
+    def close(self):
+        """Waits for the last save and ends the background threads; what went wrong is raised once, here or before."""
+        try:
+            self.wait()
+        finally:
+            self.background.shutdown()
+            with contextlib.suppress(Exception):  # orbax raises a failed save a second time
+                self.manager.close()
+
+    @contextlib.contextmanager
+    def _clear_disk_errors(self, step):
+        """Turns a full disk, however orbax reports it, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            earlier = "the earlier ones are intact" if len(self.steps) > 1 else "it would have been the first"
+            raise UserError(
+                f"The disk is full: checkpoint {step} could not be written to {self.folder}; {earlier}. Make room and give "
+                "the same command again."
+            ) from error
+
+    def _seal(self, step):
+        self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            folder = self.folder / str(step)
+            write_json(folder / CHECKSUMS, _checksums(folder))
+        kept = set(self.manager.all_steps())
+        self.scores = {s: score for s, score in self.scores.items() if s in kept}
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask whether to stop: the processes agree on that by counting how often each has asked."""
+
+    def reached_preemption(self, step):
+        return False
+
+
+class _KeepBest:
+    """Orbax's preservation policy for the best checkpoint, by the scores in our own meta files."""
+
+    def __init__(self, checkpoints):
+        self.checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        return [info.step == self.checkpoints.best_step for info in checkpoints]
+
+
+def load_best(workdir, place=None):
+    """(params, meta) of the best whole checkpoint of a training workdir, of the newest where none was evaluated.
+
+    params: nested dict of numpy arrays, or with `place` of arrays that lie where it says (sharding.py). A damaged checkpoint is named in a warning and the next best is used.
+    Raises UserError where the workdir holds no whole checkpoint.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    candidates = {}
+    for step in _steps(folder):
+        damage = find_damage(folder / str(step))
+        if damage:
+            logging.warning(damage)
+        else:
+            candidates[step] = read_meta(folder / str(step))
+    if not candidates:
+        raise UserError(f"{workdir} holds no whole checkpoint: train there first, or name another workdir.")
+    maximize = candidates[max(candidates)]["maximize"]
+    best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
+    step = max(candidates) if best is None else best
+    return read_step(workdir, step, place), candidates[step]
+
+
+def has_checkpoint(workdir):
+    """Whether a training workdir holds a whole checkpoint."""
+    folder = Path(workdir).expanduser().absolute() / FOLDER
+    return any(find_damage(folder / str(step)) is None for step in reversed(_steps(folder)))
+
+
+def whole_steps(workdir):
+    """Steps of the checkpoints that are whole, oldest first."""
+    folder = Path(workdir).absolute() / FOLDER
+    return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
+
+
+def read_step(workdir, step, place=None):
+    """The params of one step, as a nested dict of numpy arrays, or with `place` as in `load_best`."""
+    folder = Path(workdir).absolute() / FOLDER / str(step)
+    template = _template(read_meta(folder)["shapes"])
+    if place is not None:
+        template = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, places(template, place)
+        )
+    return _read_tree(folder / "params", template)
+
+
+def find_damage(folder):
+    """What is wrong with a checkpoint's folder, as a sentence that names it; None where it is whole."""
+    if not (folder / CHECKSUMS).exists():
+        return f"The checkpoint {folder} was not finished (it has no {CHECKSUMS}) and is not used."
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+    except ValueError:
+        return f"The checkpoint {folder} is damaged: {CHECKSUMS} is not readable; it is not used."
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.exists():
+            return f"The checkpoint {folder} is damaged: {name} is missing; it is not used."
+        if file.stat().st_size != size:
+            found = file.stat().st_size
+            return f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {size}; it is not used."
+        if _sha256(file) != digest:
+            return f"The checkpoint {folder} is damaged: the content of {name} has changed since it was written; it is not used."
+    return None
+
+
+def read_meta(folder):
+    """The numbers saved with a checkpoint: step, score, maximize, shapes, and what train.py adds."""
+    return json.loads((folder / "meta" / "metadata").read_text())
+
+
+def shapes_of(params):
+    """{"a/b": [shape, dtype]} of a tree of arrays, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): [list(x.shape), str(x.dtype)] for p, x in leaves}
+
+
+def check_shapes(saved, wanted, folder):
+    """Raises UserError, naming the first parameter that differs, where a checkpoint belongs to another model."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            there, here = (_describe(s.get(name)) for s in (saved, wanted))
+            raise UserError(
+                f"The checkpoint {folder} is of another model: parameter {name} is {there} there and {here} in this "
+                "configuration; use the configuration it was trained with, or another workdir."
+            )
+
+
+def write_config(workdir, config):
+    """Keeps the resolved configuration as <workdir>/config.json."""
+    write_json(Path(workdir) / CONFIG, config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def read_config(workdir):
+    """The resolved configuration (nested dict) of a training workdir. Raises UserError where there is none."""
+    path = Path(workdir) / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}.") from None
+    except ValueError:
+        raise UserError(f"{path} is not readable JSON: restore it, or use another workdir.") from None
+
+
+def is_disk_full(error):
+    """Whether an exception, or one that caused it, says that no space is left on the device."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in text or "ENOSPC" in text or "Disk quota exceeded" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _without_orbax_traces(record):
+    """Orbax prints the trace of a failed save from its threads; the error itself reaches us, and is said in one sentence."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _WithoutClosedLoops:
+    """After a failed save, TensorStore's threads still report to orbax's event loop, which is closed: that is not news."""
+
+    def __init__(self, before):
+        self.before = before
+
+    def __call__(self, unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self.before(unraisable)
+
+
+def _remove_unusable(folder):
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.isdigit() and "tmp" in path.name:
+            shutil.rmtree(path)
+    for step in _steps(folder):
+        damage = find_damage(folder / str(step))
+        if damage:
+            _put_away(folder, step, damage)
+
+
+def _put_away(folder, step, damage):
+    """Removes a save that was interrupted; a checkpoint that was whole once stays beside the others, under another name."""
+    if not (folder / str(step) / CHECKSUMS).exists():
+        logging.warning(damage)
+        shutil.rmtree(folder / str(step))
+        return
+    aside = folder / f"{step}.damaged"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder / str(step), aside)
+    logging.warning("%s Its files are in %s now.", damage, aside)
+
+
+def _steps(folder):
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def _best(scores, maximize):
+    known = {step: score for step, score in scores.items() if score is not None and score == score}
+    if not known:
+        return None
+    # The earliest of equals: it was kept when the later one came.
+    return min(known, key=lambda step: (-known[step] if maximize else known[step], step))
+
+
+def _read_tree(folder, template):
+    types = jax.tree.map(_restore_type, template)
+    alone = ocp.options.MultiprocessingOptions(None, {jax.process_index()})  # a process reads without the others
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(item=template, restore_args=types))
+
+
+def _restore_type(wanted):
+    if getattr(wanted, "sharding", None) is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted.dtype)
+    return ocp.ArrayRestoreArgs(sharding=wanted.sharding, global_shape=wanted.shape, dtype=wanted.dtype)
+
+
+def _template(shapes):
+    tree = {}
+    for name, (shape, dtype) in shapes.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+    return tree
+
+
+def _checksums(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in files}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path, content):
+    """Writes a JSON file that appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _describe(shape_and_dtype):
+    return "absent" if shape_and_dtype is None else f"{tuple(shape_and_dtype[0])} {shape_and_dtype[1]}"
+
+
+def _waiting_beside_the_step():
+    """Options of orbax's manager: its threads wait for other processes through JAX's coordinator, never on the devices.
+
+    On the devices they would wait in the midst of the train steps, whose order must be the same on every process.
+    """
+    if jax.process_count() == 1:
+        return {}
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return {"multiprocessing_options": everyone, "create": False}
+
+
+def _spread(tree):
+    """Numpy arrays as one array over the processes, a part on each: orbax lets only process 0 write numpy arrays."""
+    count = jax.process_count()
+    if count == 1:
+        return tree
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([firsts[i] for i in range(count)]), ("process",))
+
+    def part(x):
+        if isinstance(x, jax.Array):
+            return x
+        axis = next((i for i, size in enumerate(x.shape) if size % count == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "process")
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    return jax.tree.map(part, tree)

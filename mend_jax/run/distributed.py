@@ -1,0 +1,201 @@
+"""Several processes of one command: JAX's own distributed runtime, started where this process is one of several.
+
+| where | how JAX learns address, number and index |
+| --- | --- |
+| SLURM step (srun), Open MPI | by itself |
+| TPU pod slice, TPU slices on GKE | by itself |
+| anywhere else | JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES, JAX_PROCESS_ID, alike but for the last |
+
+A process that is alone starts nothing. All processes run the same command and see the same workdir.
+"""
+
+import contextlib
+import itertools
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from mend_jax.cli.errors import UserError
+
+NUMBER, INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+PATIENCE = 10  # seconds that a process which fails waits for the others to fail alike
+HEARD = 5  # seconds that a command told to stop may be deaf to it, in a program of JAX's, before it is ended all the same
+STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
+_calls = itertools.count()  # of `told_to_stop` by this process
+_said = threading.Event()  # by a thread that ends the process
+
+
+def start() -> None:
+    """Meets the other processes, if there are any. To be called before anything is computed.
+
+    Raises UserError where the settings are not whole, or where the others do not come.
+    """
+    import jax  # slow, and only now needed
+
+    if not is_one_of_several(jax.config.jax_platforms or ""):
+        return
+    number, index = _number(NUMBER), _number(INDEX)
+    told = os.environ.get("JAX_COORDINATOR_ADDRESS") and None not in (number, index)
+    method = {"cluster_detection_method": "deactivate"} if told else {}
+    try:
+        jax.distributed.initialize(num_processes=number, process_id=index, **method)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"The processes do not meet ({reason}): give all the same JAX_COORDINATOR_ADDRESS=HOST:PORT and {NUMBER}, "
+            f"and each its own {INDEX}, or start them with a script of launch/."
+        ) from error
+
+
+def is_one_of_several(platforms: str = "") -> bool:
+    """Whether the environment says so; `platforms` is jax.config.jax_platforms, "tpu,cpu" on a machine with TPUs."""
+    env = os.environ
+    if env.get("JAX_COORDINATOR_ADDRESS"):
+        return True
+    if any(int(env.get(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
+        return True
+    if "tpu" not in platforms:
+        return False
+    if int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return True
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+    if hosts:
+        return "," in hosts
+    return "TPU_SKIP_MDS_QUERY" not in env  # a TPU VM: its metadata server tells JAX how many there are
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def of_first(value: float) -> float:
+    """Process 0's `value`, on all processes: they must decide alike."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    bits = np.frombuffer(np.float64(value).tobytes(), np.uint32)  # JAX would round a float64
+    return float(np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)[0])
+
+
+def to_host(array):
+    """A whole array as numpy, of parts that other processes hold too; then all processes must ask for it."""
+    import jax
+    import numpy as np
+
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def told_to_stop() -> bool:
+    """After SIGTERM to any process: True on all of them in the same call, counted from the start. For several processes.
+
+    JAX catches the signal, and lets all agree on a call that none has reached yet; so every one must call equally often.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+class Stopped(BaseException):
+    """SIGTERM came: what is finished is on disk, and the same command goes on from there."""
+
+
+@contextlib.contextmanager
+def stops_at_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises `Stopped`: for what loses nothing when it ends at once. Elsewhere than in the main thread nothing.
+
+    A main thread that waits for others, computes or compiles hears of no signal: then another thread ends the process.
+    In several processes it takes the signal from JAX, so `told_to_stop` hears of it no more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise Stopped
+
+    signals, told = os.pipe()  # the number of each signal, at once
+    os.set_blocking(told, False)
+    threading.Thread(target=_end_deaf, args=(signals, stop), daemon=True).start()
+    before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0] or signal.SIG_DFL)
+        signal.set_wakeup_fd(before[1])
+        os.close(told)
+
+
+def _end_deaf(signals: int, stop) -> None:
+    """Ends the process where the main thread does not leave `stops_at_sigterm`, which closes the pipe, soon after SIGTERM.
+
+    Another handler than `stop`, such as a training's, may take its time.
+    """
+    with os.fdopen(signals, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop:
+                if select.select([pipe], [], [], HEARD)[0]:
+                    continue
+                say_stopped()
+                _said.set()  # the main thread may hear yet, when the others have gone
+                leave(STOPPED)
+                os._exit(STOPPED)
+
+
+def say_stopped() -> None:
+    """What a person sees last; once."""
+    if not _said.is_set():
+        print(f"{label()}Stopped. The same command goes on where it stopped.", file=sys.stderr, flush=True)
+
+
+def is_running() -> bool:
+    """Whether this process has met others."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, and writes what is written once."""
+    return not is_running() or sys.modules["jax"].process_index() == 0
+
+
+def label() -> str:
+    """What stands before a message of a process that is not the first."""
+    return "" if is_first() else f"process {sys.modules['jax'].process_index()}: "
+
+
+def leave(code: int) -> None:
+    """Ends a process that has failed, without waiting for others that may never come. Returns after a success, or alone."""
+    if code == 0 or not is_running():
+        return
+    together = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
+    together.start()
+    together.join(PATIENCE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} is not a whole number: set it to one, or unset it.")
+    return int(text)

@@ -1,0 +1,231 @@
+"""What a run's config means: whether the run may go on with it, and whether another run's result may be its start.
+
+Beside config.json lies sources.json: where the folders were that the config names, and a fingerprint of what they held. So a
+run goes on where its folders have moved, and not where another model or other data lie under an old name.
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+
+from mend_jax.cli.command_line import base_config
+from mend_jax.cli.errors import UserError
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import fingerprint, local_folder
+from mend_jax.prefixes.prefix import resolve_projection
+from mend_jax.run import checkpoint
+from mend_jax.scoring.results import tree_hash
+
+SOURCES = "sources.json"
+MODELS = ("llm.path", "prefix.backbone")
+DATA = ("data.text", "data.tasks")
+START = "prefix.start_from"
+# What may change when a run goes on: where and how fast it computes, what it prints, what the experiment does later.
+FREE_FIELDS = (
+    "train.log_every", "train.save_every", "train.parallel", "train.accumulate", "data.cache", "data.processes",
+    "data.prefetch", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "mesh.",
+    "experiment.",
+)  # fmt: skip
+
+
+def check_resume(workdir, config, finished: bool) -> None:
+    """Raises UserError, naming the field and both values, where a run would go on with another meaning.
+
+    A field that the saved config has not had the default of configs/base.py. `finished`: nothing will be computed.
+    """
+    saved, wanted = fields_of(checkpoint.read_config(workdir)), fields_of(json.loads(config.to_json()))
+    saved, recorded = _defaults() | saved, read_sources(workdir)
+    read = _paths_read(config)
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name), wanted.get(name)
+        if not _matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
+            continue
+        if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
+            continue
+        if name in DATA and there and here and not finished and "fingerprint" in recorded.get(name, {}):
+            continue  # wherever they lie: `check_data` looks at what they are
+        if name not in wanted and finished:
+            continue
+        there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
+        if name not in wanted:
+            raise UserError(
+                f"{workdir} was trained with {name}={there}, which this version has no more: go on with the version that "
+                "began it, or use another workdir."
+            )
+        raise UserError(
+            f"{workdir} was trained with {name}={there}, now it is {here}: set it back, or use another workdir."
+        )
+
+
+def check_start(config) -> None:
+    """Raises UserError where config.prefix.start_from is no run whose result can go on as this run's model."""
+    given = config.prefix.start_from
+    folder = Path(given).expanduser()
+    if not (folder / checkpoint.CONFIG).is_file():
+        what = "is not a training workdir: it has no config.json" if folder.is_dir() else "is not a folder"
+        raise UserError(f"{START}={given} {what}; name the workdir of the earlier training.")
+    if not checkpoint.has_checkpoint(folder):
+        raise UserError(f"{START}={given} holds no whole checkpoint: train there first, or name another workdir.")
+    saved, wanted = fields_of(checkpoint.read_config(folder)), fields_of(json.loads(config.to_json()))
+    saved, recorded = _defaults() | saved, read_sources(folder)
+    if saved["stage"] == "lm":
+        raise UserError(
+            f'{START}={given} was trained with stage="lm", so it holds an LLM: set llm.path or prefix.backbone to its '
+            "folder llm, or name the workdir of a distiller or soft prompt."
+        )
+    names = ["prefix.kind", "prefix.length", "data.template", "llm.path"]
+    names += ["prefix.backbone", "prefix.projection"] if config.prefix.kind == "distiller" else []
+    for name in names:
+        there, here = saved[name], wanted[name]
+        if name == "prefix.projection":
+            there, here = (_projection(config, value) for value in (there, here))
+        if name in MODELS:
+            same = _same_source(name, there, here, recorded.get(name, {}))
+        else:
+            same = there == here
+        if not same:
+            there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
+            raise UserError(
+                f"{START}={given} was trained with {name}={there}, now it is {here}: set it as it was, or start from "
+                "another workdir."
+            )
+
+
+def check_llm(workdir, path) -> None:
+    """Warns where the LLM at `path` is not the one that the run of a workdir was trained for; of other folders nothing is known."""
+    known = read_sources(workdir).get("llm.path", {}) if Path(workdir).is_dir() else {}
+    if known.get("fingerprint", (here := fingerprint(path))) != here:
+        logging.warning(
+            "What was trained in %s is for the LLM in %s, not for that in %s, to which its vectors may say nothing.",
+            workdir,
+            known["folder"],
+            path,
+        )
+
+
+def check_data(workdir, config, contents: dict[str, str]) -> None:
+    """Raises UserError where a run would go on with other texts or examples than it began with.
+
+    `contents` as `Batches` has it. Nothing is known of a run of an earlier version of this program.
+    """
+    recorded, fields = read_sources(workdir), fields_of(config.to_dict())
+    for name, content in contents.items():
+        if recorded.get(name, {}).get("fingerprint", content) != content:
+            raise UserError(
+                f"{name}={fields[name]} does not hold what {workdir} was trained with ({recorded[name]['folder']}, as it was then):"
+                " put the files back, or use another workdir."
+            )
+
+
+def write_sources(workdir, config, contents: dict[str, str], start_hash: str | None = None) -> None:
+    """Writes sources.json; `contents` as `Batches` has it, `start_hash` is the `tree_hash` of what the run began with, None
+    where it goes on."""
+    fields, before = fields_of(config.to_dict()), read_sources(workdir)
+    sources = {}
+    for name in _paths_read(config):
+        entry = sources[name] = {"folder": _absolute(fields[name])}
+        if name in MODELS:
+            entry["fingerprint"] = fingerprint(fields[name])
+        elif name in contents:
+            entry["fingerprint"] = contents[name]
+        elif name == START and start_hash is not None:
+            entry["fingerprint"] = start_hash
+        elif name == START and "fingerprint" in before.get(name, {}):
+            entry["fingerprint"] = before[name]["fingerprint"]
+    checkpoint.write_json(Path(workdir) / SOURCES, sources)
+
+
+def read_sources(workdir) -> dict:
+    """{field: {"folder", "fingerprint" of a model or of data}}; {} where an earlier version of this program trained."""
+    try:
+        return json.loads((Path(workdir) / SOURCES).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{Path(workdir) / SOURCES} is not readable JSON: restore it, or delete it.") from None
+
+
+def fields_of(tree: dict, before: str = "") -> dict:
+    """{"section.field": value} of a config as nested dicts."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= fields_of(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return flat
+
+
+_PATHS = (*MODELS, START, *DATA)
+
+
+def _paths_read(config) -> list[str]:
+    """The fields of folders that a run of this config reads."""
+    distils = config.stage != "lm" and config.prefix.kind == "distiller"
+    reads = {
+        "llm.path": True,
+        "prefix.backbone": distils,
+        START: config.stage != "lm" and config.prefix.start_from,
+        "data.text": config.stage != "finetune",
+        "data.tasks": config.stage != "pretrain",
+    }
+    return [name for name in _PATHS if reads[name]]
+
+
+def _matters(name: str, config, finished: bool) -> bool:
+    """Whether another value of a field changes the rest of a run; of evaluate.*, only what validation reads."""
+    if name.startswith(FREE_FIELDS):
+        return False
+    if not name.startswith("evaluate."):
+        return True
+    validation = []
+    if config.stage == "finetune":
+        validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit"]
+        validation += ["evaluate.shuffle_demos"] if config.prefix.kind == "distiller" else []
+    elif config.stage == "lm" and config.data.text_share < 1:
+        validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds
+    return name in validation and not finished
+
+
+def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
+    """Whether a path of a saved config and one of today name the same."""
+    if not there or not here:
+        return there == here
+    folder = recorded.get("folder", _absolute(there))
+    same_place, known = there == here or folder == _absolute(here), recorded.get("fingerprint")
+    if name in MODELS:
+        if known is None and not same_place and Path(folder).is_dir():
+            known = fingerprint(folder)
+        return same_place if known is None else fingerprint(here) == known
+    if name == START and known is not None and not same_place and checkpoint.has_checkpoint(here):
+        return tree_hash(checkpoint.load_best(Path(here).expanduser())[0]) == known
+    return same_place
+
+
+def _describe(name: str, fields: dict, recorded: dict) -> str:
+    """A field's value as JSON; of a model with its fingerprint, because the path may be the same."""
+    if name not in fields:  # a field of ours, where the package is installed without configs/base.py
+        return "absent"
+    value = json.dumps(fields[name])
+    if name not in MODELS:
+        return value
+    known = recorded.get(name, {}).get("fingerprint") or (fingerprint(fields[name]) if _is_folder(fields[name]) else "")
+    return f"{value} (content {known})" if known else value
+
+
+def _projection(config, value: str) -> str:
+    widths = [from_hf_config(local_folder(path)).width for path in (config.prefix.backbone, config.llm.path)]
+    return resolve_projection(value, *widths)
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).expanduser().is_dir()
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute().resolve()) if path else ""
+
+
+@functools.cache
+def _defaults() -> dict:
+    """The fields of configs/base.py; {} where only the package is installed."""
+    base = base_config()
+    return {} if base is None else fields_of(json.loads(base.to_json()))

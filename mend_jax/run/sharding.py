@@ -1,0 +1,194 @@
+"""Which part of each parameter lives on which device of a mesh: rules on the parameter's path, for every family.
+
+A mesh has three axes (config.mesh, configs/base.py):
+
+| axis | the batch | the weights |
+| --- | --- | --- |
+| data | rows are split | are whole on each |
+| fsdp | rows are split | are split; a layer is gathered when it is needed, and dropped (Zhao et al., 2023) |
+| tensor | is whole on each | are split by heads and by the MLP's inside, and so are the products (Shoeybi et al., 2019) |
+
+The optimizer's moments bear their parameter's path, and live where it lives.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from mend_jax.cli.errors import UserError
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+Place = Callable[[str, tuple[int, ...]], Sharding]  # a parameter's path "a/b/c" and shape -> where it lives
+ROWS = (DATA, FSDP)  # the axes that split a batch
+WHOLE = ()
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+# (end of the path, how its last axes are split); the first that fits counts. Axes before them, that of the layers,
+# which are scanned over, are never split.
+RULES = tuple(
+    (re.compile(rf"(^|/)({path})$"), spec)
+    for path, spec in (
+        (r"embed/(tokens|head|positions)", (None, (FSDP, TENSOR))),  # (V,D): few vocabularies have a divisor
+        (r"embed/(tokens|head)_scale", WHOLE),
+        (r"(q|k|v|qkv|up|gate)/kernel", (FSDP, TENSOR)),
+        (r"(q|k|v|qkv|up|gate)/(bias|kernel_scale)", (TENSOR,)),
+        (r"(out|down)/kernel", (TENSOR, FSDP)),  # sums over what tensor has split: one all-reduce behind it
+        (r"(out|down)/(bias|kernel_scale)", WHOLE),
+        (r"(norm1|norm2|cross_norm|final_norm|q_norm|k_norm)/(scale|bias)", WHOLE),
+        (r"distance_bias", WHOLE),
+        (r"(project_in|project_out|projection)/kernel", (FSDP, None)),
+        (r"(project_in|project_out)/kernel_scale", WHOLE),
+        (r"projection/bias", WHOLE),
+        (r"placeholders|vectors", WHOLE),
+        (r"step|count", WHOLE),  # of the train state
+    )
+)
+
+
+def mesh_sizes(wanted: Any, devices: int) -> dict[str, int]:
+    """{axis: devices along it}, the -1 of `wanted` (config.mesh) replaced by the rest of all `devices`.
+
+    Raises UserError where the sizes are not those of so many devices.
+    """
+    sizes = {axis: wanted[axis] for axis in AXES}
+    text = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"The mesh is {text}: each is a number of devices, and one of them may be -1, the rest.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if devices % known if rest else devices != known:
+        raise UserError(
+            f"The mesh {text} does not fit {devices} device{'s' * (devices > 1)}: their product must be {devices}, and one"
+            " of them may be -1, the rest."
+        )
+    return sizes | dict.fromkeys(rest, devices // known)
+
+
+def make_mesh(wanted: Any, devices: Sequence | None = None) -> Mesh:
+    """The mesh that config.mesh describes of all devices of all processes, or of `devices`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(wanted, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How the parameter at "a/b/c" is split.
+
+    Raises UserError where no rule fits the path, or where the mesh does not divide the parameter.
+    """
+    rule = next((spec for pattern, spec in RULES if pattern.search(path)), None)
+    if rule is None:
+        raise UserError(
+            f"No rule says how the parameter {path} {shape} lives on a mesh: add one to mend_jax/run/sharding.py, or use"
+            " train.parallel=pmap."
+        )
+    spec = (None,) * (len(shape) - len(rule)) + rule
+    for axis, names in enumerate(spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        if shape[axis] % math.prod(sizes[name] for name in names):
+            split = " x ".join(f"mesh.{name}={sizes[name]}" for name in names if sizes[name] > 1)
+            raise UserError(
+                f"{split} does not divide the {shape[axis]} numbers along axis {axis} of {path} {shape}: use a divisor,"
+                " and give the other devices to mesh.data."
+            )
+    return PartitionSpec(*spec)
+
+
+def placer(mesh: Mesh) -> Place:
+    """Where the rules put a parameter."""
+    return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, dict(mesh.shape)))
+
+
+def places(tree: Any, place: Place) -> Any:
+    """The tree of shardings of a tree of parameters (arrays or their shapes), or of a train state."""
+
+    def of(path, leaf):
+        return place(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """`places` by the rules."""
+    return places(tree, placer(mesh))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where each device that has them has them whole."""
+    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    return mesh if mesh is not None and mesh.axis_names == AXES else None
+
+
+@contextlib.contextmanager
+def rows_on(mesh: Mesh | None, rows: int = 0):
+    """While a function is traced within: `by_rows` and `gathered` are of this mesh.
+
+    Without a mesh, or with a number of `rows` that it does not divide, nothing changes: the compiler chooses.
+    """
+    if mesh is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS):
+        mesh = None
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """States (B,...) whose rows lie where the batch's do, and which are whole along all other axes; elsewhere `x`.
+
+    Without it the compiler may take the weights for what stays, and send the states of all rows around.
+    """
+    mesh = _mesh.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def for_rows(x: jax.Array) -> jax.Array:
+    """(R,...): `x` once for each device that splits the rows of a batch; elsewhere (1,...).
+
+    What is computed of it and then added to every row is not summed over devices on the way back: `x` is, where it is small.
+    """
+    mesh = _mesh.get()
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    return by_rows(jnp.broadcast_to(x, (devices, *x.shape)))
+
+
+def gathered(x: jax.Array, path: str) -> jax.Array:
+    """A frozen parameter whole along fsdp, as its product wants it, in the dtype that it is held in; elsewhere `x`.
+
+    Without it the compiler may turn int8 into what is computed with first, and send two or four times the bytes.
+    `path` is the end of the parameter's, as far as the rules read it.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return x
+    spec = spec_of(path, x.shape, dict(mesh.shape))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(_without_fsdp(a) for a in spec))))
+
+
+def _without_fsdp(axis):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return tuple(name for name in names if name != FSDP)
+
+
+def check_heads(config: Any, tensor: int, what: str) -> None:
+    """Raises UserError where mesh.tensor does not divide the heads of `what` (a model's config, models/config.py).
+
+    It need not divide the heads of keys and values (grouped-query attention). Where it does not, a device holds a part of one,
+    and the compiler gathers keys and values, which are small then: 7% to 15% more bytes cross in a layer's forward and backward
+    pass (counted with 8 heads, and with 12, on tensor=4 and 2 heads or 1 of keys and values); 29% more where heads that share
+    their keys lie on two devices and queries are gathered too (12 heads, 3 of keys and values).
+    """
+    if config.heads % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide the {config.heads} heads of {what}: use a divisor, and give the other"
+            " devices to mesh.fsdp."
+        )

@@ -1,0 +1,1 @@
+"""From options to tables: scores, metrics, costs, results."""

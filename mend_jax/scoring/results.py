@@ -1,0 +1,187 @@
+"""What an evaluation leaves in its workdir: predictions that are never computed twice, scores.json and table.md.
+
+    config.json                                           the settings it was made with
+    predictions/<method>-<key>/made_of.json               what the key stands for
+    predictions/<method>-<key>/<task>_<seed>.jsonl        every item: scores of all options, prediction, gold
+    predictions/<method>-<key>/<task>_<seed>.cost.json    prefix length, FLOPs, seconds, and what was read
+
+The key is of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
+is of the very tokens that were read. A file appears whole or not at all, the predictions last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.run import checkpoint
+from mend_jax.run.distributed import to_host
+from mend_jax.run.files import temporary_for
+from mend_jax.scoring.metrics import TITLES, percent
+
+FORMAT = 2  # of the prediction files: raised when older ones must not be used
+
+
+class Store:
+    """The predictions of one method; `written` counts the tasks and seeds that this process added."""
+
+    def __init__(self, workdir, name: str, made_of: dict):
+        made_of = {"format": FORMAT, **made_of}
+        self.folder = Path(workdir) / "predictions" / f"{name}-{content_hash(made_of)[:8]}"
+        self.written = 0
+        _write(self.folder / "made_of.json", json.dumps(made_of, indent=1) + "\n")
+
+    def read(self, task: str, seed: int, content: str, count: int) -> tuple[list[dict], dict] | None:
+        """(lines, cost) of a task and seed that was evaluated whole on the same content, else None."""
+        try:
+            lines = [json.loads(line) for line in self._predictions(task, seed).read_text().splitlines()]
+            cost = json.loads(self._cost(task, seed).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return (lines, cost) if cost.get("content") == content and len(lines) == count else None
+
+    def write(self, task: str, seed: int, lines: list[dict], cost: dict) -> None:
+        """Keeps a whole task and seed; `cost` must hold its "content"."""
+        self._predictions(task, seed).unlink(missing_ok=True)  # never old predictions beside a new cost
+        _write(self._cost(task, seed), json.dumps(cost) + "\n")
+        _write(self._predictions(task, seed), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.written += 1
+
+    def _predictions(self, task, seed):
+        return self.folder / f"{_file_name(task)}_{seed}.jsonl"
+
+    def _cost(self, task, seed):
+        return self.folder / f"{_file_name(task)}_{seed}.cost.json"
+
+
+def write_config(workdir, config) -> None:
+    """Keeps the resolved configuration as <workdir>/config.json; that of a training or of a model's folder stays."""
+    workdir = Path(workdir)
+    if not (workdir / checkpoint.FOLDER).exists() and not _is_models(workdir / checkpoint.CONFIG):
+        _write(workdir / checkpoint.CONFIG, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+
+
+def _is_models(path: Path) -> bool:
+    """Whether a config.json is a Hugging Face model's, such as an exported distiller's."""
+    try:
+        return "model_type" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def write_results(workdir, results: dict) -> str:
+    """Writes scores.json and table.md; returns the table of the methods, for the terminal."""
+    table, workdir = method_table(results), Path(workdir)
+    _write(workdir / "scores.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _write(workdir / "table.md", f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
+    return table
+
+
+def method_table(results: dict) -> str:
+    """A row for each method: score, both metrics, prefix length and cost. Markdown, aligned for a terminal."""
+    header = ["method", "score", *TITLES.values(), "prefix length", "KV cache", "GFLOPs/item", "uncached", "ms/item"]
+    rows = []
+    for name, method in results["methods"].items():
+        cost = method["cost"]
+        rows.append(
+            [name, percent(method["score"]), *(percent(method[metric]) for metric in TITLES)]
+            + [f"{cost['prefix_length']:.0f}", size(cost["cache_bytes"])]
+            + [
+                _number(cost["item_flops"] / 1e9),
+                _number(cost["item_flops_uncached"] / 1e9),
+                "–" if cost["item_seconds"] is None else _number(1000 * cost["item_seconds"]),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def task_table(results: dict) -> str:
+    """A row for each task: its metric and every method's score."""
+    methods = results["methods"]
+    tasks = next(iter(methods.values()))["per_task"]
+    rows = [
+        [task, TITLES[entry["primary"]], *(percent(method["per_task"][task]["score"]) for method in methods.values())]
+        for task, entry in tasks.items()
+    ]
+    return markdown(["task", "metric", *methods], rows)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns are aligned as plain text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{_number(count)} {unit}"
+        count /= 1000
+    return f"{_number(count)} GB"
+
+
+def tree_hash(params) -> str:
+    """A hash of every parameter's name, shape, type and content."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = to_host(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()
+
+
+def content_hash(content) -> str:
+    """A hash of JSON-like content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _notes(results: dict) -> str:
+    seeds = ", ".join(str(seed) for seed in results["seeds"])
+    tasks = next(iter(results["methods"].values()))["per_task"]
+    text = (
+        f"{len(tasks)} task{'s' * (len(tasks) != 1)} of `{results['partition']}` ({results['split']}), seeds {seeds},"
+        f" k = {results['k']}."
+        " The score is the mean over tasks of Macro-F1 for classification and accuracy for the rest; ± is the sample"
+        " standard deviation over seeds. All scores x 100. Prefix length is in positions of the LLM; GFLOPs/item"
+        " score all options of one item after a cached prefix, *uncached* makes and reads the prefix anew for every"
+        " item; ms/item is the median over the tasks and seeds for which no program had to be compiled (– where there are"
+        " none), with the cache, on the machine that ran it."
+    )
+    if results["missing_tasks"]:
+        text += f"\n\nTasks of the partition without files, left out: {', '.join(results['missing_tasks'])}."
+    return text
+
+
+def _number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
+
+
+def _file_name(task: str) -> str:
+    return task.replace("/", "%2F")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = temporary_for(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if checkpoint.is_disk_full(error):
+            raise UserError(
+                f"The disk of {path.parent} is full: make room and give the same command again, it goes on."
+            ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): check the workdir.") from error

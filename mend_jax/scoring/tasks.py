@@ -1,0 +1,279 @@
+"""A method's scores on a task: from a task's demonstrations to a prefix, and from its items to predictions and scores.
+
+The test (evaluate.py) and the dev set that chooses the best checkpoint in training (train.py) are scored by this same code.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
+from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
+from mend_jax.data.tokenize import other_tokenizer
+from mend_jax.llm.decoder_only import LLM
+from mend_jax.prefixes.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
+from mend_jax.run.distributed import to_host
+from mend_jax.scoring.metrics import aggregate, task_scores
+from mend_jax.scoring.options import cache_prefix, check_items, score_items
+
+_events = collections.Counter()  # of JAX in this process
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _events.update([event]))
+COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the compile cache
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """What makes a prefix of demonstrations. With no model: "icl" embeds them, "zero_shot" ignores them."""
+
+    name: str
+    model: Distiller | SoftPrompt | None = None
+    path: str = ""
+
+    @property
+    def reads_demos(self) -> bool:
+        return self.name == "icl" if self.model is None else isinstance(self.model, Distiller)
+
+    def own_tokenizer(self, llm: LLM):
+        """Of a distiller that reads texts as other tokens than the LLM does; else None."""
+        return other_tokenizer(llm.tokenizer, self.model.tokenizer) if isinstance(self.model, Distiller) else None
+
+    def window(self, llm: LLM) -> int:
+        """Demonstration tokens that it can read, whatever the query."""
+        return getattr(self.model, "window", llm.window)
+
+
+def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[..., Prefix]:
+    """prefix_of(task, order=None) -> Prefix (B == 1): a method's prefix of an `EvalTask`'s demonstrations.
+
+    Args:
+        config: a whole run's config.
+        llm: the LLM that will read it.
+        method: how it is made.
+        params: of the method's model; None is its own. (Training gives the current ones.)
+    """
+
+    def prefix_of(task: EvalTask, order=None) -> Prefix:
+        if method.model is None and not method.reads_demos:
+            return no_prefix(1, llm.config.width)
+        context = make_context(config, llm, method, task, order) if method.reads_demos else np.zeros(1, np.int32)
+        sizes = [size for size in config.data.demo_buckets if size >= len(context)]  # few, because each is compiled
+        columns = min(method.window(llm), min(sizes, default=bucket(len(context))))
+        tokens, length = np.zeros((1, columns), np.int32), np.asarray([len(context)], np.int32)
+        tokens[0, : len(context)] = context
+        if method.model is None:
+            return Prefix(_embed(llm, llm.params, tokens), length)
+        return _apply(method.model, method.model.params if params is None else params, tokens, length)
+
+    return prefix_of
+
+
+def make_context(config, llm: LLM, method: Method, task: EvalTask, order=None) -> np.ndarray:
+    """The (N,) tokens, to the method's reader, of a task's demonstrations that fit beside its longest query, in the file's order or `order`.
+
+    Examples that do not fit are left out; with data.release_truncation the last one is cut, as the release does.
+    """
+    query = max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+    own = method.own_tokenizer(llm)
+    if own is not None:
+        return _own_context(config, llm, method, task, own, query, order)
+    budget = demo_budget(config.data.max_demo_tokens, llm.window, query, method.window(llm), 0)
+    pairs = task.demos if order is None else [task.demos[i] for i in order]
+    if config.data.release_truncation:
+        cut = release_truncation(join_demos(pairs), min(method.window(llm), llm.window - query), llm.window - query)
+        return cut[method.model is None]
+    return join_demos(pairs[: _fitting(task, pairs, budget)])
+
+
+def _own_context(config, llm: LLM, method: Method, task: EvalTask, own, query: int, order) -> np.ndarray:
+    """The context in the tokens of the distiller's `own` tokenizer: as in training, as many examples as both models fit."""
+    check_truncation(config)
+    limit, both = config.data.max_demo_tokens, read_twice(task.texts, (llm.tokenizer, own), config.data.max_input_tokens)
+    if order is not None:
+        both = [[pairs[i] for i in order] for pairs in both]
+    budgets = min(limit, llm.window - query), min(limit, method.window(llm))
+    count = min(_fitting(task, pairs, budget) for pairs, budget in zip(both, budgets, strict=True))
+    return join_demos(both[1][:count])
+
+
+def _fitting(task: EvalTask, pairs, budget: int) -> int:
+    """How many of a task's demonstrations fit. Raises UserError where not even one does."""
+    count = fit_demos([len(x) + len(y) for x, y in pairs], budget)
+    if count == 0:
+        raise UserError(
+            f"No demonstration of {task.task}, seed {task.seed} fits into {budget} tokens: raise data.max_demo_tokens"
+            " or lower data.max_input_tokens."
+        )
+    return count
+
+
+def check_truncation(config) -> None:
+    """Raises UserError where the release's truncation is asked for beside a distiller with a tokenizer of its own."""
+    if config.data.release_truncation:
+        raise UserError(
+            "data.release_truncation cuts contexts after so many tokens, which are other texts to a distiller with another "
+            "tokenizer than the LLM's: set it to false."
+        )
+
+
+@dataclasses.dataclass
+class TaskResult:
+    """One task and seed: the lines of its prediction file and what they cost."""
+
+    lines: list[dict]
+    cost: dict
+
+
+def evaluate_task(
+    llm: LLM,
+    prefix_of: Callable[..., Prefix],
+    task: EvalTask,
+    batch_size: int,
+    shuffle_demos: bool = False,
+    params=None,
+    chunk: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> TaskResult:
+    """Scores all options of all items of one task and seed.
+
+    Args:
+        llm: the LLM.
+        prefix_of: of `prefix_maker`.
+        task: demonstrations and items.
+        batch_size: items in one pass of the LLM.
+        shuffle_demos: a fresh order of the demonstrations, and so a new prefix, for every item.
+        params: of the LLM; None is `llm.params`.
+        chunk: see `score_items`.
+        progress: called with the number of items finished.
+    Raises:
+        UserError: a demonstration set or an item that does not fit, or scores that are not finite.
+    """
+    where, groups = f"{task.task}, seed {task.seed}", [(None, task.items)]
+    if shuffle_demos:
+        groups = [(row_rng(task.seed, i).permutation(len(task.demos)), [item]) for i, item in enumerate(task.items)]
+    scores, prefix_seconds, seconds, positions, before = [], 0.0, 0.0, 0, _events[COMPILED]
+    for order, items in groups:
+        began = time.perf_counter()
+        cache = jax.block_until_ready(cache_prefix(llm, prefix_of(task, order), params))
+        made = time.perf_counter()
+        try:
+            scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        prefix_seconds += made - began
+        seconds += time.perf_counter() - made
+        positions += int(to_host(cache.length))
+    lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
+    cost = {
+        "prefix_length": positions / len(groups),
+        "prefix_seconds": prefix_seconds / len(groups),
+        "item_seconds": seconds / len(task.items),
+        "compiled": _events[COMPILED] > before,  # so the seconds are not those of the work alone
+    }
+    return TaskResult(lines, cost)
+
+
+def evaluate_prefix(
+    llm: LLM, prefix_of: Callable[..., Prefix], tasks: Iterable[EvalTask], batch_size: int, **options
+) -> dict:
+    """`metrics.aggregate` of one way to make prefixes, over tasks and seeds; nothing is written.
+
+    Args:
+        llm: the LLM.
+        prefix_of: of `prefix_maker`.
+        tasks: one for each task and seed.
+        batch_size: as in `evaluate_task`; so are `options`.
+    """
+    scores: dict[str, dict[int, dict]] = {}
+    for task in tasks:
+        result = evaluate_task(llm, prefix_of, task, batch_size, **options)
+        scores.setdefault(task.task, {})[task.seed] = scores_of(task, result.lines)
+    return aggregate(scores)
+
+
+def dev_tasks(config, llm: LLM, model: Distiller | SoftPrompt) -> list[EvalTask]:
+    """The meta-test *validation* examples, for `dev_score`, after everything was checked that the scoring of them checks.
+
+    Raises:
+        UserError: files that are missing or bad, demonstrations or an item that do not fit beside the model's vectors.
+    """
+    method, tasks = Method("model in training", model), load_tasks(config, llm, "dev")[0]
+    for task in tasks:
+        _check_task(llm, model.num_vectors, task, task.items, "dev")
+        if method.reads_demos:
+            make_context(config, llm, method, task)
+    return tasks
+
+
+def check_longest(llm: LLM, prefix_length: int, tasks: list[EvalTask], split: str) -> None:
+    """Raises UserError for the first task whose longest item does not fit the LLM's window behind a prefix; cheap."""
+    for task in tasks:
+        longest = max(task.items, key=lambda item: len(item.x_tokens) + max(map(len, item.options_tokens)))
+        _check_task(llm, prefix_length, task, [longest], split)
+
+
+def _check_task(llm, prefix_length, task, items, split) -> None:
+    try:
+        check_items(llm, prefix_length, items)
+    except UserError as error:
+        raise UserError(f"{task.task}, seed {task.seed}, {split}: {error}") from error
+
+
+def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params, tasks: list[EvalTask]) -> float:
+    """The score (0 to 1) of a model in training.
+
+    Args:
+        config: a whole run's config, paths resolved.
+        llm: the run's LLM.
+        model: the `Distiller` or `SoftPrompt`; always the same object, so that nothing is compiled again.
+        params: its current params.
+        tasks: of `dev_tasks`.
+    """
+    method = Method("model in training", model)
+    params = jax.tree.map(jnp.asarray, params)  # what is on devices, of several processes too, stays where it is
+    prefix_of, options = prefix_maker(config, llm, method, params), scoring_options(config, method)
+    return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
+
+
+def scoring_options(config, method: Method) -> dict:
+    """What a config says about `evaluate_task`, for validation and for test alike."""
+    return {
+        "batch_size": config.evaluate.batch_size,
+        "shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos,
+        "chunk": config.loss.chunk,
+    }
+
+
+def scores_of(task: EvalTask, lines: list[dict]) -> dict:
+    return task_scores([line["prediction"] for line in lines], [line["gold"] for line in lines], task.classification)
+
+
+def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:
+    if not np.all(np.isfinite(scores)):
+        raise UserError(
+            f"The scores of item {index} of {where} are not finite: the model diverged or its weights are damaged."
+        )
+    return {
+        "item": index,
+        "scores": [round(float(score), 6) for score in scores],
+        "options": list(item.options),
+        "prediction": item.options[int(np.argmax(scores))],
+        "gold": item.options[item.label],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(llm, params, tokens):
+    return llm.embed(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens, length):
+    return model.apply(params, tokens, length)
