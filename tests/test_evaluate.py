@@ -18,7 +18,11 @@ from mend_jax.interchange import trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefixes.prefix import Distiller, Prefix, SoftPrompt, no_prefix
+from mend_jax.prefixes import Demonstrations
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run.layout import make_layout
 from mend_jax.scoring import tasks as task_scoring
 from mend_jax.scoring.results import tree_hash
@@ -242,7 +246,7 @@ def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(confi
 def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
     task = load_tasks(config, llm, "test")[0][0]
     lengths = [len(x) + len(y) for x, y in task.demos]
-    icl = task_scoring.Method("icl")
+    icl = Demonstrations.beside(llm)
     config.data.max_demo_tokens = sum(lengths[:3])
     assert len(task_scoring.make_context(config, llm, icl, task)) == sum(lengths[:3])
     config.data.max_demo_tokens = sum(lengths[:3]) - 1
@@ -281,7 +285,7 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     config.prefix.dtype = "bfloat16"
     ev.evaluate(config, tmp_path)
     assert len(files(tmp_path)) == 2 * 2
-    [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype, make_layout("pmap"))
+    [method] = ev.load_methods(config, llm, make_layout("pmap"))
     task = load_tasks(config, llm, "test")[0][0]
     in_training = dataclasses.replace(distiller, dtype="bfloat16")
     methods = [task_scoring.Method("mend", model) for model in (method.model, in_training, distiller)]

@@ -13,7 +13,8 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import Prefix, init_distiller
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
@@ -67,7 +68,7 @@ def test_states_are_those_of_a_prefix_for_each_query(folder):
 def update(folder, batch, mode=None, accumulate=1):
     c = config(folder, stage="finetune", **{"train.accumulate": accumulate})
     llm = load_llm(folder)
-    model = init_distiller(c.prefix, llm, 0)
+    model = Distiller.init(c, llm, 0)
     optimizer = optax.sgd(1.0)
     layout = parallel.make_layout(mode, c.mesh) if mode else None
     step = make_train_step(c, make_loss_fn(c, llm, model, mode and layout.mesh), optimizer, mode and layout.axis)

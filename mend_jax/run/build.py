@@ -14,7 +14,7 @@ from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokeni
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, local_folder
-from mend_jax.prefixes.prefix import Distiller, init_distiller, init_soft_prompt, resolve_projection
+from mend_jax.prefixes import kind_of
 from mend_jax.run import checkpoint, reporting, sharding
 from mend_jax.scoring.tasks import check_truncation, dev_score, dev_tasks
 
@@ -39,9 +39,8 @@ def load(config, place=None):
 
 
 def build(config, llm, begins: bool = True, place=None):
-    """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
-    make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
-    model = make(config.prefix, llm, config.seed, place)
+    """What is trained (prefix.kind); if the run `begins` there, with the params of `prefix.start_from`."""
+    model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
@@ -53,9 +52,10 @@ def check_settings(config):
     """Raises UserError where the config asks for what its models cannot do, by their config.json alone, or names data that
     is not there. Nothing large is read."""
     llm, backbone = from_hf_config(local_folder(config.llm.path)), None
-    if config.stage != "lm" and config.prefix.kind == "distiller":
-        backbone = from_hf_config(local_folder(config.prefix.backbone))
-        resolve_projection(config.prefix.projection, backbone.width, llm.width)
+    if config.stage != "lm":
+        kind = kind_of(config)
+        backbone = from_hf_config(local_folder(kind.backbone(config))) if kind.backbone(config) else None
+        kind.check(config, backbone, llm)
     check_windows(config, llm, backbone)
     if config.train.parallel == "mesh":
         tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
@@ -72,9 +72,9 @@ def check_settings(config):
 def check_tokenizers(config, llm, model):
     """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
-    if not isinstance(model, Distiller):
+    if model is None or model.reader is None:
         return
-    check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+    check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
     if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
         check_truncation(config)
         reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
@@ -82,13 +82,13 @@ def check_tokenizers(config, llm, model):
 
 def batches(config, llm, model, split, layout):
     """This process's rows of the batches of a split ("train" or "validation")."""
-    distils = isinstance(model, Distiller)
+    distils = model is not None and model.reader is not None
     return make_batches(
         config,
         llm.tokenizer,
         split,
         llm.window,
-        model.config.window if distils else None,
+        model.reader.window if distils else None,
         *layout.share,
         targets_apart=llm.start_token is not None,
         distiller_tokenizer=other_tokenizer(llm.tokenizer, model.tokenizer) if distils else None,
