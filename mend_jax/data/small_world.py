@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--demonstrations", type=int, default=16, help="of each test task and seed: K, for data.k")
     options = parser.parse_args(arguments)
     try:
-        paths = write_small_world(options.out, World(options.seed, wrong_labels=options.wrong_labels, demonstrations=options.demonstrations))
+        paths = write_small_world(options.out, World(seed=options.seed, wrong_labels=options.wrong_labels, demonstrations=options.demonstrations))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

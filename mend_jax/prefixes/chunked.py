@@ -134,7 +134,7 @@ class Chunked(Kind):
         ]
 
     def distill_chunks(self, chunks) -> jax.Array:
-        """(C,L,llm_width): the vectors of each chunk, which are the same whatever the other chunks are."""
+        """(C,L,llm_width): the vectors of each chunk, bit for bit the same whatever the other chunks are."""
         rows = np.zeros((len(chunks), self.width), np.int32)
         for row, chunk in zip(rows, chunks, strict=True):
             row[: len(chunk)] = chunk
@@ -240,7 +240,13 @@ class Chunked(Kind):
 
 @partial(jax.jit, static_argnums=0)
 def _distill_rows(module: DistillerModule, params, rows, sizes):
-    return module.apply({"params": params}, rows, sizes)
+    """One call, but chunk after chunk: products of more rows would round otherwise, and a chunk's vectors would depend, in their
+    last bits, on how many others there are."""
+
+    def one(chunk):
+        return module.apply({"params": params}, *(a[None] for a in chunk))[0]
+
+    return jax.lax.map(one, (rows, sizes))
 
 
 def _joined(join: str, vectors, sizes) -> Prefix:
