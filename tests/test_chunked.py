@@ -1,20 +1,19 @@
 """Demonstrations of any number, chunk by chunk: packing, vectors that do not depend on other chunks, training, evaluation."""
 
 import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_files
+from data_files import make_world, tiny_config
 from tiny_training import config, model_folder
 
-import mend_jax
 from mend_jax.cli.errors import UserError
+from mend_jax.data.batches import make_batches
 from mend_jax.data.evaluation import EvalTask, Item
+from mend_jax.data.readers import Readers
 from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.interchange.trained import read_trained
 from mend_jax.llm.decoder_only import load_llm
@@ -142,8 +141,9 @@ def test_texts_are_read_pair_by_pair(distiller):
 
 
 def test_it_starts_from_a_distillers_workdir_and_is_read_back(folder, llm, tmp_path, monkeypatch):
-    from mend_jax.run import build
     from tiny_training import RandomBatches
+
+    from mend_jax.run import build
 
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     first = config(folder, **{"train.steps": 2})
@@ -167,6 +167,26 @@ def mend_jax_export(workdir, out):
 
     assert "chunks" in export(workdir, out)
     return out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path, stage):
+    tokenizer = tokenizer_files.load(tokenizer_files.save_word_tokenizer(tmp_path / "tokenizer"))
+    packing = Packing(columns=16, demos=2, chunks=3)
+    c = tiny_config(make_world(tmp_path / "world"), stage)
+    plain, chunked = (
+        make_batches(c, Readers(tokenizer, 96, window, vectors=4, packing=how)) for window, how in ((80, None), (None, packing))
+    )
+    for step in range(3):
+        one, batch = plain[step], chunked[step]
+        assert batch.demos.shape[1] % 16 == 0 and batch.demos.shape[1] <= batch.teacher_demos.shape[1]
+        whole = {int(i): row[:n].tolist() for i, row, n in zip(one.ids, one.demos, one.demos_length, strict=True)}
+        for i, row, n, teacher, m in zip(
+            batch.ids, batch.demos, batch.demos_length, batch.teacher_demos, batch.teacher_demos_length, strict=True
+        ):
+            shown, told = row[:n][row[:n] != EMPTY].tolist(), teacher[:m].tolist()
+            assert n % 16 == 0 and told[: len(shown)] == shown and len(shown) > 0
+            assert int(i) not in whole or whole[int(i)] == told
 
 
 def test_gradients_reach_every_chunk(distiller):

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
     c = config(folder, **{"train.batch_size": ROWS, "loss.clm": 0.5})
     llm = load_llm(folder)
     model = Distiller.init(c, llm, 0)
-    batch = RandomBatches(c, None, "train", 0, 0, 0, 1)[0].replace(ids=None)
+    batch = RandomBatches(c, None)[0].replace(ids=None)
     step = make_train_step(c, make_loss_fn(c, llm, model), optax.sgd(1.0))
     expected = jax.device_get(jax.jit(step)(init_state(model.params, optax.sgd(1.0)), llm.params, batch))
     return c, llm, model, batch, expected
@@ -68,7 +68,7 @@ def test_update_is_that_of_one_device(name, run):
 def ten_steps(run, layout):
     """The params after ten steps of training and each step's metrics."""
     c, llm, model, _, _ = run
-    optimizer, batches = make_optimizer(c), RandomBatches(c, None, "train", 0, 0, 0, 1)
+    optimizer, batches = make_optimizer(c), RandomBatches(c, None)
     step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.axis)
     state, frozen = (
         layout.init(partial(init_state, optimizer=optimizer), model.params),

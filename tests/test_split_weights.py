@@ -110,7 +110,7 @@ def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):
 @pytest.mark.parametrize("folder", ["qwen3", "t5"], indirect=True)
 def test_a_step_with_weights_read_in_parts_in_8_bits_is_that_with_weights_read_whole(folder):
     c = config(folder, stage="finetune", **{"llm.weights": "int8", "train.batch_size": 8})
-    batch = RandomBatches(c, None, "train", 0, 0, 0, 1)[0].replace(ids=None)
+    batch = RandomBatches(c, None)[0].replace(ids=None)
     (moved, metrics), (expected, expected_metrics) = (
         one_step(c, batch, layout) for layout in (parallel.make_layout("mesh", SIZES), None)
     )

@@ -21,6 +21,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.query import Query
+from mend_jax.data.readers import Readers
 from mend_jax.interchange.trained import read_distiller
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.losses import token_weights
@@ -105,7 +106,7 @@ def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
     folder = tmp_path / "tokenizer"
     save_tokenizer(folder)
     tokenizer, c = AutoTokenizer.from_pretrained(folder), data_config(make_world(tmp_path / "world"), stage)
-    parts = [make_batches(c, tokenizer, "train", 2**30, 2**30, i, 2, targets_apart=True) for i in range(2)]
+    parts = [make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)]
     sizes = set()
     for step in range(8):
         queries = [part[step].query for part in parts]

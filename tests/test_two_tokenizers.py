@@ -17,6 +17,7 @@ from mend_jax import evaluate, prepare, train
 from mend_jax.cli.errors import UserError
 from mend_jax.data import prepared, tokenize
 from mend_jax.data.batches import make_batches
+from mend_jax.data.readers import Readers
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.interchange.export import export
 from mend_jax.prefixes import Demonstrations
@@ -55,7 +56,7 @@ def pair(request, tokenizers):
 def batches(world, pair, stage, processes=(0, 1), **data):
     llm, own = pair
     config = tiny_config(world, stage, **data)
-    return make_batches(config, llm, "train", *WINDOWS, *processes, distiller_tokenizer=other_tokenizer(llm, own))
+    return make_batches(config, Readers(llm, *WINDOWS, other_tokenizer(llm, own)), "train", processes or (0, 1))
 
 
 def ids(tokenizer, text):
@@ -93,9 +94,9 @@ def test_both_read_the_same_examples(world, pair):
     counts, cuts = set(), 0
     for step in range(12):
         batch = made[step]
-        assert batch.teacher_demos.shape == batch.demos.shape and batch.demos.shape[1] in made.draws.demo_buckets
+        assert batch.teacher_demos.shape == batch.demos.shape and batch.demos.shape[1] in made.rows.demo_buckets
         for row, number in enumerate(batch.ids):
-            task, chosen, [query], _ = made.draws.draw(int(number))
+            task, chosen, [query], _ = made.rows.draw(int(number))
             rows = [examples["abc"[task]][i] for i in chosen]
             wanted = [], []
             for example in rows:
@@ -121,8 +122,8 @@ def test_both_read_the_same_text_and_the_llm_the_rest(world, pair):
     for step in range(12):
         batch = made[step]
         for row, number in enumerate(batch.ids):
-            document = made.draws.document(int(number))
-            read, _ = made.draws.store.readings(document)
+            document = made.rows.document(int(number))
+            read, _ = made.rows.store.readings(document)
             text = pair[0].decode(read[0])
             teacher, demos = contexts(batch, row)
             cut = min(len(read[0]), 90)
@@ -157,7 +158,7 @@ def test_one_tokenizer_for_both_changes_nothing(tmp_path, tokenizers, stage, dig
     monkeypatch.setattr(prepared, "run_job", lambda own, *rest: calls.append(len(own)) or run_job(own, *rest))
     llm = tokenizers["word"]
     made = make_batches(
-        tiny_config(make_world(tmp_path), stage), llm, "train", 96, 80, distiller_tokenizer=other_tokenizer(llm, again)
+        tiny_config(make_world(tmp_path), stage), Readers(llm, 96, 80, distiller_tokenizer=other_tokenizer(llm, again))
     )
     found = hashlib.sha256()
     for step in range(8):

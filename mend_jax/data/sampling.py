@@ -59,6 +59,14 @@ class Packing(NamedTuple):
             free, room = free - length, room - 1
         return placed
 
+    def pieces(self, length: int) -> list[int]:
+        """The lengths of the pieces, a chunk each, that a text without demonstrations is cut into."""
+        return [min(self.columns, length - start) for start in range(0, length, self.columns)]
+
+    def buckets(self, largest: int) -> tuple[int, ...]:
+        """Padded sizes of contexts: whole chunks, and room for `largest` tokens too."""
+        return tuple(self.columns * n for n in range(1, max(self.chunks, -(-largest // self.columns)) + 1))
+
     def length(self, lengths) -> int:
         """Columns of the context of demonstrations of so many tokens."""
         return self.columns * (max(self.chunk_of(lengths), default=-1) + 1)
