@@ -90,7 +90,7 @@ def test_nobody_asks_which_kind_it_is():
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, ast.Call | ast.Compare) else ""
             kinds = any(kind in text for kind in ("Distiller", "SoftPrompt", "Chunked"))
-            if (text.startswith("isinstance(") and kinds) or (isinstance(node, ast.Compare) and "prefix.kind" in text):
+            if (text.startswith("isinstance(") and kinds) or (isinstance(node, ast.Compare) and ".prefix.kind" in text):
                 found.add(name)
     assert found <= allowed
 
