@@ -61,8 +61,8 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (2, T, heads, 8)) for key, heads in zip(keys, (4, groups, groups), strict=False))
     before = [jax.random.normal(key, (P, groups, 8)) for key in keys[3:]]
-    mask = jnp.concatenate([jnp.broadcast_to(jnp.arange(P) < P - cut, (T, P)), jnp.tril(jnp.ones((T, T), bool))], 1)
-    got = attention_after(q, before, k, v, jnp.broadcast_to(mask, (2, T, P + T)))
+    within = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (2, T, T))
+    got = attention_after(q, before, k, v, within, P - cut)
     whole = [
         jnp.concatenate([jnp.broadcast_to(a[: P - cut], (2, P - cut, groups, 8)), b], 1)
         for a, b in zip(before, (k, v), strict=True)
