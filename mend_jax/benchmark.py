@@ -3,6 +3,7 @@
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
+    python -m mend_jax.benchmark inference --against=pytorch --llm=SmolLM2-135M --items=40
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
 Weights are random, sizes are known (model_sizes.py): nothing is downloaded. Each side runs in a process of its own, so that
@@ -20,6 +21,7 @@ from mend_jax.measure import quantization as benchmark_quantization
 from mend_jax.measure.inference import measure_inference
 from mend_jax.measure.jax_side import Settings
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
+from mend_jax.measure.scoring import measure_scoring
 from mend_jax.measure.step import measure_step
 from mend_jax.models.families import DecoderConfig
 from mend_jax.run.files import write_report
@@ -50,6 +52,12 @@ def benchmark(
     options=3,
     no_pytorch=False,
     query_head=False,
+    against: Literal["icl", "pytorch"] = "icl",
+    tasks="",
+    names="",
+    seed=13,
+    rows=32,
+    template: Literal["space", "newline"] = "newline",
     out="",
 ) -> int:
     """Prints a workload's figures; returns the exit code, 1 where two computations that must agree did not.
@@ -72,16 +80,26 @@ def benchmark(
         items: inference: test items of the task.
         options: inference: answers of each item.
         no_pytorch: step: our side alone.
-        query_head: step: PyTorch, too, applies the head at the query alone, which the release does not.
+        query_head: PyTorch, too, applies the head at the query (inference: the options) alone, which the release does not.
+        against: inference: MEND against Vanilla ICL, or our scoring of items after a cached prefix of demonstrations
+            against a plain PyTorch loop. Of the latter lengths are those of four MetaICL tasks, or of --tasks, or where
+            --query is given of --demos, --query, --options and --target.
+        tasks: inference, against pytorch: a folder of MetaICL's files; none: random tokens.
+        names: of tasks, with commas between; none: emo, ethos-religion, wiki_qa and yelp_polarity.
+        seed: of the tasks' 16 demonstrations.
+        rows: inference, against pytorch: in one pass of ours, as evaluate.batch_size.
+        template: what stands between the tasks' texts.
         out: a JSON file for the figures.
     """
-    arguments = SimpleNamespace(**locals())
+    arguments = SimpleNamespace(**locals(), lengths_given=bool(query))
     arguments.query = query or DEFAULTS[what]["query"]
     arguments.target = target or DEFAULTS[what]["target"]
     if out and not Path(out).expanduser().absolute().parent.is_dir():
         raise UserError(f"The folder of --out={out} is not there: make it, or give another file.")
     if what == "quantization":
         report, text, same = measure_weights(arguments)
+    elif what == "inference" and against == "pytorch":
+        report, text, same = measure_against_pytorch(arguments)
     else:
         measured = {"step": measure_step, "inference": measure_inference}[what]
         report, text, same = measured(arguments, settings_of(arguments))
@@ -100,6 +118,17 @@ def measure_weights(arguments) -> tuple[dict, str, bool]:
     return report, benchmark_quantization.text(report), True
 
 
+def measure_against_pytorch(arguments) -> tuple[dict, str, bool]:
+    """(report, its text, whether both sides agree) of scoring after a cached prefix."""
+    config = known_or_folder(arguments.llm)
+    _check_sizes(arguments)
+    if not isinstance(config, DecoderConfig):
+        raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {config.family}: name another.")
+    if arguments.weights != "full":
+        raise UserError(f"PyTorch's side has no {arguments.weights} weights to be compared with: leave --weights out.")
+    return measure_scoring(arguments, config)
+
+
 def settings_of(arguments) -> Settings:
     """The workload that the command line asks for."""
     llm = known_or_folder(arguments.llm)
@@ -113,7 +142,7 @@ def settings_of(arguments) -> Settings:
 
 
 def _check_sizes(arguments) -> None:
-    for name in ("batch_size", "demos", "query", "vectors", "target", "repeats"):
+    for name in ("batch_size", "demos", "query", "vectors", "target", "repeats", "rows"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} is too small: give 1 or more.")
     if arguments.what != "inference" and arguments.target >= arguments.query:

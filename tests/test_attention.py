@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax.models.attention import BLOCK, attention_after, causal_attention
+from mend_jax.models.attention import BLOCK, attention_after, causal_attention, fused_attention_after
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
@@ -61,8 +61,8 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (2, T, heads, 8)) for key, heads in zip(keys, (4, groups, groups), strict=False))
     before = [jax.random.normal(key, (P, groups, 8)) for key in keys[3:]]
-    mask = jnp.concatenate([jnp.broadcast_to(jnp.arange(P) < P - cut, (T, P)), jnp.tril(jnp.ones((T, T), bool))], 1)
-    got = attention_after(q, before, k, v, jnp.broadcast_to(mask, (2, T, P + T)))
+    within = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (2, T, T))
+    got = attention_after(q, before, k, v, within, P - cut)
     whole = [
         jnp.concatenate([jnp.broadcast_to(a[: P - cut], (2, P - cut, groups, 8)), b], 1)
         for a, b in zip(before, (k, v), strict=True)
@@ -70,6 +70,51 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
     whole = [jnp.repeat(a, 4 // groups, axis=2) for a in whole]
     padded = jnp.concatenate([jnp.zeros((2, P - cut, 4, 8)), q], 1)
     np.testing.assert_allclose(got, plain(padded, *whole)[:, P - cut :], atol=1e-5)
+
+
+def after_prefix(shared, T, P, B=3, groups=2):
+    """((q, keys, values, k, v), within, length) of rows that hold two items each, behind a prefix with padding."""
+    keys = iter(jax.random.split(jax.random.key(T + P), 5))
+    own, before = (B, T, groups, 8), (P, groups, 8) if shared else (B, P, groups, 8)
+    arrays = [2 * jax.random.normal(next(keys), shape) for shape in ((B, T, 4, 8), before, before, own, own)]
+    item = jnp.arange(T) >= T // 3
+    within = jnp.tril(jnp.ones((T, T), bool)) & (item[:, None] == item)
+    length = jnp.asarray(P - 3) if shared else jnp.asarray([P, P - 3, 0])
+    return arrays, jnp.broadcast_to(within, (B, T, T)), length
+
+
+def dense_after(q, keys, values, k, v, within, length):
+    """One softmax over the prefix and the row, of one array of scores."""
+    (B, T, _, F), P, R = q.shape, keys.shape[-3], q.shape[2] // k.shape[2]
+    whole = lambda a, b: jnp.repeat(jnp.concatenate([jnp.broadcast_to(a, (B, *a.shape[-3:])), b], 1), R, 2)  # noqa: E731
+    before = jnp.broadcast_to(jnp.arange(P) < jnp.reshape(length, (-1, 1, 1)), (B, T, P))
+    scores = jnp.einsum("bthf,bshf->bhts", q, whole(keys, k)) / math.sqrt(F)
+    scores = jnp.where(jnp.concatenate([before, within], -1)[:, None], scores, -jnp.inf)
+    return jnp.einsum("bhts,bshf->bthf", jax.nn.softmax(scores), whole(values, v))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one prefix", "a prefix for each row"])
+@pytest.mark.parametrize("T, P", [(9, 7), (BLOCK + 20, 40), (5, 2 * BLOCK + 30)])
+def test_values_and_gradients_after_a_prefix(shared, T, P):
+    arrays, within, length = after_prefix(shared, T, P)
+    out_grad = jax.random.normal(jax.random.key(9), arrays[0].shape)
+
+    def of(attention):
+        out, pull = jax.vjp(lambda *a: attention(*a, within, length), *arrays)
+        return out, *pull(out_grad)
+
+    wanted = of(dense_after)
+    for after in (attention_after, lambda *a: fused_attention_after(*a, implementation="xla")):
+        ours = of(lambda q, keys, values, k, v, *seen, after=after: after(q, (keys, values), k, v, *seen))
+        for a, b in zip(ours, wanted, strict=True):
+            assert np.all(np.isfinite(a))
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_no_array_of_all_scores_after_a_shared_prefix():
+    (q, keys, values, k, v), within, length = after_prefix(True, 2 * BLOCK, 4 * BLOCK, B=4)
+    program = jax.make_jaxpr(lambda *a: attention_after(a[0], a[1:3], *a[3:], within, length))(q, keys, values, k, v)
+    assert max(_sizes(program.jaxpr)) < q[..., 0].size * 6 * BLOCK / 3
 
 
 def test_large_scores_stay_finite():

@@ -18,6 +18,8 @@ from mend_jax.measure import machine as measure
 from mend_jax.measure import step as benchmark_step
 from mend_jax.measure.jax_side import InferenceSide, Settings, StepSide, random_params
 from mend_jax.measure.model_sizes import known_or_folder
+from mend_jax.measure.scored_tasks import SHAPES, random_task
+from mend_jax.measure.scoring import compare_scores
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.scoring import costs
@@ -206,6 +208,39 @@ def test_inference_command(folder, capsys):
     assert "cached: " in capsys.readouterr().out
 
 
+AGAINST = ["inference", "--against=pytorch", "--items=3", "--repeats=1"]
+LENGTHS = ["--demos=20", "--query=9", "--options=2", "--target=3"]
+
+
+def test_scoring_against_pytorch(folder, capsys):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    out = folder / "scoring.json"
+    assert command(*AGAINST, f"--llm={folder}", *LENGTHS, f"--out={out}") == 0
+    [task] = json.loads(out.read_text())["tasks"].values()
+    assert task["same"]["yes"] and task["same"]["largest_difference"] < 1e-3
+    assert task["prefix"] == 20 and task["compiled"] > 0 and task["ratio"] > 0
+    # x, what both options begin with, and of each the second of three tokens: 12 of an item, in a row of 48
+    assert task["shapes"] == {"passes": 1, "rows": 1, "columns": 48, "padding": pytest.approx(1 - 36 / 48)}
+    assert "PyTorch" in capsys.readouterr().out
+
+
+def test_scoring_sides_agree_or_the_command_says_so():
+    same = compare_scores([[-1.0, -2.0]], [[-1.0001, -2.0]], 1e-3)
+    assert same["yes"] and same["other_predictions"] == 0
+    assert compare_scores([[-1.0, -1.0001]], [[-1.0002, -1.0]], 1e-3)["yes"]  # as good as equal
+    other = compare_scores([[-1.0, -2.0]], [[-2.0, -1.0]], 1e-3)
+    assert not other["yes"] and other["other_predictions"] == 1
+    assert not compare_scores([[float("nan"), -2.0]], [[-2.0, -1.0]], 1e-3)["yes"]
+
+
+def test_shapes_of_random_tasks_are_those_asked_for():
+    task = random_task("emo", SHAPES["emo"], 20, 50)
+    assert len(task.demos) == 302 and [len(item.x_tokens) for item in task.items[:3]] == [9, 10, 12]
+    for item in task.items:
+        assert [len(option) for option in item.options_tokens] == [3, 2, 2, 3]
+        assert len({option[0] for option in item.options_tokens}) == 1
+
+
 def test_quantization_command(folder, capsys):
     out, sizes = folder / "weights.json", ["--demos=20", "--query=9", "--target=3", "--vectors=4"]
     assert command("quantization", f"--llm={folder}", *sizes, f"--out={out}") == 0
@@ -256,6 +291,9 @@ def test_step_command_of_an_encoder_decoder(folder, capsys):
         (["step", "--query=4"], "--target=4"),
         (["step", "--batch_size=0"], "--batch_size=0"),
         (["inference", "--options=0"], "--options"),
+        ([*AGAINST, "--names=agnews"], "emo, ethos-religion"),
+        ([*AGAINST, "--tasks=/not/there"], "--llm"),
+        ([*AGAINST, "--demos=1000", "--query=50"], "window"),
         (["step", "--out=/not/there/a.json"], "/not/there"),
     ],
 )

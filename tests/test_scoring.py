@@ -98,12 +98,12 @@ def test_batch_size_order_and_chunk_change_nothing(llm, batch_size, chunk):
 
 
 def test_a_memory_limit_makes_smaller_batches_not_other_scores(llm, monkeypatch):
-    items, cache = random_items(6), cache_prefix(llm, prefixes(llm)["vectors"])
+    items, cache = random_items(16), cache_prefix(llm, prefixes(llm)["vectors"])  # more than fit into one row
     expected = score_items(llm, cache, items, batch_size=8)
     monkeypatch.setattr(scoring, "ATTENTION_BYTES", 20_000)
     done = []
     got = score_items(llm, cache, items, batch_size=8, progress=done.append)
-    assert max(done) < 6
+    assert max(done) < 16
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -158,6 +158,61 @@ def test_layout():
     assert row.sources.tolist() == [1, 2, 3]
     assert row.targets.tolist() == [[1, 4], [2, 0], [3, 0]]
     assert row.options.tolist() == [[0, 1], [0, -1], [0, -1]]
+
+
+def test_what_all_options_begin_with_is_read_once():
+    row = lay_out([5, 6], [[1, 2, 3], [1, 2], [1, 2, 4, 7]])
+    assert row.tokens.tolist() == [5, 6, 1, 2, 4]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4]
+    assert row.segments.tolist() == [0, 0, 0, 0, 3]
+    assert row.sources.tolist() == [1, 2, 3, 4]
+    assert row.targets.tolist() == [[1, 1, 1], [2, 2, 2], [3, 0, 4], [7, 0, 0]]
+    assert row.options.tolist() == [[0, 1, 2], [0, 1, 2], [0, -1, 2], [2, -1, -1]]
+
+
+def options_that_begin_alike(count):
+    """Items of options that share their first tokens; one is the beginning of another."""
+    items = random_items(count, seed=7, options=(2, 4))
+    for i, item in enumerate(items):
+        shared = [3, 4, 5][: i % 4]
+        item.options_tokens = [shared + option for option in item.options_tokens]
+        item.options_tokens += [shared] if shared else []
+    return items
+
+
+def test_options_that_begin_alike_score_as_rereading_everything(llm):
+    prefix, items = prefixes(llm)["vectors"], options_that_begin_alike(8)
+    for got, item in zip(score_items(llm, cache_prefix(llm, prefix), items, 4), items, strict=True):
+        np.testing.assert_allclose(got, naive_scores(llm, prefix, item), atol=2e-5)
+
+
+def test_items_of_one_row_score_as_each_in_a_row_of_its_own(llm, monkeypatch):
+    items, cache = random_items(14, seed=2), cache_prefix(llm, prefixes(llm)["padded vectors"])
+    rows = [lay_out(item.x_tokens, item.options_tokens) for item in items]
+    packed = score_items(llm, cache, items, batch_size=8)
+    assert max(len(row) for batch in scoring.plan(llm, cache, rows, 8) for row in batch.rows) > 2
+    monkeypatch.setattr(scoring, "fill", lambda lengths, columns: [[i] for i in range(len(lengths))])
+    for a, b in zip(packed, score_items(llm, cache, items, batch_size=8), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rows_hold_every_item_once_and_little_padding():
+    lengths = np.random.default_rng(0).integers(5, 300, 200).tolist()
+    columns = scoring.row_columns(max(lengths), sum(lengths))
+    rows = scoring.fill(lengths, columns)
+    assert sorted(i for row in rows for i in row) == list(range(200))
+    assert all(sum(lengths[i] for i in row) <= columns for row in rows)
+    assert sum(lengths) > 0.9 * columns * len(rows)
+    for longest in range(1, 2000):
+        assert longest <= scoring.row_columns(longest, longest) <= max(longest * 17 / 16 + 16, bucket(longest))
+
+
+def test_passes_of_a_task_have_one_shape(llm):
+    cache = cache_prefix(llm, prefixes(llm)["vectors"])
+    rows = [lay_out(item.x_tokens, item.options_tokens) for item in random_items(60, seed=4)]
+    passes = scoring.plan(llm, cache, rows, 3)
+    assert len(passes) > 2 and len({(p.count, p.columns) for p in passes}) == 1
+    assert all(len(p.rows) <= p.count <= 3 for p in passes)
 
 
 def test_buckets_waste_at_most_a_third():

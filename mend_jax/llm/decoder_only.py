@@ -62,7 +62,7 @@ class LLM(FrozenLLM):
     def _keys_and_values(self, params, prefix: Prefix):
         return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
 
-    def cached_states(self, params, cache: Cache, tokens, positions, segments):
+    def cached_states(self, params, cache: Cache, tokens, positions, segments, items=None):
         """States (B,T,D) of rows that all stand after the cached prefix, or each after its own.
 
         Args:
@@ -70,15 +70,16 @@ class LLM(FrozenLLM):
             positions: (B,T) int32, counted from the end of the prefix.
             segments: (B,T) int32: 0 is seen by every later token, j > 0 only by tokens of j, -1 is padding.
                 So an input (0) is read once, and every answer option (1, 2, ...) sees it and itself.
+            items: (B,T) int32: a token sees those of its own item alone, so that a row may hold several; None: a row is one.
         """
-        P, T, length = cache.columns, tokens.shape[1], cache.length[..., None]
+        T, length = tokens.shape[1], cache.length[..., None]
         within = jnp.tril(jnp.ones((T, T), bool))[None] & (
             (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         )
-        before = jnp.broadcast_to(jnp.arange(P) < length[..., None], (*tokens.shape, P))
-        mask = jnp.concatenate([before, within], -1)
+        if items is not None:
+            within &= items[:, None, :] == items[:, :, None]
         embeds = self.embed(params, tokens)
-        return self.model.apply({"params": params}, embeds, length + positions, cache, mask)
+        return self.model.apply({"params": params}, embeds, length + positions, cache, within)
 
 
 def load_llm(

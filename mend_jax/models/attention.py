@@ -72,28 +72,84 @@ def _backward(kept, out_grad):
 causal_attention.defvjp(_forward, _backward)
 
 
-def attention_after(q, cache, k, v, mask):
-    """Softmax attention to a prefix and to the rows themselves. (keys, values) of the prefix are each (P,G,F), shared by
-    all rows, or (B,P,G,F).
+def attention_after(q, cache, k, v, within, length):
+    """Softmax attention to a prefix and to the rows themselves: each part in blocks, joined by their normalisers, so that
+    no (B,H,T,P+T) array goes through memory. (keys, values) of the prefix are each (P,G,F), shared by all rows, or (B,P,G,F).
 
-    q (B,T,H,F), k, v (B,T,G,F), mask (B,T,P+T) -> (B,T,H,F); scores and softmax in float32.
-    A shared prefix is not copied per row: it is multiplied with all rows' queries at once.
+    q (B,T,H,F), k, v (B,T,G,F), within (B,T,T) bool: what tokens see of their own row, themselves at least and none that
+    comes later; length () or (B,): the columns of the prefix that count. Returns (B,T,H,F); scores and softmax in float32.
     """
-    keys, values = cache
-    P, (B, T, H, F), G = keys.shape[-3], q.shape, k.shape[2]
-    of_prefix = "phf" if keys.ndim == 3 else "bphf"
-    R = H // G
-    q = q * F**-0.5
-    if R > 1:  # as above, in the tokens' order: (B,T*R,G,F)
-        q = q.reshape(B, T, G, R, F).swapaxes(2, 3).reshape(B, T * R, G, F)
-        mask = jnp.repeat(mask, R, axis=1)
-    before = jnp.einsum(f"bthf,{of_prefix}->bhtp", q, keys, preferred_element_type=jnp.float32)
-    within = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], jnp.concatenate([before, within], -1), jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores).astype(v.dtype)
-    out = jnp.einsum(f"bhtp,{of_prefix}->bthf", shares[..., :P], values)
-    out += jnp.einsum("bhts,bshf->bthf", shares[..., P:], v)
-    return out if R == 1 else out.reshape(B, T, R, G, F).swapaxes(2, 3).reshape(B, T, H, F)
+    (B, T, H, F), G, P = q.shape, k.shape[2], cache[0].shape[-3]
+    q = (q * F**-0.5).reshape(B, T, G, H // G, F)
+    out, normaliser = _to_itself(q, k, v, within)
+    if P:
+        before, of_prefix = (_to_shared if cache[0].ndim == 3 else _to_own)(q, *cache, length)
+        weight = jax.nn.sigmoid(of_prefix - normaliser)  # of the prefix among all that is seen
+        out = weight * before + (1 - weight) * out
+    return out.reshape(B, T, H, F).astype(v.dtype)
+
+
+def fused_attention_after(q, cache, k, v, within, length, implementation="cudnn"):
+    """`attention_after` by a kernel of the GPU's, which reads one array of keys: the prefix is copied to each row."""
+    B, T, P = *q.shape[:2], cache[0].shape[-3]
+    odd = (P + T) % 2  # cuDNN wants an even number of keys where a gradient is taken
+    before = jnp.broadcast_to(jnp.arange(P) < jnp.reshape(length, (-1, 1, 1)), (B, T, P))
+    mask = jnp.pad(jnp.concatenate([before, within], -1), ((0, 0), (0, 0), (0, odd)))
+    keys, values = (
+        jnp.pad(
+            jnp.concatenate([jnp.broadcast_to(a, (B, *a.shape[-3:])).astype(b.dtype), b], 1),
+            ((0, 0), (0, odd), (0, 0), (0, 0)),
+        )
+        for a, b in zip(cache, (k, v), strict=True)
+    )
+    return jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], implementation=implementation)
+
+
+def _to_itself(q, k, v, within):
+    """(out (B,T,G,R,F), normaliser (B,T,G,R,1)), float32, of the rows' own tokens; q (B,T,G,R,F) is scaled."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    B, G, F, R, parts = *k.shape[:2], k.shape[3], q.shape[3], []
+    for rows in _blocks(q.shape[1]):
+        queries = q[:, rows].transpose(0, 2, 1, 3, 4)  # (B,G,t,R,F)
+        shape, seen = queries.shape[:4], slice(0, rows.stop)
+        scores = _product("bhtf,bhsf->bhts", queries.reshape(B, G, -1, F), k[:, :, seen])
+        mask = jnp.repeat(within[:, None, rows, seen], R, axis=2)
+        out, normaliser = _softmax(jnp.where(mask, scores, MASKED), "bhts,bhsf->bhtf", v[:, :, seen])
+        parts.append([a.reshape(*shape, a.shape[-1]).swapaxes(1, 2) for a in (out, normaliser)])
+    return [jnp.concatenate(a, 1) for a in zip(*parts, strict=True)]
+
+
+def _to_shared(q, keys, values, length):
+    """As `_to_itself`, of a prefix (P,G,F) that all rows share: it is multiplied with the queries of all rows at once."""
+    keys, values, parts = keys.swapaxes(0, 1), values.swapaxes(0, 1), []
+    (B, T, G, _, F), hidden = q.shape, jnp.where(jnp.arange(keys.shape[1]) < length, 0.0, MASKED)
+    for rows in _blocks(T, max(8, BLOCK // B)):
+        queries = q[:, rows].transpose(2, 0, 1, 3, 4)  # (G,B,t,R,F)
+        scores = _product("htf,hpf->htp", queries.reshape(G, -1, F), keys) + hidden
+        pair = _softmax(scores, "htp,hpf->htf", values)
+        parts.append([a.reshape(*queries.shape[:4], a.shape[-1]).transpose(1, 2, 0, 3, 4) for a in pair])
+    return [jnp.concatenate(a, 1) for a in zip(*parts, strict=True)]
+
+
+def _to_own(q, keys, values, length):
+    """As `_to_itself`, of a prefix for each row (B,P,G,F)."""
+    keys, values, parts = keys.swapaxes(1, 2), values.swapaxes(1, 2), []
+    B, _, G, _, F = q.shape
+    hidden = jnp.where(jnp.arange(keys.shape[2]) < length[:, None], 0.0, MASKED)[:, None, None]
+    for rows in _blocks(q.shape[1]):
+        queries = q[:, rows].transpose(0, 2, 1, 3, 4)  # (B,G,t,R,F)
+        scores = _product("bhtf,bhpf->bhtp", queries.reshape(B, G, -1, F), keys) + hidden
+        pair = _softmax(scores, "bhtp,bhpf->bhtf", values)
+        parts.append([a.reshape(*queries.shape[:4], a.shape[-1]).swapaxes(1, 2) for a in pair])
+    return [jnp.concatenate(a, 1) for a in zip(*parts, strict=True)]
+
+
+def _softmax(scores, form: str, values):
+    """(the shares' sum of the values, the scores' log-sum-exp with an axis of 1), float32."""
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    shares = jnp.exp(scores - top)
+    total = shares.sum(-1, keepdims=True)
+    return _product(form, shares.astype(values.dtype), values) / total, top + jnp.log(total)
 
 
 def _scores(q, k, masked: bool):
@@ -130,6 +186,6 @@ def _parts(rows: slice) -> list[tuple[slice, bool]]:
     return [*before, (rows, True)]
 
 
-def _blocks(length: int) -> list[slice]:
+def _blocks(length: int, size: int = BLOCK) -> list[slice]:
     # No token at all (an empty prefix is read into a cache) is one block of none.
-    return [slice(start, min(start + BLOCK, length)) for start in range(0, max(length, 1), BLOCK)]
+    return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from mend_jax.models import rope
-from mend_jax.models.attention import attention_after, causal_attention
+from mend_jax.models.attention import attention_after, causal_attention, fused_attention_after
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import layer_norm, rms_norm
@@ -38,6 +38,13 @@ class Cache(NamedTuple):
         return self.keys.shape[-3]
 
 
+class Seen(NamedTuple):
+    """What the tokens of rows that are read after a prefix see."""
+
+    within: jax.Array  # (B,T,T) bool: of their own row
+    length: jax.Array  # () or (B,) int32: of the prefix
+
+
 class Block(nn.Module):
     """Attention and MLP with residuals, each after a norm or (norm_first=False) before one."""
 
@@ -47,14 +54,14 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x, cache, mask, rotations):
-        """x (B,T,W); cache None or this layer's (keys, values) of a prefix; mask None (causal) or (B,T,P+T);
+    def __call__(self, x, cache, seen, rotations):
+        """x (B,T,W); cache None or this layer's (keys, values) of a prefix; seen None (causal) or a `Seen`;
         rotations None or those of the tokens' positions."""
         config, x = self.config, by_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
-        y = self._attend(q, k, v, cache, mask).reshape(*x.shape[:2], config.heads * config.head_width)
+        y = self._attend(q, k, v, cache, seen).reshape(*x.shape[:2], config.heads * config.head_width)
         x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
         x = checkpoint_name(by_rows(x if config.norm_first else norm1(x)), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
@@ -84,9 +91,10 @@ class Block(nn.Module):
             q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
         return q, k, v
 
-    def _attend(self, q, k, v, cache, mask):
+    def _attend(self, q, k, v, cache, seen):
         if cache is not None:
-            return attention_after(q, cache, k, v, mask)
+            after = fused_attention_after if self.attention == "cudnn" else attention_after
+            return after(q, cache, k, v, *seen)
         if self.attention == "cudnn":
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         # Rows are right-padded, so the causal mask alone keeps padding from every valid token.
@@ -112,14 +120,14 @@ class Decoder(nn.Module):
     keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, embeds, positions=None, cache=None, mask=None):
+    def __call__(self, embeds, positions=None, cache=None, within=None):
         """States (B,T,D); with `keep_cache` also keys and values, each (layers,B,T,G,F).
 
         Args:
             embeds: (B,T,D).
             positions: (B,T) int32; None is 0..T-1.
-            cache: a `Cache`: the rows are read after this prefix. Needs `positions` and `mask`.
-            mask: (B,T,P+T) bool, what each token sees; None is causal.
+            cache: a `Cache`: the rows are read after this prefix. Needs `positions` and `within`.
+            within: (B,T,T) bool, what each token sees of its own row; None is causal.
         """
         config, project = self.config, partial(_dense, dtype=self.dtype, bias=False)
         tables, rotations = Embed(config, name="embed")(), None
@@ -143,7 +151,8 @@ class Decoder(nn.Module):
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
         # What goes round the scan lies as what it begins with: else tensor would split and gather it in every layer.
-        x, kept = layers(by_rows(x), None if cache is None else (cache.keys, cache.values), mask, rotations)
+        before, seen = (None, None) if cache is None else ((cache.keys, cache.values), Seen(within, cache.length))
+        x, kept = layers(by_rows(x), before, seen, rotations)
         x = by_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)

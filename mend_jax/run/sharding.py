@@ -127,13 +127,18 @@ def mesh_of(params: Any) -> Mesh | None:
     return mesh if mesh is not None and mesh.axis_names == AXES else None
 
 
+def row_parts(mesh: Mesh | None) -> int:
+    """Over how many devices a mesh spreads the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 @contextlib.contextmanager
 def rows_on(mesh: Mesh | None, rows: int = 0):
     """While a function is traced within: `by_rows` and `gathered` are of this mesh.
 
     Without a mesh, or with a number of `rows` that it does not divide, nothing changes: the compiler chooses.
     """
-    if mesh is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS):
+    if rows % row_parts(mesh):
         mesh = None
     token = _mesh.set(mesh)
     try:
@@ -156,9 +161,7 @@ def for_rows(x: jax.Array) -> jax.Array:
 
     What is computed of it and then added to every row is not summed over devices on the way back: `x` is, where it is small.
     """
-    mesh = _mesh.get()
-    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
-    return by_rows(jnp.broadcast_to(x, (devices, *x.shape)))
+    return by_rows(jnp.broadcast_to(x, (row_parts(_mesh.get()), *x.shape)))
 
 
 def gathered(x: jax.Array, path: str) -> jax.Array:

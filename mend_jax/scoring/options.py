@@ -1,11 +1,12 @@
 """Scores of answer options: mean log-probability per token, all options in one pass after a shared prefix.
 
-Axes: R rows (items of one pass), X tokens of the encoder, T a row's tokens (input x, then the options), U states that
-predict something, K targets of one state, P prefix, D width, V vocabulary.
+Axes: R rows of one pass, X tokens of the encoder, T a row's tokens, U states that predict something, K targets of one
+state, P prefix, D width, V vocabulary.
 
-A row holds x once and behind it every option, each continuing x's positions and seeing the prefix, x and itself
-(`LLM.cached_states`). An option's last token is predicted but never read. The last state of x predicts the first
-token of every option. Of an encoder–decoder the encoder reads x, and the row holds the options alone, each behind the
+An item is laid out as x and behind it every option, each continuing x's positions and seeing the prefix, x and itself
+(`LLM.cached_states`). What all options begin with is read once, behind x. An option's last token is predicted but never
+read. The last state that all options share predicts the next token of every one. A row of a pass holds as many items as fit
+into it, one behind the other, so that little is padding, and all passes over a task have one shape. Of an encoder–decoder the encoder reads x, and the row holds the options alone, each behind the
 start token, whose state predicts the first token.
 """
 
@@ -22,22 +23,33 @@ from mend_jax.data.query import query_tokens
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.run.sharding import mesh_of, rows_on
+from mend_jax.run.sharding import mesh_of, row_parts, rows_on
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
+CPU_TOKENS = 1024  # of one pass: products are as quick as they get, and a layer's states stay in the processor's cache
+ROW = 128  # tokens of a row that holds several items, as a block of attention
 
 
 class Row(NamedTuple):
-    """One item laid out for one pass."""
+    """One item laid out for a pass."""
 
     inputs: np.ndarray  # (X,) what an encoder reads: x; empty for a decoder-only LLM
-    tokens: np.ndarray  # (T,) x (or nothing), then each option but its last token
+    tokens: np.ndarray  # (T,) x and what all options begin with (or nothing), then the rest of each but its last token
     positions: np.ndarray  # (T,) from the end of the prefix
-    segments: np.ndarray  # (T,) 0 for x, j for option j from 1
+    segments: np.ndarray  # (T,) 0 for what all options share, j for option j from 1
     sources: np.ndarray  # (U,) columns whose states predict
     targets: np.ndarray  # (U,K) the tokens they predict
     options: np.ndarray  # (U,K) the option a target belongs to, -1: none
     lengths: np.ndarray  # tokens of each option
+
+
+class Pass(NamedTuple):
+    """What the LLM reads at once."""
+
+    rows: list[list[int]]  # the items of each row, one behind the other; at most `count`
+    count: int  # R, padded
+    inputs: int  # X, padded
+    columns: int  # T, padded
 
 
 def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> list[float]:
@@ -76,13 +88,14 @@ def score_items(
 ) -> list[np.ndarray]:
     """Option scores of many items after one prefix, in the items' order.
 
-    Items of similar length share a pass; its shape is one of few, so that little is compiled and little is padding.
+    Short items share a row, and all passes have one shape, so that little is compiled and little is padding.
 
     Args:
         llm: of `load_llm`.
         cache: of `cache_prefix`.
         items: each with `.x_tokens` and `.options_tokens`.
-        batch_size: items in one pass of the LLM; long ones go in smaller batches.
+        batch_size: rows in one pass of the LLM, each as long as the longest item; several short items share a row. There
+            are fewer where they are long.
         params: of the LLM; None is `llm.params`.
         chunk: states whose (chunk, V) float32 logits exist at one time.
         progress: called with the number of items that were finished.
@@ -126,12 +139,13 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]], start_token: int
         raise UserError("An item has no option, or an empty one: every option needs at least one token.")
     if start_token is not None:
         return _lay_out_apart(x, options, start_token)
-    tokens, positions, segments = [list(x)], [np.arange(len(x))], [np.zeros(len(x))]
-    first = [option[0] for option in options]
-    sources, later, owner, column = [len(x) - 1], [], [], len(x)
-    for j, option in enumerate(options):
-        read = len(option) - 1
-        tokens.append(list(option[:-1]))
+    shared = _shared(options)
+    x, rest, first = [*x, *options[0][:shared]], [option[shared:] for option in options], len(x) - 1
+    tokens, positions, segments = [x], [np.arange(len(x))], [np.zeros(len(x))]
+    sources, later, owner, column = list(range(first, len(x))), [], [], len(x)
+    for j, option in enumerate(rest):
+        read = max(0, len(option) - 1)
+        tokens.append(list(option[:read]))
         positions.append(len(x) + np.arange(read))
         segments.append(np.full(read, j + 1))
         sources.extend(range(column, column + read))
@@ -140,11 +154,20 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]], start_token: int
         column += read
     targets = np.zeros((len(sources), len(options)), np.int32)
     owners = np.full_like(targets, -1)
-    targets[0], owners[0] = first, np.arange(len(options))
-    targets[1:, 0], owners[1:, 0] = later, owner
+    targets[:shared], owners[:shared] = np.asarray(x[first + 1 :], np.int32)[:, None], np.arange(len(options))
+    for j, option in enumerate(rest):
+        if len(option):
+            targets[shared, j], owners[shared, j] = option[0], j
+    targets[shared + 1 :, 0], owners[shared + 1 :, 0] = later, owner
     joined = (np.concatenate(parts).astype(np.int32) for parts in (tokens, positions, segments))
     lengths = np.asarray([len(o) for o in options])
     return Row(np.zeros(0, np.int32), *joined, np.asarray(sources, np.int32), targets, owners, lengths)
+
+
+def _shared(options) -> int:
+    """How many tokens all options begin with that are also read: the last of the longest one is not."""
+    most = min(min(map(len, options)), max(map(len, options)) - 1)
+    return next((i for i in range(most) if any(option[i] != options[0][i] for option in options)), most)
 
 
 def _lay_out_apart(x, options, start_token: int) -> Row:
@@ -167,10 +190,10 @@ def score_rows(
     params = llm.params if params is None else params
     _check_rows(llm, int(to_host(cache.length)), rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    waiting = None  # the device computes a batch while the host lays out the next and reads the last
-    for batch, count, *columns in _batches(llm, cache, rows, batch_size):
-        picked = [rows[i] for i in batch]
-        started = (batch, picked, _start(llm, params, cache, picked, count, *columns, chunk))
+    waiting = None  # the device computes a pass while the host lays out the next and reads the last
+    for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):
+        items = [i for row in batch.rows for i in row]
+        started = (items, [rows[i] for i in items], _start(llm, params, cache, rows, batch, chunk))
         if waiting is not None:
             _finish(waiting, scores, progress)
         waiting = started
@@ -179,44 +202,96 @@ def score_rows(
     return scores
 
 
-def _batches(llm, cache, rows, batch_size):
-    """(indices of rows, padded number of rows, X and T), longest first, so that the partial batch is the shortest."""
+def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pass]:
+    """The passes over all items, long items first. Those of a decoder-only LLM have one shape."""
+    if llm.start_token is not None:
+        return list(_plan_apart(llm, cache, rows, batch_size))
+    if not rows:
+        return []
+    lengths, ways = [len(row.tokens) for row in rows], row_parts(mesh)
+    columns = row_columns(max(lengths), -(-sum(lengths) // ways))
+    bins = fill(lengths, columns)
+    most = max(1, ATTENTION_BYTES // (4 * llm.config.heads * columns * (cache.columns + columns)))
+    if jax.default_backend() == "cpu":
+        most = min(most, max(1, CPU_TOKENS // columns))
+    passes = -(-len(bins) // min(most, batch_size))
+    count = -(-len(bins) // passes)  # as many rows in each, so that one shape is compiled
+    if ways <= most:
+        count += -count % ways
+    return [Pass(bins[start : start + count], count, 0, columns) for start in range(0, len(bins), count)]
+
+
+def row_columns(longest: int, total: int) -> int:
+    """Tokens of a row, one of few: of short items several fit into a row of ROW; `total` are those that each device reads."""
+    if longest <= ROW:
+        return max(bucket(longest), min(ROW, bucket(total)))
+    step = max(16, 1 << (longest.bit_length() - 5))  # at most a sixteenth is padding
+    return longest + -longest % step
+
+
+def fill(lengths: Sequence[int], columns: int) -> list[list[int]]:
+    """Indices of items for each row of so many columns: the longest first, each into the first row that has room for it."""
+    rows, room, first = [], [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((j for j in range(first, len(rows)) if room[j] >= lengths[i]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(columns)
+        rows[place].append(i)
+        room[place] -= lengths[i]
+        while first < len(rows) and room[first] < 1:
+            first += 1
+    return rows
+
+
+def _plan_apart(llm, cache, rows, batch_size):
+    """The passes of an encoder–decoder, whose rows are one item each, in powers of two of rows and in buckets."""
     P, order = cache.columns, sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs) - len(rows[i].tokens))
     most = min(batch_size, 1 << (len(rows) - 1).bit_length()) if rows else batch_size
     while order:
-        inputs, columns = (max(len(rows[i][part]) for i in order[:most]) for part in (0, 1))
-        X, T = bucket(inputs) if inputs else 0, bucket(columns)
-        one = 4 * llm.config.heads * max(T * (P + X + T), (P + X) ** 2 if X else 0)
+        X, T = (bucket(max(len(rows[i][part]) for i in order[:most])) for part in (0, 1))
+        one = 4 * llm.config.heads * max(T * (P + X + T), (P + X) ** 2)
         count = max(1, min(most, 1 << (max(1, ATTENTION_BYTES // one).bit_length() - 1)))
-        yield order[:count], count, X, T
+        yield Pass([[i] for i in order[:count]], count, X, T)
         order = order[count:]
 
 
-def _start(llm, params, cache, rows, count, input_columns, columns, chunk):
+def _start(llm, params, cache, rows, batch: Pass, chunk):
     """Dispatches one pass: a list of (log-probabilities (C,K) on the device, how many of them count)."""
-    tokens, positions = np.zeros((2, count, columns), np.int32)
-    inputs, input_length = np.zeros((count, input_columns), np.int32), np.zeros(count, np.int32)
-    segments = np.full((count, columns), -1, np.int32)
-    for i, row in enumerate(rows):
-        used = len(row.tokens)
-        tokens[i, :used], positions[i, :used], segments[i, :used] = row.tokens, row.positions, row.segments
-        inputs[i, : len(row.inputs)], input_length[i] = row.inputs, len(row.inputs)
-    with rows_on(mesh_of(params), count):
+    tokens, positions = np.zeros((2, batch.count, batch.columns), np.int32)
+    inputs, input_length = np.zeros((batch.count, batch.inputs), np.int32), np.zeros(batch.count, np.int32)
+    segments, items = np.full((2, batch.count, batch.columns), -1, np.int32)
+    where, source, picked = [], [], [rows[i] for row in batch.rows for i in row]
+    for r, held in enumerate(batch.rows):
+        start = 0
+        for i in held:
+            row, here = rows[i], slice(start, start + len(rows[i].tokens))
+            tokens[r, here], positions[r, here], segments[r, here] = row.tokens, row.positions, row.segments
+            items[r, here] = i
+            inputs[r, : len(row.inputs)], input_length[r] = row.inputs, len(row.inputs)
+            where.append(np.full(len(row.sources), r, np.int32))
+            source.append(row.sources + start)
+            start = here.stop
+    with rows_on(mesh_of(params), batch.count):
         if llm.start_token is None:
-            states = _states(llm, params, cache, tokens, positions, segments)
+            states = _states(llm, params, cache, tokens, positions, segments, items)
         else:
             states = _states(llm, params, cache, inputs, input_length, tokens, segments)
-    where = np.concatenate([np.full(len(row.sources), i, np.int32) for i, row in enumerate(rows)])
-    source = np.concatenate([row.sources for row in rows])
-    K = 1 << (max(row.targets.shape[1] for row in rows) - 1).bit_length()
-    targets = np.concatenate([np.pad(row.targets, ((0, 0), (0, K - row.targets.shape[1]))) for row in rows])
+    where, source = np.concatenate(where), np.concatenate(source)
+    K = 1 << (max(row.targets.shape[1] for row in picked) - 1).bit_length()
+    targets = np.concatenate([np.pad(row.targets, ((0, 0), (0, K - row.targets.shape[1]))) for row in picked])
     parts = []
     for start in range(0, len(source), chunk):
         stop = min(start + chunk, len(source))
-        padding = min(chunk, bucket(stop - start)) - (stop - start)
+        padding = min(chunk, _states_padded(stop - start)) - (stop - start)
         part = [np.pad(a[start:stop], ((0, padding), *((0, 0),) * (a.ndim - 1))) for a in (where, source, targets)]
         parts.append((_log_probs(llm, params, states, *part), stop - start))
     return parts
+
+
+def _states_padded(count: int) -> int:
+    """The states that go through the head together: few numbers, because each is compiled."""
+    return bucket(count) if count <= 64 else count + -count % 32
 
 
 def _finish(waiting, scores, progress) -> None:
