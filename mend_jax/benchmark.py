@@ -1,9 +1,10 @@
-"""Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32.
+"""Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32, objectives against the forward KL.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
     python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
     python -m mend_jax.benchmark inference --against=pytorch --llm=SmolLM2-135M --items=40
+    python -m mend_jax.benchmark objectives --batch_size=8
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
 Weights are random, sizes are known (model_sizes.py): nothing is downloaded. Each side runs in a process of its own, so that
@@ -19,8 +20,9 @@ from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
 from mend_jax.measure import quantization as benchmark_quantization
 from mend_jax.measure.inference import measure_inference
-from mend_jax.measure.jax_side import Settings
+from mend_jax.measure.jax_side import CHUNK, Settings
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
+from mend_jax.measure.objectives import measure_objectives
 from mend_jax.measure.scoring import measure_scoring
 from mend_jax.measure.step import measure_step
 from mend_jax.models.families import DecoderConfig
@@ -30,11 +32,12 @@ DEFAULTS = {
     "step": {"query": 124, "target": 4},
     "inference": {"query": 56, "target": 3},
     "quantization": {"query": 32, "target": 16},
+    "objectives": {"query": 256, "target": 1},
 }
 
 
 def benchmark(
-    what: Literal["step", "inference", "quantization"],
+    what: Literal["step", "inference", "quantization", "objectives"],
     /,
     llm="gpt2",
     distiller="",
@@ -73,7 +76,7 @@ def benchmark(
         weights: of the LLM: "full" are in `dtype`.
         demos: tokens of the demonstrations.
         vectors: how many the distiller makes.
-        query: tokens of the query (inference: of its input x); 0 is 124 (inference 56, quantization 32).
+        query: tokens of the query (inference: of its input x); 0 is 124 (inference 56, quantization 32, objectives 256).
         target: step: tokens of y, the query's end; inference: of each option; 0 is 4 (inference 3, quantization 16).
         batch_size: sequences of a step; inference: items in one pass.
         repeats: timed runs of each side.
@@ -98,6 +101,8 @@ def benchmark(
         raise UserError(f"The folder of --out={out} is not there: make it, or give another file.")
     if what == "quantization":
         report, text, same = measure_weights(arguments)
+    elif what == "objectives":
+        report, text, same = measure_losses(arguments)
     elif what == "inference" and against == "pytorch":
         report, text, same = measure_against_pytorch(arguments)
     else:
@@ -116,6 +121,14 @@ def measure_weights(arguments) -> tuple[dict, str, bool]:
     sizes = benchmark_quantization.Sizes(*(getattr(arguments, name) for name in names))
     report = benchmark_quantization.measure_models(arguments.llm, sizes)
     return report, benchmark_quantization.text(report), True
+
+
+def measure_losses(arguments) -> tuple[dict, str, bool]:
+    """(report, its text, True) of L_distill's objectives with an LLM's head."""
+    config = known_or_folder(arguments.llm)
+    _check_sizes(arguments)
+    sizes = arguments.batch_size, arguments.query, config.width, config.vocab_size
+    return *measure_objectives(*sizes, CHUNK, arguments.repeats), True
 
 
 def measure_against_pytorch(arguments) -> tuple[dict, str, bool]:

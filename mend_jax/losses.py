@@ -2,7 +2,8 @@
 
 Axes: B batch, Q query tokens, M = B*Q tokens, C tokens of a chunk, D width, V vocabulary.
 
-    L_distill ("kd")   KL(teacher || student) of each query token's prediction, temperature 1 (paper, Eq. 2 and 3)
+    L_distill ("kd")   KL(teacher || student) of each query token's prediction, temperature 1 (paper, Eq. 2 and 3), or another
+                       of objectives.py
     L_pred    ("pred") cross-entropy of the tokens of y (Eq. 4)
     L_CLM     ("clm")  cross-entropy of all query tokens (section 5, ablation of the pretraining loss)
 
@@ -18,6 +19,9 @@ import jax.numpy as jnp
 
 from mend_jax.data.query import Query
 from mend_jax.models import int8
+from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES, Objective
+
+FORWARD_KL = Objective()  # its gradient is written by hand: `_chunk`
 
 
 class Weights(NamedTuple):
@@ -46,8 +50,18 @@ def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
     )
 
 
-def head_loss(states, teacher_states, head, targets, kd_weight, ce_weight, chunk: int, head_grad: bool = False):
-    """Sum over tokens of kd_weight * KL(teacher || student) + ce_weight * cross-entropy.
+def state_loss(objective: Objective, states, teacher_states, kd_weight):
+    """Sum over tokens of kd_weight * an objective on states (B,Q,D), and its unweighted value of every token (B,Q), float32."""
+    student, teacher = (a.astype(jnp.float32) for a in (states, jax.lax.stop_gradient(teacher_states)))
+    counted = kd_weight > 0
+    kd = jnp.where(counted, STATE_OBJECTIVES[objective.name](student, teacher, counted, objective.numbers), 0)
+    return (kd_weight * kd).sum(), kd
+
+
+def head_loss(
+    states, teacher_states, head, targets, kd_weight, ce_weight, chunk: int, head_grad: bool = False, objective=FORWARD_KL
+):
+    """Sum over tokens of kd_weight * L_distill + ce_weight * cross-entropy.
 
     No (B,Q,V) array exists at any time: the logits of `chunk` tokens are computed, used for the values and (when
     differentiated) for the gradient with respect to the states, and dropped. Tokens of no weight are skipped.
@@ -60,30 +74,51 @@ def head_loss(states, teacher_states, head, targets, kd_weight, ce_weight, chunk
         targets: (B,Q) int32, the token each state predicts.
         kd_weight, ce_weight: (B,Q) float32, at least 0.
         chunk: tokens per chunk.
+        objective: of L_distill, one on logits.
     Returns:
-        loss () float32, and the unweighted (kd, ce) of every token, each (B,Q) float32, 0 where skipped.
+        loss () float32, and the unweighted (kd, ce) of every token, each (B,Q) float32, 0 where skipped. They are for reports:
+        to differentiate them raises a TypeError.
     """
     B, Q, D = states.shape
     M = B * Q
     weights = jnp.stack([kd_weight.reshape(M), ce_weight.reshape(M)])
     teacher = None if teacher_states is None else jax.lax.stop_gradient(teacher_states).reshape(M, D)
     head = head if head_grad else jax.lax.stop_gradient(head)
-    loss, kd, ce = _flat_loss(min(chunk, M), head_grad, states.reshape(M, D), head, teacher, targets.reshape(M), weights)
-    return loss, (kd.reshape(B, Q), ce.reshape(B, Q))
+    how = _How(min(chunk, M), head_grad, objective)
+    loss, kd, ce = _flat_loss(how, states.reshape(M, D), head, teacher, targets.reshape(M), weights)
+    return loss, (_report_only(kd).reshape(B, Q), _report_only(ce).reshape(B, Q))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _flat_loss(chunk, head_grad, states, head, teacher, targets, weights):
-    return _forward(chunk, False, False, states, head, teacher, targets, weights)[:3]
+@jax.custom_vjp
+def _report_only(values):
+    return values
 
 
-def _flat_loss_fwd(chunk, head_grad, states, head, teacher, targets, weights):
-    loss, kd, ce, *gradients = _forward(chunk, True, head_grad, states, head, teacher, targets, weights)
+def _report_only_bwd(kept, cotangent):
+    raise TypeError("the per-token kd and ce of head_loss are for reports: build a loss of kd_weight and ce_weight, its gradient is computed.")
+
+
+_report_only.defvjp(lambda values: (values, None), _report_only_bwd)
+
+
+class _How(NamedTuple):
+    chunk: int
+    head_grad: bool
+    objective: Objective
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flat_loss(how, states, head, teacher, targets, weights):
+    return _forward(how._replace(head_grad=False), False, states, head, teacher, targets, weights)[:3]
+
+
+def _flat_loss_fwd(how, states, head, teacher, targets, weights):
+    loss, kd, ce, *gradients = _forward(how, True, states, head, teacher, targets, weights)
     return (loss, kd, ce), gradients
 
 
-def _flat_loss_bwd(chunk, head_grad, gradients, cotangents):
-    # Only the loss is differentiated; the per-token values are for reporting.
+def _flat_loss_bwd(how, gradients, cotangents):
+    # Only the loss is differentiated: `_report_only` stands behind the per-token values.
     states, head = ((cotangents[0] * g).astype(g.dtype) if g is not None else None for g in gradients)
     return states, head, None, None, None
 
@@ -91,9 +126,10 @@ def _flat_loss_bwd(chunk, head_grad, gradients, cotangents):
 _flat_loss.defvjp(_flat_loss_fwd, _flat_loss_bwd)
 
 
-def _forward(chunk, with_grad, head_grad, states, head, teacher, targets, weights):
+def _forward(how, with_grad, states, head, teacher, targets, weights):
     """Values and, with `with_grad`, gradients, by a loop over the chunks that hold tokens of some weight."""
-    M, D = states.shape
+    (M, D), (chunk, head_grad, objective) = states.shape, how
+    one_chunk = _chunk if objective == FORWARD_KL or teacher is None else functools.partial(_any_chunk, objective)
     padded = -(-M // chunk) * chunk
     # Tokens of some weight come first; the loop ends where they end.
     order = jnp.argsort(weights.max(0) <= 0, stable=True)
@@ -107,7 +143,9 @@ def _forward(chunk, with_grad, head_grad, states, head, teacher, targets, weight
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
         teacher_rows = None if teacher is None else teacher[rows]
         weight = take(weights, axis=1)
-        value, kd, ce, row_grad, logit_grad = _chunk(states[rows], head, teacher_rows, take(targets), weight, with_grad)
+        value, kd, ce, row_grad, logit_grad = one_chunk(
+            states[rows], head, teacher_rows, take(targets), weight, with_grad
+        )
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
         loss, kds, ces, state_grad, head_sum = carry
         if with_grad:
@@ -165,6 +203,26 @@ def _chunk(states, head, teacher, targets, weights, with_grad):
     state_grad = int8.states_gradient(head, logit_grad, states.dtype)
     state_grad -= ce_weight[:, None] * int8.rows(head, targets, jnp.float32).astype(jnp.float32)
     return value, kd, ce, state_grad, logit_grad
+
+
+def _any_chunk(objective: Objective, states, head, teacher, targets, weights, with_grad):
+    """As `_chunk`, with any objective on logits, differentiated by JAX inside the chunk; the head has no gradient."""
+    kd_weight, ce_weight = weights
+    counted = kd_weight + ce_weight > 0
+    teacher_logits = int8.logits(head, teacher)
+
+    def value(states):
+        logits = int8.logits(head, states)
+        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+        kd = OBJECTIVES[objective.name](logits, teacher_logits, targets, objective.numbers)
+        kd, ce = jnp.where(counted, kd, 0), jnp.where(counted, ce, 0)
+        return (kd_weight * kd + ce_weight * ce).sum(), (kd, ce)
+
+    if not with_grad:
+        total, (kd, ce) = value(states)
+        return total, kd, ce, None, None
+    (total, (kd, ce)), state_grad = jax.value_and_grad(value, has_aux=True)(states)
+    return total, kd, ce, state_grad, None
 
 
 def _mean_weights(mask):

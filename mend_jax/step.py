@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.tokenize import other_tokenizer
-from mend_jax.losses import Weights, head_loss, token_weights
+from mend_jax.losses import FORWARD_KL, Weights, head_loss, state_loss, token_weights
+from mend_jax.objectives import Objective
 from mend_jax.prefixes.context import bucket, demo_tokens, pad_columns
 from mend_jax.prefixes.distiller import make_vectors
 from mend_jax.prefixes.nothing import no_prefix
@@ -78,7 +79,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         model: the kind of prefix that is trained (prefixes/kind.py); None in stage "lm".
         mesh: with parallel="mesh", the mesh: the losses are computed where the rows are.
     """
-    lm, shift = config.stage == "lm", _shift(llm)
+    lm, shift, objective = config.stage == "lm", _shift(llm), Objective.of(config.loss)
     # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
     weights = Weights(
         kd=0.0 if lm else config.loss.kd,
@@ -95,12 +96,14 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         student = llm.states(llm_params, prefix, query)
         teacher = _teacher_states(llm, llm_params, batch, query) if weights.kd else None
         said, head = llm.said(query), llm.head(llm_params)
-        return query_losses(student, teacher, head, said, weights, config.loss.chunk, lm, mesh, shift)
+        return query_losses(student, teacher, head, said, weights, config.loss.chunk, lm, mesh, shift, objective)
 
     return loss_fn
 
 
-def query_losses(student, teacher, head, said, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1):
+def query_losses(
+    student, teacher, head, said, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1, objective=FORWARD_KL
+):
     """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed).
 
     `said` is what the states stand at or predict (`llm.said(query)`), and `shift` which (`token_weights`).
@@ -110,7 +113,12 @@ def query_losses(student, teacher, head, said, weights: Weights, chunk: int, hea
         targets, tokens = token_weights(said, shift)
         kd_weight = weights.kd * tokens.kd
         ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
-        loss, (kd, ce) = head_loss(student, teacher, head, targets, kd_weight, ce_weight, chunk, head_grad)
+        if teacher is not None and objective.on_states:
+            distilled, kd = state_loss(objective, student, teacher, kd_weight)
+            loss, (_, ce) = head_loss(student, None, head, targets, 0 * kd_weight, ce_weight, chunk, head_grad)
+            loss += distilled
+        else:
+            loss, (kd, ce) = head_loss(student, teacher, head, targets, kd_weight, ce_weight, chunk, head_grad, objective)
         counted = {"kd": weights.kd, "pred": weights.pred, "clm": weights.clm}
         values = {"kd": kd, "pred": ce, "clm": ce}
         metrics = {name: (getattr(tokens, name) * values[name]).sum() * bool(counted[name]) for name in counted}

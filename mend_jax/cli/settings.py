@@ -18,6 +18,9 @@ CHOICES = {
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
+    "loss.objective": (
+        "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "skewed_kl", "top_k_kl", "hidden_mse", "hidden_cosine", "info_nce",
+    ),  # fmt: skip
     "data.template": ("space", "newline"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
@@ -29,6 +32,8 @@ RANGES = {
     "seed": (0, 2**31 - 1),
     "loss.kd": (0, math.inf),
     "loss.pred": (0, math.inf),
+    "loss.temperature": (0, math.inf),
+    "loss.mix": (0, 1),
     "loss.clm": (0, math.inf),
     "data.beta": (0, 1),
     "data.text_share": (0, 1),
@@ -47,6 +52,8 @@ RANGES = {
 }
 NOT_REACHED = {
     "data.beta": (0, 1),
+    "loss.temperature": (0,),
+    "loss.mix": (0, 1),
     "optimizer.learning_rate": (0,),
     "optimizer.clip": (0,),
     "optimizer.b1": (1,),

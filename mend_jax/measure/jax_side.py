@@ -29,6 +29,7 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 
 LEARNING_RATE, STEPS, CLIP, CHUNK = 5e-5, 30_000, 1.0, 512
 LLM_SEED, DISTILLER_SEED, BATCH_SEED = 1, 2, 3
+PAPERS_OBJECTIVE = {"objective": "forward_kl", "temperature": 1.0, "mix": 0.5, "top_k": 64}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between two computations that must agree
 
 
@@ -162,7 +163,7 @@ def step_config() -> ConfigDict:
     """What the train step reads of a config: finetuning with both losses, Table 5's optimizer."""
     config = ConfigDict()
     config.stage = "finetune"
-    config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK}
+    config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}
     config.optimizer = {"learning_rate": LEARNING_RATE, "warmup_steps": 0, "weight_decay": 0.0}
     config.optimizer.update({"b1": 0.9, "b2": 0.999, "clip": CLIP})
     config.train = {"steps": STEPS, "accumulate": 1}

@@ -23,7 +23,7 @@ from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.measure import machine as measure
-from mend_jax.measure.jax_side import BATCH_SEED, CHUNK, LLM_SEED, random_params
+from mend_jax.measure.jax_side import BATCH_SEED, CHUNK, LLM_SEED, PAPERS_OBJECTIVE, random_params
 from mend_jax.measure.model_sizes import known_or_folder
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import has_weights
@@ -127,7 +127,7 @@ def _outputs(config: Config, name: str, vectors, batch: Batch) -> Callable[[dict
     """f(params): logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D)."""
     kind = EncoderDecoderLLM if isinstance(config, EncoderDecoderConfig) else LLM
     llm = kind(config, None, None, name, "float32")
-    settings = ConfigDict({"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK}})
+    settings = ConfigDict({"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}})
     loss_fn = make_loss_fn(settings, llm, SoftPrompt({"vectors": vectors}))
 
     @jax.jit
