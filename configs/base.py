@@ -28,13 +28,16 @@ def get_config() -> ConfigDict:
     llm.remat = False  # recompute each layer's activations in the backward pass: less memory, 11 to 17% more FLOPs with prefix.remat (docs/scaling.md)
 
     c.prefix = prefix = ConfigDict()
-    prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning) or "soft_prompt" (PromptTuning)
+    prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
     prefix.length = 100  # l, the number of vectors
     prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name; its tokenizer may differ from the LLM's
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
+    prefix.join = "concat"  # kind "chunked": the chunks' vectors one after another, or their "mean"
+    prefix.chunk_demos = 16  # demonstrations of a chunk, at most; one also holds no more than data.max_demo_tokens
+    prefix.chunks = 4  # chunks of a context in training, at most; an evaluation has as many as the LLM's window holds
     prefix.start_from = ""  # workdir of an earlier stage: begin with its best checkpoint; "" begins from the backbone
 
     c.loss = loss = ConfigDict()
@@ -77,7 +80,7 @@ def get_config() -> ConfigDict:
     train.steps = 30_000
     train.batch_size = 8  # sequences a step, over all devices and accumulation steps together
     train.accumulate = 1  # gradient accumulation: the batch is computed in so many parts
-    train.parallel = "pmap"  # "pmap": data parallel; "mesh": weights split too, as the section `mesh` says; evaluation too
+    train.parallel = "pmap"  # "pmap": data parallel; "mesh": weights split too, as the section `mesh` says
     train.log_every = 10  # steps between lines in metrics.jsonl
     train.eval_every = 2_000  # steps between evaluations on the validation data
     train.save_every = 500  # steps between checkpoints; the newest two and the best are kept
@@ -89,12 +92,13 @@ def get_config() -> ConfigDict:
     mesh.tensor = 1  # splits the products by heads: for fast links, such as those within one machine
 
     c.evaluate = evaluate = ConfigDict()
-    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed
+    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks
     evaluate.split = "test"  # "test" or "dev"
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
     evaluate.tasks = ()  # some of the partition's test tasks; () is all
     evaluate.limit = 0  # test items per task and seed; 0 is all
     evaluate.batch_size = 32  # test items, with all their options, in one pass of the LLM
+    evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
 
     c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods

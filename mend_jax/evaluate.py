@@ -13,32 +13,31 @@ parts over all devices of all processes, which compute every task together.
 Files in the workdir: predictions/, scores.json (fractions, not percent), table.md, config.json.
 """
 
-import dataclasses
 import re
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.data.small_world import resolve
 from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.folders import fingerprint
-from mend_jax.prefixes.prefix import Distiller, SoftPrompt
+from mend_jax.prefixes import KINDS, Kind
 from mend_jax.run import distributed, sharding
 from mend_jax.run.layout import Layout, make_layout
+from mend_jax.run.reporting import say
 from mend_jax.run.resume import check_llm
 from mend_jax.scoring import costs, results
 from mend_jax.scoring.metrics import aggregate
 from mend_jax.scoring.tasks import (
     Method,
     check_longest,
+    content_of,
     evaluate_task,
     make_context,
     prefix_maker,
@@ -46,7 +45,7 @@ from mend_jax.scoring.tasks import (
     scoring_options,
 )
 
-BUILT_IN = ("zero_shot", "icl")  # methods without a trained model
+BUILT_IN = {kind.method: kind for kind in KINDS.values() if kind.method}  # methods without a trained model
 
 
 def evaluate(config, workdir) -> dict:
@@ -56,26 +55,23 @@ def evaluate(config, workdir) -> dict:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
     """
     config, workdir = resolve(config), Path(workdir).expanduser()
-    layout = make_layout(config.train.parallel, config.mesh)
+    layout = evaluation_layout(config)
     llm, methods = load_models(config, layout)
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
     for method in methods:
-        check_longest(llm, getattr(method.model, "num_vectors", 0), tasks, config.evaluate.split)
+        check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
     read_from, found = fingerprint(config.llm.path), {}
     stores = [results.Store(workdir, method.name, made_of(config, method, read_from)) for method in methods]
-    if distributed.is_first():
-        items = sum(len(task.items) for task in tasks)
-        tqdm.write(f"Evaluating {', '.join(method.name for method in methods)}: {items:,} items each.", file=sys.stderr)
+    items = sum(len(task.items) for task in tasks)
+    say(f"Evaluating {', '.join(method.name for method in methods)}: {items:,} items each.")
     if layout.mesh is None:
         _evaluate_share(config, llm, methods, tasks, stores)
-    with _progress(len(methods) * sum(len(task.items) for task in tasks)) as bar:
+    with Progress(len(methods) * sum(len(task.items) for task in tasks), "item") as bar:
         for method, store in zip(methods, stores, strict=True):
             found[method.name] = _evaluate_method(config, llm, method, tasks, store, bar)
             score = found[method.name]["score"]["mean"]
-            if distributed.is_first():
-                known = "" if store.written else " (all of it was scored before)"
-                tqdm.write(f"{method.name}: {100 * score:.2f}{known}", file=sys.stderr)
+            say(f"{method.name}: {100 * score:.2f}{_how(method.model, found[method.name], store, tasks)}")
     summary = {
         "llm": str(config.llm.path),
         "partition": config.data.partition,
@@ -88,8 +84,17 @@ def evaluate(config, workdir) -> dict:
     if distributed.is_first():
         print(results.write_results(workdir, summary))
         more = f"What the columns mean, and every task's scores: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}."
-        tqdm.write(more, file=sys.stderr)
+        say(more)
     return summary
+
+
+def _how(model: Kind, found: dict, store, tasks) -> str:
+    """What to add to a score: whether it is new, and whether each seed was scored."""
+    if not store.written:
+        return " (all of it was scored before)"
+    if not model.reads_demos and found["scored"] < len(tasks):
+        return " (reads no demonstrations: seeds that ask the same items were scored once)"
+    return ""
 
 
 def _evaluate_share(config, llm, methods, tasks, stores) -> None:
@@ -97,32 +102,47 @@ def _evaluate_share(config, llm, methods, tasks, stores) -> None:
     count = jax.process_count()
     if count == 1:
         return
-    share = tasks[jax.process_index() :: count]
-    with _progress(len(methods) * sum(len(task.items) for task in share)) as bar:
+    with Progress(sum(len(task.items) for task in tasks) * len(methods) // count, "item") as bar:
         for method, store in zip(methods, stores, strict=True):
-            if share:
+            if share := _share(tasks, method.model, jax.process_index(), count):
                 _evaluate_method(config, llm, method, share, store, bar)
     distributed.wait_for_all("evaluated")
+
+
+def _share(tasks: list[EvalTask], model: Kind, process: int, count: int) -> list[EvalTask]:
+    """A process's part: each count-th task and seed; what is asked the same for each seed stays together."""
+    if model.reads_demos:
+        return tasks[process::count]
+    names = sorted({task.task for task in tasks})[process::count]
+    return [task for task in tasks if task.task in names]
+
+
+def evaluation_layout(config) -> Layout:
+    """Where an evaluation's models lie: evaluate.parallel, which "auto" takes from train.parallel."""
+    mode = config.evaluate.parallel
+    mesh = config.train.parallel == "mesh" if mode == "auto" else mode == "mesh"
+    return make_layout("mesh" if mesh else "pmap", config.mesh)
 
 
 def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
     """The LLM and the methods of a config, where `layout` says. Raises UserError for a mesh that does not divide their heads."""
     c = config.llm
     llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place)
-    methods = load_methods(config.evaluate.methods, llm, config.prefix.dtype, layout)
+    methods = load_methods(config, llm, layout)
     if layout.mesh is not None:
         tensor = layout.mesh.shape[sharding.TENSOR]
         sharding.check_heads(llm.config, tensor, c.path)
         for method in methods:
-            if isinstance(method.model, Distiller):
-                sharding.check_heads(method.model.config, tensor, method.path)
+            if method.model.reader is not None:
+                sharding.check_heads(method.model.reader, tensor, method.path)
     return llm, methods
 
 
-def load_methods(specs: Iterable[str], llm: LLM, dtype: str, layout: Layout) -> list[Method]:
-    """The methods of config.evaluate.methods: "zero_shot", "icl", or "NAME=PATH"; `dtype` is config.prefix.dtype."""
+def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
+    """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", or "NAME=KIND:PATH" for what was trained as another
+    kind than it is used as."""
     methods = []
-    for spec in specs:
+    for spec in config.evaluate.methods:
         name, _, path = spec.partition("=")
         if any(name == method.name for method in methods):
             raise UserError(f"config.evaluate.methods names {name!r} twice: give each method its own name.")
@@ -134,22 +154,25 @@ def load_methods(specs: Iterable[str], llm: LLM, dtype: str, layout: Layout) -> 
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        methods.append(Method(name, load_prefix_model(path, llm, dtype, layout) if path else None, path))
+        model = load_prefix_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
+        methods.append(Method(name, model, path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods
 
 
-def load_prefix_model(path: str, llm: LLM, dtype: str, layout: Layout) -> Distiller | SoftPrompt:
-    """A trained distiller or soft prompt, of a training workdir or an exported folder, for this LLM and beside it.
+def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
+    """What was trained, of a training workdir or an exported folder, for this LLM and beside it: PATH, or KIND:PATH.
 
-    A distiller computes in `dtype`, so that its test scores have the precision of its scores in training.
+    It computes in prefix.dtype, so that its test scores have the precision of its scores in training.
     """
+    kind, colon, path = spec.partition(":")
+    kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
     model = load_trained(path, llm, place=layout.place)
     check_llm(path, llm.path)
     put = jax.device_put if layout.mesh is None else layout.place_frozen
-    arithmetic = {"dtype": dtype} if isinstance(model, Distiller) else {}
-    return dataclasses.replace(model, params=put(model.params), **arithmetic)
+    model = model.placed(put, config.prefix.dtype)
+    return KINDS[kind].of_trained(model, config, path) if kind else model
 
 
 def made_of(config, method: Method, read_from: str) -> dict:
@@ -160,38 +183,39 @@ def made_of(config, method: Method, read_from: str) -> dict:
     data = ("template", "k", "max_demo_tokens", "max_input_tokens", "release_truncation")
     facts = {name: config.data[name] for name in data}
     facts |= {"split": config.evaluate.split, "limit": config.evaluate.limit}
-    facts |= {"shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos}
+    facts |= {"shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos}
     facts |= {"llm": read_from, "llm_dtype": config.llm.dtype, "llm_weights": config.llm.weights, "method": method.name}
-    if method.model is not None:
-        facts |= {
-            "model": results.tree_hash(method.model.params),
-            "projection": getattr(method.model, "projection", ""),
-        }
-        if getattr(method.model, "dtype", "float32") != "float32":  # the usual one is not named
-            facts |= {"dtype": method.model.dtype}
+    if not method.model.method:
+        facts |= {"model": results.tree_hash(method.model.params)} | method.model.facts()
     return facts
 
 
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
-    """One method's entry in scores.json."""
-    scores, spent, prefix_of = {}, [], prefix_maker(config, llm, method)
+    """One method's entry in scores.json. What reads no demonstrations is asked the same for each seed, and scored once."""
+    scores, spent, known, prefix_of, model = {}, [], {}, prefix_maker(config, llm, method), method.model
     together = sharding.mesh_of(llm.params) is not None  # all processes compute, the first one writes
     for task in tasks:
-        bar.set_description(f"{method.name}  {task.task} {task.seed}", refresh=False)
-        context = make_context(config, llm, method, task) if method.reads_demos else np.zeros(0, np.int32)
-        content = results.content_hash(_content(task, method, context))
+        bar.at(f"{method.name}  {task.task} {task.seed}")
+        context = make_context(config, llm, model, task)
+        content = results.content_hash(content_of(task, model.reads_demos, context))
         kept = store.read(task.task, task.seed, content, len(task.items))
         if _is_missing(kept, task, together):
-            result = evaluate_task(llm, prefix_of, task, progress=bar.update, **scoring_options(config, method))
-            counted = _counted(llm, method, task, len(context), result.cost["prefix_length"])
-            kept = result.lines, {"content": content, **result.cost, **counted}
+            kept = known.get(content)
+            if kept is None:
+                result = evaluate_task(llm, prefix_of, task, progress=bar.update, **scoring_options(config, method))
+                counted = _counted(llm, model, task, context, result.cost["prefix_length"])
+                kept = result.lines, {"content": content, **result.cost, **counted}
+            else:
+                bar.skip(len(task.items))
             if not together or distributed.is_first():
                 store.write(task.task, task.seed, *kept)
         else:
-            bar.total -= len(task.items)  # so that the time left is that of the rest
+            bar.skip(len(task.items))
+        if not model.reads_demos:
+            known[content] = kept
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, kept[0])
         spent.append(kept[1])
-    return {"path": method.path, **aggregate(scores), "cost": _mean_cost(spent)}
+    return {"path": method.path, **aggregate(scores), "cost": _mean_cost(spent), "scored": len(known) or len(tasks)}
 
 
 def _is_missing(kept, task: EvalTask, together: bool) -> bool:
@@ -207,16 +231,14 @@ def _is_missing(kept, task: EvalTask, together: bool) -> bool:
     return missing
 
 
-def _counted(llm, method, task, demo_tokens: int, prefix_length: float) -> dict:
+def _counted(llm, model: Kind, task, context, prefix_length: float) -> dict:
     """Costs that follow from lengths alone; item_flops are means over the task's items."""
     P, itemsize = round(prefix_length), jnp.dtype(llm.dtype).itemsize
     lengths = [(len(item.x_tokens), [len(option) for option in item.options_tokens]) for item in task.items]
     item = sum(costs.score_cached(llm.config, P, *of_item) for of_item in lengths) / len(lengths)
-    prefix = costs.read_prefix(llm.config, P)
-    if isinstance(method.model, Distiller):
-        prefix += costs.distil(method.model.config, llm.config, demo_tokens, method.model.num_vectors)
+    prefix = costs.read_prefix(llm.config, P) + model.flops(llm.config, context)
     return {
-        "demo_tokens": demo_tokens,
+        "demo_tokens": int((context >= 0).sum()),
         "prefix_flops": prefix,
         "item_flops": item,
         "item_flops_uncached": item + prefix,
@@ -233,22 +255,6 @@ def _mean_cost(entries: list[dict]) -> dict:
         values = [entry[name] for entry in entries if not (timed and entry["compiled"])]
         mean[name] = float((np.median if timed else np.mean)(values)) if values else None
     return mean
-
-
-def _content(task: EvalTask, method: Method, context) -> list:
-    """What decides a task's predictions: what is read, and which option is right."""
-    demos = [[_ints(x), _ints(y)] for x, y in task.demos] if method.reads_demos else []
-    items = [[_ints(i.x_tokens), [_ints(o) for o in i.options_tokens], i.label, list(i.options)] for i in task.items]
-    return [demos, _ints(context), items, task.classification]
-
-
-def _ints(ids) -> list[int]:
-    return [int(token) for token in ids]
-
-
-def _progress(items: int) -> tqdm:
-    silent = not (distributed.is_first() and sys.stderr.isatty())
-    return tqdm(total=items, unit="item", dynamic_ncols=True, disable=silent)
 
 
 def main(config, workdir) -> int:

@@ -15,6 +15,7 @@ from mend_jax.data.batches import find_tasks
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.prefixes import kind_of
 
 
 def prepare(config) -> dict:
@@ -39,11 +40,12 @@ def prepare(config) -> dict:
 
 def _distiller_tokenizer(config, tokenizer):
     """Of the backbone of a run that distils, where it reads texts as other tokens than the LLM; else None."""
-    if config.stage == "lm" or config.prefix.kind != "distiller":
+    backbone = "" if config.stage == "lm" else kind_of(config).backbone(config)
+    if not backbone:
         return None
-    folder = local_folder(config.prefix.backbone)
+    folder = local_folder(backbone)
     own = load_tokenizer(folder)
-    check_backbone(tokenizer, own, from_hf_config(folder).vocab_size, config.prefix.backbone)
+    check_backbone(tokenizer, own, from_hf_config(folder).vocab_size, backbone)
     return other_tokenizer(tokenizer, own)
 
 

@@ -20,7 +20,10 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.losses import Weights, head_loss, token_weights
-from mend_jax.prefixes.prefix import Prefix, bucket, demo_tokens, make_vectors, no_prefix, pad_columns
+from mend_jax.prefixes.context import bucket, demo_tokens, pad_columns
+from mend_jax.prefixes.distiller import make_vectors
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import ROWS
 
 
@@ -72,7 +75,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
     Args:
         config: a whole run's config (configs/base.py).
         llm: the `LLM`; in stage "lm" its own params are the trainable ones.
-        model: the `Distiller` or `SoftPrompt`; None in stage "lm".
+        model: the kind of prefix that is trained (prefixes/kind.py); None in stage "lm".
         mesh: with parallel="mesh", the mesh: the losses are computed where the rows are.
     """
     lm, shift = config.stage == "lm", _shift(llm)
@@ -179,14 +182,14 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     tokens = jnp.asarray([ids + [0] * (bucket(len(ids)) - len(ids))], jnp.int32)
     query = Query(tokens, jnp.asarray([len(ids)], jnp.int32), jnp.asarray([len(x)], jnp.int32))
     teacher = (pad_columns(shown, llm.window), shown_length)
-    values = _example_losses(llm, distiller.settings, distiller.params, llm.params, context, teacher, query)
+    values = _example_losses(llm, distiller.module, distiller.params, llm.params, context, teacher, query)
     return {name: float(value) for name, value in values.items()}
 
 
 # Static are the LLM, which hashes by identity, and the distiller's settings: each shape is compiled once.
 @partial(jax.jit, static_argnums=(0, 1))
-def _example_losses(llm, settings, params, llm_params, context, teacher, query):
-    student = llm.states(llm_params, make_vectors(settings, params, *context), query)
+def _example_losses(llm, module, params, llm_params, context, teacher, query):
+    student = llm.states(llm_params, make_vectors(module, params, *context), query)
     tokens, length = teacher
     taught = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
     ones, said, head = Weights(1.0, 1.0, 1.0), llm.said(query), llm.head(llm_params)
@@ -234,7 +237,7 @@ def _accumulated(loss_fn, parts: int, params, llm_params, batch):
     if parts == 1:
         return value_and_grad(params, llm_params, batch)
     # Part i takes the rows i, i + parts, ...: rows stay on the device that holds them.
-    batches = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    batches = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, llm_params, part)), None

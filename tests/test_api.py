@@ -11,7 +11,8 @@ import pytest
 
 import mend_jax
 from configs import base
-from mend_jax.prefixes.prefix import init_distiller, init_soft_prompt
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +24,9 @@ def llm(tiny_llm):
 
 @pytest.fixture(scope="module")
 def distiller(llm, tiny_backbone):
-    config = base.get_config().prefix
-    config.backbone, config.length = str(tiny_backbone), 5
-    return init_distiller(config, llm, seed=0)
+    config = base.get_config()
+    config.prefix.backbone, config.prefix.length = str(tiny_backbone), 5
+    return Distiller.init(config, llm, seed=0)
 
 
 def test_importing_is_quick_and_every_name_is_there():
@@ -91,9 +92,9 @@ def test_a_bfloat16_llm(tiny_llm, distiller):
 
 
 def test_a_soft_prompt_ignores_demonstrations(llm):
-    config = base.get_config().prefix
-    config.length = 4
-    prompt = init_soft_prompt(config, llm, seed=0)
+    config = base.get_config()
+    config.prefix.length = 4
+    prompt = SoftPrompt.init(config, llm, seed=0)
     prefix = prompt.apply(prompt.params, jnp.zeros((3, 7), jnp.int32), jnp.zeros(3, jnp.int32))
     assert prefix.embeds.shape == (3, 4, 32) and np.array_equal(prefix.embeds[0], prefix.embeds[2])
 

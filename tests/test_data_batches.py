@@ -9,8 +9,9 @@ from conftest import save_tokenizer
 from data_files import make_world, tiny_config, words, write_examples, write_text
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data import rows as draws_module
 from mend_jax.data.batches import Batch, make_batches
+from mend_jax.data.readers import Readers
+from mend_jax.data.rows import windows
 
 STAGES = ("pretrain", "finetune", "lm")
 
@@ -30,7 +31,7 @@ def world(tmp_path_factory):
 
 
 def batches(world, tokenizer, stage, split="train", processes=(0, 1), **data):
-    return make_batches(tiny_config(world, stage, **data), tokenizer, split, 96, 80, *processes)
+    return make_batches(tiny_config(world, stage, **data), Readers(tokenizer, 96, 80), split, processes or (0, 1))
 
 
 def arrays(batch: Batch):
@@ -51,7 +52,7 @@ def test_a_function_of_seed_and_step(world, tokenizer, stage):
     assert not same(one[0], one[1])
     other = tiny_config(world, stage)
     other.seed = 1
-    assert not same(make_batches(other, tokenizer, "train", 96, 80)[0], one[0])
+    assert not same(make_batches(other, Readers(tokenizer, 96, 80))[0], one[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -102,7 +103,7 @@ def test_finetuning_rows_are_examples_of_one_task(world, tokenizer):
     for step in range(8):
         batch = made[step]
         for row in range(4):
-            task, chosen, (query,), budget = made.draws.draw(int(batch.ids[row]))
+            task, chosen, (query,), budget = made.rows.draw(int(batch.ids[row]))
             name = "abc"[task]
             tasks.add(name)
             assert query not in chosen and len(set(chosen)) == len(chosen) == 4
@@ -119,10 +120,10 @@ def test_finetuning_rows_are_examples_of_one_task(world, tokenizer):
 
 def test_what_does_not_fit_is_left_out(world, tokenizer):
     made = batches(world, tokenizer, "finetune", max_demo_tokens=15)
-    whole = [made.draws.cut[task][chosen] for task, chosen, *_ in map(made.draws.draw, range(60))]
+    whole = [made.rows.cut[task][chosen] for task, chosen, *_ in map(made.rows.draw, range(60))]
     assert {len(lengths) for lengths in whole} >= {2, 3, 4} and max(map(sum, whole)) <= 15
     assert made[0].demos.shape[1] <= 15
-    narrow = make_batches(tiny_config(world, "finetune"), tokenizer, "train", 30, 80)  # the LLM's window: 30 tokens
+    narrow = make_batches(tiny_config(world, "finetune"), Readers(tokenizer, 30, 80))  # the LLM's window: 30 tokens
     for step in range(8):
         batch = narrow[step]
         assert (batch.demos_length + batch.query.length).max() <= 30
@@ -156,24 +157,24 @@ def test_release_truncation(tmp_path, tokenizer):
         "query_buckets": (100,),
     }
     config = tiny_config(tmp_path, "finetune", release_truncation=True, **data)
-    made = make_batches(config, tokenizer, "train", 1024, 1024)
+    made = make_batches(config, Readers(tokenizer, 1024, 1024))
     batch = made[0]
     assert batch.demos.shape == (4, 642) and batch.teacher_demos.shape == (4, 766)
     assert (batch.demos_length == 642).all() and (batch.teacher_demos_length == 766).all()
     assert (batch.teacher_demos[:, :642] == batch.demos).all()
     assert made.padding(0) == 0
     config.data.release_truncation = False
-    whole = make_batches(config, tokenizer, "train", 1024, 1024)[0]
+    whole = make_batches(config, Readers(tokenizer, 1024, 1024))[0]
     assert (whole.demos_length == 900).all() and whole.teacher_demos is None
 
 
 def test_a_soft_prompt_reads_no_demonstrations(world, tokenizer):
     config = tiny_config(world, "finetune")
-    config.prefix.kind, config.loss.kd = "soft_prompt", 0.0
-    batch = make_batches(config, tokenizer, "train", 96)[0]
+    config.loss.kd, readers = 0.0, Readers(tokenizer, 96, reads_demos=False)
+    batch = make_batches(config, readers)[0]
     assert batch.demos.shape == (4, 0) and not batch.demos_length.any() and batch.query.length.all()
     config.loss.kd = 1.0  # a teacher does
-    assert make_batches(config, tokenizer, "train", 96)[0].demos.shape[1] > 0
+    assert make_batches(config, readers)[0].demos.shape[1] > 0
 
 
 def test_pretraining_continues_the_context(world, tokenizer):
@@ -183,30 +184,30 @@ def test_pretraining_continues_the_context(world, tokenizer):
         for row in range(4):
             demos = batch.demos[row, : batch.demos_length[row]]
             query = batch.query.tokens[row, : batch.query.length[row]]
-            text = made.draws.store[made.draws.document(int(batch.ids[row]))][:64]
+            text = made.rows.store[made.rows.document(int(batch.ids[row]))][:64]
             assert np.array_equal(np.concatenate([demos, query]), text)
             assert len(text) >= 32 and len(demos) == int(0.8 * len(text)) and batch.query.target_start[row] == 0
 
 
 def test_short_texts_are_skipped_and_an_epoch_has_every_other(world, tokenizer):
     made = batches(world, tokenizer, "pretrain")
-    drawn = [made.draws.document(row) for row in range(60)]
-    short = {i for i in range(60) if made.draws.store.lengths[i] < 32}
+    drawn = [made.rows.document(row) for row in range(60)]
+    short = {i for i in range(60) if made.rows.store.lengths[i] < 32}
     assert short and not short & set(drawn)
     assert set(drawn) == set(range(60)) - short
-    assert drawn != [made.draws.document(row) for row in range(60, 120)]  # another order in the next epoch
+    assert drawn != [made.rows.document(row) for row in range(60, 120)]  # another order in the next epoch
 
 
 def test_texts_too_short(tmp_path, tokenizer):
     write_text(tmp_path / "c4", "c4-train.json.gz", [words(i, 20) for i in range(30)])
     config = tiny_config(tmp_path, "pretrain")
     with pytest.raises(UserError, match="longest text .* has 20 tokens .* pretraining needs 32"):
-        make_batches(config, tokenizer, "train", 96, 80)
+        make_batches(config, Readers(tokenizer, 96, 80))
 
 
 def test_a_continuation_beyond_the_window(world, tokenizer):
     with pytest.raises(UserError, match="continuation of 58 tokens does not fit the LLM's window of 60 .*beta"):
-        make_batches(tiny_config(world, "pretrain", beta=0.1), tokenizer, "train", 60, 80)
+        make_batches(tiny_config(world, "pretrain", beta=0.1), Readers(tokenizer, 60, 80))
     wide = batches(world, tokenizer, "pretrain", beta=0.1)[0]  # longer than any of config.data.query_buckets
     assert wide.query.tokens.shape[1] >= 0.9 * 32
 
@@ -215,7 +216,7 @@ def test_vectors_that_leave_no_room(world, tokenizer):
     with pytest.raises(
         UserError, match="window of 4 tokens has no room for demonstrations beside config.prefix.length = 4"
     ):
-        make_batches(tiny_config(world, "finetune"), tokenizer, "train", 96, 4)
+        make_batches(tiny_config(world, "finetune"), Readers(tokenizer, 96, 4))
 
 
 def test_language_model_rows(world, tokenizer):
@@ -227,13 +228,13 @@ def test_language_model_rows(world, tokenizer):
             batch.demos.shape == (4, 0) and batch.query.tokens.shape == (4, 32) and not batch.query.target_start.any()
         )
         for row, number in enumerate(batch.ids):
-            kinds.append(made.draws.text_number(int(number)))
+            kinds.append(made.rows.text_number(int(number)))
             if kinds[-1] is not None:
                 assert batch.query.length[row] == 32
                 continue
-            task, chosen = made.draws.draw(int(number))
+            task, chosen = made.rows.draw(int(number))
             counts.add(len(chosen))
-            examples = [made.draws.stores[task].example(i, 6) for i in chosen]
+            examples = [made.rows.stores[task].example(i, 6) for i in chosen]
             flat = [token for example in examples for part in example for token in part]
             assert batch.query.tokens[row, : batch.query.length[row]].tolist() == flat
     assert counts == {1, 2, 3, 4, 5}  # up to K + 1
@@ -243,7 +244,7 @@ def test_language_model_rows(world, tokenizer):
 def test_short_texts_are_packed_with_an_end_between(tmp_path, tokenizer):
     write_text(tmp_path / "c4", "c4-train.json.gz", [words(i, 10) for i in range(30)])
     config = tiny_config(tmp_path, "lm", text_share=1.0, validation_items=4)
-    batch = make_batches(config, tokenizer, "train", 96)[0]
+    batch = make_batches(config, Readers(tokenizer, 96))[0]
     assert (batch.query.length == 32).all()
     assert (batch.query.tokens[:, 10] == 1).all() and (batch.query.tokens[:, 21] == 1).all()  # <eos>
     assert (batch.query.tokens == 1).sum() == 8
@@ -265,12 +266,12 @@ def test_lm_sequence_and_window(world, tokenizer):
 def test_validation_is_held_out_and_fixed(world, tokenizer):
     made = batches(world, tokenizer, "pretrain", "validation")
     assert made.steps == 2
-    rows = [made.draws.document(int(row)) for batch in made.iterator() for row in batch.ids]
+    rows = [made.rows.document(int(row)) for batch in made.iterator() for row in batch.ids]
     assert rows == list(range(8))
-    starts = [made.draws.store[i][0] for i in range(8)]
+    starts = [made.rows.store[i][0] for i in range(8)]
     assert starts == [2 + 3 * i for i in range(8)]  # the validation file's words
     tasks = batches(world, tokenizer, "lm", "validation", text_share=0.0)
-    assert {store.task for store in tasks.draws.stores} == {"t"} and len(tasks.draws.stores[0]) == 8
+    assert {store.task for store in tasks.rows.stores} == {"t"} and len(tasks.rows.stores[0]) == 8
 
 
 def test_missing_tasks_are_named_once(world, tokenizer, caplog):
@@ -278,23 +279,23 @@ def test_missing_tasks_are_named_once(world, tokenizer, caplog):
     tasks = world / "metaicl" / "partitions.json"
     tasks.write_text(json.dumps(json.loads(tasks.read_text()) | {"more": {"train": ["a", "q", "r"], "test": ["t"]}}))
     config.data.partition = "more"
-    assert [store.task for store in make_batches(config, tokenizer, "train", 96, 80).draws.stores] == ["a"]
+    assert [store.task for store in make_batches(config, Readers(tokenizer, 96, 80)).rows.stores] == ["a"]
     assert [r.getMessage() for r in caplog.records if "missing" in r.getMessage()] == [
         f"2 of 3 meta-train tasks are missing in {world / 'metaicl'}: q, r"
     ]
     config.data.partition = "qa_to_qa"
     with pytest.raises(UserError, match="has the train files of none of the 37 meta-train tasks of 'qa_to_qa'"):
-        make_batches(config, tokenizer, "train", 96, 80)
+        make_batches(config, Readers(tokenizer, 96, 80))
     own = {"more": {"train": ["aa"], "test": ["t"]}, "none": {"train": [], "test": ["t"]}}
     tasks.write_text(json.dumps(json.loads(tasks.read_text()) | own))
     config.data.partition = "more"
     with pytest.raises(
         UserError, match="is .*aa/aa_16384_100_train.jsonl .is 'a', which is there, meant by 'aa'.*add it"
     ):
-        make_batches(config, tokenizer, "train", 96, 80)
+        make_batches(config, Readers(tokenizer, 96, 80))
     config.data.partition = "none"
     with pytest.raises(UserError, match="The partition 'none' has no meta-train tasks: name some, or choose another"):
-        make_batches(config, tokenizer, "train", 96, 80)
+        make_batches(config, Readers(tokenizer, 96, 80))
 
 
 def test_seeds_without_files_are_named(world, tokenizer):
@@ -302,7 +303,7 @@ def test_seeds_without_files_are_named(world, tokenizer):
     config.evaluate.seeds = (13, 42, 87)
     said = "has files of the meta-test tasks of 'tiny' for seed 13, and none for 42, 87: set --config.evaluate.seeds=13, or"
     with pytest.raises(UserError, match=said):
-        make_batches(config, tokenizer, "validation")
+        make_batches(config, Readers(tokenizer), "validation")
 
 
 def test_more_demonstrations_than_examples(world, tokenizer):
@@ -311,7 +312,7 @@ def test_more_demonstrations_than_examples(world, tokenizer):
     ):
         batches(world, tokenizer, "finetune", k=20, max_demo_tokens=800)
     made = batches(world, tokenizer, "lm", k=20, text_share=0.0)  # a sequence has what there is
-    drawn = [made.draws.draw(row)[1] for row in range(50)]
+    drawn = [made.rows.draw(row)[1] for row in range(50)]
     assert all(len(set(examples)) == len(examples) <= 20 for examples in drawn)
 
 
@@ -329,9 +330,9 @@ def test_missing_paths(world, tokenizer):
 
 
 def test_buckets_hold_every_length():
-    assert draws_module.buckets((128, 256, 900), 900) == (128, 256, 900)
-    assert draws_module.buckets((128, 256, 900), 300) == (128, 256, 300)
-    assert draws_module.buckets((900, 128), 1000) == (128, 900, 1000)
+    assert windows.buckets((128, 256, 900), 900) == (128, 256, 900)
+    assert windows.buckets((128, 256, 900), 300) == (128, 256, 300)
+    assert windows.buckets((900, 128), 1000) == (128, 900, 1000)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -363,7 +364,7 @@ def test_real_tasks(shared, tmp_path, partition):
     config.data.max_demo_tokens, config.data.max_input_tokens = 900, 256
     config.data.demo_buckets, config.data.query_buckets = (256, 512, 900), (64, 128, 512)
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
-    made = make_batches(config, gpt2, "train", 1024, 1024)
+    made = make_batches(config, Readers(gpt2, 1024, 1024))
     for step in range(8):
         batch = made[step]
         assert (batch.demos_length + batch.query.length).max() <= 1024 and batch.demos_length.min() > 0

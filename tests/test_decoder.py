@@ -15,7 +15,8 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import init_llm, load_llm
 from mend_jax.models.decoder import Decoder, init_params
-from mend_jax.prefixes.prefix import Prefix, join, no_prefix
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix, join
 
 
 @pytest.fixture(scope="module")

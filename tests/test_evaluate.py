@@ -18,7 +18,11 @@ from mend_jax.interchange import trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefixes.prefix import Distiller, Prefix, SoftPrompt, no_prefix
+from mend_jax.prefixes import Demonstrations
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run.layout import make_layout
 from mend_jax.scoring import tasks as task_scoring
 from mend_jax.scoring.results import tree_hash
@@ -171,11 +175,12 @@ def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch
     monkeypatch.setattr(ev, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ev.evaluate(config, tmp_path / "cut")
-    assert len(files(tmp_path / "cut")) == 5 and not (tmp_path / "cut" / "scores.json").exists()
+    # Zero-shot reads no demonstrations: what it says of two tasks is that of both seeds.
+    assert len(files(tmp_path / "cut")) == 4 + 3 and not (tmp_path / "cut" / "scores.json").exists()
     done.clear()
     monkeypatch.setattr(ev, "evaluate_task", lambda *a, **k: done.append(1) or original(*a, **k))
     ev.evaluate(config, tmp_path / "cut")
-    assert len(done) == 16 - 5
+    assert len(done) == 2 + 4 + 2 + 4 - 5
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     done.clear()
     first = (tmp_path / "cut" / "table.md").read_text()
@@ -205,7 +210,7 @@ def test_predictions_of_something_else_are_not_used(config, models, tmp_path, mo
         return len(done)
 
     config.evaluate.methods = ("zero_shot", "mend=a/distiller")
-    assert (computed(), computed()) == (8, 0)
+    assert (computed(), computed()) == (2 + 4, 0)
     distiller = models["a/distiller"]
     placeholders = distiller.params["placeholders"] + 1.0
     models["a/distiller"] = dataclasses.replace(distiller, params=distiller.params | {"placeholders": placeholders})
@@ -213,9 +218,9 @@ def test_predictions_of_something_else_are_not_used(config, models, tmp_path, mo
     models["a/distiller"] = distiller
     assert computed() == 0
     config.data.template = "newline"
-    assert computed() == 8
+    assert computed() == 6
     config.data.template, config.evaluate.limit = "space", 5
-    assert computed() == 8
+    assert computed() == 6
     config.evaluate.limit = 0
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -223,6 +228,22 @@ def test_predictions_of_something_else_are_not_used(config, models, tmp_path, mo
     train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
     config.data.tasks = str(copy)
     assert computed() == 1  # zero-shot reads no demonstrations
+
+
+def test_seeds_that_ask_the_same_are_scored_once(config, models, tmp_path, monkeypatch, capsys, folder):
+    """By what reads no demonstrations; other items of a seed are other questions."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    test = copy / "data" / "choice" / "choice_4_21_test.jsonl"
+    test.write_text("".join(reversed(test.read_text().splitlines(keepends=True))))
+    original, done = ev.evaluate_task, []
+    monkeypatch.setattr(ev, "evaluate_task", lambda *a, **k: done.append(1) or original(*a, **k))
+    config.data.tasks, config.evaluate.methods = str(copy), ("zero_shot", "icl")
+    found = ev.evaluate(config, tmp_path / "out")["methods"]
+    assert len(done) == (1 + 2) + 4 and "zero_shot" in capsys.readouterr().err
+    assert found["zero_shot"]["score"]["per_seed"].keys() == {13, 21}
+    one, other = (next((tmp_path / "out").glob(f"predictions/zero_shot-*/colour_{seed}.jsonl")) for seed in (13, 21))
+    assert one.read_text() == other.read_text()
 
 
 def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(config, models, tmp_path):
@@ -242,7 +263,7 @@ def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(confi
 def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
     task = load_tasks(config, llm, "test")[0][0]
     lengths = [len(x) + len(y) for x, y in task.demos]
-    icl = task_scoring.Method("icl")
+    icl = Demonstrations.beside(llm)
     config.data.max_demo_tokens = sum(lengths[:3])
     assert len(task_scoring.make_context(config, llm, icl, task)) == sum(lengths[:3])
     config.data.max_demo_tokens = sum(lengths[:3]) - 1
@@ -281,7 +302,7 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     config.prefix.dtype = "bfloat16"
     ev.evaluate(config, tmp_path)
     assert len(files(tmp_path)) == 2 * 2
-    [method] = ev.load_methods(config.evaluate.methods, llm, config.prefix.dtype, make_layout("pmap"))
+    [method] = ev.load_methods(config, llm, make_layout("pmap"))
     task = load_tasks(config, llm, "test")[0][0]
     in_training = dataclasses.replace(distiller, dtype="bfloat16")
     methods = [task_scoring.Method("mend", model) for model in (method.model, in_training, distiller)]

@@ -16,7 +16,7 @@ from configs import base
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange import export, trained
 from mend_jax.models import weights
-from mend_jax.prefixes.prefix import init_distiller, init_soft_prompt
+from mend_jax.prefixes import kind_of
 from mend_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,7 @@ def make_workdir(folder, llm, tiny_llm, tiny_backbone, params=None, **fields):
     """A workdir as training leaves it: the better checkpoint is the earlier one."""
     config = make_config(tiny_llm, tiny_backbone, **fields)
     if params is None:
-        init = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
-        params = init(config.prefix, llm, seed=3).params
+        params = kind_of(config).init(config, llm, seed=3).params
     params = jax.tree.map(lambda a: np.asarray(a) + 0.05 * np.random.randn(*a.shape).astype(np.float32), params)
     folder.mkdir(exist_ok=True)
     checkpoint.write_config(folder, config)

@@ -14,7 +14,9 @@ from family_rows import COMMON, ROWS, make_row, tokens
 
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import Prefix, demonstrations_prefix, no_prefix
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import score_options
 

@@ -11,7 +11,8 @@ from family_rows import COMMON, LLAMA, OPT, ROWS, make_row
 from mend_jax.cli.errors import UserError
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
-from mend_jax.prefixes.prefix import demonstrations_prefix, no_prefix
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.scoring.options import score_options
 
 

@@ -14,10 +14,9 @@ from family_rows import COMMON, ROWS, save_random, smaller, tokens
 from tiny_training import config as training_config
 
 from mend_jax import evaluate, train
-from mend_jax.interchange.export import write_folder
 from mend_jax.interchange.trained import read_distiller
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.prefixes.distiller import Distiller, write_folder
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 
@@ -85,7 +84,7 @@ def test_an_exported_distiller_reads_alike_here_and_in_pytorch(name, tmp_path):
 
     llm, backbone = (save_random(tmp_path / str(i), fields, i) for i, fields in enumerate(PAIRS[name]))
     llm = load_llm(llm)
-    model = init_distiller(training_config(llm, **{"prefix.backbone": backbone}).prefix, llm, seed=0)
+    model = Distiller.init(training_config(llm, **{"prefix.backbone": backbone}), llm, seed=0)
     assert "head" not in model.params["backbone"]["embed"]
     context = tokens(12).tolist()
     vectors = model.distill(context).embeds

@@ -27,7 +27,8 @@ from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_params, save_model
 from mend_jax.models.int8 import quantize, quantize_params
-from mend_jax.prefixes.prefix import SoftPrompt, demonstrations_prefix, init_soft_prompt
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 from mend_jax.run import resume as meaning
@@ -183,8 +184,8 @@ def test_options_are_scored_after_demonstrations(row):
 
 
 def test_a_soft_prompt_starts_from_rows_of_the_table(row):
-    prefix = config("unused").prefix
-    held, same = (init_soft_prompt(prefix, llm, seed=3).params["vectors"] for llm in (row.held, row.same))
+    c = config("unused")
+    held, same = (SoftPrompt.init(c, llm, seed=3).params["vectors"] for llm in (row.held, row.same))
     assert held.dtype == jnp.float32
     np.testing.assert_array_equal(held, same)
 

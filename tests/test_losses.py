@@ -17,7 +17,7 @@ from mend_jax.llm.decoder_only import LLM
 from mend_jax.losses import Weights, head_loss, token_weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefixes.prefix import Distiller
+from mend_jax.prefixes.distiller import Distiller
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, query_losses
 
 B, Q, D, V = 3, 11, 16, 57

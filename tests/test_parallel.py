@@ -10,7 +10,7 @@ from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax.cli.errors import UserError
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.prefixes.distiller import Distiller
 from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
@@ -23,8 +23,8 @@ def run(tmp_path_factory):
     folder = model_folder(tmp_path_factory.mktemp("tiny") / "model", heads=4)
     c = config(folder, **{"train.batch_size": ROWS, "loss.clm": 0.5})
     llm = load_llm(folder)
-    model = init_distiller(c.prefix, llm, 0)
-    batch = RandomBatches(c, None, "train", 0, 0, 0, 1)[0].replace(ids=None)
+    model = Distiller.init(c, llm, 0)
+    batch = RandomBatches(c, None)[0].replace(ids=None)
     step = make_train_step(c, make_loss_fn(c, llm, model), optax.sgd(1.0))
     expected = jax.device_get(jax.jit(step)(init_state(model.params, optax.sgd(1.0)), llm.params, batch))
     return c, llm, model, batch, expected
@@ -68,7 +68,7 @@ def test_update_is_that_of_one_device(name, run):
 def ten_steps(run, layout):
     """The params after ten steps of training and each step's metrics."""
     c, llm, model, _, _ = run
-    optimizer, batches = make_optimizer(c), RandomBatches(c, None, "train", 0, 0, 0, 1)
+    optimizer, batches = make_optimizer(c), RandomBatches(c, None)
     step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.axis)
     state, frozen = (
         layout.init(partial(init_state, optimizer=optimizer), model.params),

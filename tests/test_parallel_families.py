@@ -15,7 +15,8 @@ from tiny_training import config
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import demonstrations_prefix, init_distiller
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.distiller import Distiller
 from mend_jax.scoring.options import cache_prefix, lay_out, score_rows
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
@@ -62,7 +63,7 @@ def one_step(c, layout, parts=1):
     """(the gradient, metrics): on a mesh that splits every kernel into so many parts, or without one on one device."""
     place, mesh = (layout.place, layout.mesh) if layout else (None, None)
     llm = load_llm(c.llm.path, place=place)
-    model = init_distiller(c.prefix, llm, 0, place)
+    model = Distiller.init(c, llm, 0, place)
     optimizer, before = optax.sgd(1.0), jax.device_get(model.params)
     start = partial(init_state, optimizer=optimizer)
     step = make_train_step(c, make_loss_fn(c, llm, model, mesh), optimizer)

@@ -13,8 +13,10 @@ from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
 from mend_jax.models.folders import save_model
-from mend_jax.prefixes import prefix as prefixes
-from mend_jax.prefixes.prefix import Distiller, demonstrations_prefix, init_distiller, init_soft_prompt
+from mend_jax.prefixes import distiller as prefixes
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 
 BACKBONE = DecoderConfig("gpt2", vocab_size=61, width=16, layers=2, heads=2, mlp_width=32, max_positions=72)
 WIDER = DecoderConfig("gpt2", vocab_size=61, width=24, layers=1, heads=2, mlp_width=48, max_positions=96)
@@ -118,8 +120,8 @@ def folder(tmp_path_factory, backbone):
 
 @pytest.fixture
 def config(folder):
-    c = base.get_config().prefix
-    c.backbone, c.length = str(folder), 40
+    c = base.get_config()
+    c.prefix.backbone, c.prefix.length = str(folder), 40
     return c
 
 
@@ -132,13 +134,13 @@ def test_placeholders_are_rows_of_the_vocabulary_or_normal(config, llm, backbone
 
     def rows(seed=0):
         return {
-            "distiller": init_distiller(config, llm, seed).params["placeholders"],
-            "soft_prompt": init_soft_prompt(config, llm, seed).params["vectors"],
+            "distiller": Distiller.init(config, llm, seed).params["placeholders"],
+            "soft_prompt": SoftPrompt.init(config, llm, seed).params["vectors"],
         }
 
     for name, values in rows().items():
         assert all(in_table(values, tables[name]))
-    config.placeholder_init = "normal"
+    config.prefix.placeholder_init = "normal"
     again, other = rows(), rows(seed=1)
     for name, values in rows().items():
         assert values.shape == (40, tables[name].shape[1])
@@ -148,12 +150,12 @@ def test_placeholders_are_rows_of_the_vocabulary_or_normal(config, llm, backbone
 
 
 def test_a_random_projection_has_the_releases_size(config, llm):
-    projection = init_distiller(config, llm, 0).params["projection"]
+    projection = Distiller.init(config, llm, 0).params["projection"]
     assert projection["kernel"].shape == (16, 24) and not projection["bias"].any()
     assert 0.017 < np.std(projection["kernel"]) < 0.023 and abs(np.mean(projection["kernel"])) < 0.004
 
 
 def test_an_identity_needs_a_backbone_as_wide_as_the_llm(config, llm):
-    config.projection = "identity"
+    config.prefix.projection = "identity"
     with pytest.raises(UserError, match='backbone as wide as the LLM, not 16 against 24: use "tanh" or "linear"'):
-        init_distiller(config, llm, 0)
+        Distiller.init(config, llm, 0)

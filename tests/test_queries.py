@@ -12,8 +12,10 @@ from tiny_training import config, model_folder
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.query import Query
+from mend_jax.data.readers import Readers
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.prefix import Prefix, init_distiller
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
@@ -67,7 +69,7 @@ def test_states_are_those_of_a_prefix_for_each_query(folder):
 def update(folder, batch, mode=None, accumulate=1):
     c = config(folder, stage="finetune", **{"train.accumulate": accumulate})
     llm = load_llm(folder)
-    model = init_distiller(c.prefix, llm, 0)
+    model = Distiller.init(c, llm, 0)
     optimizer = optax.sgd(1.0)
     layout = parallel.make_layout(mode, c.mesh) if mode else None
     step = make_train_step(c, make_loss_fn(c, llm, model, mode and layout.mesh), optimizer, mode and layout.axis)
@@ -98,12 +100,12 @@ def test_the_update_is_that_of_a_row_for_each_query(folder, expected, mode, accu
 
 def test_rows_hold_other_examples_of_the_task(world, tokenizer):
     one, three = (
-        make_batches(tiny_config(world, "finetune", queries=n), tokenizer, "train", 96, 80) for n in (1, QUERIES)
+        make_batches(tiny_config(world, "finetune", queries=n), Readers(tokenizer, 96, 80)) for n in (1, QUERIES)
     )
     for row in range(60):
-        task, chosen, queries, _ = three.draws.draw(row)
+        task, chosen, queries, _ = three.rows.draw(row)
         assert len({*chosen, *queries}) == len(chosen) + QUERIES  # none twice
-        same_task, same_chosen, (first,), _ = one.draws.draw(row)
+        same_task, same_chosen, (first,), _ = one.rows.draw(row)
         assert (task, *chosen, queries[0]) == (same_task, *same_chosen, first)
     for step in range(8):
         batch = three[step]
@@ -111,9 +113,9 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
         real = batch.demos_length.sum() + batch.query.length.sum()
         assert three.padding(step) == pytest.approx(1 - real / (batch.demos.size + batch.query.tokens.size))
         for place, row in enumerate(batch.ids):
-            task, _, queries, _ = three.draws.draw(int(row))
+            task, _, queries, _ = three.rows.draw(int(row))
             for i, query in enumerate(queries):
-                x, y = three.draws.stores[task].example(query, 6)
+                x, y = three.rows.stores[task].example(query, 6)
                 length = batch.query.length[place, i]
                 assert batch.query.tokens[place, i, :length].tolist() == [*x, *y]
                 assert batch.query.target_start[place, i] == len(x)
@@ -121,4 +123,4 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
 
 def test_too_few_examples_for_so_many_queries(world, tokenizer):
     with pytest.raises(UserError, match=r"config.data.k = 4 demonstrations and config.data.queries = 30 take 34"):
-        make_batches(tiny_config(world, "finetune", queries=30), tokenizer, "train", 96, 80)
+        make_batches(tiny_config(world, "finetune", queries=30), Readers(tokenizer, 96, 80))

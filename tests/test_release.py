@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange import export, trained
+from mend_jax.prefixes.distiller import write_folder
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_same_width"])
@@ -44,7 +45,7 @@ def test_bin_and_safetensors_of_the_release_hold_the_same(golden):
 def test_the_golden_distillers_survive_the_folder_too(golden, tmp_path):
     """Release file -> Hugging Face folder -> release file, byte for byte."""
     original = golden / "gpt2" / "distiller_official.safetensors"
-    export.write_folder(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
+    write_folder(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
     export.write_release(trained.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == original.read_bytes()
 

@@ -9,7 +9,7 @@ from family_rows import COMMON, LLAMA, LLAMA3, YARN, tokens, torch_model
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.rope import frequencies, read_rope
-from mend_jax.prefixes.prefix import no_prefix
+from mend_jax.prefixes.nothing import no_prefix
 
 
 @pytest.mark.parametrize(

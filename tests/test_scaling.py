@@ -13,6 +13,7 @@ from configs import base
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import make_batches
+from mend_jax.data.readers import Readers
 from mend_jax.measure import scaling
 from mend_jax.measure.collectives import sent
 from mend_jax.measure.formulas import by_formula, count, flops, formula_table, meshes
@@ -76,7 +77,7 @@ def test_the_batch_is_the_largest_that_the_data_give(stage, tmp_path):
     backbone = DecoderConfig("gpt2", 64, 16, 1, 1, 16, 20)
     for llm in (DecoderConfig("gpt2", 64, 16, 1, 1, 16, 18), from_hf_config(t5(16, 1, 1, 16))):
         work = make_workload(config, llm, backbone, 4)
-        draws = make_batches(config, tokenizer, "train", llm.window, backbone.window, targets_apart=work.apart).draws
+        draws = make_batches(config, Readers(tokenizer, llm.window, backbone.window, separate_targets=work.apart)).rows
         assert (work.demos, work.query) == (draws.demo_buckets[-1], draws.query_buckets[-1])
         assert work.inputs == (draws.input_columns if work.apart else None)
 

@@ -14,7 +14,10 @@ from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
-from mend_jax.prefixes.prefix import Prefix, bucket, demonstrations_prefix, no_prefix
+from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import options as scoring
 from mend_jax.scoring.options import cache_prefix, lay_out, score_items, score_options
 

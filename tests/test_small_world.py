@@ -342,7 +342,8 @@ def test_the_packaged_llm_learns_in_context(world):
 
     from mend_jax.data.query import Query
     from mend_jax.llm.decoder_only import load_llm
-    from mend_jax.prefixes.prefix import Prefix, no_prefix
+    from mend_jax.prefixes.nothing import no_prefix
+    from mend_jax.prefixes.prefix import Prefix
 
     assert (small_world.PACKAGED_MODELS / "llm" / "model.safetensors").exists()
     llm = load_llm(small_world.PACKAGED_MODELS / "llm")

@@ -17,7 +17,7 @@ from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, init_params, load_model, save_model
 from mend_jax.models.split_weights import read_split
-from mend_jax.prefixes.prefix import init_distiller
+from mend_jax.prefixes.distiller import Distiller
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.step import init_state, make_loss_fn, make_train_step
@@ -110,7 +110,7 @@ def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):
 @pytest.mark.parametrize("folder", ["qwen3", "t5"], indirect=True)
 def test_a_step_with_weights_read_in_parts_in_8_bits_is_that_with_weights_read_whole(folder):
     c = config(folder, stage="finetune", **{"llm.weights": "int8", "train.batch_size": 8})
-    batch = RandomBatches(c, None, "train", 0, 0, 0, 1)[0].replace(ids=None)
+    batch = RandomBatches(c, None)[0].replace(ids=None)
     (moved, metrics), (expected, expected_metrics) = (
         one_step(c, batch, layout) for layout in (parallel.make_layout("mesh", SIZES), None)
     )
@@ -125,7 +125,7 @@ def one_step(c, batch, layout):
     place, mesh = (layout.place, layout.mesh) if layout else (None, None)
     llm = load_llm(c.llm.path, weights=c.llm.weights, place=place)
     assert llm.params["embed"]["tokens"].dtype == np.int8
-    model, optimizer = init_distiller(c.prefix, llm, 0, place), optax.sgd(1.0)
+    model, optimizer = Distiller.init(c, llm, 0, place), optax.sgd(1.0)
     step = make_train_step(c, make_loss_fn(c, llm, model, mesh), optimizer)
     start, before = partial(init_state, optimizer=optimizer), jax.tree.map(np.array, model.params)
     if layout:

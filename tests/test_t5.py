@@ -20,7 +20,10 @@ from mend_jax.models.encoder_decoder import distance_buckets
 from mend_jax.models.families import from_hf_config, key_table, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, save_model
 from mend_jax.models.weights import to_tensors
-from mend_jax.prefixes.prefix import Prefix, demonstrations_prefix, init_distiller, no_prefix
+from mend_jax.prefixes.demonstrations import demonstrations_prefix
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.nothing import no_prefix
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import make_mesh, placer
 from mend_jax.scoring.options import score_options
 
@@ -240,7 +243,7 @@ def test_the_distiller_is_the_encoder_with_placeholders_behind_the_demonstration
 
     config = get_config()
     config.prefix.backbone, config.prefix.length = str(row.folder), 4
-    distiller = init_distiller(config.prefix, row.llm, 0)
+    distiller = Distiller.init(config, row.llm, 0)
     assert set(distiller.params["backbone"]) == {"embed", "encoder"} and distiller.projection == "identity"
     rows = [tokens(12).tolist(), tokens(5).tolist()]
     vectors = distiller.distill(rows)

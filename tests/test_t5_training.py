@@ -21,12 +21,16 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.query import Query
-from mend_jax.interchange.export import write_folder
+from mend_jax.data.readers import Readers
 from mend_jax.interchange.trained import read_distiller
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.losses import token_weights
 from mend_jax.models.encoder_decoder import decode, encode
-from mend_jax.prefixes.prefix import Prefix, bucket, init_distiller, init_soft_prompt
+from mend_jax.prefixes import Demonstrations, Nothing, kind_of
+from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.distiller import Distiller, write_folder
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run.build import load
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import cache_prefix, score_items, score_options
@@ -81,7 +85,7 @@ def test_every_method_trains(pair, method):
     stage, kind, *loss = METHODS[method]
     names = zip(("loss.kd", "loss.pred", "loss.clm"), loss, strict=True)
     c = settings(pair, **{"stage": stage, "prefix.kind": kind, "optimizer.learning_rate": 1e-2, **dict(names)})
-    model = (init_distiller if kind == "distiller" else init_soft_prompt)(c.prefix, pair.llm, 0)
+    model = kind_of(c).init(c, pair.llm, 0)
     optimizer = make_optimizer(c)
     step = jax.jit(make_train_step(c, make_loss_fn(c, pair.llm, model), optimizer))
     state, rows, losses = init_state(model.params, optimizer), batch(stage), []
@@ -102,7 +106,7 @@ def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
     folder = tmp_path / "tokenizer"
     save_tokenizer(folder)
     tokenizer, c = AutoTokenizer.from_pretrained(folder), data_config(make_world(tmp_path / "world"), stage)
-    parts = [make_batches(c, tokenizer, "train", 2**30, 2**30, i, 2, targets_apart=True) for i in range(2)]
+    parts = [make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)]
     sizes = set()
     for step in range(8):
         queries = [part[step].query for part in parts]
@@ -124,7 +128,7 @@ def test_the_losses_cover_what_the_decoder_says():
 
 def test_the_losses_are_those_of_pytorch(pair):
     torch = pytest.importorskip("torch")
-    distiller = init_distiller(settings(pair).prefix, pair.llm, 0)
+    distiller = Distiller.init(settings(pair), pair.llm, 0)
     demos, x, y = tokens(9).tolist(), [5, 6, 7, 8], [9, 10, 11]
     ours, labels = training_losses(pair.llm, distiller, demos, x, y), torch.tensor([y])
     embed = pair.torch.get_input_embeddings()
@@ -155,8 +159,8 @@ def test_items_scored_together_are_those_scored_one_by_one(pair):
 def test_every_method_is_evaluated(pair):
     c = settings(pair, **{"data.demo_buckets": (16, 64)})  # a budget of 16 tokens: two demonstrations fit
     demos = [(tokens(4), tokens(2)) for _ in range(3)]
-    task, models = EvalTask("tiny", 13, demos, items(5), True), [None, None]
-    models += [make(c.prefix, pair.llm, 0) for make in (init_distiller, init_soft_prompt)]
+    task, models = EvalTask("tiny", 13, demos, items(5), True), [Nothing.beside(pair.llm), Demonstrations.beside(pair.llm)]
+    models += [make(c, pair.llm, 0) for make in (Distiller.init, SoftPrompt.init)]
     scores = {}
     for name, model in zip(("zero_shot", "icl", "mend", "prompt_tuning"), models, strict=True):
         result = evaluate_task(pair.llm, prefix_maker(c, pair.llm, Method(name, model)), task, batch_size=4)
@@ -171,11 +175,11 @@ def test_an_exported_distiller_reads_alike_here_and_in_pytorch(pair, tmp_path):
     torch = pytest.importorskip("torch")
     from mend_jax.interchange.mend_distiller import MendDistiller
 
-    distiller = init_distiller(settings(pair).prefix, pair.llm, 0)
+    distiller = Distiller.init(settings(pair), pair.llm, 0)
     write_folder(distiller, tmp_path)
     again, theirs = read_distiller(tmp_path), MendDistiller.from_pretrained(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again.params, distiller.params)
-    assert again.settings == distiller.settings
+    assert again.module == distiller.module
     rows = [tokens(12).tolist(), tokens(5).tolist()]
     np.testing.assert_allclose(theirs.distill(rows).numpy(), distiller.distill(rows).embeds, atol=1e-4)
     assert isinstance(theirs.backbone, torch.nn.Module) and not hasattr(theirs.backbone, "decoder")
@@ -208,7 +212,7 @@ def test_the_cost_of_a_step_counts_its_products(pair):
     """But for the head's, which is under a while loop, and what is computed twice: attention's scores."""
     c = settings(pair, stage="finetune")
     N, L, Q = bucket(16), c.prefix.length, 16
-    distiller = init_distiller(c.prefix, pair.llm, 0)
+    distiller = Distiller.init(c, pair.llm, 0)
     query = Query(tokens(1, Q), np.array([Q], np.int32), np.array([0], np.int32), 0)  # x is empty: Y is Q
     rows = Batch(tokens(1, N), np.array([N], np.int32), query, None)
     loss_fn = make_loss_fn(c, pair.llm, distiller)
@@ -227,7 +231,7 @@ def test_what_t5_cannot_do_is_said(pair):
     with pytest.raises(UserError, match='Stage "lm" trains decoder-only models'):
         load(c)
     with pytest.raises(UserError, match="reads x in the encoder|input or the output is empty"):
-        distiller = init_distiller(c.prefix, pair.llm, 0)
+        distiller = Distiller.init(c, pair.llm, 0)
         training_losses(pair.llm, distiller, [1, 2], [], [3])
 
 

@@ -80,7 +80,7 @@ def test_metrics_have_every_line_once(finished):
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
     assert {"kd", "pred", "clm", "grad_norm", "learning_rate", "padding", "tokens"} <= lines[0].keys()
-    batches = [RandomBatches(config("x"), None, "train", 0, 0, 0, 1)[i] for i in range(4)]
+    batches = [RandomBatches(config("x"), None)[i] for i in range(4)]
     tokens = [int(batch.demos_length.sum() + batch.query.length.sum()) for batch in batches]
     assert lines[0]["tokens"] == sum(tokens)
     sizes = [batch.demos.size + batch.query.tokens.size for batch in batches]

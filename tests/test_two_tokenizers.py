@@ -17,12 +17,14 @@ from mend_jax import evaluate, prepare, train
 from mend_jax.cli.errors import UserError
 from mend_jax.data import prepared, tokenize
 from mend_jax.data.batches import make_batches
+from mend_jax.data.readers import Readers
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.interchange.export import export
+from mend_jax.prefixes import Demonstrations
 from mend_jax.run import build as run_parts
 from mend_jax.run import layout as parallel
 from mend_jax.run import reporting
-from mend_jax.scoring.tasks import Method, make_context
+from mend_jax.scoring.tasks import make_context
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -54,7 +56,7 @@ def pair(request, tokenizers):
 def batches(world, pair, stage, processes=(0, 1), **data):
     llm, own = pair
     config = tiny_config(world, stage, **data)
-    return make_batches(config, llm, "train", *WINDOWS, *processes, distiller_tokenizer=other_tokenizer(llm, own))
+    return make_batches(config, Readers(llm, *WINDOWS, other_tokenizer(llm, own)), "train", processes or (0, 1))
 
 
 def ids(tokenizer, text):
@@ -92,9 +94,9 @@ def test_both_read_the_same_examples(world, pair):
     counts, cuts = set(), 0
     for step in range(12):
         batch = made[step]
-        assert batch.teacher_demos.shape == batch.demos.shape and batch.demos.shape[1] in made.draws.demo_buckets
+        assert batch.teacher_demos.shape == batch.demos.shape and batch.demos.shape[1] in made.rows.demo_buckets
         for row, number in enumerate(batch.ids):
-            task, chosen, [query], _ = made.draws.draw(int(number))
+            task, chosen, [query], _ = made.rows.draw(int(number))
             rows = [examples["abc"[task]][i] for i in chosen]
             wanted = [], []
             for example in rows:
@@ -120,8 +122,8 @@ def test_both_read_the_same_text_and_the_llm_the_rest(world, pair):
     for step in range(12):
         batch = made[step]
         for row, number in enumerate(batch.ids):
-            document = made.draws.document(int(number))
-            read, _ = made.draws.store.readings(document)
+            document = made.rows.document(int(number))
+            read, _ = made.rows.store.readings(document)
             text = pair[0].decode(read[0])
             teacher, demos = contexts(batch, row)
             cut = min(len(read[0]), 90)
@@ -156,7 +158,7 @@ def test_one_tokenizer_for_both_changes_nothing(tmp_path, tokenizers, stage, dig
     monkeypatch.setattr(prepared, "run_job", lambda own, *rest: calls.append(len(own)) or run_job(own, *rest))
     llm = tokenizers["word"]
     made = make_batches(
-        tiny_config(make_world(tmp_path), stage), llm, "train", 96, 80, distiller_tokenizer=other_tokenizer(llm, again)
+        tiny_config(make_world(tmp_path), stage), Readers(llm, 96, 80, distiller_tokenizer=other_tokenizer(llm, again))
     )
     found = hashlib.sha256()
     for step in range(8):
@@ -219,15 +221,15 @@ def test_evaluation_and_export(program, tmp_path):
     assert scores["run"] == scores["exported"] and len(scores["run"][1]) == 2
     distiller = mend_jax.load_distiller(tmp_path / "exported", program.llm)
     [task, _] = evaluate.load_tasks(c, program.llm, "test")[0]
-    context = make_context(c, program.llm, Method("mend", distiller), task).tolist()
+    context = make_context(c, program.llm, distiller, task).tolist()
     examples = [[t.removeprefix(" ") for t in pair] for pair in task.texts]
     assert context == [i for x, y in examples for text in (x, y) for i in ids(distiller.tokenizer, " " + text)]
     order = np.array([2, 0, 3, 1])
-    shuffled = make_context(c, program.llm, Method("mend", distiller), task, order).tolist()
+    shuffled = make_context(c, program.llm, distiller, task, order).tolist()
     assert shuffled == [i for n in order for text in examples[n] for i in ids(distiller.tokenizer, " " + text)]
     vectors = distiller.distill([tuple(pair) for pair in examples])
     np.testing.assert_array_equal(vectors.embeds, distiller.distill(context).embeds)
-    assert make_context(c, program.llm, Method("icl"), task).max() < tokenizer_files.SIZES["piece"] <= max(context)
+    assert make_context(c, program.llm, Demonstrations.beside(program.llm), task).max() < tokenizer_files.SIZES["piece"] <= max(context)
 
 
 def test_what_the_llm_cannot_read_the_distiller_does_not_read(program):
@@ -237,7 +239,7 @@ def test_what_the_llm_cannot_read_the_distiller_does_not_read(program):
     distiller = mend_jax.load_distiller(program.folder / "finetune", program.llm)
     pair = program.llm.tokenizer, distiller.tokenizer
     for task in evaluate.load_tasks(c, program.llm, "test")[0]:
-        context = make_context(c, program.llm, Method("mend", distiller), task).tolist()
+        context = make_context(c, program.llm, distiller, task).tolist()
         wanted, sizes = [], np.zeros(2, int)
         for x, y in task.texts:
             read = [a + ids(t, y) for a, t in zip(shared(pair, x, (5, 5)), pair, strict=True)]
@@ -264,7 +266,7 @@ def test_mistakes(program, world, tmp_path, monkeypatch):
     distiller = mend_jax.load_distiller(program.folder / "finetune", program.llm)
     [task, *_] = evaluate.load_tasks(c, program.llm, "test")[0]
     with pytest.raises(UserError, match="data.release_truncation"):
-        make_context(c, program.llm, Method("mend", distiller), task)
+        make_context(c, program.llm, distiller, task)
     with pytest.raises(UserError, match="gives ids up to 260, but the backbone knows 260 tokens"):
         tokenize.check_backbone(program.llm.tokenizer, distiller.tokenizer, 260, "small")
 

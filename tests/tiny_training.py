@@ -64,11 +64,8 @@ class RandomBatches:
 
     contents = {}  # of no files
 
-    def __init__(
-        self, config, tokenizer, split, window, distiller_window, process_index, process_count, targets_apart=False,
-        distiller_tokenizer=None,
-    ):  # fmt: skip
-        assert process_count == 1  # test_processes.py has several
+    def __init__(self, config, readers, split="train", share=(0, 1)):
+        assert share[1] == 1  # test_processes.py has several
         self.config, self.rows = config, config.train.batch_size
         self.seed = [config.seed, ("train", "validation").index(split), 0]
         self.steps = 2 if split == "validation" else None

@@ -13,13 +13,15 @@ CHOICES = {
     "llm.dtype": ("float32", "bfloat16"),
     "llm.weights": ("full", "int8"),
     "llm.attention": ("xla", "cudnn"),
-    "prefix.kind": ("distiller", "soft_prompt"),
+    "prefix.kind": ("distiller", "soft_prompt", "chunked"),
+    "prefix.join": ("concat", "mean"),
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
     "data.template": ("space", "newline"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
+    "evaluate.parallel": ("auto", "tasks", "mesh"),
 }
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # of experiment.methods
 # (lowest, highest) of a number, which is at least 1 if not named here; a bound in NOT_REACHED is not allowed itself.

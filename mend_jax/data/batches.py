@@ -15,7 +15,10 @@ from flax import struct
 from mend_jax.cli.errors import UserError
 from mend_jax.data import metaicl, prepared, sampling
 from mend_jax.data.query import Query
-from mend_jax.data.rows import SequenceDraws, TaskDraws, TextDraws
+from mend_jax.data.readers import Readers
+from mend_jax.data.rows.finetune import TaskRows
+from mend_jax.data.rows.lm import SequenceRows
+from mend_jax.data.rows.pretrain import TextRows
 from mend_jax.data.stores import TaskStore, text_splits
 
 LAST_STEP = 2**40
@@ -44,10 +47,9 @@ class Batches:
     `contents` says what files they are drawn from, and the validation beside them: {"data.text" or "data.tasks": a hash}.
     """
 
-    def __init__(
-        self, draws, config, steps, sort: bool, process_index: int, process_count: int, targets_apart=False, contents=None
-    ):
-        self.draws, self.steps, self.contents = draws, steps, contents or {}
+    def __init__(self, rows, config, steps, sort: bool, share=(0, 1), separate_targets=False, contents=None):
+        self.rows, self.steps, self.contents = rows, steps, contents or {}
+        process_index, process_count = share
         self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
         self.seed, self.prefetch = config.seed, config.data.prefetch
         if self.batch_size % process_count:
@@ -55,22 +57,22 @@ class Batches:
                 f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: "
                 "choose a multiple."
             )
-        share = self.batch_size // process_count
-        self.targets_apart = targets_apart
-        self.mine = slice(process_index * share, (process_index + 1) * share)
+        part = self.batch_size // process_count
+        self.separate_targets = separate_targets
+        self.mine = slice(process_index * part, (process_index + 1) * part)
         self.plans, self.lock = {}, threading.Lock()
 
     def __getitem__(self, step: int) -> Batch:
         rows, demos_length, query_length = self.plan(step)
         demo_size = self._demo_size(rows, demos_length)
-        query_size = sampling.bucket(int(query_length.max()), self.draws.query_buckets)
+        query_size = sampling.bucket(int(query_length.max()), self.rows.query_buckets)
         mine = rows[self.mine]
-        demos, queries, teachers = zip(*(self.draws.tokens(int(row)) for row in mine), strict=True)
+        demos, queries, teachers = zip(*(self.rows.tokens(int(row)) for row in mine), strict=True)
         demos, demos_length = pad(demos, demo_size)
         query = Query(*pad_queries(queries, query_size), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
-            teacher_size = demo_size if self.draws.two_readings else self.draws.teacher_size
+            teacher_size = demo_size if self.rows.separate_teacher else self.rows.teacher_size
             teacher, teacher_length = pad(teachers, teacher_size)
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
@@ -78,16 +80,16 @@ class Batches:
     def _demo_size(self, rows, demos_length) -> int:
         """Columns of the contexts; of two readings one size for both, so that fewer shapes are compiled."""
         longest = int(demos_length.max())
-        if self.draws.two_readings:
-            longest = max(longest, *(self.draws.teacher_length(int(row)) for row in rows))
-        return sampling.bucket(longest, self.draws.demo_buckets)
+        if self.rows.separate_teacher:
+            longest = max(longest, *(self.rows.teacher_length(int(row)) for row in rows))
+        return sampling.bucket(longest, self.rows.demo_buckets)
 
     def _columns(self, rows) -> tuple[int | None, int | None]:
         """Sizes for x and y apart, of the whole global batch: only for those who need them, since each is compiled."""
-        if not self.targets_apart:
+        if not self.separate_targets:
             return None, None
-        longest = max(self.draws.target_length(int(row)) for row in rows)
-        return self.draws.input_columns, sampling.bucket(longest, self.draws.query_buckets)
+        longest = max(self.rows.target_length(int(row)) for row in rows)
+        return self.rows.input_columns, sampling.bucket(longest, self.rows.query_buckets)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The global batch of a step: its rows' numbers, their context lengths, (batch_size,), and queries', (batch_size, R)."""
@@ -102,12 +104,12 @@ class Batches:
     def _plan_window(self, window: int):
         count = self.window * self.batch_size
         first = window * count
-        lengths = np.asarray([self.draws.lengths(row) for row in range(first, first + count)], np.int64)
+        lengths = np.asarray([self.rows.lengths(row) for row in range(first, first + count)], np.int64)
         shape = (self.window, self.batch_size)
         order = np.arange(count).reshape(shape)
         if self.window > 1:
             rng = sampling.row_rng(self.seed, 5, window)
-            sizes = self.draws.demo_buckets, self.draws.query_buckets
+            sizes = self.rows.demo_buckets, self.rows.query_buckets
             order = sampling.window_plan(lengths[:, 0], lengths[:, 1:].max(1), *sizes, self.window, rng)
         return first + order, lengths[order, 0], lengths[order, 1:]
 
@@ -123,12 +125,12 @@ class Batches:
         """Share of the tokens of a step's global batch that is padding, 0 to 1."""
         rows, demos_length, query_length = self.plan(step)
         sizes = self._demo_size(rows, demos_length)
-        sizes += sampling.bucket(int(query_length.max()), self.draws.query_buckets) * query_length.shape[1]
+        sizes += sampling.bucket(int(query_length.max()), self.rows.query_buckets) * query_length.shape[1]
         return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
 
     def describe(self, row: int) -> str:
         """Where a row of `Batch.ids` came from, for messages to people."""
-        return self.draws.describe(int(row))
+        return self.rows.describe(int(row))
 
 
 def pad(rows, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,21 +151,17 @@ def pad_queries(rows, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(array.reshape(len(rows), len(rows[0]), *array.shape[1:]) for array in arrays)
 
 
-def make_batches(config, tokenizer, split: str = "train", window: int = 1024, distiller_window: int | None = None,
-                 process_index: int = 0, process_count: int = 1, targets_apart: bool = False, distiller_tokenizer=None) -> Batches:  # fmt: skip
+def make_batches(config, readers: Readers, split: str = "train", share: tuple[int, int] = (0, 1)) -> Batches:
     """The batches of config.stage; what is not tokenised yet is tokenised first (`mend_jax.prepare`).
 
     Args:
-        tokenizer: the LLM's, a Hugging Face fast tokenizer.
+        readers: what the models are to the data.
         split: "train", or "validation": held-out text, and the dev examples of the partition's meta-test tasks.
-        window: the LLM's, in tokens.
-        distiller_window: the distiller backbone's, where there is a distiller.
-        targets_apart: the LLM reads x and y apart (an encoder–decoder): queries say how many columns each has.
-        distiller_tokenizer: where it is another than the LLM's (`other_tokenizer`): contexts are then read by both.
+        share: (i, n): part i of n of every batch, this process's.
     Raises:
-        UserError: for bad input (see contents of `metaicl`, `c4`, `draws`).
+        UserError: for bad input (see contents of `metaicl`, `c4`, `rows`).
     """
-    windows = (window, distiller_window or 2**31)
+    tokenizer, distiller_tokenizer = readers.tokenizer, readers.distiller_tokenizer
     train, stage = split == "train", config.stage
     if stage not in ("pretrain", "finetune", "lm"):
         raise UserError(f"config.stage is {stage!r}: choose pretrain, finetune or lm.")
@@ -179,13 +177,13 @@ def make_batches(config, tokenizer, split: str = "train", window: int = 1024, di
         tasks = [TaskStore(shard, manifest["dtype"], manifest["tokenizers"]) for shard in manifest["shards"]]
         contents["data.tasks"] = prepared.contents(manifest, *metaicl.held_out_files(config))
     if stage == "pretrain":
-        draws = TextDraws(config, store, documents, train, windows)
+        rows = TextRows(config, store, documents, train, readers)
     elif stage == "finetune":
-        draws = TaskDraws(config, tasks, windows)
+        rows = TaskRows(config, tasks, readers)
     else:
-        draws = SequenceDraws(config, store, documents, tasks, train, windows, tokenizer.eos_token_id)
+        rows = SequenceRows(config, store, documents, tasks, train, readers)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
-    return Batches(draws, config, steps, train and stage != "lm", process_index, process_count, targets_apart, contents)
+    return Batches(rows, config, steps, train and stage != "lm", share, readers.separate_targets, contents)
 
 
 def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> dict:

@@ -3,10 +3,13 @@
 K demonstrations, D their concatenation x1 y1 x2 y2 ..., every x and y with the separator before it (paper section 3.3).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 RELEASE_DISTILLER_TOKENS = 642  # the public release: fewer than 643 tokens for the distiller
 RELEASE_TEACHER_TOKENS = 766  # and fewer than 767 for the teacher
+EMPTY = -1  # in a context of chunks: a place without a token
 
 
 def row_rng(seed: int, *position: int) -> np.random.Generator:
@@ -33,6 +36,50 @@ def join_demos(pairs) -> np.ndarray:
     """The context D of (x, y) pairs of token ids: (N,) int32."""
     pieces = [piece for pair in pairs for piece in pair]
     return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]) if pieces else np.zeros(0, np.int32)
+
+
+class Packing(NamedTuple):
+    """Contexts that are read in chunks, each a row of `columns` tokens of which the last may be `EMPTY`."""
+
+    columns: int  # tokens of a chunk, at most
+    demos: int  # demonstrations of a chunk, at most
+    chunks: int  # of a context, at most; what does not fit is left out
+
+    def chunk_of(self, lengths) -> list[int]:
+        """The chunk that each demonstration of so many tokens goes to, in their order; up to the first that has no place."""
+        placed, chunk, free, room = [], -1, 0, 0
+        for length in map(int, lengths):
+            if length > self.columns:
+                break
+            if length > free or not room:
+                chunk, free, room = chunk + 1, self.columns, self.demos
+            if chunk >= self.chunks:
+                break
+            placed.append(chunk)
+            free, room = free - length, room - 1
+        return placed
+
+    def pieces(self, length: int) -> list[int]:
+        """The lengths of the pieces, a chunk each, that a text without demonstrations is cut into."""
+        return [min(self.columns, length - start) for start in range(0, length, self.columns)]
+
+    def buckets(self, largest: int) -> tuple[int, ...]:
+        """Padded sizes of contexts: whole chunks, and room for `largest` tokens too."""
+        return tuple(self.columns * n for n in range(1, max(self.chunks, -(-largest // self.columns)) + 1))
+
+    def length(self, lengths) -> int:
+        """Columns of the context of demonstrations of so many tokens."""
+        return self.columns * (max(self.chunk_of(lengths), default=-1) + 1)
+
+    def lay_out(self, pieces) -> np.ndarray:
+        """The context (chunks * columns,) int32 of demonstrations, each an array of token ids."""
+        placed = self.chunk_of([len(piece) for piece in pieces])
+        chunks = np.full((max(placed, default=-1) + 1, self.columns), EMPTY, np.int32)
+        filled = [0] * len(chunks)
+        for piece, chunk in zip(pieces, placed, strict=False):
+            chunks[chunk, filled[chunk] : filled[chunk] + len(piece)] = piece
+            filled[chunk] += len(piece)
+        return chunks.reshape(-1)
 
 
 def split_text(length: int, beta: float, budget: int) -> tuple[int, int]:

@@ -244,9 +244,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0, help="other texts and tasks in the same language")
     parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of them in training and demonstrations")
+    parser.add_argument("--demonstrations", type=int, default=16, help="of each test task and seed: K, for data.k")
     options = parser.parse_args(arguments)
     try:
-        paths = write_small_world(options.out, World(seed=options.seed, wrong_labels=options.wrong_labels))
+        paths = write_small_world(options.out, World(seed=options.seed, wrong_labels=options.wrong_labels, demonstrations=options.demonstrations))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

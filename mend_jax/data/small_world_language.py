@@ -22,6 +22,9 @@ FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with
 END_OF_TEXT = "<eos>"
 
 
+DISTINCT = 64  # demonstrations in a row with different inputs: a topic has few
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """What the generator can be told; lengths in words. The language itself is the same for every seed."""
@@ -50,7 +53,8 @@ class World:
 
     def __post_init__(self) -> None:
         inputs = sum(math.perm(self.topic_words, n) for n in range(self.input_words[0], self.input_words[1] + 1))
-        needed = max(self.train_examples, self.test_examples + self.demonstrations + self.dev_examples)
+        shown = min(self.demonstrations, DISTINCT)
+        needed = max(self.train_examples, self.test_examples + shown + self.dev_examples)
         if not 0 <= self.wrong_labels < 1:
             raise UserError(f"wrong_labels is {self.wrong_labels}: give a share, from 0 to less than 1.")
         if inputs < needed:  # else drawing inputs that are all different might never end
@@ -176,15 +180,14 @@ def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> di
     test = draw_examples(rng, world, task, meaning, labels, test_inputs)
     files = {}
     for seed in SEEDS:
-        seen = set(test_inputs)
-        k = world.demonstrations
-        for split, count, at_least in (
-            ("train", k, world.demonstrations_per_class),
-            ("dev", world.dev_examples, world.dev_examples // len(meaning)),
-        ):
-            labels = _labels(rng, meaning, count, at_least)
-            rows = draw_examples(rng, world, task, meaning, labels, seen)
-            # What methods are chosen and judged by is right.
-            files[f"{k}_{seed}_{split}"] = _labelled(world, rows) if split == "train" else rows
+        k, shown = world.demonstrations, []
+        while len(shown) < k:
+            seen, count = set(test_inputs), min(DISTINCT, k - len(shown))
+            labels = _labels(rng, meaning, count, min(world.demonstrations_per_class, count // len(meaning)))
+            shown += draw_examples(rng, world, task, meaning, labels, seen)
+        files[f"{k}_{seed}_train"] = _labelled(world, shown)
+        # What methods are chosen and judged by is right.
+        labels = _labels(rng, meaning, world.dev_examples, world.dev_examples // len(meaning))
+        files[f"{k}_{seed}_dev"] = draw_examples(rng, world, task, meaning, labels, seen)
         files[f"{k}_{seed}_test"] = test
     return files

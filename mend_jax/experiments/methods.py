@@ -125,24 +125,17 @@ def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
     """Tokenises and checks what all trainings read that have not begun: a mistake in a later one's is found now too."""
     from mend_jax.data.batches import make_batches
     from mend_jax.data.small_world import resolve
-    from mend_jax.data.tokenize import other_tokenizer
-    from mend_jax.models.families import from_hf_config
-    from mend_jax.models.folders import load_tokenizer, local_folder
+    from mend_jax.run.build import readers_by_folders
 
     config, known = resolve(config), set()
-    llm, backbone = (local_folder(path) for path in (config.llm.path, config.prefix.backbone))
-    tokenizer, window = load_tokenizer(llm), from_hf_config(llm).window
     for method in config.experiment.methods:
         for stage, c in stage_configs(config, method):
             kind = stage, c.prefix.kind
             if kind in known or (folder / method / stage / "checkpoints").exists():
                 continue
             known.add(kind)
-            own = (None, None)
-            if c.prefix.kind == "distiller":
-                own = from_hf_config(backbone).window, other_tokenizer(tokenizer, load_tokenizer(backbone))
             for split in ("train", "validation") if stage == "pretrain" else ("train",):
-                make_batches(c, tokenizer, split, window, own[0], distiller_tokenizer=own[1])
+                make_batches(c, readers_by_folders(c), split)
 
 
 def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:

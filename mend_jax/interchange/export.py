@@ -1,35 +1,27 @@
 """An exported model: files that need nothing of this project (the command `export` says which). trained.py reads them back."""
 
-
 import errno
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mend_jax.cli.errors import UserError
-from mend_jax.interchange.model_card import distiller_card, llm_card, soft_prompt_card
+from mend_jax.interchange.model_card import llm_card, prefix_card
 from mend_jax.interchange.trained import (
     HYPERNET,
     PLACEHOLDERS,
     PROJECTION,
-    SETTINGS,
-    SOFT_PROMPT,
-    TENSORS,
     check_backbone,
     lm_settings,
     read_workdir,
     source_folder,
 )
 from mend_jax.models import weights
-from mend_jax.models.families import to_hf_config
 from mend_jax.models.folders import save_model
-from mend_jax.prefixes.prefix import Distiller, SoftPrompt, resolve_projection
-
-MODULE = "mend_distiller.py"
+from mend_jax.prefixes import Distiller
+from mend_jax.prefixes.distiller import resolve_projection
 
 
 def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = None) -> str:
@@ -105,34 +97,6 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
         raise OSError(errno.EIO, f"PyTorch: {str(error).splitlines()[0]}", str(path)) from error
 
 
-# The exported folder
-
-
-def write_folder(distiller: Distiller, folder: str | Path) -> None:
-    """The distiller as a Hugging Face folder, without card and release files."""
-    folder, params = Path(folder), distiller.params
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
-    backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
-    weights.write_file(_contiguous(backbone), folder / "model.safetensors")
-    tensors = {"placeholders": np.asarray(params["placeholders"])}
-    if "projection" in params:
-        tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
-        tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
-    weights.write_file(_contiguous(tensors), folder / TENSORS)
-    settings = {
-        "num_vectors": distiller.num_vectors,
-        "width": distiller.config.width,
-        "llm_width": distiller.llm_width,
-        "projection": distiller.projection,
-        "separator": distiller.separator,
-    }
-    _write_json(folder / SETTINGS, settings)
-    if distiller.tokenizer is not None:
-        distiller.tokenizer.save_pretrained(folder)
-    shutil.copyfile(Path(__file__).with_name(MODULE), folder / MODULE)
-
-
 # A whole export
 
 
@@ -146,19 +110,15 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
         save_model(folder, settings, model, source)
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
-    if isinstance(model, SoftPrompt):
-        weights.write_file(_contiguous(model.params), folder / SOFT_PROMPT)
-        card.write_text(soft_prompt_card(config, meta, workdir, model))
-        return f"A soft prompt: {model.num_vectors} vectors in {SOFT_PROMPT}."
-    write_folder(model, folder)
-    card.write_text(distiller_card(config, meta, workdir, model))
-    return (
-        f"A distiller as a Hugging Face folder, with {MODULE} for PyTorch. {_write_releases(model, folder / 'release')}"
-    )
+    said = model.write(folder)
+    card.write_text(prefix_card(config, meta, workdir, model))
+    return f"{said} {_write_releases(model, folder / 'release')}".strip()
 
 
 def _write_releases(distiller, folder) -> str:
     """The two files of the release's layout, as far as they can be written; returns a sentence on what was."""
+    if not isinstance(distiller, Distiller):
+        return ""
     folder.mkdir()
     try:
         write_release(distiller, folder / "distiller.safetensors")
@@ -168,14 +128,3 @@ def _write_releases(distiller, folder) -> str:
             folder.rmdir()
         return str(error)
     return "The public release's layout is in release/."
-
-
-# Small parts
-
-
-def _contiguous(tensors: Mapping) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-
-
-def _write_json(path, content) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -14,79 +14,16 @@ tags: [mend, in-context-learning, demonstration-distillation]
 
 """
 
-_DISTILLER = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
-{llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
-In-Context Learning (Li et al., ICLR 2024). The backbone is a {layers}-layer {family} of width {width};
-projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
-
-## Use
-
-In PyTorch, with `mend_distiller.py` of this folder (torch, transformers, safetensors; nothing else):
-
-```python
-import torch
-from mend_distiller import MendDistiller
-
-distiller = MendDistiller.from_pretrained(folder)
-vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, {num_vectors}, {llm_width})
-query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
-logits = llm(inputs_embeds=embeds).logits
-```
-
-In JAX: `mend_jax.load_distiller(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
-
-Every x and y is tokenised behind {separator}. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
-is a folder `release/`, it holds the same distiller in the layout of the method's public PyTorch release.
-
-"""
-
-_SOFT_PROMPT = """{num_vectors} learned vectors (PromptTuning) that a frozen LLM of width {llm_width} ({llm}) reads
-before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safetensors`.
-
-## Use
-
-```python
-import torch
-from safetensors.torch import load_file
-
-vectors = load_file("soft_prompt.safetensors")["vectors"][None]
-query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
-logits = llm(inputs_embeds=embeds).logits
-```
-
-`python -m mend_jax.evaluate --config.evaluate.methods=NAME=FOLDER` scores it.
-
-"""
-
 _LLM = """A small language model, trained from text and in-context sequences.
 `AutoModelForCausalLM.from_pretrained(folder)` reads it.
 
 """
 
 
-def distiller_card(config: dict, meta: dict, workdir, distiller) -> str:
-    """The card of a `Distiller`; config and meta as its workdir holds them."""
-    text = _DISTILLER.format(
-        num_vectors=distiller.num_vectors,
-        llm_width=distiller.llm_width,
-        llm=_name(config["llm"]["path"]),
-        layers=distiller.config.layers,
-        family=distiller.config.family,
-        width=distiller.config.width,
-        projection=distiller.projection,
-        window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
-        separator={" ": "a space", "\n": "a newline"}[distiller.separator],
-    )
-    return _HEAD.format(title="A MEND distiller") + text + _training(config, meta, workdir)
-
-
-def soft_prompt_card(config: dict, meta: dict, workdir, soft_prompt) -> str:
-    text = _SOFT_PROMPT.format(
-        num_vectors=soft_prompt.num_vectors, llm_width=soft_prompt.llm_width, llm=_name(config["llm"]["path"])
-    )
-    return _HEAD.format(title="A soft prompt") + text + _training(config, meta, workdir)
+def prefix_card(config: dict, meta: dict, workdir, model) -> str:
+    """The card of a trained `Kind`; config and meta as its workdir holds them."""
+    title, text = model.card(_name(config["llm"]["path"]), config["data"]["template"])
+    return _HEAD.format(title=title) + text + _training(config, meta, workdir)
 
 
 def llm_card(config: dict, meta: dict, workdir) -> str:

@@ -6,26 +6,21 @@ that file and the exported folder.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.tokenize import separator
 from mend_jax.models import weights
 from mend_jax.models.families import Config, from_hf_config
-from mend_jax.models.folders import init_params, load_tokenizer, local_folder, read_weights
-from mend_jax.prefixes.prefix import PROJECTIONS, Distiller, SoftPrompt, resolve_projection
+from mend_jax.models.folders import init_params, load_tokenizer, local_folder
+from mend_jax.prefixes import KINDS, Distiller, Kind
 from mend_jax.run import checkpoint
 from mend_jax.run.sharding import Place
 
-SETTINGS = "distiller_config.json"
-TENSORS = "distiller.safetensors"
-SOFT_PROMPT = "soft_prompt.safetensors"
 HYPERNET = "hypernet."
 PLACEHOLDERS = "init_prompt_weight"
 PROJECTION = {"kernel": "adap_pooler.dense.weight", "bias": "adap_pooler.dense.bias"}
@@ -48,8 +43,8 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
 
-def load_trained(path, llm, backbone=None, place: Place | None = None) -> Distiller | SoftPrompt:
-    """As `load_distiller`, and soft prompts too: what `evaluate` reads. `place` as in `read_trained`."""
+def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
+    """As `load_distiller`, for every kind that is trained: what `evaluate` reads. `place` as in `read_trained`."""
     model = read_trained(path, backbone, place)
     if model.llm_width != llm.config.width:
         raise UserError(
@@ -72,16 +67,16 @@ def read_distiller(path: str | Path, backbone: str | Path | None = None) -> Dist
     return _distiller_alone(read_trained(path, backbone), path)
 
 
-def _distiller_alone(model: Distiller | SoftPrompt, path) -> Distiller:
-    if isinstance(model, SoftPrompt):
-        raise UserError(f"{path} holds a soft prompt, which reads no demonstrations: name the workdir of a distiller.")
+def _distiller_alone(model: Kind, path) -> Distiller:
+    if not isinstance(model, Distiller):
+        raise UserError(f"{path} holds {model.title}, not a distiller: name the workdir of a distiller.")
     return model
 
 
 def read_trained(
     path: str | Path, backbone: str | Path | None = None, place: Place | None = None
-) -> Distiller | SoftPrompt:
-    """As `read_distiller`, and soft prompts too: a workdir of PromptTuning, or an exported folder of one.
+) -> Kind:
+    """As `read_distiller`, for every kind that is trained.
 
     With `place` (sharding.py) the parameters of a workdir and the backbone of an exported folder are read in parts to
     where it says.
@@ -94,11 +89,9 @@ def read_trained(
                 "backbone (config.json)."
             )
         return read_release(path, backbone)
-    if (path / SETTINGS).exists():
-        return _read_exported(path, place)
-    if (path / SOFT_PROMPT).exists():
-        vectors = {name: tensor[:] for name, tensor in weights.read_file(path / SOFT_PROMPT)}
-        return _soft_prompt(vectors, path / SOFT_PROMPT)
+    for kind in KINDS.values():
+        if kind.is_in(path):
+            return kind.from_folder(path, place)
     if not path.exists():
         raise UserError(f"{path} is not there: name a training workdir, an exported folder, or a release's file.")
     config, model, _ = read_workdir(path, backbone, place)
@@ -131,42 +124,17 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
                 yield name, tensor
 
     params = {"backbone": weights.from_tensors(backbone_tensors(), config, where=str(path))}
-    params["placeholders"] = _take(own, PLACEHOLDERS, (None, config.width), path)
+    params["placeholders"] = weights.take(own, PLACEHOLDERS, (None, config.width), path)
     if own:
-        kernel = _take(own, PROJECTION["kernel"], (None, config.width), path).T
-        bias = _take(own, PROJECTION["bias"], (kernel.shape[1],), path)
+        kernel = weights.take(own, PROJECTION["kernel"], (None, config.width), path).T
+        bias = weights.take(own, PROJECTION["bias"], (kernel.shape[1],), path)
         params["projection"] = {"kernel": np.ascontiguousarray(kernel), "bias": bias}
     projection = "tanh" if "projection" in params else "identity"
-    return _distiller(config, params, projection, load_tokenizer(folder))
-
-
-def _read_exported(folder, place=None):
-    try:
-        settings = json.loads((folder / SETTINGS).read_text())
-        projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / SETTINGS} cannot be read ({error}): export the distiller again.") from None
-    if projection not in PROJECTIONS:
-        raise UserError(
-            f"{folder / SETTINGS} says projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
-        )
-    config, where = from_hf_config(folder), folder / TENSORS
-    own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
-    params = {"backbone": read_weights(folder, config, place=place)}
-    params["placeholders"] = _take(own, "placeholders", (None, config.width), where)
-    if projection != "identity":
-        kernel = _take(own, "projection.weight", (llm_width, config.width), where).T
-        params["projection"] = {
-            "kernel": np.ascontiguousarray(kernel),
-            "bias": _take(own, "projection.bias", (llm_width,), where),
-        }
-    if own:
-        raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    return _distiller(config, params, projection, load_tokenizer(folder), before)
+    return Distiller.of(config, params, projection, load_tokenizer(folder))
 
 
 def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, Any, dict]:
-    """(the run's config, its Distiller, SoftPrompt or (stage "lm") tree of LLM params, the checkpoint's numbers).
+    """(the run's config, what it trained as its `Kind` or (stage "lm") tree of LLM params, the checkpoint's numbers).
 
     `place` as in `read_trained`.
     """
@@ -177,16 +145,11 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     params, meta = checkpoint.load_best(workdir, place)
     if config["stage"] == "lm":
         return config, params, meta
-    if config["prefix"]["kind"] == "soft_prompt":
-        return config, _soft_prompt(params, workdir), meta
-    folder = source_folder(config["prefix"]["backbone"], backbone, workdir)
-    decoder = from_hf_config(folder).headless
-    check_backbone(params["backbone"], decoder, folder, workdir)
-    # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
-    llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else decoder.width
-    projection = resolve_projection(config["prefix"]["projection"], decoder.width, llm_width)
-    model = _distiller(decoder, params, projection, load_tokenizer(folder), separator(config["data"]["template"]))
-    return config, model, meta
+    kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
+    folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
+    if folder is not None:
+        check_backbone(params["backbone"], from_hf_config(folder).headless, folder, workdir)
+    return config, kind.from_run(config, params, folder), meta
 
 
 def lm_settings(config, folder) -> Config:
@@ -216,30 +179,3 @@ def source_folder(named: str, given, workdir) -> Path:
             f"{workdir} was trained with {named}, which cannot be read ({error}): put it back there, or run `python -m "
             "mend_jax.export` with --backbone=FOLDER and use what it writes."
         ) from None
-
-
-def _distiller(config: Config, params: Mapping, projection: str, tokenizer, before: str = " ") -> Distiller:
-    llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-    params = jax.tree.map(jax.numpy.asarray, params)
-    return Distiller(config, params, projection, llm_width, tokenizer, separator=before)
-
-
-def _soft_prompt(params, where) -> SoftPrompt:
-    vectors = np.asarray(_take(dict(params), "vectors", (None, None), where), np.float32)
-    return SoftPrompt({"vectors": jax.numpy.asarray(vectors)})
-
-
-def _take(tensors: dict, name: str, shape: tuple, where) -> np.ndarray:
-    """Takes a tensor out of `tensors`; None in `shape` is any size."""
-    if name not in tensors:
-        raise UserError(f"{where} lacks {name}: the file is of another model or incomplete.")
-    tensor = tensors.pop(name)
-    fits = tensor.ndim == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise UserError(
-            f"{where}: {name} has shape {tensor.shape}, ({wanted}) is needed: take the backbone it was trained with."
-        )
-    return tensor

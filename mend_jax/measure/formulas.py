@@ -16,7 +16,7 @@ from mend_jax.measure.workloads import STAGES, TABLE, Workload, load_workload
 from mend_jax.models.attention import BLOCK
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes.prefix import resolve_projection
+from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import sharding
 from mend_jax.scoring import costs
 

@@ -6,7 +6,7 @@ Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D wi
 import dataclasses
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.measure import machine as measure
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
-from mend_jax.prefixes.prefix import Distiller, Prefix, resolve_projection
+from mend_jax.prefixes.distiller import Distiller, DistillerModule, resolve_projection
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import cache_prefix, score_items
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
@@ -69,14 +70,15 @@ def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool 
 
 def distiller_params(settings: Settings) -> dict:
     """Random weights (numpy) of the distiller: backbone, placeholders, and the projection where the widths differ."""
-    width, llm_width = settings.distiller.width, settings.llm.width
+    kind = resolve_projection("auto", settings.distiller.width, settings.llm.width)
+    shapes = DistillerModule(settings.distiller, settings.vectors, settings.llm.width, kind).shapes()
     random = np.random.default_rng(DISTILLER_SEED + 100)
-    params: dict[str, Any] = {"backbone": random_params(settings.distiller, DISTILLER_SEED)}
-    params["placeholders"] = random.standard_normal((settings.vectors, width), np.float32) * np.float32(0.02)
-    if width != llm_width:
-        kernel = random.standard_normal((width, llm_width), np.float32) * np.float32(0.02)
-        params["projection"] = {"kernel": kernel, "bias": np.zeros(llm_width, np.float32)}
-    return params
+
+    def draw(shape):
+        return random.standard_normal(shape.shape, np.float32) * np.float32(0.02 * (len(shape.shape) > 1))
+
+    own = {name: jax.tree.map(draw, shapes[name]) for name in sorted(shapes) if name != "backbone"}
+    return {"backbone": random_params(settings.distiller, DISTILLER_SEED), **own}
 
 
 def batch_tokens(settings: Settings) -> tuple[np.ndarray, np.ndarray]:

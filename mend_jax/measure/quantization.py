@@ -29,7 +29,8 @@ from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import has_weights
 from mend_jax.models.int8 import quantize_params
 from mend_jax.models.weights import as_read, read_params
-from mend_jax.prefixes.prefix import Prefix, SoftPrompt
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.scoring import costs
 from mend_jax.step import make_loss_fn
 

@@ -35,7 +35,7 @@ from mend_jax.measure.workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.models import int8
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes.prefix import Distiller, resolve_projection
+from mend_jax.prefixes.distiller import Distiller, DistillerModule, resolve_projection
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.run.files import write_report
@@ -169,10 +169,9 @@ def abstract_step(work: Workload, layout: parallel.Layout):
     kind = EncoderDecoderLLM if work.apart else LLM
     llm = kind(work.llm, llm_params, None, c.llm.path, c.llm.dtype, "xla", c.llm.remat)
     projection = resolve_projection(c.prefix.projection, backbone.width, llm.config.width)
-    params = {"backbone": _shapes(backbone, "float32"), "placeholders": _shape(work.vectors, backbone.width)}
-    if projection != "identity":
-        params["projection"] = {"kernel": _shape(backbone.width, llm.config.width), "bias": _shape(llm.config.width)}
-    distiller = Distiller(backbone, params, projection, llm.config.width, None, c.prefix.dtype, "xla", c.prefix.remat)
+    arithmetic = c.prefix.dtype, "xla", c.prefix.remat
+    params = DistillerModule(backbone, work.vectors, llm.config.width, projection, *arithmetic).shapes()
+    distiller = Distiller(backbone, params, projection, llm.config.width, None, *arithmetic)
     optimizer = make_optimizer(c)
     step = make_train_step(c, make_loss_fn(c, llm, distiller, layout.mesh), optimizer, layout.axis)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
-from mend_jax.data.rows import check_windows
+from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
 from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
@@ -93,7 +93,7 @@ def load_workload(
 
 
 def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) -> Workload:
-    """The step of a stage's config with these models, on the largest batch that `data/draws.py` makes of long enough data:
+    """The step of a stage's config with these models, on the largest batch that `data/rows/` makes of long enough data:
     most batches are smaller. Raises UserError where the models have no room for it."""
     check_windows(config, llm, backbone)
     data, vectors = config.data, config.prefix.length

@@ -185,13 +185,14 @@ def drop_head(params):
     return {**params, "embed": {name: table for name, table in params["embed"].items() if name != "head"}}
 
 
-def init_params(config: DecoderConfig, seed: int) -> dict:
-    """Random float32 parameters, GPT-2's initialisation for every family.
+def init_params(config: DecoderConfig, seed) -> dict:
+    """Random float32 parameters, GPT-2's initialisation for every family; `seed` is a whole number, or a key of JAX.
 
     {"embed", "layers"}, and where the model has them "final_norm", "project_in", "project_out".
     """
     sample = jnp.zeros((1, 2, config.width))
-    return jax.jit(Decoder(config).init)(jax.random.key(seed), sample)["params"]
+    key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+    return jax.jit(Decoder(config).init)(key, sample)["params"]
 
 
 def _dense(features, dtype, name, bias=True, std=0.02):

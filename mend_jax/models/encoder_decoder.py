@@ -150,7 +150,7 @@ def decode(config, params, embeds, encoded, encoded_length, segments=None, dtype
     return states * config.width**-0.5 if config.scaled_head else states
 
 
-def init_params(config: EncoderDecoderConfig, seed: int) -> dict:
+def init_params(config: EncoderDecoderConfig, seed) -> dict:
     """Random float32 parameters: {"embed", "encoder"}, and "decoder" where there is one."""
 
     def init(key):
@@ -165,7 +165,7 @@ def init_params(config: EncoderDecoderConfig, seed: int) -> dict:
             params["decoder"] = decoder.init(keys[3], x, mask, x, mask)["params"]
         return params
 
-    return jax.jit(init)(jax.random.key(seed))
+    return jax.jit(init)(seed if isinstance(seed, jax.Array) else jax.random.key(seed))
 
 
 def encoder_params(params) -> dict:

@@ -82,8 +82,8 @@ def _to_device(tree: dict) -> dict:
     return tree
 
 
-def init_params(config: Config, seed: int) -> dict:
-    """Random float32 parameters of a model."""
+def init_params(config: Config, seed) -> dict:
+    """Random float32 parameters of a model; `seed` is a whole number, or a key of JAX."""
     module = encoder_decoder if isinstance(config, EncoderDecoderConfig) else decoder
     return module.init_params(config, seed)
 

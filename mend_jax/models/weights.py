@@ -305,3 +305,19 @@ def _digests(pieces) -> dict[str, str]:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.blake2b(array.view(np.uint8)).hexdigest()
+
+
+def take(tensors: dict, name: str, shape: tuple, where) -> np.ndarray:
+    """Takes a tensor out of `tensors`; None in `shape` is any size."""
+    if name not in tensors:
+        raise UserError(f"{where} lacks {name}: the file is of another model or incomplete.")
+    tensor = tensors.pop(name)
+    fits = tensor.ndim == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise UserError(
+            f"{where}: {name} has shape {tensor.shape}, ({wanted}) is needed: take the backbone it was trained with."
+        )
+    return tensor

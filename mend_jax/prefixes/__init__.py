@@ -1,1 +1,15 @@
-"""What stands before a query: `Prefix`, and one file for each kind of it."""
+"""What stands before a query: `Prefix`, and one file for each kind of it. `KINDS` names the kinds."""
+
+from mend_jax.prefixes.chunked import Chunked
+from mend_jax.prefixes.demonstrations import Demonstrations
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.nothing import Nothing
+from mend_jax.prefixes.soft_prompt import SoftPrompt
+
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Nothing, Demonstrations, SoftPrompt, Distiller, Chunked)}
+
+
+def kind_of(config) -> type[Kind]:
+    """The kind that a run's config trains (prefix.kind)."""
+    return KINDS[config.prefix.kind]

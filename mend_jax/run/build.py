@@ -9,12 +9,13 @@ import jax
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import find_tasks, make_batches
 from mend_jax.data.c4 import text_files, tfds_folder
-from mend_jax.data.rows import check_windows
+from mend_jax.data.readers import Readers
+from mend_jax.data.rows.windows import check_windows
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
-from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.models.folders import has_weights, local_folder
-from mend_jax.prefixes.prefix import Distiller, init_distiller, init_soft_prompt, resolve_projection
+from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig, from_hf_config
+from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
+from mend_jax.prefixes import kind_of
 from mend_jax.run import checkpoint, reporting, sharding
 from mend_jax.scoring.tasks import check_truncation, dev_score, dev_tasks
 
@@ -39,9 +40,8 @@ def load(config, place=None):
 
 
 def build(config, llm, begins: bool = True, place=None):
-    """The `Distiller` or `SoftPrompt` that is trained; if the run `begins` there, with the params of `prefix.start_from`."""
-    make = init_distiller if config.prefix.kind == "distiller" else init_soft_prompt
-    model = make(config.prefix, llm, config.seed, place)
+    """What is trained (prefix.kind); if the run `begins` there, with the params of `prefix.start_from`."""
+    model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
@@ -52,11 +52,13 @@ def build(config, llm, begins: bool = True, place=None):
 def check_settings(config):
     """Raises UserError where the config asks for what its models cannot do, by their config.json alone, or names data that
     is not there. Nothing large is read."""
-    llm, backbone = from_hf_config(local_folder(config.llm.path)), None
-    if config.stage != "lm" and config.prefix.kind == "distiller":
-        backbone = from_hf_config(local_folder(config.prefix.backbone))
-        resolve_projection(config.prefix.projection, backbone.width, llm.width)
-    check_windows(config, llm, backbone)
+    llm, backbone, vectors = from_hf_config(local_folder(config.llm.path)), None, None
+    if config.stage != "lm":
+        kind = kind_of(config)
+        backbone = from_hf_config(local_folder(kind.backbone(config))) if kind.backbone(config) else None
+        kind.check(config, backbone, llm)
+        vectors = kind.positions(config)
+    check_windows(config, llm, backbone, vectors)
     if config.train.parallel == "mesh":
         tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
         sharding.check_heads(llm, tensor, config.llm.path)
@@ -72,9 +74,9 @@ def check_settings(config):
 def check_tokenizers(config, llm, model):
     """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
-    if not isinstance(model, Distiller):
+    if model is None or model.reader is None:
         return
-    check_backbone(llm.tokenizer, model.tokenizer, model.config.vocab_size, config.prefix.backbone)
+    check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
     if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
         check_truncation(config)
         reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
@@ -82,16 +84,36 @@ def check_tokenizers(config, llm, model):
 
 def batches(config, llm, model, split, layout):
     """This process's rows of the batches of a split ("train" or "validation")."""
-    distils = isinstance(model, Distiller)
-    return make_batches(
-        config,
-        llm.tokenizer,
-        split,
+    return make_batches(config, readers(config, llm, model), split, layout.share)
+
+
+def readers(config, llm, model) -> Readers:
+    """What the LLM, and the kind of prefix that is trained (None in stage "lm"), are to the data."""
+    own = None if model is None else model.reader
+    return _readers(config, llm.tokenizer, llm.config, None if own is None else model.tokenizer, own)
+
+
+def readers_by_folders(config) -> Readers:
+    """As `readers`, before anything is loaded: by the config.json and the tokenizers of the models' folders."""
+    llm, backbone = local_folder(config.llm.path), "" if config.stage == "lm" else kind_of(config).backbone(config)
+    own = local_folder(backbone) if backbone else None
+    models = [None if folder is None else (load_tokenizer(folder), from_hf_config(folder)) for folder in (llm, own)]
+    return _readers(config, *models[0], *(models[1] or (None, None)))
+
+
+def _readers(config, tokenizer, llm, own_tokenizer, own) -> Readers:
+    """`llm`, `own`: the settings of the LLM and of the model that reads demonstrations for it, None where there is none."""
+    kind = None if config.stage == "lm" else kind_of(config)
+    packing = None if own is None else kind.packing(config, own.window)
+    return Readers(
+        tokenizer,
         llm.window,
-        model.config.window if distils else None,
-        *layout.share,
-        targets_apart=llm.start_token is not None,
-        distiller_tokenizer=other_tokenizer(llm.tokenizer, model.tokenizer) if distils else None,
+        distiller_window=None if own is None or packing is not None else own.window,
+        distiller_tokenizer=None if own is None else other_tokenizer(tokenizer, own_tokenizer),
+        separate_targets=isinstance(llm, EncoderDecoderConfig),
+        reads_demos=kind is None or kind.reads_demos,
+        vectors=None if kind is None else kind.positions(config),
+        packing=packing,
     )
 
 

@@ -13,7 +13,8 @@ from mend_jax.cli.command_line import base_config
 from mend_jax.cli.errors import UserError
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
-from mend_jax.prefixes.prefix import resolve_projection
+from mend_jax.prefixes import kind_of
+from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import checkpoint
 from mend_jax.scoring.results import tree_hash
 
@@ -74,10 +75,11 @@ def check_start(config) -> None:
             f'{START}={given} was trained with stage="lm", so it holds an LLM: set llm.path or prefix.backbone to its '
             "folder llm, or name the workdir of a distiller or soft prompt."
         )
-    names = ["prefix.kind", "prefix.length", "data.template", "llm.path"]
-    names += ["prefix.backbone", "prefix.projection"] if config.prefix.kind == "distiller" else []
-    for name in names:
+    kind = kind_of(config)
+    for name in ("prefix.kind", *kind.same_fields):
         there, here = saved[name], wanted[name]
+        if name == "prefix.kind" and there in kind.begins_with:
+            continue
         if name == "prefix.projection":
             there, here = (_projection(config, value) for value in (there, here))
         if name in MODELS:
@@ -159,7 +161,7 @@ _PATHS = (*MODELS, START, *DATA)
 
 def _paths_read(config) -> list[str]:
     """The fields of folders that a run of this config reads."""
-    distils = config.stage != "lm" and config.prefix.kind == "distiller"
+    distils = config.stage != "lm" and bool(kind_of(config).backbone(config))
     reads = {
         "llm.path": True,
         "prefix.backbone": distils,
@@ -179,7 +181,7 @@ def _matters(name: str, config, finished: bool) -> bool:
     validation = []
     if config.stage == "finetune":
         validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit"]
-        validation += ["evaluate.shuffle_demos"] if config.prefix.kind == "distiller" else []
+        validation += ["evaluate.shuffle_demos"] if kind_of(config).reads_demos else []
     elif config.stage == "lm" and config.data.text_share < 1:
         validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds
     return name in validation and not finished

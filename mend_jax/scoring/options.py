@@ -20,7 +20,8 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
-from mend_jax.prefixes.prefix import Prefix, bucket
+from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import mesh_of, row_parts, rows_on
 

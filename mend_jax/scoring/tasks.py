@@ -6,6 +6,7 @@ The test (evaluate.py) and the dev set that chooses the best checkpoint in train
 import collections
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,10 +17,11 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
-from mend_jax.data.sampling import demo_budget, fit_demos, join_demos, release_truncation, row_rng
+from mend_jax.data.sampling import join_demos, release_truncation, row_rng
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import LLM
-from mend_jax.prefixes.prefix import Distiller, Prefix, SoftPrompt, bucket, no_prefix
+from mend_jax.prefixes import Kind
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 from mend_jax.scoring.metrics import aggregate, task_scores
 from mend_jax.scoring.options import cache_prefix, check_items, score_items
@@ -31,23 +33,11 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the comp
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """What makes a prefix of demonstrations. With no model: "icl" embeds them, "zero_shot" ignores them."""
+    """A name in a table, the kind of prefix behind it, and where that was trained."""
 
     name: str
-    model: Distiller | SoftPrompt | None = None
+    model: Kind
     path: str = ""
-
-    @property
-    def reads_demos(self) -> bool:
-        return self.name == "icl" if self.model is None else isinstance(self.model, Distiller)
-
-    def own_tokenizer(self, llm: LLM):
-        """Of a distiller that reads texts as other tokens than the LLM does; else None."""
-        return other_tokenizer(llm.tokenizer, self.model.tokenizer) if isinstance(self.model, Distiller) else None
-
-    def window(self, llm: LLM) -> int:
-        """Demonstration tokens that it can read, whatever the query."""
-        return getattr(self.model, "window", llm.window)
 
 
 def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[..., Prefix]:
@@ -61,57 +51,50 @@ def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[...,
     """
 
     def prefix_of(task: EvalTask, order=None) -> Prefix:
-        if method.model is None and not method.reads_demos:
-            return no_prefix(1, llm.config.width)
-        context = make_context(config, llm, method, task, order) if method.reads_demos else np.zeros(1, np.int32)
-        sizes = [size for size in config.data.demo_buckets if size >= len(context)]  # few, because each is compiled
-        columns = min(method.window(llm), min(sizes, default=bucket(len(context))))
+        model = method.model
+        context = make_context(config, llm, model, task, order)
+        columns = model.columns(len(context), config.data.demo_buckets) if model.reads_demos else 1
         tokens, length = np.zeros((1, columns), np.int32), np.asarray([len(context)], np.int32)
         tokens[0, : len(context)] = context
-        if method.model is None:
-            return Prefix(_embed(llm, llm.params, tokens), length)
-        return _apply(method.model, method.model.params if params is None else params, tokens, length)
+        return _apply(model, model.params if params is None else params, tokens, length)
 
     return prefix_of
 
 
-def make_context(config, llm: LLM, method: Method, task: EvalTask, order=None) -> np.ndarray:
-    """The (N,) tokens, to the method's reader, of a task's demonstrations that fit beside its longest query, in the file's order or `order`.
+def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> np.ndarray:
+    """The context (N,) of a task's demonstrations, in the tokens of who reads it, in the file's order or `order`; none for
+    a kind that reads no demonstrations.
 
-    Examples that do not fit are left out; with data.release_truncation the last one is cut, as the release does.
+    Examples that do not fit beside the task's longest query are left out; with data.release_truncation the last one is cut, as
+    the release does.
     """
-    query = max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
-    own = method.own_tokenizer(llm)
-    if own is not None:
-        return _own_context(config, llm, method, task, own, query, order)
-    budget = demo_budget(config.data.max_demo_tokens, llm.window, query, method.window(llm), 0)
-    pairs = task.demos if order is None else [task.demos[i] for i in order]
+    if not model.reads_demos:
+        return np.zeros(0, np.int32)
+    room = llm.window - max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+    shown, own = _readings(config, llm, model, task, order)
     if config.data.release_truncation:
-        cut = release_truncation(join_demos(pairs), min(method.window(llm), llm.window - query), llm.window - query)
-        return cut[method.model is None]
-    return join_demos(pairs[: _fitting(task, pairs, budget)])
-
-
-def _own_context(config, llm: LLM, method: Method, task: EvalTask, own, query: int, order) -> np.ndarray:
-    """The context in the tokens of the distiller's `own` tokenizer: as in training, as many examples as both models fit."""
-    check_truncation(config)
-    limit, both = config.data.max_demo_tokens, read_twice(task.texts, (llm.tokenizer, own), config.data.max_input_tokens)
-    if order is not None:
-        both = [[pairs[i] for i in order] for pairs in both]
-    budgets = min(limit, llm.window - query), min(limit, method.window(llm))
-    count = min(_fitting(task, pairs, budget) for pairs, budget in zip(both, budgets, strict=True))
-    return join_demos(both[1][:count])
-
-
-def _fitting(task: EvalTask, pairs, budget: int) -> int:
-    """How many of a task's demonstrations fit. Raises UserError where not even one does."""
-    count = fit_demos([len(x) + len(y) for x, y in pairs], budget)
+        window = min(model.window, room)
+        cut = release_truncation(join_demos(own), window, room)
+        return cut[model.reader is None]  # without a reader of its own the LLM reads them, as the teacher
+    lengths = ([len(x) + len(y) for x, y in pairs] for pairs in (shown, own))
+    count = model.fit(*lengths, config.data.max_demo_tokens, room)
     if count == 0:
         raise UserError(
-            f"No demonstration of {task.task}, seed {task.seed} fits into {budget} tokens: raise data.max_demo_tokens"
-            " or lower data.max_input_tokens."
+            f"No demonstration of {task.task}, seed {task.seed} fits into"
+            f" {min(config.data.max_demo_tokens, room, model.window)} tokens: raise data.max_demo_tokens or lower"
+            " data.max_input_tokens."
         )
-    return count
+    return model.lay_out(own[:count], room)
+
+
+def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[list, list]:
+    """The demonstrations (x, y) in the LLM's tokens and in those of the kind's own tokenizer, which mostly is the LLM's."""
+    tokenizer = other_tokenizer(llm.tokenizer, model.tokenizer)
+    both = task.demos, task.demos
+    if tokenizer is not None:  # each x is cut where it is the same text to both, as in training
+        check_truncation(config)
+        both = read_twice(task.texts, (llm.tokenizer, tokenizer), config.data.max_input_tokens)
+    return both if order is None else tuple([pairs[i] for i in order] for pairs in both)
 
 
 def check_truncation(config) -> None:
@@ -181,7 +164,7 @@ def evaluate_task(
 
 
 def evaluate_prefix(
-    llm: LLM, prefix_of: Callable[..., Prefix], tasks: Iterable[EvalTask], batch_size: int, **options
+    llm: LLM, prefix_of: Callable[..., Prefix], tasks: Iterable[EvalTask], batch_size: int, model: Kind | None = None, **options
 ) -> dict:
     """`metrics.aggregate` of one way to make prefixes, over tasks and seeds; nothing is written.
 
@@ -190,25 +173,43 @@ def evaluate_prefix(
         prefix_of: of `prefix_maker`.
         tasks: one for each task and seed.
         batch_size: as in `evaluate_task`; so are `options`.
+        model: of the prefixes; where it reads no demonstrations, seeds that ask the same are scored once.
     """
     scores: dict[str, dict[int, dict]] = {}
+    known: dict[str, list[dict]] = {}
     for task in tasks:
-        result = evaluate_task(llm, prefix_of, task, batch_size, **options)
-        scores.setdefault(task.task, {})[task.seed] = scores_of(task, result.lines)
+        same = json.dumps(content_of(task)) if model is not None and not model.reads_demos else None
+        lines = known.get(same) if same else None
+        if lines is None:
+            lines = evaluate_task(llm, prefix_of, task, batch_size, **options).lines
+            if same:
+                known[same] = lines
+        scores.setdefault(task.task, {})[task.seed] = scores_of(task, lines)
     return aggregate(scores)
 
 
-def dev_tasks(config, llm: LLM, model: Distiller | SoftPrompt) -> list[EvalTask]:
+def content_of(task: EvalTask, demos: bool = False, context: Iterable[int] = ()) -> list:
+    """What decides a task's predictions, JSON-like: what is read of it (its demonstrations too where they are, with the context
+    that was made of them), and which option is right."""
+    shown = [[_ints(x), _ints(y)] for x, y in task.demos] if demos else []
+    items = [[_ints(i.x_tokens), [_ints(o) for o in i.options_tokens], i.label, list(i.options)] for i in task.items]
+    return [shown, _ints(context), items, task.classification]
+
+
+def _ints(ids) -> list[int]:
+    return [int(token) for token in ids]
+
+
+def dev_tasks(config, llm: LLM, model: Kind) -> list[EvalTask]:
     """The meta-test *validation* examples, for `dev_score`, after everything was checked that the scoring of them checks.
 
     Raises:
         UserError: files that are missing or bad, demonstrations or an item that do not fit beside the model's vectors.
     """
-    method, tasks = Method("model in training", model), load_tasks(config, llm, "dev")[0]
+    tasks, _ = load_tasks(config, llm, "dev")
     for task in tasks:
         _check_task(llm, model.num_vectors, task, task.items, "dev")
-        if method.reads_demos:
-            make_context(config, llm, method, task)
+        make_context(config, llm, model, task)
     return tasks
 
 
@@ -226,27 +227,27 @@ def _check_task(llm, prefix_length, task, items, split) -> None:
         raise UserError(f"{task.task}, seed {task.seed}, {split}: {error}") from error
 
 
-def dev_score(config, llm: LLM, model: Distiller | SoftPrompt, params, tasks: list[EvalTask]) -> float:
+def dev_score(config, llm: LLM, model: Kind, params, tasks: list[EvalTask]) -> float:
     """The score (0 to 1) of a model in training.
 
     Args:
         config: a whole run's config, paths resolved.
         llm: the run's LLM.
-        model: the `Distiller` or `SoftPrompt`; always the same object, so that nothing is compiled again.
+        model: a kind of prefix; always the same object, so that nothing is compiled again.
         params: its current params.
         tasks: of `dev_tasks`.
     """
     method = Method("model in training", model)
     params = jax.tree.map(jnp.asarray, params)  # what is on devices, of several processes too, stays where it is
     prefix_of, options = prefix_maker(config, llm, method, params), scoring_options(config, method)
-    return evaluate_prefix(llm, prefix_of, tasks, **options)["score"]["mean"]
+    return evaluate_prefix(llm, prefix_of, tasks, model=model, **options)["score"]["mean"]
 
 
 def scoring_options(config, method: Method) -> dict:
     """What a config says about `evaluate_task`, for validation and for test alike."""
     return {
         "batch_size": config.evaluate.batch_size,
-        "shuffle_demos": config.evaluate.shuffle_demos and method.reads_demos,
+        "shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos,
         "chunk": config.loss.chunk,
     }
 
@@ -267,11 +268,6 @@ def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:
         "prediction": item.options[int(np.argmax(scores))],
         "gold": item.options[item.label],
     }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(llm, params, tokens):
-    return llm.embed(params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,63 @@
+"""How far a long piece of work is, for the person who waits: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from mend_jax.run import distributed
+
+QUIET_SECONDS = 30  # at most, between lines where the output is not a terminal and something was finished
+
+
+class Progress:
+    """Counts finished units of `total`; only the first process of a command shows it."""
+
+    def __init__(self, total: int, unit: str, scale: bool = False):
+        self.total, self.unit, self.done, self.what = total, unit, 0, ""
+        self.shown = distributed.is_first()
+        self.began = self.last_line = time.monotonic()
+        self.bar = None
+        if self.shown and sys.stderr.isatty():
+            self.bar = tqdm(total=total, unit=unit, unit_scale=scale, dynamic_ncols=True)
+
+    def at(self, what: str) -> None:
+        """Names what is worked on now."""
+        self.what = what
+        if self.bar is not None:
+            self.bar.set_description(what, refresh=False)
+
+    def update(self, count: int = 1) -> None:
+        """So many units more are finished."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.shown and (time.monotonic() - self.last_line > QUIET_SECONDS or self.done == self.total):
+            self._line()
+
+    def skip(self, count: int) -> None:
+        """So many units need no work: the time left is that of the rest."""
+        self.total -= count
+        if self.bar is not None:
+            self.bar.total -= count
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        passed = self.last_line - self.began
+        left = passed / max(self.done, 1) * (self.total - self.done)
+        rest = f", {duration(left)} left" if self.done < self.total else f" in {duration(passed)}"
+        what = f"{self.what}: " if self.what else ""
+        print(f"{what}{self.done:,} of {self.total:,} {self.unit}s{rest}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,87 @@
+"""Stage "lm"'s rows: plain text, and in-context sequences."""
+
+import functools
+
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data import sampling
+from mend_jax.data.readers import Readers
+from mend_jax.data.rows.order import document_order
+from mend_jax.data.rows.windows import KEPT, TRIES, check_sequence_length
+from mend_jax.data.stores import TaskStore
+
+
+class SequenceRows:
+    """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
+
+    separate_teacher = False  # no distiller
+
+    def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, readers: Readers):
+        self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size
+        self.store, self.stores = store, stores
+        self.size = self.config.sequence_length
+        check_sequence_length(self.size, readers.window)
+        self.share = self.config.text_share if store and stores else float(bool(store))
+        self.documents = document_order(documents, self.seed, shuffle) if store else None
+        self.range, self.end_of_text = documents, readers.tokenizer.eos_token_id
+        self.demo_buckets, self.query_buckets = (0,), (self.size,)
+        self.cut = [tasks.cut_lengths(self.config.max_input_tokens) for tasks in stores]
+        self.draw = functools.lru_cache(KEPT)(self.draw)
+
+    def text_number(self, row: int) -> int | None:
+        """Which plain text this row is, counted from the first; None for an in-context sequence."""
+        batch, place = divmod(row, self.rows)
+        before, after = int(place * self.share + 1e-9), int((place + 1) * self.share + 1e-9)
+        return batch * int(self.rows * self.share + 1e-9) + before if after > before else None
+
+    def draw(self, row: int):
+        """(task number, examples' numbers) of an in-context sequence: half have K+1 or all that fit, half fewer."""
+        rng = sampling.row_rng(self.seed, 3, row)
+        for _ in range(TRIES):
+            task = int(rng.integers(len(self.stores)))
+            full = min(self.config.k + 1, len(self.stores[task]))
+            count = full if rng.random() < 0.5 else int(rng.integers(1, full + 1))
+            chosen = sampling.sample_demos(rng, len(self.stores[task]), count)
+            if fitting := sampling.fit_demos(self.cut[task][chosen], self.size):
+                return task, chosen[:fitting]
+        raise UserError(
+            f"Not even one example of task {self.stores[task].task!r} fits "
+            f"config.data.sequence_length = {self.size}: raise it."
+        )
+
+    def lengths(self, row: int) -> tuple[int, int]:
+        if self.text_number(row) is not None:
+            return 0, self.size
+        task, chosen = self.draw(row)
+        return 0, int(self.cut[task][chosen].sum())
+
+    def tokens(self, row: int):
+        number = self.text_number(row)
+        if number is not None:
+            return np.zeros(0, np.int32), [(self.text(row, number), 0)], None
+        task, chosen = self.draw(row)
+        examples = [self.stores[task].example(i, self.config.max_input_tokens) for i in chosen]
+        return np.zeros(0, np.int32), [(sampling.join_demos(examples), 0)], None
+
+    def text(self, row: int, number: int) -> np.ndarray:
+        """A piece of one long document, or several short ones with the end-of-text token between them: (T,) int32."""
+        rng = sampling.row_rng(self.seed, 4, row)
+        ids = self.store[int(self.documents[number])]
+        if len(ids) >= self.size:
+            start = int(rng.integers(len(ids) - self.size + 1))
+            return ids[start : start + self.size]
+        pieces, length = [ids], len(ids)
+        between = [np.asarray([self.end_of_text], np.int32)] if self.end_of_text is not None else []
+        while length < self.size:
+            more = [*between, self.store[int(rng.integers(self.range.start, self.range.stop))]]
+            pieces += more
+            length += sum(map(len, more))
+        return np.concatenate(pieces)[: self.size]
+
+    def describe(self, row: int) -> str:
+        number = self.text_number(row)
+        if number is not None:
+            return f"a text beginning in number {int(self.documents[number])} of {self.config.text}"
+        task, chosen = self.draw(row)
+        return f"task {self.stores[task].task}: examples {chosen.tolist()} (from 0)"

@@ -1,0 +1,92 @@
+"""What fits: the sizes that rows are padded to, the tokens that a context may have, and whether a run's lengths go together."""
+
+import logging
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data import sampling
+
+MIN_TEXT_TOKENS = 32  # pretraining: shorter texts teach nothing about distilling
+TRIES = 100  # draws until one fits
+KEPT = 1 << 14  # rows remembered between planning a window and making its batches
+
+
+def check_windows(config, llm, backbone=None, vectors: int | None = None) -> None:
+    """Raises UserError where the lengths that a run's config asks for cannot fit together: before anything is loaded or read.
+
+    Args:
+        config: a whole run's config.
+        llm, backbone: settings of the LLM and of the distiller's backbone (None: there is no distiller), each with a `window`.
+        vectors: positions of the LLM that the prefix takes at most; None: prefix.length.
+    """
+    data, stage = config.data, config.stage
+    vectors = config.prefix.length if vectors is None else vectors
+    windows = llm.window, 2**31 if backbone is None else backbone.window
+    if stage == "lm":
+        check_sequence_length(data.sequence_length, llm.window)
+        return
+    behind = f"behind prefix.length = {vectors} vectors"
+    room = llm.window - vectors
+    if room < 2:
+        raise UserError(
+            f"The LLM's window of {llm.window} tokens has no room for a query {behind}: lower prefix.length."
+        )
+    [budget] = largest_budgets(config, windows, two_readings=False)  # two have no more room than this either
+    _, continued = sampling.split_text(data.max_text_tokens, data.beta, data.max_text_tokens)
+    if stage == "pretrain" and continued > room:
+        fitting = (n for n in range(data.max_text_tokens, MIN_TEXT_TOKENS - 1, -1))
+        most = next((n for n in fitting if sampling.split_text(n, data.beta, n)[1] <= room), None)
+        lower = "lower prefix.length" if most is None else f"lower data.max_text_tokens to {most}, or prefix.length"
+        raise UserError(
+            f"A text of data.max_text_tokens = {data.max_text_tokens} is continued for {continued} tokens, which do not fit the "
+            f"LLM's window of {llm.window} {behind}: {lower}."
+        )
+    if stage == "finetune" and data.max_input_tokens >= room:
+        raise UserError(
+            f"An input of data.max_input_tokens = {data.max_input_tokens} and its output do not fit the LLM's window of "
+            f"{llm.window} {behind}: lower data.max_input_tokens to less than {room}, or prefix.length."
+        )
+    if data.max_demo_tokens > budget:
+        logging.warning(
+            "data.max_demo_tokens is %d, but the models have room for %d at most: demonstrations that do not fit are left out",
+            data.max_demo_tokens, budget,
+        )  # fmt: skip
+
+
+def buckets(configured, largest: int) -> tuple[int, ...]:
+    """The configured sizes below `largest`, then `largest`: every length up to it has a bucket."""
+    return (*sorted({size for size in configured if size < largest}), largest)
+
+
+def budgets(data, windows, query: int, vectors: int, two_readings: bool) -> tuple[int, ...]:
+    """Tokens a context may have beside a query of so many: of the LLM's and of the distiller's, or of those of both."""
+    if not two_readings:
+        return (sampling.demo_budget(data.max_demo_tokens, windows[0], query, windows[1], vectors),)
+    return min(data.max_demo_tokens, windows[0] - query), min(data.max_demo_tokens, windows[1] - vectors)
+
+
+def largest_budgets(config, windows, two_readings: bool) -> tuple[int, ...]:
+    """The most tokens a context can have, as `budgets`. Raises UserError where there is no room for any."""
+    found = budgets(config.data, windows, 1, config.prefix.length, two_readings)
+    if min(found) < 1:
+        raise UserError(
+            f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside "
+            f"config.prefix.length = {config.prefix.length} vectors: lower it or take another backbone."
+        )
+    if config.data.release_truncation:
+        return tuple(min(budget, sampling.RELEASE_DISTILLER_TOKENS) for budget in found)
+    return found
+
+
+def check_sequence_length(length: int, window: int) -> None:
+    if length > window:
+        raise UserError(
+            f"config.data.sequence_length is {length}, but the LLM's window is {window} tokens: lower it to that at most."
+        )
+
+
+def check_window(what: str, query: int, vectors: int, window: int) -> None:
+    if query + vectors > window:
+        raise UserError(
+            f"{what} of {query} tokens does not fit the LLM's window of {window} beside config.prefix.length = "
+            f"{vectors} vectors: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
+        )

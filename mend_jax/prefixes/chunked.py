@@ -1,0 +1,260 @@
+"""Demonstrations of any number: they are packed into chunks that fit the distiller's window, each chunk is distilled, and the
+chunks' vectors are joined.
+
+    concat   l vectors for each chunk, one chunk after another, as far as the LLM's window goes
+    mean     l vectors: the mean over the chunks
+
+A chunk is distilled as if it were alone, so that one can be added or removed without redoing the others (`distill_chunks`,
+`join_chunks`). It needs no training: the parameters are those of a distiller. It can be trained on as one, too.
+
+Axes: B batch, C chunks, W columns of a chunk, N = C * W, L vectors of a chunk.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.sampling import EMPTY, Packing
+from mend_jax.prefixes.context import demo_tokens, pair_tokens
+from mend_jax.prefixes.distiller import Distiller, DistillerModule, read_folder, read_settings, write_folder
+from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.run.sharding import Place
+from mend_jax.scoring import costs
+
+JOINS = ("concat", "mean")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunked(Kind):
+    """A distiller that reads its demonstrations chunk by chunk."""
+
+    name, title, reads_demos = "chunked", "a distiller of chunks", True
+    begins_with = ("distiller", "chunked")
+    same_fields = Distiller.same_fields
+
+    distiller: Distiller
+    params: Any  # the distiller's
+    join: str = "concat"  # or "mean"
+    chunk_tokens: int = 0  # W; 0: the distiller's window
+    chunk_demos: int = 16  # demonstrations of a chunk, at most
+
+    def __post_init__(self):
+        if self.join not in JOINS:
+            raise UserError(f'The vectors of chunks are joined by {" or ".join(JOINS)}, not by "{self.join}".')
+
+    @classmethod
+    def around(cls, distiller: Distiller, join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0) -> "Chunked":
+        """`distiller` as it is, reading chunk by chunk.
+
+        Args:
+            distiller: of `load_distiller`.
+            join: "concat" or "mean".
+            chunk_demos: demonstrations of a chunk, at most; best what the distiller was trained with.
+            chunk_tokens: tokens of a chunk, at most; 0 is the distiller's window.
+        Raises:
+            UserError: another `join`.
+        """
+        return cls(distiller, distiller.params, join, chunk_tokens, chunk_demos)
+
+    @property
+    def llm_width(self) -> int:
+        return self.distiller.llm_width
+
+    @property
+    def num_vectors(self) -> int:
+        return self.distiller.num_vectors
+
+    @property
+    def tokenizer(self):
+        return self.distiller.tokenizer
+
+    @property
+    def separator(self) -> str:
+        return self.distiller.separator
+
+    @property
+    def dtype(self) -> str:
+        return self.distiller.dtype
+
+    @property
+    def reader(self):
+        return self.distiller.config
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return min(self.chunk_tokens or self.distiller.window, self.distiller.window)
+
+    @property
+    def module(self) -> DistillerModule:
+        return self.distiller.module
+
+    def apply(self, params, demos, length) -> Prefix:
+        """(B,N) int32 tokens, in which a chunk is W columns and `EMPTY` fills it up, with lengths (B,) of whole chunks ->
+        Prefix((B,C*L,llm_width), (B,)) for "concat", Prefix((B,L,llm_width), (B,)) for "mean"."""
+        B, W = demos.shape[0], self.width
+        inside = (jnp.arange(demos.shape[1]) < length[:, None]) & (demos != EMPTY)
+        chunks = jnp.where(inside, demos, 0).reshape(-1, W)
+        sizes = inside.reshape(-1, W).sum(1)
+        vectors = self.module.apply({"params": params}, chunks, sizes)
+        return _joined(self.join, vectors.reshape(B, -1, *vectors.shape[1:]), sizes.reshape(B, -1))
+
+    def distill(self, demos) -> Prefix:
+        """The prefix of any number of demonstrations, by one batched call.
+
+        Args:
+            demos: (x, y) string pairs, or a list of demonstrations as token ids (list of lists of int).
+        Returns:
+            Prefix((1, C * l, llm_width) or, for "mean", (1, l, llm_width), (1,) int32).
+        Raises:
+            UserError: no demonstrations, one that is longer than a chunk, or what `Distiller.distill` refuses.
+        """
+        return self.join_chunks(self.distill_chunks(self.chunks(demos)))
+
+    def chunks(self, demos) -> list[np.ndarray]:
+        """The chunks of demonstrations, as token ids, each (n,) int32 with n at most W."""
+        pieces = self._pieces(demos)
+        packing = Packing(self.width, self.chunk_demos, len(pieces))
+        placed = packing.chunk_of([len(piece) for piece in pieces])
+        if len(placed) < len(pieces):
+            raise UserError(
+                f"Demonstration {len(placed)} has {len(pieces[len(placed)])} tokens, a chunk holds {self.width}: shorten it or "
+                "leave it out."
+            )
+        return [
+            np.concatenate([piece for piece, at in zip(pieces, placed, strict=True) if at == chunk])
+            for chunk in range(placed[-1] + 1)
+        ]
+
+    def distill_chunks(self, chunks) -> jax.Array:
+        """(C,L,llm_width): the vectors of each chunk, bit for bit the same whatever the other chunks are."""
+        rows = np.zeros((len(chunks), self.width), np.int32)
+        for row, chunk in zip(rows, chunks, strict=True):
+            row[: len(chunk)] = chunk
+        return _distill_rows(self.module, self.params, rows, np.asarray([len(chunk) for chunk in chunks], np.int32))
+
+    def join_chunks(self, vectors) -> Prefix:
+        """The prefix of chunks' vectors (C,L,llm_width), of `distill_chunks` or of several calls of it, concatenated."""
+        return _joined(self.join, jnp.asarray(vectors)[None], jnp.ones((1, len(vectors)), jnp.int32))
+
+    def _pieces(self, demos) -> list[np.ndarray]:
+        reader, demos = self.distiller, list(demos) if hasattr(demos, "__len__") else demos
+        if isinstance(demos, list) and demos and isinstance(demos[0], tuple | list) and demos[0] and isinstance(demos[0][0], str):
+            demos = [pair_tokens([pair], reader.tokenizer, reader.separator) for pair in demos]
+        elif isinstance(demos, list) and demos and np.ndim(demos[0]) == 0:
+            demos = [demos]
+        tokens, length = demo_tokens(demos, reader.tokenizer, reader.config, 2**30, "distiller", reader.separator)
+        return [np.asarray(row[:count]) for row, count in zip(tokens, length.tolist(), strict=True)]
+
+    @classmethod
+    def backbone(cls, config) -> str:
+        return config.prefix.backbone
+
+    @classmethod
+    def positions(cls, config) -> int:
+        return config.prefix.length * (config.prefix.chunks if config.prefix.join == "concat" else 1)
+
+    @classmethod
+    def packing(cls, config, window: int) -> Packing:
+        columns = min(config.data.max_demo_tokens, window - config.prefix.length)
+        return Packing(columns, config.prefix.chunk_demos, config.prefix.chunks)
+
+    @classmethod
+    def check(cls, config, backbone, llm) -> None:
+        Distiller.check(config, backbone, llm)
+        if config.data.release_truncation:
+            raise UserError("data.release_truncation cuts a context anywhere, chunks hold whole demonstrations: set it to false.")
+
+    @classmethod
+    def init(cls, config, llm, seed: int, place: Place | None = None) -> "Chunked":
+        return cls.of_trained(Distiller.init(config, llm, seed, place), config, "")
+
+    def fit(self, shown, own, limit: int, room: int) -> int:
+        """All that the chunks hold: the LLM reads none of them. `limit` is that of a chunk."""
+        del shown
+        return len(self._packing(room).chunk_of([size if size <= limit else 2**30 for size in own]))
+
+    def lay_out(self, pairs, room: int) -> np.ndarray:
+        return self._packing(room).lay_out([np.concatenate(pair) for pair in pairs])
+
+    def columns(self, length: int, sizes) -> int:
+        return length  # whole chunks
+
+    def _packing(self, room: int) -> Packing:
+        chunks = room // self.num_vectors if self.join == "concat" else 2**30
+        return Packing(self.width, self.chunk_demos, chunks)
+
+    def flops(self, llm, context: np.ndarray) -> int:
+        tokens = (context.reshape(-1, self.width) != EMPTY).sum(1)
+        return sum(costs.distil(self.distiller.config, llm, int(count), self.num_vectors) for count in tokens)
+
+    def facts(self) -> dict:
+        return self.distiller.facts() | {"chunked": [self.join, self.width, self.chunk_demos]}
+
+    @classmethod
+    def of_trained(cls, model: Kind, config, path: str) -> "Chunked":
+        made = model if isinstance(model, Distiller) else super().of_trained(model, config, path).distiller
+        return cls.around(made, config.prefix.join, config.prefix.chunk_demos, config.data.max_demo_tokens)
+
+    def placed(self, put, dtype: str) -> "Chunked":
+        params = put(self.params)
+        return dataclasses.replace(self, distiller=dataclasses.replace(self.distiller, params=params, dtype=dtype), params=params)
+
+    @classmethod
+    def from_run(cls, config: dict, params, backbone: Path | None) -> "Chunked":
+        made, prefix = Distiller.from_run(config, params, backbone), config["prefix"]
+        return cls.around(made, prefix["join"], prefix["chunk_demos"], config["data"]["max_demo_tokens"])
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return Distiller.is_in.__func__(cls, folder)
+
+    @classmethod
+    def from_folder(cls, folder: Path, place: Place | None = None) -> "Chunked":
+        settings = read_settings(folder)
+        own = (settings.get(name) for name in ("join", "chunk_demos", "chunk_tokens"))
+        return cls.around(read_folder(folder, place), *own)
+
+    def settings(self) -> dict:
+        own = {"kind": self.name, "join": self.join, "chunk_demos": self.chunk_demos, "chunk_tokens": self.width}
+        return self.distiller.settings() | own
+
+    def write(self, folder: Path) -> str:
+        write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings())
+        return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
+
+
+    def card(self, llm: str, template: str) -> tuple[str, str]:
+        _, text = self.distiller.card(llm, template)
+        vectors = {"concat": f"{self.num_vectors} vectors for each chunk, one after another", "mean": "the mean of the chunks' vectors"}
+        chunks = f"{self.chunk_demos} demonstrations and {self.width} tokens"
+        return "A MEND distiller of chunks", f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n"
+
+
+@partial(jax.jit, static_argnums=0)
+def _distill_rows(module: DistillerModule, params, rows, sizes):
+    """One call, but chunk after chunk: products of more rows would round otherwise, and a chunk's vectors would depend, in their
+    last bits, on how many others there are."""
+
+    def one(chunk):
+        return module.apply({"params": params}, *(a[None] for a in chunk))[0]
+
+    return jax.lax.map(one, (rows, sizes))
+
+
+def _joined(join: str, vectors, sizes) -> Prefix:
+    """(B,C,L,D) vectors of chunks of `sizes` (B,C) tokens, 0 where there is no chunk, those last -> the prefix."""
+    B, C, L, D = vectors.shape
+    there = (sizes > 0).astype(vectors.dtype)
+    count = (sizes > 0).sum(1)
+    if join == "concat":
+        return Prefix(vectors.reshape(B, C * L, D), L * count)
+    total = (vectors * there[..., None, None]).sum(1)
+    return Prefix(total / jnp.maximum(there.sum(1), 1)[:, None, None], jnp.full((B,), L, jnp.int32))

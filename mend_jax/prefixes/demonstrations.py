@@ -1,0 +1,53 @@
+"""Vanilla in-context learning: the embedded demonstrations themselves."""
+
+import dataclasses
+from typing import Any
+
+from mend_jax.prefixes.context import demo_tokens
+from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.prefix import Prefix
+
+
+def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
+    """Vanilla ICL: the embedded demonstrations.
+
+    Args:
+        llm: of `load_llm`.
+        demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
+        separator: stands before every x and y of texts; that of a distiller is `distiller.separator`.
+    Returns:
+        Prefix((B, P, llm_width), (B,)) in the LLM's dtype, B the number of contexts, P the tokens of the longest.
+    Raises:
+        UserError: no demonstrations or an empty context, texts without a tokenizer, a token that the LLM does not have, or
+            more tokens than its window.
+    """
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config, llm.window, "LLM", separator)
+    return Prefix(llm.embed(llm.params, tokens), length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Demonstrations(Kind):
+    """The LLM reads the demonstrations; `params` are the LLM's."""
+
+    name, title, method, reads_demos = "demonstrations", "in-context learning", "icl", True
+
+    llm: Any
+
+    @classmethod
+    def beside(cls, llm) -> "Demonstrations":
+        return cls(llm)
+
+    @property
+    def params(self):
+        return self.llm.params
+
+    @property
+    def window(self) -> int:
+        return self.llm.window
+
+    @property
+    def llm_width(self) -> int:
+        return self.llm.config.width
+
+    def apply(self, params, demos, length) -> Prefix:
+        return Prefix(self.llm.embed(params, demos), length)

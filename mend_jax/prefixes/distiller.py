@@ -1,0 +1,363 @@
+"""The trainable model from demonstrations to vectors (paper, section 3.1).
+
+A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its states
+there, projected to the LLM's width, are the vectors.
+
+Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.tokenize import separator
+from mend_jax.models import weights
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.encoder_decoder import encode
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
+from mend_jax.models.folders import headless_params, init_params, load_model, load_tokenizer, read_weights
+from mend_jax.prefixes.context import demo_tokens, pad_columns
+from mend_jax.prefixes.kind import Kind, initial_rows
+from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
+from mend_jax.run.sharding import Place
+from mend_jax.scoring import costs
+
+PROJECTIONS = ("tanh", "linear", "identity")
+SETTINGS = "distiller_config.json"  # of an exported folder
+TENSORS = "distiller.safetensors"
+MODULE = "mend_distiller.py"
+
+CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
+{llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
+In-Context Learning (Li et al., ICLR 2024). The backbone is a {layers}-layer {family} of width {width};
+projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
+
+## Use
+
+In PyTorch, with `mend_distiller.py` of this folder (torch, transformers, safetensors; nothing else):
+
+```python
+import torch
+from mend_distiller import MendDistiller
+
+distiller = MendDistiller.from_pretrained(folder)
+vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, {num_vectors}, {llm_width})
+query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+logits = llm(inputs_embeds=embeds).logits
+```
+
+In JAX: `mend_jax.load_distiller(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
+
+Every x and y is tokenised behind {separator}. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
+is a folder `release/`, it holds the same distiller in the layout of the method's public PyTorch release.
+
+"""
+
+
+class DistillerModule(nn.Module):
+    """The distiller as a function of its parameters: {"backbone": a model's tree without a head, "placeholders": (L,D)} and,
+    where there is a projection, {"projection": {"kernel": (D,llm_width), "bias": (llm_width,)}}."""
+
+    config: Config  # of the backbone
+    length: int  # L
+    llm_width: int
+    projection: str  # "tanh", "linear" or "identity"
+    dtype: str = "float32"  # of the arithmetic
+    attention: str = "xla"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, demos, length):
+        """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`."""
+        # The backbone's tree is read as a whole, as models/ reads it; only `init` makes a random one.
+        given = self.has_variable("params", "backbone")
+        backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
+        rows = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
+        context = Prefix(backbone["embed"]["tokens"][demos], length)
+        vectors = self._states_at(jnp.broadcast_to(rows, (demos.shape[0], *rows.shape)), backbone, context)
+        if self.projection != "identity":
+            vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
+        return jnp.tanh(vectors) if self.projection == "tanh" else vectors
+
+    def _random_backbone(self, key):
+        return init_params(self.config, key)
+
+    def _states_at(self, placeholders, backbone, context: Prefix):
+        """The backbone's states at the placeholders (B,L,D), which it reads behind the context."""
+        dtype = jnp.dtype(self.dtype)
+        if isinstance(self.config, EncoderDecoderConfig):
+            L = placeholders.shape[1]
+            joined, length = join(context, placeholders, jnp.full_like(context.length, L))
+            return take_rows(encode(self.config, backbone, joined, length, dtype, self.remat), context.length, L)
+        model = Decoder(self.config, dtype, self.attention, self.remat)
+        return continue_after(model, backbone, context, placeholders)
+
+    def shapes(self):
+        """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is made."""
+        tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
+
+
+class _Projection(nn.Module):
+    """To the LLM's width."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.width))  # as the release
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distiller(Kind):
+    """A distiller with its parameters and its tokenizer: MEND, or HyperTuning (they differ in the losses alone)."""
+
+    name, title, reads_demos = "distiller", "a distiller", True
+    begins_with = ("distiller",)
+    same_fields = ("prefix.length", "data.template", "llm.path", "prefix.backbone", "prefix.projection")
+
+    config: Config  # of the backbone
+    params: Any  # of `module`
+    projection: str  # "tanh", "linear" or "identity"
+    llm_width: int
+    tokenizer: Any = None
+    dtype: str = "float32"
+    attention: str = "xla"
+    remat: bool = False
+    separator: str = " "  # stands before every x and y of texts: config.data.template of its training
+
+    @property
+    def num_vectors(self) -> int:
+        return self.params["placeholders"].shape[0]
+
+    @property
+    def window(self) -> int:
+        """Demonstration tokens it can read: its positions less one for each vector."""
+        return self.config.window - self.num_vectors
+
+    @property
+    def reader(self) -> Config:
+        return self.config
+
+    @property
+    def module(self) -> DistillerModule:
+        settings = self.projection, self.dtype, self.attention, self.remat
+        return DistillerModule(self.config, self.num_vectors, self.llm_width, *settings)
+
+    def apply(self, params, demos, length) -> Prefix:
+        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, all L)."""
+        return make_vectors(self.module, params, demos, length)
+
+    def read(self, demos):
+        """Tokens (B,N) and lengths (B,) of what `distill` takes; N is one of few, because each is compiled."""
+        reader = (self.tokenizer, self.config, self.window, "distiller", self.separator)
+        tokens, length = demo_tokens(demos, *reader)
+        return pad_columns(tokens, self.window), length
+
+    def distill(self, demos) -> Prefix:
+        """The vectors of any demonstrations, with the distiller's own parameters.
+
+        Args:
+            demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs
+                where the distiller came with a tokenizer.
+        Returns:
+            Prefix((B, L, llm_width) in `dtype`, (B,) int32, all L), B the number of contexts (paper, section 3.1).
+        Raises:
+            UserError: no demonstrations, what is neither ids nor pairs of texts, no tokenizer for texts, a token that the
+                distiller does not have, or more tokens than its window.
+        """
+        tokens, length = self.read(demos)
+        return _distill(self.module, self.params, tokens, length)
+
+    @classmethod
+    def backbone(cls, config) -> str:
+        return config.prefix.backbone
+
+    @classmethod
+    def check(cls, config, backbone, llm) -> None:
+        resolve_projection(config.prefix.projection, backbone.width, llm.width)
+
+    @classmethod
+    def init(cls, config, llm, seed: int, place: Place | None = None) -> "Distiller":
+        """From the backbone's weights, as the section `prefix` of a run's config says (configs/base.py).
+
+        `place` as in `load_llm`; what is small is wherever it was made.
+        """
+        prefix = config.prefix
+        backbone = load_model(prefix.backbone, place=place)
+        params = {
+            "backbone": headless_params(backbone.config, backbone.params),
+            "placeholders": initial_rows(prefix, backbone.params["embed"], seed),
+        }
+        projection = resolve_projection(prefix.projection, backbone.config.width, llm.config.width)
+        if projection != "identity":
+            shape = backbone.config.width, llm.config.width
+            kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
+            params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
+        arithmetic = prefix.dtype, llm.attention, prefix.remat
+        return cls(backbone.config.headless, params, projection, llm.config.width, backbone.tokenizer, *arithmetic)
+
+    def flops(self, llm, context: np.ndarray) -> int:
+        return costs.distil(self.config, llm, len(context), self.num_vectors)
+
+    def facts(self) -> dict:
+        own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # the usual one is not named
+        return {"projection": self.projection} | own
+
+    def placed(self, put, dtype: str) -> "Distiller":
+        return dataclasses.replace(self, params=put(self.params), dtype=dtype)
+
+    @classmethod
+    def from_run(cls, config: dict, params, backbone: Path | None) -> "Distiller":
+        settings = from_hf_config(backbone).headless
+        # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
+        llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
+        projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
+        return cls.of(settings, params, projection, load_tokenizer(backbone), separator(config["data"]["template"]))
+
+    @classmethod
+    def of(cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ") -> "Distiller":
+        """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
+        llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
+        return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before)
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return (folder / SETTINGS).exists() and read_settings(folder).get("kind", "distiller") == cls.name
+
+    @classmethod
+    def from_folder(cls, folder: Path, place: Place | None = None) -> "Distiller":
+        return read_folder(folder, place)
+
+    def settings(self) -> dict:
+        """What `SETTINGS` of an exported folder holds."""
+        return {
+            "num_vectors": self.num_vectors,
+            "width": self.config.width,
+            "llm_width": self.llm_width,
+            "projection": self.projection,
+            "separator": self.separator,
+        }
+
+    def write(self, folder: Path) -> str:
+        write_folder(self, folder)
+        return f"{self.title[0].upper()}{self.title[1:]} as a Hugging Face folder, with {MODULE} for PyTorch."
+
+
+    def card(self, llm: str, template: str) -> tuple[str, str]:
+        text = CARD.format(
+            num_vectors=self.num_vectors,
+            llm_width=self.llm_width,
+            llm=llm,
+            layers=self.config.layers,
+            family=self.config.family,
+            width=self.config.width,
+            projection=self.projection,
+            window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
+            separator={" ": "a space", "\n": "a newline"}[self.separator],
+        )
+        return "A MEND distiller", text
+
+
+def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:
+    """`Distiller.apply` as a function of its module."""
+    vectors = module.apply({"params": params}, demos, length)
+    return Prefix(vectors, jnp.full((demos.shape[0],), vectors.shape[1], jnp.int32))
+
+
+_distill = partial(jax.jit, static_argnums=0)(make_vectors)  # one for all distillers: each shape is compiled once
+
+
+def resolve_projection(projection: str, width: int, llm_width: int) -> str:
+    """What "auto" stands for; `identity` needs equal widths."""
+    if projection == "auto":
+        return "identity" if width == llm_width else "tanh"
+    if projection == "identity" and width != llm_width:
+        raise UserError(
+            f'prefix.projection="identity" needs a backbone as wide as the LLM, not {width} against {llm_width}: use "tanh" or "linear".'
+        )
+    return projection
+
+
+# The exported folder
+
+
+def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None = None) -> None:
+    """The distiller as a Hugging Face folder, without card and release files; `settings` instead of its own."""
+    folder, params = Path(folder), distiller.params
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
+    backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
+    weights.write_file(_contiguous(backbone), folder / "model.safetensors")
+    tensors = {"placeholders": np.asarray(params["placeholders"])}
+    if "projection" in params:
+        tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
+        tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
+    weights.write_file(_contiguous(tensors), folder / TENSORS)
+    _write_json(folder / SETTINGS, settings or distiller.settings())
+    if distiller.tokenizer is not None:
+        distiller.tokenizer.save_pretrained(folder)
+    shutil.copyfile(Path(__file__).parents[1] / "interchange" / MODULE, folder / MODULE)
+
+
+def read_folder(folder: Path, place: Place | None = None) -> Distiller:
+    """The distiller that `write_folder` wrote. Raises UserError where a file is damaged or of another model."""
+    settings = read_settings(folder)
+    try:
+        projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+    if projection not in PROJECTIONS:
+        raise UserError(
+            f"{folder / SETTINGS} says projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
+        )
+    config, where = from_hf_config(folder), folder / TENSORS
+    own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
+    params = {"backbone": read_weights(folder, config, place=place)}
+    params["placeholders"] = weights.take(own, "placeholders", (None, config.width), where)
+    if projection != "identity":
+        kernel = weights.take(own, "projection.weight", (llm_width, config.width), where).T
+        params["projection"] = {
+            "kernel": np.ascontiguousarray(kernel),
+            "bias": weights.take(own, "projection.bias", (llm_width,), where),
+        }
+    if own:
+        raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
+    return Distiller.of(config, params, projection, load_tokenizer(folder), before)
+
+
+def read_settings(folder: Path) -> dict:
+    """`SETTINGS` of an exported folder. Raises UserError where it is damaged."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except ValueError as error:
+        raise _unreadable(folder, error) from None
+    if not isinstance(settings, dict):
+        raise _unreadable(folder, "it is no JSON object")
+    return settings
+
+
+def _unreadable(folder: Path, error) -> UserError:
+    return UserError(f"{folder / SETTINGS} cannot be read ({error}): export the distiller again.")
+
+
+def _contiguous(tensors: Mapping) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _write_json(path, content) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""PromptTuning: one learned matrix, whatever the demonstrations (Lester et al., 2021).
+
+Axes: B batch, N demonstration tokens, L vectors.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mend_jax.models import weights
+from mend_jax.prefixes.kind import Kind, initial_rows
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.run.sharding import Place
+
+FILE = "soft_prompt.safetensors"
+
+CARD = """{num_vectors} learned vectors (PromptTuning) that a frozen LLM of width {llm_width} ({llm}) reads
+before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safetensors`.
+
+## Use
+
+```python
+import torch
+from safetensors.torch import load_file
+
+vectors = load_file("soft_prompt.safetensors")["vectors"][None]
+query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+logits = llm(inputs_embeds=embeds).logits
+```
+
+`python -m mend_jax.evaluate --config.evaluate.methods=NAME=FOLDER` scores it.
+
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftPrompt(Kind):
+    """L vectors in the LLM's embedding space."""
+
+    name, title, begins_with = "soft_prompt", "a soft prompt", ("soft_prompt",)
+
+    params: Any  # {"vectors": (L, llm_width)}
+
+    @property
+    def num_vectors(self) -> int:
+        return self.params["vectors"].shape[0]
+
+    @property
+    def llm_width(self) -> int:
+        return self.params["vectors"].shape[1]
+
+    @classmethod
+    def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
+        """In the LLM's embedding space, started as `prefix.placeholder_init` says."""
+        del place  # it is small
+        return cls({"vectors": initial_rows(config.prefix, llm.params["embed"], seed)})
+
+    def apply(self, params, demos, length) -> Prefix:
+        """The same L vectors for every row; `demos` (B,N) and `length` are not read."""
+        vectors, rows = params["vectors"], demos.shape[0]
+        return Prefix(jnp.broadcast_to(vectors, (rows, *vectors.shape)), jnp.full((rows,), len(vectors), jnp.int32))
+
+    def facts(self) -> dict:
+        return {"projection": ""}
+
+    @classmethod
+    def from_run(cls, config: dict, params, backbone: Path | None) -> "SoftPrompt":
+        return cls._of(params, "the checkpoint")
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return (folder / FILE).exists()
+
+    @classmethod
+    def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
+        return cls._of({name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}, folder / FILE)
+
+    def write(self, folder: Path) -> str:
+        weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE)
+        return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
+
+    def card(self, llm: str, template: str) -> tuple[str, str]:
+        return "A soft prompt", CARD.format(num_vectors=self.num_vectors, llm_width=self.llm_width, llm=llm)
+
+    @classmethod
+    def _of(cls, params, where) -> "SoftPrompt":
+        vectors = np.asarray(weights.take(dict(params), "vectors", (None, None), where), np.float32)
+        return cls({"vectors": jnp.asarray(vectors)})

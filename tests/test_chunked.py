@@ -1,0 +1,203 @@
+"""Demonstrations of any number, chunk by chunk: packing, vectors that do not depend on other chunks, training, evaluation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizer_files
+from data_files import make_world, tiny_config
+from tiny_training import config, model_folder
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.batches import make_batches
+from mend_jax.data.evaluation import EvalTask, Item
+from mend_jax.data.readers import Readers
+from mend_jax.data.sampling import EMPTY, Packing
+from mend_jax.interchange.trained import read_trained
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes import KINDS, Chunked, Distiller
+from mend_jax.scoring.tasks import Method, evaluate_task, make_context, prefix_maker
+from mend_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return load_llm(str(folder))
+
+
+@pytest.fixture(scope="module")
+def distiller(folder, llm):
+    return Distiller.init(config(folder), llm, seed=0)
+
+
+def demonstrations(count, seed=0, longest=5):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 40, rng.integers(2, longest + 1)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [9, 1, 9, 1, 1], [10], [], [1] * 40, [4, 11, 2]])
+@pytest.mark.parametrize("demos, chunks", [(2, 3), (100, 100)])
+def test_a_chunk_holds_whole_demonstrations_in_their_order(lengths, demos, chunks):
+    packing = Packing(columns=10, demos=demos, chunks=chunks)
+    pieces = [np.full(length, i, np.int32) for i, length in enumerate(lengths)]
+    laid_out = packing.lay_out(pieces)
+    rows = laid_out.reshape(-1, 10)
+    assert packing.length(lengths) == laid_out.size and len(rows) <= chunks
+    found = laid_out[laid_out != EMPTY]
+    count = len(packing.chunk_of(lengths))
+    assert found.tolist() == np.concatenate([*pieces[:count], np.zeros(0, int)]).tolist()
+    for row in rows:
+        inside = row[row != EMPTY]
+        assert len(inside) and (row[len(inside) :] == EMPTY).all() and len(np.unique(inside)) <= demos
+    assert 11 not in lengths[:count]
+    if chunks == 100 and 11 not in lengths:
+        assert count == len(lengths)
+
+
+def test_one_chunk_is_the_distiller_itself(distiller):
+    demos = demonstrations(4)
+    own, alone = Chunked.around(distiller).distill(demos), distiller.distill([token for demo in demos for token in demo])
+    assert own.length.tolist() == alone.length.tolist()
+    np.testing.assert_allclose(own.embeds, alone.embeds, atol=2e-6)
+
+
+@pytest.mark.parametrize("join", ["concat", "mean"])
+def test_adding_and_removing_a_chunk_leaves_the_others_bit_equal(distiller, join):
+    model = Chunked.around(distiller, join, chunk_demos=3)
+    chunks = model.chunks(demonstrations(18))
+    assert len(chunks) == 6
+    vectors = np.asarray(model.distill_chunks(chunks))
+    for kept in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [3], [5, 2]):
+        np.testing.assert_array_equal(model.distill_chunks([chunks[i] for i in kept]), vectors[kept])
+    assert not np.array_equal(vectors[0], vectors[1])
+    without_one = model.join_chunks(vectors[1:])
+    again = model.distill(demonstrations(18)[3:])
+    np.testing.assert_array_equal(without_one.embeds, again.embeds)
+
+
+def test_concat_keeps_all_vectors_and_mean_their_mean(distiller):
+    demos = demonstrations(7)
+    concat, mean = (Chunked.around(distiller, join, chunk_demos=3).distill(demos) for join in ("concat", "mean"))
+    assert concat.embeds.shape[1] == 3 * 4 and concat.length.tolist() == [12]
+    assert mean.embeds.shape[1] == 4 and mean.length.tolist() == [4]
+    np.testing.assert_allclose(mean.embeds[0], concat.embeds[0].reshape(3, 4, -1).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("join", ["concat", "mean"])
+def test_a_batch_is_what_its_rows_are_alone_and_padding_is_not_read(distiller, join):
+    model = Chunked.around(distiller, join, chunk_demos=2, chunk_tokens=12)
+    packing = Packing(model.width, 2, 9)
+    contexts = [packing.lay_out([np.asarray(d, np.int32) for d in demonstrations(n, seed=n)]) for n in (1, 4, 6)]
+    size = max(map(len, contexts)) + model.width
+    rows = np.stack([np.pad(context, (0, size - len(context)), constant_values=7) for context in contexts])
+    batch = model.apply(model.params, jnp.asarray(rows), jnp.asarray([len(context) for context in contexts]))
+    for i, context in enumerate(contexts):
+        alone = model.apply(model.params, jnp.asarray(context[None]), jnp.asarray([len(context)]))
+        count = int(alone.length[0])
+        assert int(batch.length[i]) == count
+        np.testing.assert_allclose(batch.embeds[i, :count], alone.embeds[0, :count], atol=2e-6)
+
+
+def task_of(count):
+    pairs = [(np.asarray(demo[:-1], np.int32), np.asarray(demo[-1:], np.int32)) for demo in demonstrations(count)]
+    items = [Item(np.asarray([5, 6]), [np.asarray([1]), np.asarray([2, 3])], ("a", "b"), 0)] * 2
+    return EvalTask("tiny", 13, pairs, items, True)
+
+
+@pytest.mark.parametrize("join, most", [("concat", 11), ("mean", 1000)])
+@pytest.mark.parametrize("count", [16, 64, 256])
+def test_any_number_of_demonstrations_makes_a_prefix_that_fits(folder, llm, distiller, join, most, count):
+    """The LLM's window of 48 holds 11 chunks of 4 vectors beside a query; a mean needs but 4 positions."""
+    c, model, task = config(folder), Chunked.around(distiller, join, 8, 16), task_of(count)
+    context = make_context(c, llm, model, task)
+    chunks = len(context) // model.width
+    shown = int((context != EMPTY).sum())
+    assert shown == sum(len(x) + len(y) for x, y in task.demos) if join == "mean" else chunks <= most
+    result = evaluate_task(llm, prefix_maker(c, llm, Method("chunked", model)), task, batch_size=4)
+    assert result.cost["prefix_length"] == (4 if join == "mean" else 4 * chunks)
+    one = distiller.flops(llm.config, np.zeros(1, np.int32))
+    assert model.flops(llm.config, context) > chunks * one  # what each chunk costs is counted
+
+
+def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
+    with pytest.raises(UserError, match="Demonstration 2 has 43 tokens, a chunk holds 16"):
+        Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])
+    with pytest.raises(UserError, match="concat or mean"):
+        Chunked.around(distiller, "sum")
+
+
+def test_texts_are_read_pair_by_pair(distiller):
+    pairs = [(f"w{i}", f"w{i + 1}") for i in range(5)]
+    model = Chunked.around(distiller, "concat", chunk_demos=2)
+    ids = [[i, i + 1] for i in range(5)]
+    np.testing.assert_array_equal(model.distill(pairs).embeds, model.distill(ids).embeds)
+
+
+def test_it_starts_from_a_distillers_workdir_and_is_read_back(folder, llm, tmp_path, monkeypatch):
+    from tiny_training import RandomBatches
+
+    from mend_jax.run import build
+
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    first = config(folder, **{"train.steps": 2})
+    assert train(first, tmp_path / "distiller") == 0
+    fields = {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 4, "data.max_demo_tokens": 8}
+    second = config(folder, **{"train.steps": 2, "prefix.start_from": str(tmp_path / "distiller"), **fields})
+    assert train(second, tmp_path / "chunked") == 0
+    before, after = (read_trained(tmp_path / name) for name in ("distiller", "chunked"))
+    assert isinstance(after, Chunked) and (after.join, after.chunk_demos, after.width) == ("mean", 4, 8)
+    assert not np.array_equal(before.params["placeholders"], after.params["placeholders"])
+    out = mend_jax_export(tmp_path / "chunked", tmp_path / "out")
+    again = read_trained(out)
+    assert isinstance(again, Chunked) and (again.join, again.chunk_demos, again.width) == ("mean", 4, 8)
+    demos = demonstrations(9)
+    np.testing.assert_array_equal(again.distill(demos).embeds, after.distill(demos).embeds)
+    assert KINDS["chunked"].is_in(out) and not KINDS["distiller"].is_in(out)
+
+
+def mend_jax_export(workdir, out):
+    from mend_jax.interchange.export import export
+
+    assert "chunks" in export(workdir, out)
+    return out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path, stage):
+    tokenizer = tokenizer_files.load(tokenizer_files.save_word_tokenizer(tmp_path / "tokenizer"))
+    packing = Packing(columns=16, demos=2, chunks=3)
+    c = tiny_config(make_world(tmp_path / "world"), stage)
+    plain, chunked = (
+        make_batches(c, Readers(tokenizer, 96, window, vectors=4, packing=how)) for window, how in ((80, None), (None, packing))
+    )
+    for step in range(3):
+        one, batch = plain[step], chunked[step]
+        assert batch.demos.shape[1] % 16 == 0 and batch.demos.shape[1] <= batch.teacher_demos.shape[1]
+        whole = {int(i): row[:n].tolist() for i, row, n in zip(one.ids, one.demos, one.demos_length, strict=True)}
+        for i, row, n, teacher, m in zip(
+            batch.ids, batch.demos, batch.demos_length, batch.teacher_demos, batch.teacher_demos_length, strict=True
+        ):
+            shown, told = row[:n][row[:n] != EMPTY].tolist(), teacher[:m].tolist()
+            assert n % 16 == 0 and told[: len(shown)] == shown and len(shown) > 0
+            assert int(i) not in whole or whole[int(i)] == told
+
+
+def test_gradients_reach_every_chunk(distiller):
+    model = Chunked.around(distiller, "concat", chunk_demos=2, chunk_tokens=12)
+    context = Packing(model.width, 2, 9).lay_out([np.asarray(d, np.int32) for d in demonstrations(6)])
+    rows, length = jnp.asarray(context[None]), jnp.asarray([len(context)])
+
+    def last_chunk(params):
+        return (model.apply(params, rows, length).embeds[:, -4:] ** 2).sum()
+
+    gradient = jax.grad(last_chunk)(model.params)
+    assert np.abs(gradient["placeholders"]).max() > 0
+    moved = dataclasses.replace(model, params=jax.tree.map(lambda a, g: a - 0.1 * g, model.params, gradient))
+    assert last_chunk(moved.params) != last_chunk(model.params)
