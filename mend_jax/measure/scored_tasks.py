@@ -20,7 +20,8 @@ from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import BATCH_SEED, LLM_SEED, Item, random_params
 from mend_jax.models.families import Config
 from mend_jax.models.folders import has_weights, load_tokenizer
-from mend_jax.prefixes.prefix import Prefix, bucket
+from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring.options import cache_prefix, lay_out, plan, score_rows
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
