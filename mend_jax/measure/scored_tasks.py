@@ -113,7 +113,7 @@ class ScoringSide:
         """Seconds of reading a task's demonstrations."""
         demos = self.tasks[name].demos
         columns = min((size for size in DEMO_BUCKETS if size >= len(demos)), default=bucket(len(demos)))
-        tokens = np.zeros((1, columns), np.int32)
+        tokens = np.zeros((1, min(columns, self.llm.window)), np.int32)
         tokens[0, : len(demos)] = demos
         start = time.perf_counter()
         prefix = Prefix(self.embed(self.llm.params, tokens), np.asarray([len(demos)], np.int32))
