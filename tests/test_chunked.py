@@ -185,8 +185,8 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
             batch.ids, batch.demos, batch.demos_length, batch.teacher_demos, batch.teacher_demos_length, strict=True
         ):
             shown, told = row[:n][row[:n] != EMPTY].tolist(), teacher[:m].tolist()
-            assert n % 16 == 0 and told[: len(shown)] == shown and len(shown) > 0
-            assert int(i) not in whole or whole[int(i)] == told
+            assert n % 16 == 0 and told == shown and len(shown) > 0
+            assert int(i) not in whole or whole[int(i)][: len(told)] == told
 
 
 def test_gradients_reach_every_chunk(distiller):

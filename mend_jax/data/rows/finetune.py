@@ -67,6 +67,8 @@ class TaskRows:
             if self.config.release_truncation or not self.contexts:
                 return task, chosen, queries, budget
             fitting = min(map(sampling.fit_demos, self.shown[task][chosen].T, allowed))
+            if self.packing is not None:  # what has no place in a chunk is not shown to the teacher either
+                fitting = len(self.packing.chunk_of(self.shown[task][chosen[:fitting], -1]))
             if fitting:
                 return task, chosen[:fitting], queries, budget
         raise UserError(

@@ -56,6 +56,9 @@ class TextRows:
         length = min(int(self.store.lengths[document]), self.config.max_text_tokens)
         _, query = sampling.split_text(length, self.config.beta, length)
         budget, *others = self.budgets(query)
+        if self.packing is not None:  # what has no place in a chunk is not shown to the teacher either
+            room = self.packing.columns * self.packing.chunks
+            budget, others = min(budget, room), [min(other, room) for other in others]
         context, query = sampling.split_text(length, self.config.beta, budget)
         if not self.two_readings:
             return context, query, context
