@@ -219,6 +219,24 @@ def test_vectors_that_leave_no_room(world, tokenizer):
         make_batches(tiny_config(world, "finetune"), Readers(tokenizer, 96, 4))
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("length, vectors", [(60, 1), (4, 40)])
+def test_a_prefix_of_other_than_length_vectors(world, tokenizer, stage, length, vectors):
+    """The LLM has room for `vectors`, the distiller for its prefix.length placeholders."""
+    config = tiny_config(world, stage)
+    config.prefix.length = length
+    made, usual = (make_batches(config, Readers(tokenizer, 160, 80, vectors=count)) for count in (vectors, length))
+    for step in range(8):
+        assert made[step].demos_length.max() <= 80 - length
+        assert same(made[step], usual[step])  # the LLM's window is wide enough for both
+    narrow = Readers(tokenizer, 44, 2**30, vectors=vectors)
+    if (stage, vectors) == ("pretrain", 40):
+        with pytest.raises(UserError, match=r"window of 44 beside a prefix of 40 vectors .*prefix.length = 4"):
+            make_batches(config, narrow)
+    elif vectors == 40:
+        assert make_batches(config, narrow).rows.query_buckets[-1] == 4
+
+
 def test_language_model_rows(world, tokenizer):
     made = batches(world, tokenizer, "lm", text_share=0.25)
     counts, kinds = set(), []

@@ -116,7 +116,7 @@ def _check_weights(config: ConfigDict) -> None:
 
 
 def _check_text_share(config: ConfigDict) -> None:
-    """Rows of text are a whole number of each batch (data/draws.py: SequenceDraws.text_number)."""
+    """Rows of text are a whole number of each batch (data/rows/lm.py: SequenceRows.text_number)."""
     share, rows = config.data.text_share, config.train.batch_size
     if config.stage == "lm" and config.data.text and config.data.tasks and share > 0 and int(rows * share + 1e-9) < 1:
         raise UserError(

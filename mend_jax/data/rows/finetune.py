@@ -20,14 +20,15 @@ class TaskRows:
     def __init__(self, config, stores: list[TaskStore], readers: Readers):
         windows = readers.windows
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
-        self.vectors, self.input_columns = readers.positions(config), config.data.max_input_tokens
+        self.input_columns = config.data.max_input_tokens
         self.contexts = readers.reads_demos or bool(config.loss.kd)  # else nobody reads them
         self.packing = readers.packing
         self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k, self.config.queries)
         self.two_readings = len(stores[0].readings) == 2
         self.separate_teacher = self.two_readings or self.packing is not None
-        limit = min(max(self.config.query_buckets), windows[0] - self.vectors)
+        self.budgets = functools.partial(budgets, config, windows, two_readings=self.two_readings)
+        limit = min(max(self.config.query_buckets), windows[0] - readers.positions(config))
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
         self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
         self.shown = [  # tokens of each example as a demonstration, for each tokenizer
@@ -61,7 +62,7 @@ class TaskRows:
             chosen = chosen + (chosen >= query)  # any example but the query
             queries = self._with_others(row, task, chosen, query)
             longest = int(self.cut[task][queries].max())
-            allowed = budgets(self.config, self.windows, longest, self.vectors, self.two_readings)
+            allowed = self.budgets(longest)
             budget = min(allowed)
             if self.config.release_truncation or not self.contexts:
                 return task, chosen, queries, budget
@@ -76,7 +77,7 @@ class TaskRows:
     def _with_others(self, row: int, task: int, chosen, query: int) -> np.ndarray:
         """The query and data.queries - 1 others of its task, none a demonstration, none twice while there are enough."""
         count = self.config.queries - 1
-        if not count:  # the draws of one query stay what they are
+        if not count:  # rows of one query do not depend on this
             return np.asarray([query])
         left = np.setdiff1d(self.queries[task], [*chosen, query])
         left = left if len(left) else np.asarray([query])  # all others are too long

@@ -17,7 +17,7 @@ class TextRows:
 
     def __init__(self, config, store: TextStore, documents: range, shuffle: bool, readers: Readers):
         self.config, self.store, self.windows = config.data, store, readers.windows
-        self.seed, self.length, self.packing = config.seed, readers.positions(config), readers.packing
+        self.seed, self.packing = config.seed, readers.packing
         self.documents = document_order(documents, config.seed, shuffle)
         self.count, self.first = len(documents), documents.start
         longest = min(self.config.max_text_tokens, int(store.lengths.max(initial=0)))
@@ -28,10 +28,11 @@ class TextRows:
             )
         self.two_readings = store.all_lengths.shape[1] == 2
         self.separate_teacher = self.two_readings or self.packing is not None
+        self.budgets = functools.partial(budgets, config, self.windows, two_readings=self.two_readings)
         self.split = functools.lru_cache(KEPT)(self.split)
         _, longest_query = sampling.split_text(longest, self.config.beta, longest)
         self.query_buckets = buckets(self.config.query_buckets, longest_query)
-        check_window("A text's continuation", longest_query, self.length, self.windows[0])
+        check_window("A text's continuation", longest_query, readers.positions(config), config.prefix.length, self.windows[0])
         budget, *others = largest_budgets(config, self.windows, self.two_readings)
         longest_context = max([sampling.split_text(longest, self.config.beta, budget)[0], *others])
         self.demo_buckets = buckets(self.config.demo_buckets, longest_context)
@@ -54,7 +55,7 @@ class TextRows:
         """(context tokens of the distiller, query tokens, context tokens of the LLM) of a document."""
         length = min(int(self.store.lengths[document]), self.config.max_text_tokens)
         _, query = sampling.split_text(length, self.config.beta, length)
-        budget, *others = budgets(self.config, self.windows, query, self.length, self.two_readings)
+        budget, *others = self.budgets(query)
         context, query = sampling.split_text(length, self.config.beta, budget)
         if not self.two_readings:
             return context, query, context

@@ -6,7 +6,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
 
 MIN_TEXT_TOKENS = 32  # pretraining: shorter texts teach nothing about distilling
-TRIES = 100  # draws until one fits
+TRIES = 100  # random choices for a row until one fits
 KEPT = 1 << 14  # rows remembered between planning a window and making its batches
 
 
@@ -24,7 +24,7 @@ def check_windows(config, llm, backbone=None, vectors: int | None = None) -> Non
     if stage == "lm":
         check_sequence_length(data.sequence_length, llm.window)
         return
-    behind = f"behind prefix.length = {vectors} vectors"
+    behind = _beside("behind", vectors, config.prefix.length)
     room = llm.window - vectors
     if room < 2:
         raise UserError(
@@ -57,16 +57,20 @@ def buckets(configured, largest: int) -> tuple[int, ...]:
     return (*sorted({size for size in configured if size < largest}), largest)
 
 
-def budgets(data, windows, query: int, vectors: int, two_readings: bool) -> tuple[int, ...]:
-    """Tokens a context may have beside a query of so many: of the LLM's and of the distiller's, or of those of both."""
+def budgets(config, windows, query: int, two_readings: bool) -> tuple[int, ...]:
+    """Tokens a context may have beside a query of so many: (those that both models can read,), or (the LLM's, the distiller's).
+
+    The distiller reads a context and prefix.length placeholders, however many positions of the LLM the prefix takes.
+    """
+    data, placeholders = config.data, config.prefix.length
     if not two_readings:
-        return (sampling.demo_budget(data.max_demo_tokens, windows[0], query, windows[1], vectors),)
-    return min(data.max_demo_tokens, windows[0] - query), min(data.max_demo_tokens, windows[1] - vectors)
+        return (sampling.demo_budget(data.max_demo_tokens, windows[0], query, windows[1], placeholders),)
+    return min(data.max_demo_tokens, windows[0] - query), min(data.max_demo_tokens, windows[1] - placeholders)
 
 
 def largest_budgets(config, windows, two_readings: bool) -> tuple[int, ...]:
     """The most tokens a context can have, as `budgets`. Raises UserError where there is no room for any."""
-    found = budgets(config.data, windows, 1, config.prefix.length, two_readings)
+    found = budgets(config, windows, 1, two_readings)
     if min(found) < 1:
         raise UserError(
             f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside "
@@ -84,9 +88,16 @@ def check_sequence_length(length: int, window: int) -> None:
         )
 
 
-def check_window(what: str, query: int, vectors: int, window: int) -> None:
+def check_window(what: str, query: int, vectors: int, length: int, window: int) -> None:
+    """Raises UserError where a query and a prefix of `vectors` positions do not fit; `length` is prefix.length."""
     if query + vectors > window:
         raise UserError(
-            f"{what} of {query} tokens does not fit the LLM's window of {window} beside config.prefix.length = "
-            f"{vectors} vectors: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
+            f"{what} of {query} tokens does not fit the LLM's window of {window} "
+            f"{_beside('beside', vectors, length, 'config.prefix.length')}: lower config.data.max_text_tokens, raise config.data.beta or lower the length."
         )
+
+
+def _beside(where: str, vectors: int, length: int, field: str = "prefix.length") -> str:
+    if vectors == length:
+        return f"{where} {field} = {length} vectors"
+    return f"{where} a prefix of {vectors} vectors ({field} = {length})"
