@@ -3,9 +3,9 @@
     python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
     python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
 
-On 2 cores of an Intel Xeon the first takes 5 minutes, MEND 99.3 against Vanilla ICL's 100. The second took 64
+On 2 cores of an Intel Xeon the first takes 5 minutes, MEND 99.3 against Vanilla ICL's 100 (one training). The second took 64
 minutes of one core; there a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning
-71.4 (docs/results.md).
+71.4, of one training each (docs/results.md).
 
 One stage by itself:
 
@@ -42,7 +42,7 @@ def get_config(name: str = "quick") -> ConfigDict:
     c.data.max_input_tokens = 8
     c.data.demo_buckets = (80,)  # one shape: compiling another takes longer than it saves
     c.data.query_buckets = (8, 24)  # an input with its label; a text's continuation
-    c.data.queries = 8  # of each context: far more is learnt from it than from one (docs/results.md)
+    c.data.queries = 8  # of each context: far more is learnt from it than from one (docs/lab_notes.md)
     c.data.sequence_length = 88
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 50
@@ -67,14 +67,14 @@ def _language_model(c: ConfigDict, name: str) -> None:
     c.optimizer.weight_decay = 0.01
     c.train.eval_every = c.train.save_every = 250
     if name == "backbone":
-        # Of all tasks it had not learnt to read unseen topics after as many steps: docs/results.md.
+        # Of all tasks it had not learnt to read unseen topics after as many steps: docs/lab_notes.md.
         c.data.partition = "small_world_first"
         c.optimizer.learning_rate = 4e-3
         c.optimizer.warmup_steps = 200
         c.train.steps = 3_000
     else:
         # Grown from the small LM, it speaks its language: a distiller from one that was trained apart is far worse
-        # (docs/results.md).
+        # (docs/lab_notes.md).
         c.llm.path = str(Path(__file__).parents[1] / "mend_jax" / "small_world" / "backbone")
         c.llm.layers = 4
         c.optimizer.learning_rate = 2e-3

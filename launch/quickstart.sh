@@ -19,5 +19,5 @@ cat <<END
 The table above is in $workdir/evaluation/table.md, every prediction in $workdir/evaluation/predictions/.
 The runs are in $workdir/mend/pretrain/ and $workdir/mend/finetune/: metrics.jsonl, config.json, params.txt, checkpoints, tensorboard.
 All five methods: .venv/bin/python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
-Your own text, tasks and LLM: see "Your own data" in README.md.
+Your own text, tasks and LLM: docs/data.md.
 END

@@ -128,11 +128,11 @@ def test_methods_are_the_papers(monkeypatch):
     }
 
 
-def test_the_stages_that_readme_writes_out_are_the_experiments(monkeypatch):
+def test_the_stages_that_the_docs_write_out_are_the_experiments(monkeypatch):
     monkeypatch.setattr("mend_jax.data.small_world.resolve", lambda config: config)
     monkeypatch.chdir(ROOT)
     found = {}
-    for _, rest in COMMAND.findall((ROOT / "README.md").read_text()):
+    for _, rest in COMMAND.findall((ROOT / "docs" / "running.md").read_text()):
         arguments = shlex.split(re.sub(r"\\\n", " ", rest))
         if any("configs/small_world.py:" in word and "methods" not in word for word in arguments):
             config, workdir = cli.parse(lambda config, workdir: None, ["train", *arguments])
