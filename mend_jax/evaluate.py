@@ -7,8 +7,8 @@ For each task and seed the seed's k examples are the demonstrations; their prefi
 values are shared by all items and options. The prediction is the option of the highest mean log-probability per token.
 An evaluation that was interrupted goes on: a task and seed whose file is whole is not computed again (results.py).
 
-Several processes share the tasks, each with both models whole on its first device; with train.parallel="mesh" both lie in
-parts over all devices of all processes, which compute every task together.
+Several processes share the tasks, each with both models whole on its first device; with evaluate.parallel="mesh" ("auto": as
+train.parallel) both lie in parts over all devices of all processes, which compute every task together.
 
 Files in the workdir: predictions/, scores.json (fractions, not percent), table.md, config.json.
 """

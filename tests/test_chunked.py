@@ -179,7 +179,8 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
     )
     for step in range(3):
         one, batch = plain[step], chunked[step]
-        assert batch.demos.shape[1] % 16 == 0 and batch.demos.shape[1] <= batch.teacher_demos.shape[1]
+        assert batch.demos.shape[1] % 16 == 0 and batch.teacher_demos.shape[1] in chunked.rows.teacher_buckets
+        assert batch.teacher_demos.shape[1] <= 80  # the LLM's window is not padded beyond what a context may have
         whole = {int(i): row[:n].tolist() for i, row, n in zip(one.ids, one.demos, one.demos_length, strict=True)}
         for i, row, n, teacher, m in zip(
             batch.ids, batch.demos, batch.demos_length, batch.teacher_demos, batch.teacher_demos_length, strict=True

@@ -72,17 +72,25 @@ class Batches:
         query = Query(*pad_queries(queries, query_size), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for all: every process must have the same shape
-            teacher_size = demo_size if self.rows.separate_teacher else self.rows.teacher_size
-            teacher, teacher_length = pad(teachers, teacher_size)
+            teacher, teacher_length = pad(teachers, self._teacher_size(rows, demo_size))
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
 
     def _demo_size(self, rows, demos_length) -> int:
         """Columns of the contexts; of two readings one size for both, so that fewer shapes are compiled."""
         longest = int(demos_length.max())
-        if self.rows.separate_teacher:
-            longest = max(longest, *(self.rows.teacher_length(int(row)) for row in rows))
+        if self.rows.separate_teacher and self.rows.packing is None:
+            longest = max(longest, self._teacher_length(rows))
         return sampling.bucket(longest, self.rows.demo_buckets)
+
+    def _teacher_size(self, rows, demo_size: int) -> int:
+        """Columns of the teacher's contexts, which are its own where the distiller reads in chunks."""
+        if not self.rows.separate_teacher:
+            return self.rows.teacher_size  # the release's
+        return demo_size if self.rows.packing is None else sampling.bucket(self._teacher_length(rows), self.rows.teacher_buckets)
+
+    def _teacher_length(self, rows) -> int:
+        return max(self.rows.teacher_length(int(row)) for row in rows)
 
     def _columns(self, rows) -> tuple[int | None, int | None]:
         """Sizes for x and y apart, of the whole global batch: only for those who need them, since each is compiled."""

@@ -48,6 +48,7 @@ class TaskRows:
             if self.contexts
             else (0,)
         )
+        self.teacher_buckets = self.demo_buckets  # of whole contexts
         if self.packing is not None:
             self.demo_buckets = self.packing.buckets(self.demo_buckets[-1])
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])

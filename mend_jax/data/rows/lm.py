@@ -15,7 +15,7 @@ from mend_jax.data.stores import TaskStore
 class SequenceRows:
     """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
 
-    separate_teacher = False  # no distiller
+    separate_teacher, packing = False, None  # no distiller
 
     def __init__(self, config, store, documents, stores: list[TaskStore], shuffle: bool, readers: Readers):
         self.config, self.seed, self.rows = config.data, config.seed, config.train.batch_size

@@ -36,6 +36,7 @@ class TextRows:
         budget, *others = largest_budgets(config, self.windows, self.two_readings)
         longest_context = max([sampling.split_text(longest, self.config.beta, budget)[0], *others])
         self.demo_buckets = buckets(self.config.demo_buckets, longest_context)
+        self.teacher_buckets = self.demo_buckets  # of whole contexts
         if self.packing is not None:
             self.demo_buckets = self.packing.buckets(longest_context)
 
