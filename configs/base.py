@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
     evaluate.tasks = ()  # some of the partition's test tasks; () is all
     evaluate.limit = 0  # test items per task and seed; 0 is all
-    evaluate.batch_size = 32  # test items, with all their options, in one pass of the LLM
+    evaluate.batch_size = 32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
 
