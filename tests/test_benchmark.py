@@ -24,6 +24,8 @@ from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.scoring import costs
 
+pytestmark = pytest.mark.slow
+
 LLM = DecoderConfig("gpt2", 96, 16, 3, 2, 64, 64)
 BACKBONE = DecoderConfig("gpt2", 96, 8, 2, 2, 24, 64)  # narrower, with an MLP that is not 4 times as wide
 SETTINGS = Settings(LLM, BACKBONE, "float32", rows=2, demos=20, query=9, target=3, vectors=4)

@@ -13,7 +13,7 @@ from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 from mend_jax.step import make_loss_fn
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 
 STAGES = ("pretrain", "finetune")
 DTYPES = ("bfloat16", "float32")

@@ -23,6 +23,8 @@ from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, save_model
 from mend_jax.run import checkpoint
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
 STAGES = (
     "prompt_tuning/finetune", "hypertuning/pretrain", "hypertuning/finetune", "mend/pretrain", "mend/finetune",

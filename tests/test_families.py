@@ -20,6 +20,8 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import score_options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=ROWS)
 def row(request, tmp_path_factory):

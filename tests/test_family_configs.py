@@ -15,6 +15,8 @@ from mend_jax.prefixes.demonstrations import demonstrations_prefix
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.scoring.options import score_options
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=ROWS)
 def row(request, tmp_path_factory):

@@ -12,6 +12,8 @@ from mend_jax.cli.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import load_model, save_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=ROWS)
 def row(request, tmp_path_factory):

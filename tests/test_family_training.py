@@ -20,7 +20,7 @@ from mend_jax.prefixes.distiller import Distiller, write_folder
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
 T5 = test_t5.COMMON | {"model_type": "t5"}
 LM_ADAPT = (T5 | test_t5.ROWS["t5-large-lm-adapt"] | {"d_model": 32}, T5 | test_t5.ROWS["t5-small-lm-adapt"])

@@ -10,6 +10,8 @@ from tiny_training import model_folder
 from mend_jax.cli.errors import UserError
 from mend_jax.llm.decoder_only import load_llm, with_layers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

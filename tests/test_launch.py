@@ -92,6 +92,19 @@ def test_installs_once_and_passes_arguments_on(clone, script, requirements, work
     assert "pip install" in launch(clone, script)[1][0]
 
 
+@pytest.mark.parametrize("script", ["launch/test.sh", ".ci/run"])
+def test_quick_leaves_the_slow_tests_out_and_passes_arguments_on(clone, script):
+    usual = launch(clone, script, "-x", "a b")[1][-1]
+    assert "slow" not in usual and usual.endswith(" -x a b")
+    assert launch(clone, script, "quick", "-x", "a b")[1][-1] == usual.replace(" -x", " -m not slow -x")
+    assert launch(clone, script, "quick")[1][-1] == usual.replace("-x a b", "-m not slow")
+    assert launch(clone, script, "-k", "quick")[1][-1].endswith(" -k quick")
+
+
+def test_the_mark_that_quick_leaves_out_is_registered(pytestconfig):
+    assert any(line.startswith("slow:") for line in pytestconfig.getini("markers"))
+
+
 def test_an_accelerators_jax_is_installed_when_it_is_named(clone):
     launch(clone, "launch/quickstart.sh")
     calls = launch(clone, "launch/quickstart.sh", JAX_EXTRA="cuda13")[1]

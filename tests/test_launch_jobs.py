@@ -15,6 +15,8 @@ import yaml
 
 from mend_jax.cli.command_line import ROOT
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = [
     "train",
     "--config=configs/base.py:x",

@@ -14,6 +14,8 @@ from mend_jax.prefixes.distiller import Distiller
 from mend_jax.run import layout as parallel
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step
 
+pytestmark = pytest.mark.slow
+
 ROWS = 32
 
 

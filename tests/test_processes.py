@@ -28,6 +28,8 @@ from mend_jax.run import checkpoint, distributed, reporting
 from mend_jax.scoring.results import Store
 from mend_jax.scoring.tasks import Method
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 CONFIG = """
 from configs import base

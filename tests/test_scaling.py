@@ -24,7 +24,7 @@ from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.scoring import costs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")  # bytes are settled before what it leaves out
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]  # bytes are settled before what it leaves out
 
 
 def sizes(data=1, fsdp=1, tensor=1):

@@ -22,6 +22,8 @@ from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 

@@ -27,6 +27,8 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import make_mesh, placer
 from mend_jax.scoring.options import score_options
 
+pytestmark = pytest.mark.slow
+
 V1 = {"feed_forward_proj": "relu"}
 V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 # What transformers 5 makes of V11 and writes: the token table is the head, and no lm_head.weight is in the file.

@@ -23,6 +23,8 @@ from mend_jax.models.folders import load_model
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = tiny_training.__file__
 
 

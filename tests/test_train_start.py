@@ -15,6 +15,8 @@ from mend_jax.run import build as run_parts
 from mend_jax.run import reporting
 from mend_jax.scoring import tasks as task_scoring
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):

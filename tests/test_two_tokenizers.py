@@ -26,7 +26,7 @@ from mend_jax.run import layout as parallel
 from mend_jax.run import reporting
 from mend_jax.scoring.tasks import make_context
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 
 PAIRS = [("word", "byte"), ("piece", "byte"), ("byte", "piece"), ("byte", "word")]  # the LLM's, the distiller's
 WINDOWS = 110, 100

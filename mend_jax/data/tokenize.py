@@ -37,6 +37,11 @@ def separator(template: str) -> str:
     return SEPARATORS[template]
 
 
+def separator_name(text: str) -> str:
+    """How a separator is called in a sentence."""
+    return {" ": "a space", "\n": "a newline"}[text]
+
+
 def tokenizer_text(tokenizer) -> str:
     """A Hugging Face tokenizer as one JSON text, without truncation and padding. Raises UserError for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

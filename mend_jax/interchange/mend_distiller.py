@@ -4,11 +4,13 @@
 
     distiller = MendDistiller.from_pretrained("this/folder")
     vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, L, llm_width)
-    query = tokenizer(" I loved it", return_tensors="pt").input_ids
+    query = tokenizer(distiller.separator + "I loved it", add_special_tokens=False, return_tensors="pt").input_ids
     embeds = torch.cat([vectors, llm.get_input_embeddings()(query)], dim=1)
     logits = llm(inputs_embeds=embeds).logits
 
 Needs torch, transformers and safetensors. Axes: B contexts, N demonstration tokens, L vectors, D backbone width.
+A distiller of chunks (`join` in distiller_config.json) packs whole demonstrations, in their order, into chunks that it reads one
+by one; their vectors stand behind each other ("concat") or are averaged ("mean").
 MEND: Meta dEmonstratioN Distillation for Efficient and Effective In-Context Learning (Li et al., ICLR 2024), 3.1.
 """
 
@@ -26,7 +28,7 @@ class MendDistiller(nn.Module):
     vectors."""
 
     def __init__(
-        self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " "
+        self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " ", chunks=None
     ):
         super().__init__()
         width = backbone.get_input_embeddings().embedding_dim  # of its states too
@@ -35,6 +37,7 @@ class MendDistiller(nn.Module):
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
         self.activation = torch.tanh if projection == "tanh" else nn.Identity()
         self.tokenizer, self.separator = tokenizer, separator  # of texts; the separator stands before every x and y
+        self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "MendDistiller":
@@ -46,7 +49,8 @@ class MendDistiller(nn.Module):
         is_t5 = AutoConfig.from_pretrained(folder).model_type == "t5"
         backbone = (T5EncoderModel if is_t5 else AutoModel).from_pretrained(folder, dtype=dtype)
         names = ("num_vectors", "llm_width", "projection")
-        model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"])
+        chunks = [settings[name] for name in ("join", "chunk_demos", "chunk_tokens")] if "join" in settings else None
+        model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"], chunks)
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
@@ -80,17 +84,40 @@ class MendDistiller(nn.Module):
 
     @torch.no_grad()
     def distill(self, demos):
-        """Vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context."""
+        """Vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context.
+
+        A distiller of chunks takes the demonstrations of one context: (x, y) string pairs, or the token ids of each.
+        """
         if len(demos) == 0 or (isinstance(demos[0], (tuple, list)) and len(demos[0]) == 0):
             raise ValueError("there are no demonstrations, or an empty context: give at least one token")
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, this folder has none: give token ids")
             texts = [self.separator + text for pair in demos for text in pair]
-            demos = [sum(self.tokenizer(texts, add_special_tokens=False)["input_ids"], [])]
+            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            demos = [x + y for x, y in zip(ids[::2], ids[1::2], strict=True)] if self.chunks else [sum(ids, [])]
         elif not isinstance(demos[0], (tuple, list)):
             demos = [demos]
+        if self.chunks:
+            demos = self._packed(demos)
         device = self.placeholders.device
         rows = [torch.tensor(row, dtype=torch.long, device=device) for row in demos]
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        return self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+        vectors = self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+        if self.chunks is None:
+            return vectors
+        return vectors.flatten(0, 1)[None] if self.chunks[0] == "concat" else vectors.mean(0, keepdim=True)
+
+    def _packed(self, demos):
+        """The token ids of each chunk: whole demonstrations, in their order."""
+        _, most, size = self.chunks
+        chunks, counts = [], []
+        for number, demo in enumerate(demos):
+            if len(demo) > size:
+                raise ValueError(f"demonstration {number} has {len(demo)} tokens, a chunk holds {size}: shorten it")
+            if not chunks or counts[-1] == most or len(chunks[-1]) + len(demo) > size:
+                chunks.append([])
+                counts.append(0)
+            chunks[-1] = chunks[-1] + list(demo)
+            counts[-1] += 1
+        return chunks

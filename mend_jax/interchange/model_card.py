@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from mend_jax.data.tokenize import separator, separator_name
+
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # of a line of metrics.jsonl
 
 _HEAD = """---
@@ -15,7 +17,20 @@ tags: [mend, in-context-learning, demonstration-distillation]
 """
 
 _LLM = """A small language model, trained from text and in-context sequences.
-`AutoModelForCausalLM.from_pretrained(folder)` reads it.
+
+## Use
+
+In the sequences, every x and y was tokenised by itself, behind {separator} and without special tokens.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+llm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+texts = [{texts}]
+pieces = tokenizer(texts, add_special_tokens=False).input_ids
+logits = llm(torch.tensor([sum(pieces, [])])).logits
+```
 
 """
 
@@ -27,7 +42,10 @@ def prefix_card(config: dict, meta: dict, workdir, model) -> str:
 
 
 def llm_card(config: dict, meta: dict, workdir) -> str:
-    return _HEAD.format(title="A language model") + _LLM + _training(config, meta, workdir)
+    before = separator(config["data"]["template"])
+    texts = ("a great film", "positive", "dull", "negative", "I loved it")
+    use = _LLM.format(separator=separator_name(before), texts=", ".join(json.dumps(before + text) for text in texts))
+    return _HEAD.format(title="A language model") + use + _training(config, meta, workdir)
 
 
 def _training(config, meta, workdir) -> str:

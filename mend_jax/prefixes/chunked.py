@@ -230,9 +230,9 @@ class Chunked(Kind):
         write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings())
         return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
 
-
     def card(self, llm: str, template: str) -> tuple[str, str]:
-        _, text = self.distiller.card(llm, template)
+        count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
+        text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.interchange.trained.load_trained")
         vectors = {"concat": f"{self.num_vectors} vectors for each chunk, one after another", "mean": "the mean of the chunks' vectors"}
         chunks = f"{self.chunk_demos} demonstrations and {self.width} tokens"
         return "A MEND distiller of chunks", f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n"

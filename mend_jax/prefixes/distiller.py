@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.tokenize import separator
+from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
@@ -47,19 +47,24 @@ projection to the LLM's width: {projection}. It reads {window} demonstration tok
 In PyTorch, with `mend_distiller.py` of this folder (torch, transformers, safetensors; nothing else):
 
 ```python
+import sys
+
 import torch
+
+sys.path.append(folder)  # this one, where mend_distiller.py is
 from mend_distiller import MendDistiller
 
 distiller = MendDistiller.from_pretrained(folder)
-vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, {num_vectors}, {llm_width})
-query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
+# llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
+query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
 embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
-In JAX: `mend_jax.load_distiller(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
+In JAX: `{load}(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
 
-Every x and y is tokenised behind {separator}. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
+Every x, y and option is tokenised behind {separator}; `distill` does so itself. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
 is a folder `release/`, it holds the same distiller in the layout of the method's public PyTorch release.
 
 """
@@ -257,9 +262,12 @@ class Distiller(Kind):
         write_folder(self, folder)
         return f"{self.title[0].upper()}{self.title[1:]} as a Hugging Face folder, with {MODULE} for PyTorch."
 
-
     def card(self, llm: str, template: str) -> tuple[str, str]:
-        text = CARD.format(
+        return "A MEND distiller", self.card_text(llm, f"(1, {self.num_vectors}, {self.llm_width})", "mend_jax.load_distiller")
+
+    def card_text(self, llm: str, shape: str, load: str) -> str:
+        """The card's text, `shape` that of what `distill` returns and `load` the function that reads the folder."""
+        return CARD.format(
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
             llm=llm,
@@ -268,9 +276,11 @@ class Distiller(Kind):
             width=self.config.width,
             projection=self.projection,
             window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
-            separator={" ": "a space", "\n": "a newline"}[self.separator],
+            separator=separator_name(self.separator),
+            query=json.dumps(self.separator + "I loved it"),
+            shape=shape,
+            load=load,
         )
-        return "A MEND distiller", text
 
 
 def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:

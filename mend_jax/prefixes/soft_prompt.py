@@ -4,12 +4,14 @@ Axes: B batch, N demonstration tokens, L vectors.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
@@ -26,8 +28,9 @@ before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safet
 import torch
 from safetensors.torch import load_file
 
-vectors = load_file("soft_prompt.safetensors")["vectors"][None]
-query_ids = tokenizer("I loved it", return_tensors="pt").input_ids  # llm, tokenizer: {llm}, in transformers
+vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
+# llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
+query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
 embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
@@ -84,7 +87,15 @@ class SoftPrompt(Kind):
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
-        return "A soft prompt", CARD.format(num_vectors=self.num_vectors, llm_width=self.llm_width, llm=llm)
+        before = separator(template)
+        text = CARD.format(
+            num_vectors=self.num_vectors,
+            llm_width=self.llm_width,
+            llm=llm,
+            separator=separator_name(before),
+            query=json.dumps(before + "I loved it"),
+        )
+        return "A soft prompt", text
 
     @classmethod
     def _of(cls, params, where) -> "SoftPrompt":

@@ -1,0 +1,128 @@
+"""The snippets that exported cards print, run as printed, against our own scores; the PyTorch module of chunks.
+
+The tokenizer is of GPT-2's kind, where " I" and "I" differ, and begins texts with a special token unless told not to.
+"""
+
+import sys
+
+import numpy as np
+import pytest
+import tokenizer_files
+from test_export import make_workdir
+
+import mend_jax
+from mend_jax.data.tokenize import SEPARATORS
+from mend_jax.interchange import export, trained
+from mend_jax.prefixes import Chunked
+
+torch = pytest.importorskip("torch")
+
+DEMOS = [("a great film", "positive"), ("dull", "negative")]
+KINDS = {
+    "distiller": {},
+    "one chunk a demonstration": {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "data.max_demo_tokens": 30},
+    "mean": {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 1, "data.max_demo_tokens": 30},
+    "soft prompt": {"prefix.kind": "soft_prompt"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Of the LLM and of the backbone."""
+    from tokenizers import Tokenizer, processors
+
+    made = []
+    for name, width in (("llm", 32), ("backbone", 16)):
+        folder = tmp_path_factory.mktemp("models") / name
+        tokenizer_files.save_model_folder(folder, "byte", tokenizer_files.GPT2 | {"n_embd": width}, seed=width)
+        file = str(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(file)
+        begin = "<|endoftext|>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
+        tokenizer.save(file)
+        made.append(folder)
+    ids = [tokenizer_files.load(made[0])(text).input_ids for text in ("I", " I")]
+    assert ids[0][0] == ids[1][0] == 260 and ids[0] != ids[1]
+    return made
+
+
+@pytest.fixture(scope="module")
+def llm(folders):
+    model = mend_jax.load_llm(folders[0])
+    assert model.config.vocab_size == 261
+    return model
+
+
+def run_card(folder, llm_folder):
+    """The names that the card's snippet leaves, given those that its text says are there."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    [_, snippet] = (folder / "README.md").read_text().split("```python\n")
+    names = {"folder": str(folder)}
+    if llm_folder is not None:
+        names["llm"] = AutoModelForCausalLM.from_pretrained(llm_folder).eval()
+        names["tokenizer"] = AutoTokenizer.from_pretrained(llm_folder)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("sys.path", [*sys.path])
+        patch.delitem(sys.modules, "mend_distiller", raising=False)
+        exec(snippet.split("```")[0], names)
+    return names
+
+
+def assert_same_scores(llm, prefix, separator, logits):
+    """Of every token as an answer of its own, behind the query that the cards show."""
+    answers = [[token] for token in range(llm.config.vocab_size)]
+    ours = mend_jax.score_options(llm, prefix, "I loved it", answers, separator)
+    np.testing.assert_allclose(ours, logits[0, -1].log_softmax(-1).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("template", SEPARATORS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
+    run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
+    export.export(run, tmp_path / "out")
+    names, model = run_card(tmp_path / "out", folders[0]), trained.load_trained(run, llm)
+    if kind == "soft prompt":
+        prefix = model.apply(model.params, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    else:
+        prefix = model.distill(DEMOS)
+    assert names["vectors"].shape == prefix.embeds.shape
+    assert prefix.embeds.shape[1] == (12 if kind == "one chunk a demonstration" else 6)
+    np.testing.assert_allclose(names["vectors"], prefix.embeds, atol=1e-5)
+    assert_same_scores(llm, prefix, SEPARATORS[template], names["logits"])
+
+
+@pytest.mark.parametrize("template", SEPARATORS)
+def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tmp_path):
+    run = make_workdir(tmp_path / "run", llm, *folders, llm.params, stage="lm", **{"data.template": template})
+    export.export(run, tmp_path / "out")
+    ours = mend_jax.load_llm(tmp_path / "out")
+    prefix = mend_jax.demonstrations_prefix(ours, DEMOS, SEPARATORS[template])
+    assert_same_scores(ours, prefix, SEPARATORS[template], run_card(tmp_path / "out", None)["logits"])
+
+
+@pytest.mark.parametrize("join", ["concat", "mean"])
+@pytest.mark.parametrize("demos, tokens", [(1, 30), (3, 30), (16, 12), (16, 94)])
+def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp_path):
+    """As texts and as ids, in chunks that demonstrations or that tokens fill."""
+    fields = {"prefix.kind": "chunked", "prefix.join": join, "prefix.chunk_demos": demos, "data.max_demo_tokens": tokens}
+    run = make_workdir(tmp_path / "run", llm, *folders, **fields)
+    export.export(run, tmp_path / "out")
+    model, theirs = trained.read_trained(run), torch_module(tmp_path / "out")
+    assert isinstance(model, Chunked)
+    pairs = [(f"w{i}" * (i % 3), "w12") for i in range(9)]
+    ids = [np.random.randint(0, 261, size).tolist() for size in (3, 12, 1, 1, 9, 2, 5, 5, 7)]
+    for given in (pairs, ids, ids[:1], ids[1]):
+        ours = model.distill(given).embeds
+        assert ours.shape == theirs.distill(given).shape
+        np.testing.assert_allclose(theirs.distill(given), ours, atol=1e-5)
+    with pytest.raises(ValueError, match=f"demonstration 1 has 95 tokens, a chunk holds {tokens}"):
+        theirs.distill([[1], [2] * 95])
+
+
+def torch_module(folder):
+    names = {"__name__": "mend_distiller"}
+    exec((folder / "mend_distiller.py").read_text(), names)
+    return names["MendDistiller"].from_pretrained(folder)
