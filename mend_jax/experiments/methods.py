@@ -16,7 +16,6 @@ command goes on where it stopped.
 
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import METHODS
 from mend_jax.run import distributed
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import write_json
 
 # Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
 STAGES = {
@@ -180,9 +179,7 @@ class Times:
         if before["finished"]:
             return
         parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
-        temporary = temporary_for(self.path)
-        temporary.write_text(json.dumps(parts, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, parts)
 
 
 def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:

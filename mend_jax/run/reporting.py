@@ -19,6 +19,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from mend_jax.models.int8 import SCALE
+from mend_jax.run.files import write_text
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
@@ -172,14 +173,8 @@ def read_lines(path):
 
 def cut(path, step):
     """Drops the lines after `step` from a .jsonl file, all at once, and returns the others."""
-    path = Path(path)
     lines = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 

@@ -16,6 +16,7 @@ from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
 from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import checkpoint
+from mend_jax.run.files import write_json
 from mend_jax.scoring.results import tree_hash
 
 SOURCES = "sources.json"
@@ -135,7 +136,7 @@ def write_sources(workdir, config, contents: dict[str, str], start_hash: str | N
             entry["fingerprint"] = start_hash
         elif name == START and "fingerprint" in before.get(name, {}):
             entry["fingerprint"] = before[name]["fingerprint"]
-    checkpoint.write_json(Path(workdir) / SOURCES, sources)
+    write_json(Path(workdir) / SOURCES, sources, sort_keys=True)
 
 
 def read_sources(workdir) -> dict:

@@ -9,10 +9,8 @@ The key is of everything that decides a prediction (weights, template, split, ..
 is of the very tokens that were read. A file appears whole or not at all, the predictions last.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -21,7 +19,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.run import checkpoint
 from mend_jax.run.distributed import to_host
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import is_disk_full, write_text
 from mend_jax.scoring.metrics import TITLES, percent
 
 FORMAT = 2  # of the prediction files: raised when older ones must not be used
@@ -169,18 +167,11 @@ def _file_name(task: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = temporary_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if checkpoint.is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(
                 f"The disk of {path.parent} is full: make room and give the same command again, it goes on."
             ) from error
