@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import METHODS
+from mend_jax.cli.text import minutes
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
 
@@ -189,12 +190,7 @@ def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
     c = evaluation_config(config, folder)
     with distributed.stops_at_sigterm():  # no training comes after it
         times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
-    _say("time of each part: " + ", ".join(f"{name} {_duration(t['seconds'])}" for name, t in times.parts.items()))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    _say("time of each part: " + ", ".join(f"{name} {minutes(t['seconds'])}" for name, t in times.parts.items()))
 
 
 def _say(text: str) -> None:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import markdown, number, size
 from mend_jax.run import checkpoint
 from mend_jax.run.distributed import to_host
 from mend_jax.run.files import is_disk_full, write_text
@@ -90,9 +91,9 @@ def method_table(results: dict) -> str:
             [name, percent(method["score"]), *(percent(method[metric]) for metric in TITLES)]
             + [f"{cost['prefix_length']:.0f}", size(cost["cache_bytes"])]
             + [
-                _number(cost["item_flops"] / 1e9),
-                _number(cost["item_flops_uncached"] / 1e9),
-                "–" if cost["item_seconds"] is None else _number(1000 * cost["item_seconds"]),
+                number(cost["item_flops"] / 1e9),
+                number(cost["item_flops_uncached"] / 1e9),
+                "–" if cost["item_seconds"] is None else number(1000 * cost["item_seconds"]),
             ]
         )
     return markdown(header, rows)
@@ -107,22 +108,6 @@ def task_table(results: dict) -> str:
         for task, entry in tasks.items()
     ]
     return markdown(["task", "metric", *methods], rows)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned as plain text too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{_number(count)} {unit}"
-        count /= 1000
-    return f"{_number(count)} GB"
 
 
 def tree_hash(params) -> str:
@@ -155,11 +140,6 @@ def _notes(results: dict) -> str:
     if results["missing_tasks"]:
         text += f"\n\nTasks of the partition without files, left out: {', '.join(results['missing_tasks'])}."
     return text
-
-
-def _number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
 
 
 def _file_name(task: str) -> str:
