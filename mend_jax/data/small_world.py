@@ -77,7 +77,7 @@ def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds another world: name a new folder, or remove this one.")
     try:
-        with whole_folder(folder) as temporary:
+        with whole_folder(folder, sync=False) as temporary:  # thousands of files, which are soon made again
             _write_text(temporary / "c4", world)
             _write_tasks(temporary / "metaicl", world)
             _write_model_folder(temporary / "llm", world)

@@ -49,10 +49,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """A new folder, beside `path`, which is renamed to it at the end of the block, and removed on an error.
 
-    The parents of `path` are made. Raises OSError where a folder with something in it is there already at the end.
+    The parents of `path` are made. `sync`: wait until every file has reached the disk, which takes long for thousands.
+    Raises OSError where a folder with something in it is there already at the end.
     """
     path = Path(path)
     temporary = temporary_for(path, secrets.token_hex(4))  # threads of one process may write the same
@@ -60,7 +61,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     with _removed_on_error(temporary):
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if sync and file.is_file():
                 _sync(file)
         os.replace(temporary, path)
 
