@@ -198,13 +198,14 @@ def test_items_of_one_row_score_as_each_in_a_row_of_its_own(llm, monkeypatch):
 
 def test_rows_hold_every_item_once_and_little_padding():
     lengths = np.random.default_rng(0).integers(5, 300, 200).tolist()
-    columns = scoring.row_columns(max(lengths), sum(lengths))
+    columns = scoring.row_columns(max(lengths), sum(lengths))[0]
     rows = scoring.fill(lengths, columns)
     assert sorted(i for row in rows for i in row) == list(range(200))
     assert all(sum(lengths[i] for i in row) <= columns for row in rows)
     assert sum(lengths) > 0.9 * columns * len(rows)
     for longest in range(1, 2000):
-        assert longest <= scoring.row_columns(longest, longest) <= max(longest * 17 / 16 + 16, bucket(longest))
+        assert longest <= scoring.row_columns(longest, longest)[0] <= max(longest * 33 / 32 + 8, bucket(longest))
+    assert scoring.row_count(28, 3, 1) == 2 and scoring.row_count(5, 9, 1) == 5 and scoring.row_count(9, 8, 4) % 4 == 0
 
 
 def test_passes_of_a_task_have_one_shape(llm):

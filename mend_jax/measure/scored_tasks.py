@@ -20,11 +20,13 @@ from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import BATCH_SEED, LLM_SEED, Item, random_params
 from mend_jax.models.families import Config
 from mend_jax.models.folders import has_weights, load_tokenizer
-from mend_jax.prefixes.prefix import Prefix, bucket
+from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring.options import cache_prefix, lay_out, plan, score_rows
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
-INPUT_TOKENS, DEMO_TOKENS = 256, 900  # where an input is cut; a context's budget (configs/base.py)
+# Where an input is cut; a context's budget; the lengths to which a context is padded (configs/base.py).
+INPUT_TOKENS, DEMO_TOKENS, DEMO_BUCKETS = 256, 900, (256, 384, 512, 640, 768, 900)
 
 # Tokens of the demonstrations, of ten inputs (the middles of tenths) and of the options, which all begin with a line
 # break: four MetaICL tasks in SmolLM2's tokens, 16 demonstrations of seed 13, the newline template.
@@ -110,7 +112,8 @@ class ScoringSide:
     def read(self, name: str) -> float:
         """Seconds of reading a task's demonstrations."""
         demos = self.tasks[name].demos
-        tokens = np.zeros((1, bucket(len(demos))), np.int32)
+        columns = min((size for size in DEMO_BUCKETS if size >= len(demos)), default=bucket(len(demos)))
+        tokens = np.zeros((1, min(columns, self.llm.window)), np.int32)
         tokens[0, : len(demos)] = demos
         start = time.perf_counter()
         prefix = Prefix(self.embed(self.llm.params, tokens), np.asarray([len(demos)], np.int32))

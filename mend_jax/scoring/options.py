@@ -26,7 +26,7 @@ from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import mesh_of, row_parts, rows_on
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
-CPU_TOKENS = 1024  # of one pass: products are as quick as they get, and a layer's states stay in the processor's cache
+CPU_TOKENS = 1152  # of one pass: products are as quick as they get, and a layer's states stay in the processor's cache
 ROW = 128  # tokens of a row that holds several items, as a block of attention
 
 
@@ -208,25 +208,38 @@ def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pa
         return list(_plan_apart(llm, cache, rows, batch_size))
     if not rows:
         return []
-    lengths, ways = [len(row.tokens) for row in rows], row_parts(mesh)
-    columns = row_columns(max(lengths), -(-sum(lengths) // ways))
-    bins = fill(lengths, columns)
-    most = max(1, ATTENTION_BYTES // (4 * llm.config.heads * columns * (cache.columns + columns)))
-    if jax.default_backend() == "cpu":
-        most = min(most, max(1, CPU_TOKENS // columns))
-    passes = -(-len(bins) // min(most, batch_size))
-    count = -(-len(bins) // passes)  # as many rows in each, so that one shape is compiled
-    if ways <= most:
-        count += -count % ways
+    lengths, ways, P = [len(row.tokens) for row in rows], row_parts(mesh), cache.columns
+    found = []
+    for columns in row_columns(max(lengths), -(-sum(lengths) // ways)):
+        bins, most = fill(lengths, columns), max(1, ATTENTION_BYTES // (4 * llm.config.heads * columns * (P + columns)))
+        if jax.default_backend() == "cpu":
+            most = min(most, max(1, CPU_TOKENS // columns))
+        count = row_count(len(bins), min(most, batch_size), ways)
+        # A token's other products cost about as much as attention to so many more keys.
+        cost = len(bins) + -len(bins) % count, 3 * llm.config.width + P + columns / 2
+        found.append((cost[0] * columns * cost[1], columns, count, bins))
+    _, columns, count, bins = min(found, key=lambda one: one[0])
     return [Pass(bins[start : start + count], count, 0, columns) for start in range(0, len(bins), count)]
 
 
-def row_columns(longest: int, total: int) -> int:
-    """Tokens of a row, one of few: of short items several fit into a row of ROW; `total` are those that each device reads."""
+def row_columns(longest: int, total: int) -> list[int]:
+    """Tokens that a row may have, few of them: the more, the fewer stay empty, and the more a token's row is to be masked.
+
+    `total` tokens are read by each device.
+    """
     if longest <= ROW:
-        return max(bucket(longest), min(ROW, bucket(total)))
-    step = max(16, 1 << (longest.bit_length() - 5))  # at most a sixteenth is padding
-    return longest + -longest % step
+        least = max(bucket(longest), min(ROW, bucket(total)))
+        return [least, *(columns for columns in (160, 192, 256, 384) if least >= ROW and columns <= total)]
+    step = max(8, 1 << (longest.bit_length() - 6))  # at most a thirty-second is padding
+    least = longest + -longest % step
+    return [least, *(columns for columns in (least * 5 // 4, least * 3 // 2, 2 * least) if columns <= total)]
+
+
+def row_count(needed: int, most: int, ways: int) -> int:
+    """Rows of each of the passes over so many, at most `most`: what leaves the fewest empty, of which the largest."""
+    counts = range(min(most, needed), max(1, most // 2) - 1, -1) if needed > most // 2 else [needed]
+    count = min(counts, key=lambda count: needed + -needed % count)
+    return count + -count % ways if ways <= most else count
 
 
 def fill(lengths: Sequence[int], columns: int) -> list[list[int]]:
