@@ -20,8 +20,6 @@ import contextlib
 import dataclasses
 import fcntl
 import math
-import os
-import shutil
 import signal
 import threading
 import time
@@ -40,6 +38,7 @@ from mend_jax.run import checkpoint, distributed, reporting
 from mend_jax.run import layout as parallel
 from mend_jax.run import resume as meaning
 from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 
@@ -58,7 +57,7 @@ def train(config, workdir) -> int:
         with _alone_in(workdir):
             return _train(config, workdir)
     except OSError as error:
-        if checkpoint.is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(f"The disk of {workdir} is full: make room and give the same command again.") from error
         raise
 
@@ -204,7 +203,7 @@ class _Run:
         if jax.process_index() == 0:
             checkpoint.write_config(self.workdir, self.config)
             meaning.write_sources(self.workdir, self.config, self.batches.contents, start_hash)
-            (self.workdir / reporting.PARAMS).write_text(reporting.parameter_table(params, frozen))
+            write_text(self.workdir / reporting.PARAMS, reporting.parameter_table(params, frozen))
 
     def _next(self, source, step):
         """The batch of a step on its way to the devices, with what the host must know of the batch of all processes."""
@@ -281,10 +280,8 @@ def _write_llm(config, workdir):
         return
     folder = local_folder(config.llm.path)
     params, meta = checkpoint.load_best(workdir)
-    temporary = workdir / (LLM_FOLDER + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, lm_settings(config, folder), params, folder)
-    os.replace(temporary, target)
+    with whole_folder(target) as temporary:
+        save_model(temporary, lm_settings(config, folder), params, folder)
     reporting.say(f"The weights of step {meta['step']} are in {target}, as a Hugging Face folder.")
 
 
@@ -295,7 +292,7 @@ def _alone_in(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a")  # noqa: SIM115
     except OSError as error:
-        if checkpoint.is_disk_full(error):
+        if is_disk_full(error):
             raise
         raise UserError(f"The workdir {workdir} cannot be written ({error.strerror}): name another.") from error
     with file:

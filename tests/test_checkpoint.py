@@ -15,6 +15,7 @@ from configs.base import get_config
 from mend_jax.cli.errors import UserError
 from mend_jax.run import checkpoint
 from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.run.files import is_disk_full
 
 
 def trees(value):
@@ -251,11 +252,11 @@ def test_disk_errors_are_recognised_behind_others():
         except OSError as error:
             raise ValueError("while writing") from error
     except ValueError as error:
-        assert checkpoint.is_disk_full(error)
-    assert checkpoint.is_disk_full(
+        assert is_disk_full(error)
+    assert is_disk_full(
         RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]")
     )
-    assert not checkpoint.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 
 def test_config_is_kept(tmp_path):

@@ -19,7 +19,7 @@ from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model
-from mend_jax.run import checkpoint
+from mend_jax.run.files import is_disk_full
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 SIZES = {  # layers, width, heads, parameters (published)
@@ -180,7 +180,7 @@ def test_a_full_disk_is_recognised_in_safetensors_words(llm, tmp_path, monkeypat
     monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(OSError) as error:
         weights.write_params(tmp_path, llm.config, llm.params)
-    assert checkpoint.is_disk_full(error.value)
+    assert is_disk_full(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', '{"model": 3}'])

@@ -30,6 +30,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import check, dotted_fields, nearest
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
+from mend_jax.run.files import is_disk_full
 
 ROOT = Path(__file__).resolve().parents[2]  # where configs/ lies beside the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
@@ -80,8 +81,6 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from mend_jax.run.checkpoint import is_disk_full  # slow to import
-
         if not is_disk_full(error):
             if not distributed.is_running():
                 raise

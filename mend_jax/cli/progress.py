@@ -5,6 +5,7 @@ import time
 
 from tqdm import tqdm
 
+from mend_jax.cli.text import clock
 from mend_jax.run import distributed
 
 QUIET_SECONDS = 30  # at most, between lines where the output is not a terminal and something was finished
@@ -45,7 +46,7 @@ class Progress:
         self.last_line = time.monotonic()
         passed = self.last_line - self.began
         left = passed / max(self.done, 1) * (self.total - self.done)
-        rest = f", {duration(left)} left" if self.done < self.total else f" in {duration(passed)}"
+        rest = f", {clock(left)} left" if self.done < self.total else f" in {clock(passed)}"
         what = f"{self.what}: " if self.what else ""
         print(f"{what}{self.done:,} of {self.total:,} {self.unit}s{rest}", file=sys.stderr, flush=True)
 
@@ -55,9 +56,3 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -86,11 +86,11 @@ def check(config: ConfigDict) -> None:
     _check_frozen(config)
 
 
-def dotted_fields(config: ConfigDict, before: str = "") -> dict:
-    """{"section.field": value} of every field, in the config's order."""
+def dotted_fields(config: ConfigDict | dict, before: str = "") -> dict:
+    """{"section.field": value} of every field, in the config's order; of a ConfigDict, or of one as nested dicts."""
     fields = {}
     for name, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             fields |= dotted_fields(value, f"{before}{name}.")
         else:
             fields[before + name] = value

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, metaicl
 from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import write_text
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
 IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longer than the work
@@ -140,9 +140,7 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config)
             | shard_counts(job["out"], job["kind"], count)
             for job in jobs
         ]
-        temporary = temporary_for(manifest)
-        temporary.write_text(json.dumps({"dtype": dtype, "shards": made}, indent=1))
-        os.replace(temporary, manifest)
+        write_text(manifest, json.dumps({"dtype": dtype, "shards": made}, indent=1))
         return _read_manifest(manifest, shards, source, count)
 
 

@@ -24,11 +24,8 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -45,6 +42,7 @@ from mend_jax.data.small_world_language import (
     topics,
     vocabulary,
 )
+from mend_jax.run.files import is_disk_full, whole_folder
 
 NAME = "small_world"  # the special value in configs, and the partition's name
 FOUR = "small_world_four"  # the partition whose meta-test tasks have four classes
@@ -79,27 +77,17 @@ def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds another world: name a new folder, or remove this one.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with whole_folder(folder, sync=False) as temporary:  # thousands of files, which are soon made again
+            _write_text(temporary / "c4", world)
+            _write_tasks(temporary / "metaicl", world)
+            _write_model_folder(temporary / "llm", world)
+            (temporary / "world.json").write_text(_description(world))
     except OSError as error:
-        raise UserError(
-            f"the small world cannot be written to {folder} ({error.strerror}): name another folder."
-        ) from None
-    try:
-        _write_text(temporary / "c4", world)
-        _write_tasks(temporary / "metaicl", world)
-        _write_model_folder(temporary / "llm", world)
-        (temporary / "world.json").write_text(_description(world))
-        temporary.chmod(0o755)  # mkdtemp's folders are private; these are as shareable as any other
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not _is_written(folder, world):  # else another process was first: its files are the same
-                raise
-    except OSError as error:
-        raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): free some space.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not _is_written(folder, world):  # else another process was first: its files are the same
+            advice = "free some space" if is_disk_full(error) else "name another folder"
+            raise UserError(
+                f"the small world cannot be written to {folder} ({error.strerror}): {advice}."
+            ) from None
     return _paths(folder)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 from mend_jax.cli.errors import UserError
 from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import whole_file
 
 SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: stands before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard
@@ -139,17 +138,16 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
     job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
     """
     out = Path(job["out"])
-    temporary = temporary_for(out)
     records = {"text": text_records, "tfds": text_records, "task": task_records}[job["kind"]]
     try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        try:
-            for record in _read(records(tokenizers, job, report), job["source"]):
-                writer.write(record)
-        finally:
-            writer.close()
-        result = shard_counts(temporary, job["kind"], len(tokenizers))
-        os.replace(temporary, out)
+        with whole_file(out) as temporary:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            try:
+                for record in _read(records(tokenizers, job, report), job["source"]):
+                    writer.write(record)
+            finally:
+                writer.close()
+            result = shard_counts(temporary, job["kind"], len(tokenizers))
         return result
     except (OSError, RuntimeError) as error:  # the writer says everything with RuntimeError
         reason = str(error).split(";")[0]
@@ -158,8 +156,6 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
                 f"The disk of {out.parent} is full: make room or set config.data.cache to another disk."
             ) from error
         raise UserError(f"{out} cannot be written ({reason}): check config.data.cache.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(records: Iterator[bytes], source: str) -> Iterator[bytes]:

@@ -16,7 +16,6 @@ command goes on where it stopped.
 
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +26,9 @@ from ml_collections import ConfigDict
 from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import METHODS
+from mend_jax.cli.text import minutes
 from mend_jax.run import distributed
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import write_json
 
 # Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
 STAGES = {
@@ -180,9 +180,7 @@ class Times:
         if before["finished"]:
             return
         parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
-        temporary = temporary_for(self.path)
-        temporary.write_text(json.dumps(parts, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, parts)
 
 
 def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
@@ -192,12 +190,7 @@ def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
     c = evaluation_config(config, folder)
     with distributed.stops_at_sigterm():  # no training comes after it
         times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
-    _say("time of each part: " + ", ".join(f"{name} {_duration(t['seconds'])}" for name, t in times.parts.items()))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    _say("time of each part: " + ", ".join(f"{name} {minutes(t['seconds'])}" for name, t in times.parts.items()))
 
 
 def _say(text: str) -> None:

@@ -1,8 +1,6 @@
 """An exported model: files that need nothing of this project (the command `export` says which). trained.py reads them back."""
 
 import errno
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from mend_jax.models import weights
 from mend_jax.models.folders import save_model
 from mend_jax.prefixes import Distiller
 from mend_jax.prefixes.distiller import resolve_projection
+from mend_jax.run.files import whole_folder
 
 
 def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = None) -> str:
@@ -38,20 +37,13 @@ def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = N
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name another folder, or remove it.")
     config, model, meta = read_workdir(workdir, backbone)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        said = _write(temporary, workdir, config, model, meta, backbone)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
+        with whole_folder(out) as folder:
+            said = _write(folder, workdir, config, model, meta, backbone)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): make room, or name another folder."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return f"{said} Step {meta['step']} of {workdir} is in {out}."
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.data.query import Query
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.frozen import FrozenLLM
@@ -18,10 +19,6 @@ from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.folders import Model, init_model, init_params, load_model
 from mend_jax.prefixes.prefix import Prefix, continue_after
 from mend_jax.run.sharding import Place
-
-DTYPES = ("float32", "bfloat16")
-ATTENTION = ("xla", "cudnn")
-WEIGHTS = ("full", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,8 +145,8 @@ def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
 
 
 def _check(dtype: str, attention: str, weights: str) -> None:
-    given = {"dtype": (dtype, DTYPES), "attention": (attention, ATTENTION), "weights": (weights, WEIGHTS)}
-    for name, (value, choices) in given.items():
+    for name, value in {"dtype": dtype, "attention": attention, "weights": weights}.items():
+        choices = CHOICES[f"llm.{name}"]
         if value not in choices:
             raise UserError(f"{name} is {value!r}: it must be one of {', '.join(choices)}.")
     if attention == "cudnn" and jax.default_backend() != "gpu":

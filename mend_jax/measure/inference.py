@@ -3,6 +3,7 @@
 import numpy as np
 from tqdm import tqdm
 
+from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, InferenceSide, Settings, check_window, start_report
 from mend_jax.scoring import costs
@@ -49,7 +50,7 @@ def inference_text(report: dict) -> str:
         measure.machine_line(report),
         RULES,
         "",
-        measure.table(rows),
+        columns(rows),
         "",
         *(_saving(report["rows"], reuse) for reuse in (False, True)),
         f"scores with and without the cache: {verdict}, largest relative difference {same['largest_difference']:.1e}",

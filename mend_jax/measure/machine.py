@@ -134,16 +134,6 @@ def machine_line(report: dict) -> str:
     return f"{name}, {machine['cores']} core{'s' * (machine['cores'] != 1)}{peak}, load {machine['load_before']:.1f} before, {versions}{memory}"
 
 
-def table(rows: list[list[str]]) -> str:
-    """Aligned columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def median(values) -> float:
     """The middle value, or the mean of the two middle ones."""
     ordered = sorted(values)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from mend_jax.cli.text import columns
 from mend_jax.data.query import Query
 from mend_jax.losses import FORWARD_KL, Weights
 from mend_jax.measure import machine as measure
@@ -85,4 +86,4 @@ def _text(report: dict) -> str:
     machine = report["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, jax {machine['versions']['jax']}, {machine['date']}"
     shape = "B={rows}, Q={query}, D={width}, V={words}, chunks of {chunk} tokens; value and gradient".format(**report["sizes"])
-    return "\n".join([shape, where, "", measure.table(rows)])
+    return "\n".join([shape, where, "", columns(rows)])

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import columns
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
@@ -204,7 +205,7 @@ def as_text(report: dict) -> str:
         [
             ", ".join(facts),
             "",
-            measure.table(rows),
+            columns(rows),
             "",
             *([f"sent, GB, by the compiled program: {by_kind or 'nothing'}"] if moved[0] is not None else []),
         ]

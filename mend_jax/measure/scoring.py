@@ -6,6 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, check_window
 from mend_jax.measure.scored_tasks import SHAPES, ScoredTask, ScoringSide, own_weights, random_task, real_task
@@ -85,7 +86,7 @@ def scoring_text(report: dict) -> str:
         f"{arguments['dtype']}, PyTorch's head at {head}",
         measure.machine_line(report),
         "",
-        measure.table(rows),
+        columns(rows),
         "",
         "compiled: programs, by the first run over a task; padding: of all tokens that the LLM reads of the items",
         f"scores and predictions of both sides: {same}, largest relative difference {worst:.1e}",

@@ -5,6 +5,7 @@ import importlib.util
 from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, Settings, StepSide, check_window, start_report
 from mend_jax.models.families import DecoderConfig
@@ -93,7 +94,7 @@ def step_text(report: dict) -> str:
         f"MEND train step, LLM {report['arguments']['llm']}, distiller {report['arguments']['distiller']}, {shape}",
         measure.machine_line(report),
         "",
-        measure.table(rows),
+        columns(rows),
         "",
         f"model TFLOP: {parts}; counted in the step's jaxpr: {sides['MEND-JAX']['counted_flops'] / 1e12:.3g}",
     ]

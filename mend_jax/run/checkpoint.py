@@ -7,7 +7,6 @@ Only trainable params, their optimizer state and a few numbers are here; the fro
 
 import concurrent.futures
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from mend_jax.cli.errors import UserError
 from mend_jax.run.distributed import wait_for_all
+from mend_jax.run.files import is_disk_full, write_json
 from mend_jax.run.sharding import places
 
 FOLDER = "checkpoints"
@@ -132,7 +132,7 @@ class Checkpoints:
         self.manager.wait_until_finished()
         if jax.process_index() == 0:
             folder = self.folder / str(step)
-            write_json(folder / CHECKSUMS, _checksums(folder))
+            write_json(folder / CHECKSUMS, _checksums(folder), sort_keys=True)
         kept = set(self.manager.all_steps())
         self.scores = {s: score for s, score in self.scores.items() if s in kept}
 
@@ -243,7 +243,8 @@ def check_shapes(saved, wanted, folder):
 
 def write_config(workdir, config):
     """Keeps the resolved configuration as <workdir>/config.json."""
-    write_json(Path(workdir) / CONFIG, config.to_dict() if hasattr(config, "to_dict") else config)
+    content = config.to_dict() if hasattr(config, "to_dict") else config
+    write_json(Path(workdir) / CONFIG, content, sort_keys=True)
 
 
 def read_config(workdir):
@@ -255,18 +256,6 @@ def read_config(workdir):
         raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}.") from None
     except ValueError:
         raise UserError(f"{path} is not readable JSON: restore it, or use another workdir.") from None
-
-
-def is_disk_full(error):
-    """Whether an exception, or one that caused it, says that no space is left on the device."""
-    while error is not None:
-        text = str(error)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in text or "ENOSPC" in text or "Disk quota exceeded" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _without_orbax_traces(record):
@@ -351,17 +340,6 @@ def _checksums(folder):
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path, content):
-    """Writes a JSON file that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _describe(shape_and_dtype):

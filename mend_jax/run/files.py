@@ -1,27 +1,120 @@
-"""Files that appear whole or not at all: written beside their place under another name, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place under another name, then renamed.
+
+What is renamed has reached the disk before, so that not even a power cut leaves an empty file under a final name.
+"""
 
 import contextlib
+import errno
 import glob
 import json
 import os
+import secrets
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 
 
-def temporary_for(path: Path) -> Path:
-    """Where this process writes a file before it is renamed to `path`: `.<name>.<machine>.<process>.tmp`, in the same folder.
+def write_text(path: str | Path, text: str) -> None:
+    """Writes or replaces a file of text (UTF-8)."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content, indent: int | None = 1, **options) -> None:
+    """Writes or replaces a JSON file; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(content, indent=indent, **options) + "\n")
+
+
+def write_report(path: str, report: dict) -> None:
+    """A benchmark's report as JSON. Raises UserError where it cannot be written."""
+    target = Path(path).expanduser()
+    try:
+        write_json(target, report, indent=2)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Where to write what is to be the file `path`: it is renamed at the end of the block, and removed on an error."""
+    path = Path(path)
+    temporary = temporary_for(path)
+    with _removed_on_error(temporary):
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """A new folder, beside `path`, which is renamed to it at the end of the block, and removed on an error.
+
+    The parents of `path` are made. `sync`: wait until every file has reached the disk, which takes long for thousands.
+    Raises OSError where a folder with something in it is there already at the end.
+    """
+    path = Path(path)
+    temporary = temporary_for(path, secrets.token_hex(4))  # threads of one process may write the same
+    temporary.mkdir(parents=True)
+    with _removed_on_error(temporary):
+        yield temporary
+        for file in temporary.rglob("*"):
+            if sync and file.is_file():
+                _sync(file)
+        os.replace(temporary, path)
+
+
+def temporary_for(path: Path, word: str = "") -> Path:
+    """Where this process writes what is renamed to `path`: `.<name>.<machine>.<process>[.<word>].tmp`, in the same folder.
 
     What processes of this machine that were killed left there is removed; of those that live, and of others, it stays.
     """
-    mine = f".{path.name}.{socket.gethostname()}"
-    for other in path.parent.glob(f"{glob.escape(mine)}.*.tmp"):
-        number = other.name.split(".")[-2]
+    mine = f".{path.name}.{socket.gethostname()}."
+    for other in path.parent.glob(f"{glob.escape(mine)}*.tmp"):
+        number = other.name.removeprefix(mine).split(".")[0]
         if number.isdigit() and not _lives(int(number)):
-            with contextlib.suppress(OSError):  # litter is no reason to stop
-                other.unlink()
-    return path.with_name(f"{mine}.{os.getpid()}.tmp")
+            _remove(other)
+    return path.with_name(f"{mine}{os.getpid()}{'.' * bool(word)}{word}.tmp")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that caused it, says that no space is left on the device."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in text or "ENOSPC" in text or "Disk quota exceeded" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def _removed_on_error(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder; one that stays is litter, and no reason to stop."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lives(process: int) -> bool:
@@ -32,14 +125,3 @@ def _lives(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
-
-
-def write_report(path: str, report: dict) -> None:
-    """A report as JSON, whole or not at all. Raises UserError where it cannot be written."""
-    target = Path(path).expanduser()
-    try:
-        temporary = temporary_for(target)
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None

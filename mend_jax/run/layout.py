@@ -17,10 +17,11 @@ from flax import jax_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.run import sharding
 
 AXIS = "data"  # of pmap: the devices, over which the batch is split
-MODES = ("pmap", "mesh")
+MODES = CHOICES["train.parallel"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from mend_jax.cli.text import clock, columns
 from mend_jax.models.int8 import SCALE
+from mend_jax.run.files import write_text
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
@@ -112,7 +114,7 @@ class Reporter:
             self.last_line = time.monotonic()
             texts = [f"step {line['step']}/{self.steps}", *(f"{name} {text}" for name, text in shown.items())]
             if line["step"] < self.steps and not compiled:  # compiling is done once: it says nothing about the rest
-                texts.append(f"{_duration((self.steps - line['step']) * speed['seconds_per_step'])} left")
+                texts.append(f"{clock((self.steps - line['step']) * speed['seconds_per_step'])} left")
             say("  ".join(texts))
 
     def sync(self):
@@ -172,29 +174,18 @@ def read_lines(path):
 
 def cut(path, step):
     """Drops the lines after `step` from a .jsonl file, all at once, and returns the others."""
-    path = Path(path)
     lines = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
 def parameter_table(trainable, frozen):
     """Text: every trainable parameter with its shape and size, then the counts of both trees and their ratio."""
     rows = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), str(tuple(x.shape)), str(x.dtype), f"{x.size:,}")
+        [jax.tree_util.keystr(path, simple=True, separator="/"), str(tuple(x.shape)), str(x.dtype), f"{x.size:,}"]
         for path, x in jax.tree_util.tree_leaves_with_path(trainable)
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(c.ljust(w) for c, w in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3])])
-        for row in rows
-    ]
-    return "\n".join([*lines, "", parameter_summary(trainable, frozen)]) + "\n"
+    return f"{columns(rows, left=3)}\n\n{parameter_summary(trainable, frozen)}\n"
 
 
 def parameter_summary(trainable, frozen):
@@ -208,8 +199,3 @@ def count(tree):
     """Number of parameters of all leaves; scales of weights in 8 bits are none."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return sum(x.size for path, x in leaves if not jax.tree_util.keystr(path, simple=True).endswith(SCALE))
-
-
-def _duration(seconds):
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from mend_jax.cli.command_line import base_config
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import dotted_fields
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
 from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import checkpoint
+from mend_jax.run.files import write_json
 from mend_jax.scoring.results import tree_hash
 
 SOURCES = "sources.json"
@@ -35,7 +37,7 @@ def check_resume(workdir, config, finished: bool) -> None:
 
     A field that the saved config has not had the default of configs/base.py. `finished`: nothing will be computed.
     """
-    saved, wanted = fields_of(checkpoint.read_config(workdir)), fields_of(json.loads(config.to_json()))
+    saved, wanted = dotted_fields(checkpoint.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = _defaults() | saved, read_sources(workdir)
     read = _paths_read(config)
     for name in sorted(saved.keys() | wanted.keys()):
@@ -68,7 +70,7 @@ def check_start(config) -> None:
         raise UserError(f"{START}={given} {what}; name the workdir of the earlier training.")
     if not checkpoint.has_checkpoint(folder):
         raise UserError(f"{START}={given} holds no whole checkpoint: train there first, or name another workdir.")
-    saved, wanted = fields_of(checkpoint.read_config(folder)), fields_of(json.loads(config.to_json()))
+    saved, wanted = dotted_fields(checkpoint.read_config(folder)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = _defaults() | saved, read_sources(folder)
     if saved["stage"] == "lm":
         raise UserError(
@@ -111,7 +113,7 @@ def check_data(workdir, config, contents: dict[str, str]) -> None:
 
     `contents` as `Batches` has it. Nothing is known of a run of an earlier version of this program.
     """
-    recorded, fields = read_sources(workdir), fields_of(config.to_dict())
+    recorded, fields = read_sources(workdir), dotted_fields(config.to_dict())
     for name, content in contents.items():
         if recorded.get(name, {}).get("fingerprint", content) != content:
             raise UserError(
@@ -123,7 +125,7 @@ def check_data(workdir, config, contents: dict[str, str]) -> None:
 def write_sources(workdir, config, contents: dict[str, str], start_hash: str | None = None) -> None:
     """Writes sources.json; `contents` as `Batches` has it, `start_hash` is the `tree_hash` of what the run began with, None
     where it goes on."""
-    fields, before = fields_of(config.to_dict()), read_sources(workdir)
+    fields, before = dotted_fields(config.to_dict()), read_sources(workdir)
     sources = {}
     for name in _paths_read(config):
         entry = sources[name] = {"folder": _absolute(fields[name])}
@@ -135,7 +137,7 @@ def write_sources(workdir, config, contents: dict[str, str], start_hash: str | N
             entry["fingerprint"] = start_hash
         elif name == START and "fingerprint" in before.get(name, {}):
             entry["fingerprint"] = before[name]["fingerprint"]
-    checkpoint.write_json(Path(workdir) / SOURCES, sources)
+    write_json(Path(workdir) / SOURCES, sources, sort_keys=True)
 
 
 def read_sources(workdir) -> dict:
@@ -146,14 +148,6 @@ def read_sources(workdir) -> dict:
         return {}
     except ValueError:
         raise UserError(f"{Path(workdir) / SOURCES} is not readable JSON: restore it, or delete it.") from None
-
-
-def fields_of(tree: dict, before: str = "") -> dict:
-    """{"section.field": value} of a config as nested dicts."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= fields_of(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return flat
 
 
 _PATHS = (*MODELS, START, *DATA)
@@ -230,4 +224,4 @@ def _absolute(path: str) -> str:
 def _defaults() -> dict:
     """The fields of configs/base.py; {} where only the package is installed."""
     base = base_config()
-    return {} if base is None else fields_of(json.loads(base.to_json()))
+    return {} if base is None else dotted_fields(json.loads(base.to_json()))

@@ -9,19 +9,18 @@ The key is of everything that decides a prediction (weights, template, split, ..
 is of the very tokens that were read. A file appears whole or not at all, the predictions last.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import markdown, number, size
 from mend_jax.run import checkpoint
 from mend_jax.run.distributed import to_host
-from mend_jax.run.files import temporary_for
+from mend_jax.run.files import is_disk_full, write_text
 from mend_jax.scoring.metrics import TITLES, percent
 
 FORMAT = 2  # of the prediction files: raised when older ones must not be used
@@ -92,9 +91,9 @@ def method_table(results: dict) -> str:
             [name, percent(method["score"]), *(percent(method[metric]) for metric in TITLES)]
             + [f"{cost['prefix_length']:.0f}", size(cost["cache_bytes"])]
             + [
-                _number(cost["item_flops"] / 1e9),
-                _number(cost["item_flops_uncached"] / 1e9),
-                "–" if cost["item_seconds"] is None else _number(1000 * cost["item_seconds"]),
+                number(cost["item_flops"] / 1e9),
+                number(cost["item_flops_uncached"] / 1e9),
+                "–" if cost["item_seconds"] is None else number(1000 * cost["item_seconds"]),
             ]
         )
     return markdown(header, rows)
@@ -109,22 +108,6 @@ def task_table(results: dict) -> str:
         for task, entry in tasks.items()
     ]
     return markdown(["task", "metric", *methods], rows)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned as plain text too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{_number(count)} {unit}"
-        count /= 1000
-    return f"{_number(count)} GB"
 
 
 def tree_hash(params) -> str:
@@ -159,28 +142,16 @@ def _notes(results: dict) -> str:
     return text
 
 
-def _number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
-
-
 def _file_name(task: str) -> str:
     return task.replace("/", "%2F")
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = temporary_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if checkpoint.is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(
                 f"The disk of {path.parent} is full: make room and give the same command again, it goes on."
             ) from error
