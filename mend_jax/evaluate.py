@@ -62,7 +62,7 @@ def evaluate(config, workdir) -> dict:
     for method in methods:
         check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
     read_from, found = fingerprint(config.llm.path), {}
-    stores = [results.Store(workdir, method.name, made_of(config, method, read_from)) for method in methods]
+    stores = [results.Store(workdir, method.name, prediction_facts(config, method, read_from)) for method in methods]
     items = sum(len(task.items) for task in tasks)
     say(f"Evaluating {', '.join(method.name for method in methods)}: {items:,} items each.")
     if layout.mesh is None:
@@ -175,7 +175,7 @@ def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
     return KINDS[kind].of_trained(model, config, path) if kind else model
 
 
-def made_of(config, method: Method, read_from: str) -> dict:
+def prediction_facts(config, method: Method, read_from: str) -> dict:
     """Everything but the task's files that decides a method's predictions: the key of their folder.
 
     `read_from` is the fingerprint of the LLM's folder.

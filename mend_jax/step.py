@@ -95,30 +95,30 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
             prefix = model.apply(params, batch.demos, batch.demos_length)
         student = llm.states(llm_params, prefix, query)
         teacher = _teacher_states(llm, llm_params, batch, query) if weights.kd else None
-        said, head = llm.said(query), llm.head(llm_params)
-        return query_losses(student, teacher, head, said, weights, config.loss.chunk, lm, mesh, shift, objective)
+        targets, head = llm.targets(query), llm.head(llm_params)
+        return query_losses(student, teacher, head, targets, weights, config.loss.chunk, lm, mesh, shift, objective)
 
     return loss_fn
 
 
 def query_losses(
-    student, teacher, head, said, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1, objective=FORWARD_KL
+    student, teacher, head, targets, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1, objective=FORWARD_KL
 ):
     """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed).
 
-    `said` is what the states stand at or predict (`llm.said(query)`), and `shift` which (`token_weights`).
+    `targets` is what the states stand at or predict (`llm.targets(query)`), and `shift` which (`token_weights`).
     """
 
-    def local(student, teacher, head, said):
-        targets, tokens = token_weights(said, shift)
+    def local(student, teacher, head, targets):
+        following, tokens = token_weights(targets, shift)
         kd_weight = weights.kd * tokens.kd
         ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
         if teacher is not None and objective.on_states:
             distilled, kd = state_loss(objective, student, teacher, kd_weight)
-            loss, (_, ce) = head_loss(student, None, head, targets, 0 * kd_weight, ce_weight, chunk, head_grad)
+            loss, (_, ce) = head_loss(student, None, head, following, 0 * kd_weight, ce_weight, chunk, head_grad)
             loss += distilled
         else:
-            loss, (kd, ce) = head_loss(student, teacher, head, targets, kd_weight, ce_weight, chunk, head_grad, objective)
+            loss, (kd, ce) = head_loss(student, teacher, head, following, kd_weight, ce_weight, chunk, head_grad, objective)
         counted = {"kd": weights.kd, "pred": weights.pred, "clm": weights.clm}
         values = {"kd": kd, "pred": ce, "clm": ce}
         metrics = {name: (getattr(tokens, name) * values[name]).sum() * bool(counted[name]) for name in counted}
@@ -128,7 +128,7 @@ def query_losses(
         local = jax.shard_map(
             local, mesh=mesh, in_specs=(P(ROWS), P(ROWS), P(), P(ROWS)), out_specs=P(ROWS), check_vma=False
         )
-    loss, metrics = local(student, teacher, head, said)
+    loss, metrics = local(student, teacher, head, targets)
     return loss.mean(), jax.tree.map(jnp.mean, metrics)
 
 
@@ -200,8 +200,8 @@ def _example_losses(llm, module, params, llm_params, context, teacher, query):
     student = llm.states(llm_params, make_vectors(module, params, *context), query)
     tokens, length = teacher
     taught = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
-    ones, said, head = Weights(1.0, 1.0, 1.0), llm.said(query), llm.head(llm_params)
-    return query_losses(student, taught, head, said, ones, chunk=512, shift=_shift(llm))[1]
+    ones, targets, head = Weights(1.0, 1.0, 1.0), llm.targets(query), llm.head(llm_params)
+    return query_losses(student, taught, head, targets, ones, chunk=512, shift=_shift(llm))[1]
 
 
 def _shift(llm) -> int:

@@ -20,7 +20,7 @@ from test_end_to_end import _model as model_folder
 from mend_jax import train
 from mend_jax.cli.command_line import load_config
 from mend_jax.cli.errors import UserError
-from mend_jax.evaluate import evaluate, made_of
+from mend_jax.evaluate import evaluate, prediction_facts
 from mend_jax.models.folders import fingerprint
 from mend_jax.prefixes import Demonstrations
 from mend_jax.run import build as run_parts
@@ -207,7 +207,7 @@ def test_sigterm_ends_an_evaluation_which_goes_on(machine, tmp_path, monkeypatch
     """Process 0 has scored its seed and waits for process 1, which waits for a pipe in the place of its last predictions."""
     monkeypatch.setitem(machine.environment, "JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     config = load_config(f"{machine.folder}/tiny.py")
-    made = made_of(config, Method("icl", Demonstrations(None)), fingerprint(config.llm.path))
+    made = prediction_facts(config, Method("icl", Demonstrations(None)), fingerprint(config.llm.path))
     pipe = Store(tmp_path, "icl", made).folder / "t_21.jsonl"
     os.mkfifo(pipe)
     launcher = machine.start(2, "evaluate", tmp_path)

@@ -77,9 +77,9 @@ def test_the_batch_is_the_largest_that_the_data_give(stage, tmp_path):
     backbone = DecoderConfig("gpt2", 64, 16, 1, 1, 16, 20)
     for llm in (DecoderConfig("gpt2", 64, 16, 1, 1, 16, 18), from_hf_config(t5(16, 1, 1, 16))):
         work = make_workload(config, llm, backbone, 4)
-        rows = make_batches(config, Readers(tokenizer, llm.window, backbone.window, separate_targets=work.apart)).rows
+        rows = make_batches(config, Readers(tokenizer, llm.window, backbone.window, separate_targets=work.separate_targets)).rows
         assert (work.demos, work.query) == (rows.demo_buckets[-1], rows.query_buckets[-1])
-        assert work.inputs == (rows.input_columns if work.apart else None)
+        assert work.inputs == (rows.input_columns if work.separate_targets else None)
 
 
 def test_a_step_is_the_one_that_the_config_file_describes():

@@ -116,7 +116,7 @@ def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, inp
             wanted = theirs.grad[0].numpy()
             assert np.abs(gradient[i, :before] - wanted).max() < 1e-3 * np.abs(wanted).max()
         assert not np.any(gradient[i, before:])
-    said = llm.said(query)
+    said = llm.targets(query)
     np.testing.assert_array_equal(said.length, lengths - starts)
     np.testing.assert_array_equal(said.tokens[1, :9], ids[1, 7:])
 

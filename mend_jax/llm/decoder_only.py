@@ -33,7 +33,7 @@ class LLM(FrozenLLM):
 
     start_token = None  # of an encoder–decoder: what its decoder reads first
 
-    def said(self, query: Query) -> Query:
+    def targets(self, query: Query) -> Query:
         """The tokens that the states stand at: all of the query."""
         return query
 

@@ -42,7 +42,7 @@ class EncoderDecoderLLM(FrozenLLM):
         """What the decoder reads first: its state there predicts the first token of y."""
         return self.config.start_token
 
-    def said(self, query: Query) -> Query:
+    def targets(self, query: Query) -> Query:
         """What the decoder says: y alone, moved to the front, (B,Y)."""
         Q = query.tokens.shape[1]
         columns = query.target_start[:, None] + jnp.arange(query.target_columns or Q)[None]
@@ -50,7 +50,7 @@ class EncoderDecoderLLM(FrozenLLM):
         return Query(tokens, query.length - query.target_start, jnp.zeros_like(query.target_start))
 
     def states(self, params, prefix: Prefix, query: Query):
-        """The decoder's states (B*R,Y,D): state j *predicts* token j of `said(query)`. Rows beyond a length are garbage.
+        """The decoder's states (B*R,Y,D): state j *predicts* token j of `targets(query)`. Rows beyond a length are garbage.
 
         R queries, one after another, stand behind each of the B prefixes; the encoder reads it anew with every x.
         """
@@ -58,9 +58,9 @@ class EncoderDecoderLLM(FrozenLLM):
         prefix = jax.tree.map(lambda a: jnp.repeat(a, queries, 0), prefix)
         x = query.tokens[:, : query.input_columns]
         encoded, length = self._encode(params, prefix, x, query.target_start)
-        said = self.said(query).tokens
-        start = jnp.full((said.shape[0], 1), self.start_token, said.dtype)
-        return self._decode(params, jnp.concatenate([start, said[:, :-1]], 1), encoded, length)
+        targets = self.targets(query).tokens
+        start = jnp.full((targets.shape[0], 1), self.start_token, targets.dtype)
+        return self._decode(params, jnp.concatenate([start, targets[:, :-1]], 1), encoded, length)
 
     def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
         """One prefix (B == 1; P may be 0), to be shared by every query after it; nothing of it can be computed alone."""

@@ -142,11 +142,11 @@ def count(config: Config) -> int:
 
 def _products(work: Workload) -> tuple[costs.Products, costs.Products, costs.Products]:
     """Of one row: the distiller's reading, the student's and the teacher's, cut to the LLM's window as the program cuts them."""
-    said = work.targets or 0
-    query = work.read + said
+    targets = work.targets or 0
+    query = work.read + targets
     room = work.llm.window - query
     student, teacher = (
-        costs.query_reading(work.llm, min(before, room), query, said) for before in (work.vectors, work.demos)
+        costs.query_reading(work.llm, min(before, room), query, targets) for before in (work.vectors, work.demos)
     )
     return costs.reading(work.backbone, work.demos + work.vectors), student, teacher
 
@@ -157,12 +157,12 @@ def _stacks(work: Workload) -> dict[str, list[Stack]]:
     student = work.config.llm, work.llm, work.vectors + work.read, work.targets, True
     teacher = work.config.llm, work.llm, work.demos + work.read, work.targets, False
     readers, found = {"distiller": own, "student": student}, {}
-    for who, (section, config, tokens, said, back) in (readers | ({"teacher": teacher} if work.config.loss.kd else {})).items():
+    for who, (section, config, tokens, targets, back) in (readers | ({"teacher": teacher} if work.config.loss.kd else {})).items():
         rest = jnp.dtype(section.dtype).itemsize, bool(section.remat), back
         tokens = min(tokens, config.window)
         found[who] = [Stack(config, config.layers, tokens, 0, *rest)]
-        if said:
-            found[who].append(Stack(config, config.decoder_layers, said, tokens, *rest))
+        if targets:
+            found[who].append(Stack(config, config.decoder_layers, targets, tokens, *rest))
     return found
 
 

@@ -29,14 +29,14 @@ class ObjectiveSide:
         states, teacher = (jnp.asarray(random.standard_normal((rows, query, width), np.float32)) for _ in range(2))
         head = jnp.asarray(random.standard_normal((words, width), np.float32) * np.float32(0.05))
         tokens = jnp.asarray(random.integers(0, words, (rows, query), np.int32))
-        said = Query(tokens, jnp.full(rows, query), jnp.zeros(rows, jnp.int32))
+        targets = Query(tokens, jnp.full(rows, query), jnp.zeros(rows, jnp.int32))
         objective = FORWARD_KL if name == "forward_kl" else Objective(name)
         if name == BY_JAX:  # a number that it does not read tells it from the one by hand
             objective = Objective("forward_kl", Numbers(mix=0.25))
         weights = Weights(1.0, 0.0, 0.0)
 
         def loss(states):
-            return query_losses(states, teacher, head, said, weights, chunk, objective=objective)[0]
+            return query_losses(states, teacher, head, targets, weights, chunk, objective=objective)[0]
 
         self.states, self.step = states, jax.jit(jax.value_and_grad(loss)).lower(states).compile()
 

@@ -167,7 +167,7 @@ def abstract_step(work: Workload, layout: parallel.Layout):
     c, backbone = work.config, work.backbone
     llm_params = _shapes(work.llm, c.llm.dtype)
     llm_params = _in_8_bits(llm_params) if c.llm.weights == "int8" else llm_params
-    kind = EncoderDecoderLLM if work.apart else LLM
+    kind = EncoderDecoderLLM if work.separate_targets else LLM
     llm = kind(work.llm, llm_params, None, c.llm.path, c.llm.dtype, "xla", c.llm.remat)
     projection = resolve_projection(c.prefix.projection, backbone.width, llm.config.width)
     arithmetic = c.prefix.dtype, "xla", c.prefix.remat

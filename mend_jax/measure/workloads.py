@@ -39,18 +39,18 @@ class Workload:
         return self.config.prefix.length
 
     @property
-    def apart(self) -> bool:
+    def separate_targets(self) -> bool:
         return self.inputs is not None
 
     @property
     def targets(self) -> int | None:
         """Y: no y is longer than a whole query."""
-        return self.query if self.apart else None
+        return self.query if self.separate_targets else None
 
     @property
     def read(self) -> int:
         """Tokens that stand behind the prefix: Q, of an encoder X."""
-        return self.inputs if self.apart else self.query
+        return self.inputs if self.separate_targets else self.query
 
 
 def load_workload(
@@ -105,5 +105,5 @@ def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) 
         demos, _ = sampling.split_text(text, data.beta, demos)
     else:
         inputs, query = data.max_input_tokens, min(max(data.query_buckets), llm.window - vectors)
-    apart = not isinstance(llm, DecoderConfig)
-    return Workload(config, llm, backbone.headless, rows, demos, query, inputs if apart else None)
+    separate = not isinstance(llm, DecoderConfig)
+    return Workload(config, llm, backbone.headless, rows, demos, query, inputs if separate else None)

@@ -18,7 +18,7 @@ from mend_jax.models.attention import attention_after, causal_attention, fused_a
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import layer_norm, rms_norm
-from mend_jax.run.sharding import by_rows
+from mend_jax.run.sharding import shard_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
 # quicker than to write and read what they would keep (three times as much).
@@ -57,16 +57,16 @@ class Block(nn.Module):
     def __call__(self, x, cache, seen, rotations):
         """x (B,T,W); cache None or this layer's (keys, values) of a prefix; seen None (causal) or a `Seen`;
         rotations None or those of the tokens' positions."""
-        config, x = self.config, by_rows(x)
+        config, x = self.config, shard_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
         y = self._attend(q, k, v, cache, seen).reshape(*x.shape[:2], config.heads * config.head_width)
         x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
-        x = checkpoint_name(by_rows(x if config.norm_first else norm1(x)), "middle")
+        x = checkpoint_name(shard_rows(x if config.norm_first else norm1(x)), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
         x = x + _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
-        x = by_rows(x if config.norm_first else norm2(x))
+        x = shard_rows(x if config.norm_first else norm2(x))
         return x, ((k, v) if self.keep_cache else None)
 
     def _heads(self, y, rotations):
@@ -152,8 +152,8 @@ class Decoder(nn.Module):
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
         # What goes round the scan lies as what it begins with: else tensor would split and gather it in every layer.
         before, seen = (None, None) if cache is None else ((cache.keys, cache.values), Seen(within, cache.length))
-        x, kept = layers(by_rows(x), before, seen, rotations)
-        x = by_rows(x)
+        x, kept = layers(shard_rows(x), before, seen, rotations)
+        x = shard_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)
         if config.width != config.hidden_width:

@@ -19,7 +19,7 @@ from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import rms_norm
-from mend_jax.run.sharding import by_rows, for_rows
+from mend_jax.run.sharding import shard_copies, shard_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
 
@@ -60,20 +60,20 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, bias, mask, encoded, encoded_mask):
         config, activation = self.config, ACTIVATIONS[self.config.activation]
-        x = by_rows(x)
+        x = shard_rows(x)
         y = self._norm("norm1")(x)
-        x = checkpoint_name(by_rows(x + Attention(config, self.dtype, name="self")(y, y, bias, mask)), "middle")
+        x = checkpoint_name(shard_rows(x + Attention(config, self.dtype, name="self")(y, y, bias, mask)), "middle")
         if self.cross:
             attend = Attention(config, self.dtype, name="cross")
             y = attend(self._norm("cross_norm")(x), encoded, None, encoded_mask)
-            x = checkpoint_name(by_rows(x + y), "middle")
+            x = checkpoint_name(shard_rows(x + y), "middle")
         y = self._norm("norm2")(x)
         up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
         if config.gated:
             up = activation(checkpoint_name(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
         else:
             up = activation(up)
-        return by_rows(x + _dense(config.width, self.dtype, "down")(up)), None
+        return shard_rows(x + _dense(config.width, self.dtype, "down")(up)), None
 
     def _norm(self, name):
         return rms_norm(self.config.norm_eps, self.dtype, name)
@@ -94,7 +94,7 @@ class Stack(nn.Module):
         config = self.config
         biases = self.param("distance_bias", nn.initializers.normal(0.02), (config.buckets, config.heads))
         buckets = distance_buckets(x.shape[1], config, both_ways=not self.cross)
-        bias = for_rows(biases.astype(jnp.float32))[:, buckets]  # (R,T,T,H)
+        bias = shard_copies(biases.astype(jnp.float32))[:, buckets]  # (R,T,T,H)
         kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=kept),
@@ -103,8 +103,8 @@ class Stack(nn.Module):
             in_axes=(nn.broadcast,) * 4,
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
-        x, _ = layers(by_rows(x.astype(self.dtype)), bias.transpose(0, 3, 1, 2), mask, encoded, encoded_mask)
-        return rms_norm(config.norm_eps, self.dtype, "final_norm")(by_rows(x))
+        x, _ = layers(shard_rows(x.astype(self.dtype)), bias.transpose(0, 3, 1, 2), mask, encoded, encoded_mask)
+        return rms_norm(config.norm_eps, self.dtype, "final_norm")(shard_rows(x))
 
 
 def distance_buckets(length: int, config: EncoderDecoderConfig, both_ways: bool):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mend_jax.run.sharding import gathered
+from mend_jax.run.sharding import unshard_fsdp
 
 SCALE = "_scale"
 SUMMED = {"kernel": -2, "tokens": -1, "head": -1}  # what is held in 8 bits, and the axis that a product sums over
@@ -39,7 +39,7 @@ class Dense(nn.Module):
         """(...,in) -> (...,features)."""
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         in_8_bits = self.has_variable("params", "kernel" + SCALE)
-        kernel = gathered(kernel, f"{self.name}/kernel") if in_8_bits else kernel
+        kernel = unshard_fsdp(kernel, f"{self.name}/kernel") if in_8_bits else kernel
         y = times(x.astype(self.dtype), kernel.astype(self.dtype))
         if in_8_bits:
             y = (y * self.get_variable("params", "kernel" + SCALE)).astype(self.dtype)

@@ -155,7 +155,7 @@ def _mesh_layout(mesh: Mesh) -> Layout:
 
     def on_mesh(function):
         def traced(*args):
-            with sharding.rows_on(mesh):
+            with sharding.sharding_rows_on(mesh):
                 return function(*args)
 
         return traced

@@ -133,8 +133,8 @@ def row_parts(mesh: Mesh | None) -> int:
 
 
 @contextlib.contextmanager
-def rows_on(mesh: Mesh | None, rows: int = 0):
-    """While a function is traced within: `by_rows` and `gathered` are of this mesh.
+def sharding_rows_on(mesh: Mesh | None, rows: int = 0):
+    """While a function is traced within: `shard_rows` and `unshard_fsdp` are of this mesh.
 
     Without a mesh, or with a number of `rows` that it does not divide, nothing changes: the compiler chooses.
     """
@@ -147,7 +147,7 @@ def rows_on(mesh: Mesh | None, rows: int = 0):
         _mesh.reset(token)
 
 
-def by_rows(x: jax.Array) -> jax.Array:
+def shard_rows(x: jax.Array) -> jax.Array:
     """States (B,...) whose rows lie where the batch's do, and which are whole along all other axes; elsewhere `x`.
 
     Without it the compiler may take the weights for what stays, and send the states of all rows around.
@@ -156,15 +156,15 @@ def by_rows(x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
-def for_rows(x: jax.Array) -> jax.Array:
+def shard_copies(x: jax.Array) -> jax.Array:
     """(R,...): `x` once for each device that splits the rows of a batch; elsewhere (1,...).
 
     What is computed of it and then added to every row is not summed over devices on the way back: `x` is, where it is small.
     """
-    return by_rows(jnp.broadcast_to(x, (row_parts(_mesh.get()), *x.shape)))
+    return shard_rows(jnp.broadcast_to(x, (row_parts(_mesh.get()), *x.shape)))
 
 
-def gathered(x: jax.Array, path: str) -> jax.Array:
+def unshard_fsdp(x: jax.Array, path: str) -> jax.Array:
     """A frozen parameter whole along fsdp, as its product wants it, in the dtype that it is held in; elsewhere `x`.
 
     Without it the compiler may turn int8 into what is computed with first, and send two or four times the bytes.

@@ -59,16 +59,16 @@ def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
     return Products(2 * tokens * (config.layers * layer + ends), attention)
 
 
-def query_reading(llm: Config, before: int, query: int, said: int) -> Products:
-    """The LLM on a query behind a prefix of `before` positions; an encoder–decoder says the last `said` of its tokens."""
+def query_reading(llm: Config, before: int, query: int, targets: int) -> Products:
+    """The LLM on a query behind a prefix of `before` positions; an encoder–decoder says the last `targets` of its tokens."""
     if isinstance(llm, EncoderDecoderConfig):
-        return _encoder_decoder(llm, before + query - said, said)
+        return _encoder_decoder(llm, before + query - targets, targets)
     return reading(llm, before + query)
 
 
-def _encoder_decoder(config: EncoderDecoderConfig, tokens: int, said: int) -> Products:
+def _encoder_decoder(config: EncoderDecoderConfig, tokens: int, targets: int) -> Products:
     """The encoder on S tokens and the decoder on Y; 0 leaves the decoder out."""
-    D, W, S, Y = config.width, config.heads * config.head_width, tokens, said
+    D, W, S, Y = config.width, config.heads * config.head_width, tokens, targets
     mlp = (3 if config.gated else 2) * D * config.mlp_width
     linear = config.layers * 2 * S * (4 * D * W + mlp)
     attention = config.layers * 4 * S * S * W
@@ -89,21 +89,21 @@ def projection(width: int, llm_width: int, vectors: int) -> int:
 
 
 def step(
-    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, said: int = 0
+    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, targets: int = 0
 ) -> dict[str, int]:
     """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
 
     Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the
-    teacher's forward, and the head at the query's tokens: both logits and one gradient. `said` are the tokens of y, which
+    teacher's forward, and the head at the query's tokens: both logits and one gradient. `targets` are the tokens of y, which
     only an encoder–decoder tells from x; it has the head at these.
     """
     own = reading(distiller, demos + vectors)
-    student = query_reading(llm, vectors, query, said)
-    predicted = said if isinstance(llm, EncoderDecoderConfig) else query
+    student = query_reading(llm, vectors, query, targets)
+    predicted = targets if isinstance(llm, EncoderDecoderConfig) else query
     parts = {
         "distiller": own.forward + own.gradient + 3 * projection(distiller.width, llm.width, vectors),
         "student": student.forward + student.input_gradient,
-        "teacher": query_reading(llm, demos, query, said).forward,
+        "teacher": query_reading(llm, demos, query, targets).forward,
         "head": 3 * head(llm, predicted),
     }
     parts = {name: rows * flops for name, flops in parts.items()}
@@ -128,8 +128,8 @@ def score_cached(llm: Config, prefix: int, query: int, options: list[int]) -> in
     with every item (its states there depend on x), once for all options.
     """
     if isinstance(llm, EncoderDecoderConfig):
-        said = sum(options)
-        return _encoder_decoder(llm, prefix + query, said).forward + head(llm, said)
+        targets = sum(options)
+        return _encoder_decoder(llm, prefix + query, targets).forward + head(llm, targets)
     read = sum(options) - len(options)
     return reading(llm, query + read, prefix + query + read).forward + head(llm, 1 + read)
 

@@ -23,7 +23,7 @@ from mend_jax.data.query import query_tokens
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.run.sharding import mesh_of, row_parts, rows_on
+from mend_jax.run.sharding import mesh_of, row_parts, sharding_rows_on
 
 ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
 CPU_TOKENS = 1152  # of one pass: products are as quick as they get, and a layer's states stay in the processor's cache
@@ -285,7 +285,7 @@ def _start(llm, params, cache, rows, batch: Pass, chunk):
             where.append(np.full(len(row.sources), r, np.int32))
             source.append(row.sources + start)
             start = here.stop
-    with rows_on(mesh_of(params), batch.count):
+    with sharding_rows_on(mesh_of(params), batch.count):
         if llm.start_token is None:
             states = _states(llm, params, cache, tokens, positions, segments, items)
         else:

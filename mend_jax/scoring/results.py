@@ -29,11 +29,11 @@ FORMAT = 2  # of the prediction files: raised when older ones must not be used
 class Store:
     """The predictions of one method; `written` counts the tasks and seeds that this process added."""
 
-    def __init__(self, workdir, name: str, made_of: dict):
-        made_of = {"format": FORMAT, **made_of}
-        self.folder = Path(workdir) / "predictions" / f"{name}-{content_hash(made_of)[:8]}"
+    def __init__(self, workdir, name: str, facts: dict):
+        facts = {"format": FORMAT, **facts}
+        self.folder = Path(workdir) / "predictions" / f"{name}-{content_hash(facts)[:8]}"
         self.written = 0
-        _write(self.folder / "made_of.json", json.dumps(made_of, indent=1) + "\n")
+        _write(self.folder / "made_of.json", json.dumps(facts, indent=1) + "\n")
 
     def read(self, task: str, seed: int, content: str, count: int) -> tuple[list[dict], dict] | None:
         """(lines, cost) of a task and seed that was evaluated whole on the same content, else None."""
