@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from mend_jax.cli.text import clock
+from mend_jax.cli.text import clock, size
 from mend_jax.run import distributed
 
 QUIET_SECONDS = 30  # at most, between lines where the output is not a terminal and something was finished
@@ -15,7 +15,7 @@ class Progress:
     """Counts finished units of `total`; only the first process of a command shows it."""
 
     def __init__(self, total: int, unit: str, scale: bool = False):
-        self.total, self.unit, self.done, self.what = total, unit, 0, ""
+        self.total, self.unit, self.scale, self.done, self.what, self.more = total, unit, scale, 0, "", ""
         self.shown = distributed.is_first()
         self.began = self.last_line = time.monotonic()
         self.bar = None
@@ -27,6 +27,17 @@ class Progress:
         self.what = what
         if self.bar is not None:
             self.bar.set_description(what, refresh=False)
+
+    def add(self, more: str) -> None:
+        """What to say beside the count."""
+        self.more = f", {more}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(more, refresh=False)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
 
     def update(self, count: int = 1) -> None:
         """So many units more are finished."""
@@ -48,7 +59,9 @@ class Progress:
         left = passed / max(self.done, 1) * (self.total - self.done)
         rest = f", {clock(left)} left" if self.done < self.total else f" in {clock(passed)}"
         what = f"{self.what}: " if self.what else ""
-        print(f"{what}{self.done:,} of {self.total:,} {self.unit}s{rest}", file=sys.stderr, flush=True)
+        amounts = [size(count) if self.scale else f"{count:,}" for count in (self.done, self.total)]
+        unit = "" if self.scale else f" {self.unit}s"
+        print(f"{what}{amounts[0]} of {amounts[1]}{unit}{self.more}{rest}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.data import c4, metaicl
 from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
 from mend_jax.run.files import write_text
@@ -170,8 +170,9 @@ def _run(jobs: list[dict], tokenizers: list[str], processes: int, kind: str) -> 
     total = sum(job["bytes"] for job in jobs)
     if not jobs:
         return
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {kind}", disable=None, mininterval=0.5) as bar:
-        progress = Progress(bar)
+    with Progress(total, "B", scale=True) as bar:
+        bar.at(f"tokenising {kind}")
+        progress = WorkersProgress(bar)
         if processes <= 1 or total < IN_PROCESS or len(jobs) == 1:
             ready = [Tokenizer.from_str(text) for text in tokenizers]
             for job in jobs:
@@ -180,7 +181,7 @@ def _run(jobs: list[dict], tokenizers: list[str], processes: int, kind: str) -> 
             _run_workers(jobs, tokenizers, min(processes, len(jobs)), progress)
 
 
-class Progress:
+class WorkersProgress:
     """What the workers have done, summed for one bar; used from several threads."""
 
     def __init__(self, bar):
@@ -195,8 +196,7 @@ class Progress:
         self.update(job, job["bytes"])
         with self.lock:
             self.tokens += result["tokens"]
-            seconds = self.bar.format_dict["elapsed"]
-            self.bar.set_postfix_str(f"{self.tokens:,} tokens, {self.tokens / max(seconds, 1e-9) / 1e3:,.0f}k/s")
+            self.bar.add(f"{self.tokens:,} tokens, {self.tokens / max(self.bar.seconds, 1e-9) / 1e3:,.0f}k/s")
 
 
 def _run_workers(jobs: list[dict], tokenizers: list[str], processes: int, progress: Progress) -> None:

@@ -1,8 +1,8 @@
 """Distil and score against Vanilla ICL, on one task: seconds, FLOPs, memory, with and without a shared prefix cache."""
 
 import numpy as np
-from tqdm import tqdm
 
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, InferenceSide, Settings, check_window, start_report
@@ -18,7 +18,7 @@ def measure_inference(arguments, settings: Settings) -> tuple[dict, str, bool]:
     check_window("distiller", settings.demos + settings.vectors, settings.distiller)
     report = start_report(arguments, settings)
     report["rows"], differences = [], []
-    with tqdm(total=4 * (1 + arguments.repeats), unit="run") as bar:  # the first run of each row compiles
+    with Progress(4 * (1 + arguments.repeats), "run") as bar:  # the first run of each row compiles
         for method in ("icl", "mend"):
             found = {}
             for reuse in (False, True):
@@ -58,10 +58,10 @@ def inference_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _measure_task(arguments, settings, method: str, reuse: bool, bar: tqdm):
+def _measure_task(arguments, settings, method: str, reuse: bool, bar: Progress):
     """(row of figures, scores, device) of one method, in a process of its own; `bar` counts its runs."""
     row = inference_flops(settings, method, reuse, arguments.items, arguments.options)
-    bar.set_description(row["name"])
+    bar.at(row["name"])
 
     def score():
         timed = worker.call("score")

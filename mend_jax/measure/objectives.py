@@ -9,8 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.data.query import Query
 from mend_jax.losses import FORWARD_KL, Weights
@@ -60,7 +60,7 @@ def measure_objectives(rows: int, query: int, width: int, words: int, chunk: int
     sizes = rows, query, width, words, chunk
     report = {"machine": measure.machine(), "sizes": dict(zip(("rows", "query", "width", "words", "chunk"), sizes, strict=True))}
     seconds, peaks = {name: [] for name in names}, {}
-    with contextlib.ExitStack() as stack, tqdm(total=len(names) * (1 + repeats), unit="run") as bar:
+    with contextlib.ExitStack() as stack, Progress(len(names) * (1 + repeats), "run") as bar:
         sides = {name: stack.enter_context(measure.Worker(ObjectiveSide, name, *sizes)) for name in names}
         for name, side in sides.items():
             side.call("run")

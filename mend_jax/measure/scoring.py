@@ -3,9 +3,9 @@
 import importlib.util
 
 import numpy as np
-from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, check_window
@@ -26,7 +26,7 @@ def measure_scoring(arguments, config: Config) -> tuple[dict, str, bool]:
         theirs = measure.Worker(_pytorch_side(), *common, arguments.query_head, tasks)
         sides = {"MEND-JAX": ours, "PyTorch": theirs}
         try:
-            with tqdm(total=len(tasks) * 2 * (1 + arguments.repeats), unit="run") as bar:
+            with Progress(len(tasks) * 2 * (1 + arguments.repeats), "run") as bar:
                 for task in tasks:
                     report["tasks"][task.name] = _measure_task(sides, task, arguments, bar)
             report["sides"] = {
@@ -94,12 +94,12 @@ def scoring_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _measure_task(sides: dict, task: ScoredTask, arguments, bar: tqdm) -> dict:
+def _measure_task(sides: dict, task: ScoredTask, arguments, bar: Progress) -> dict:
     """The figures of one task: the sides take turns, and take turns in going first; a first run of each warms up."""
     found = {name: {"runs": [], "prefixes": []} for name in sides}
     before, few = sides["MEND-JAX"].call("compiled"), {"MEND-JAX": arguments.items, "PyTorch": min(2, arguments.items)}
     for name, side in sides.items():
-        bar.set_description(f"{task.name}, {name}, warming up")
+        bar.at(f"{task.name}, {name}, warming up")
         side.call("read", task.name)
         side.call("score", task.name, few[name])
         bar.update()
@@ -107,7 +107,7 @@ def _measure_task(sides: dict, task: ScoredTask, arguments, bar: tqdm) -> dict:
     scores = {}
     for repeat in range(arguments.repeats):
         for name in sorted(sides, reverse=repeat % 2 == 1):
-            bar.set_description(f"{task.name}, {name}")
+            bar.at(f"{task.name}, {name}")
             found[name]["prefixes"].append(sides[name].call("read", task.name))
             seconds, scores[name] = sides[name].call("score", task.name, arguments.items)
             found[name]["runs"].append(seconds)

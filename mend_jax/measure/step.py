@@ -2,9 +2,8 @@
 
 import importlib.util
 
-from tqdm import tqdm
-
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, Settings, StepSide, check_window, start_report
@@ -117,15 +116,15 @@ def step_text(report: dict) -> str:
 def _interleave(sides: dict, repeats: int):
     """({side: its runs, a warm-up first}, {side: memory}): the sides take turns, and take turns in going first."""
     runs, memory = {name: [] for name in sides}, {}
-    with tqdm(total=len(sides) * (1 + repeats), unit="step") as bar:
+    with Progress(len(sides) * (1 + repeats), "step") as bar:
 
         def run(name):
-            bar.set_description(name)
+            bar.at(name)
             runs[name].append(sides[name].call("run"))
             bar.update()
 
         for name, worker in sides.items():
-            bar.set_description(f"{name}, compiling" if name == "MEND-JAX" else name)
+            bar.at(f"{name}, compiling" if name == "MEND-JAX" else name)
             memory[name] = {"start_bytes": worker.call("reset_peak")}
             run(name)
         for repeat in range(repeats):
