@@ -311,6 +311,7 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     assert 0 < np.abs(prefixes[0].embeds - prefixes[2].embeds).max() < 0.2
 
 
+@pytest.mark.slow
 def test_on_a_mesh_both_models_lie_in_parts_and_predict_as_on_one_device(config, models, tmp_path):
     config.evaluate.methods, config.evaluate.seeds = METHODS, (13,)
     ev.evaluate(config, tmp_path / "one")

@@ -285,6 +285,7 @@ def test_packaged_models_read_this_world(name, world):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_configs_resolve_to_files(name, tmp_path, monkeypatch):
     monkeypatch.setattr(small_world, "World", lambda: TINY)
     config = get_config(name)
