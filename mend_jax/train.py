@@ -15,30 +15,23 @@ started again. Files in the workdir: config.json, sources.json, params.txt, chec
 (times), tensorboard/, and, when stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
 """
 
-import collections
 import contextlib
-import dataclasses
 import fcntl
-import math
-import signal
-import threading
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from mend_jax.cli.command_line import STOPPED, run
+from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
-from mend_jax.run import build as run_parts
-from mend_jax.run import checkpoint, distributed, reporting
-from mend_jax.run import layout as parallel
-from mend_jax.run import resume as meaning
+from mend_jax.run import build, checkpoint, distributed, reporting, resume
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
+from mend_jax.run.layout import check_batch_size, make_layout
+from mend_jax.run.loop import Loop, score_of
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 
@@ -51,7 +44,7 @@ def train(config, workdir) -> int:
     Raises:
         UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
     """
-    parallel.check_batch_size(config)
+    check_batch_size(config)
     workdir = Path(workdir).expanduser().absolute()
     try:
         with _alone_in(workdir):
@@ -63,26 +56,26 @@ def train(config, workdir) -> int:
 
 
 def _train(config, workdir):
-    score = _score_of(config)
+    score = score_of(config)
     checkpoints = Checkpoints(workdir, score.maximize)
     try:
         start = checkpoints.steps[-1] if checkpoints.steps else 0
         lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
-        finished = _is_finished(config, start, lines, score)
+        finished = start >= config.train.steps or score.bad_evaluations(lines) >= config.train.patience
         if checkpoints.steps:
-            meaning.check_resume(workdir, config, finished)
+            resume.check_resume(workdir, config, finished)
         elif config.stage != "lm" and config.prefix.start_from:
-            meaning.check_start(config)
+            resume.check_start(config)
         if finished:
             reporting.say(
-                f"This run is finished: {start} steps, {_best_text(lines, score)}. Nothing to do in {workdir}."
+                f"This run is finished: {start} steps, {score.best_text(lines)}. Nothing to do in {workdir}."
             )
         else:
-            run_parts.check_settings(config)
-            code = _Run(config, workdir, checkpoints, score).go()
+            build.check_settings(config)
+            code = _prepare_loop(config, workdir, checkpoints, score).run()
             if code:
                 return code
-            best = _best_text(reporting.read_lines(workdir / reporting.METRICS), score)
+            best = score.best_text(reporting.read_lines(workdir / reporting.METRICS))
             reporting.say(f"Trained: {best}; what reads {workdir} takes the weights of that step.")
         checkpoints.wait()
         _write_llm(config, workdir)
@@ -92,185 +85,73 @@ def _train(config, workdir):
         checkpoints.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Score:
-    name: str
-    maximize: bool
+def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
+    """A run from its config to its first step. Nothing here keeps the state: each step of the loop replaces it."""
+    resumes = bool(checkpoints.steps)
 
-    def of(self, lines):
-        return [line[self.name] for line in lines if self.name in line]
+    # 1. The layout: how the step lies over the devices.
+    layout = make_layout(config.train.parallel, config.mesh)
+
+    # 2. The LLM.
+    llm = build.load(config, layout.place)
+
+    # 3. What is trained: what makes the prefix, or (None) the LLM itself.
+    model = None if config.stage == "lm" else build.build(config, llm, not resumes, layout.place)
+    params, frozen = (llm.params, {}) if model is None else (model.params, llm.params)
+
+    # 4. Checks that need both.
+    build.check_tokenizers(config, llm, model)
+
+    # 5. The state: restored from the newest checkpoint, or fresh.
+    optimizer = make_optimizer(config)
+    start, state, meta = _restored_or_fresh(workdir, checkpoints, layout, params, optimizer)
+
+    # 6. The step, compiled.
+    loss_fn = make_loss_fn(config, llm, model, layout.mesh)
+    compiled_step = layout.compile_step(make_train_step(config, loss_fn, optimizer, layout.axis), state)
+    placed = layout.place_frozen(frozen)
+
+    # 7. The data and the evaluation.
+    evaluate = build.evaluation(config, llm, model, loss_fn, layout, placed)
+    batches = build.batches(config, llm, model, "train", layout)
+    if resumes:
+        resume.check_data(workdir, config, batches.contents)
+    _write_start(config, workdir, start, params, frozen, batches.contents)
+
+    # 8. The loop.
+    return Loop(
+        config=config, workdir=workdir, checkpoints=checkpoints, score=score, layout=layout, start=start, state=state,
+        window=reporting.Window(meta.get("window", ())), frozen=placed, compiled_step=compiled_step, evaluate=evaluate,
+        batches=batches,
+    )  # fmt: skip
 
 
-def _score_of(config):
-    """What an evaluation measures, and so what the best checkpoint is best in."""
-    return _Score("dev_score", True) if config.stage == "finetune" else _Score("validation_loss", False)
+def _restored_or_fresh(workdir, checkpoints, layout, params, optimizer):
+    """(step, TrainState on the devices, meta) to begin with."""
+    init = partial(init_state, optimizer=optimizer)
+    shapes = layout.shaped(jax.eval_shape(init, params))
+    found = checkpoints.restore(shapes.params, shapes.opt_state)
+    if found is None:
+        return 0, layout.init(init, params), {}
+    step, params, opt_state, meta = found
+    reporting.say(f"Going on from step {step} in {workdir}.")
+    return step, layout.place_state(TrainState(np.int32(step), params, opt_state)), meta
 
 
-def _is_finished(config, step, lines, score):
-    return step >= config.train.steps or _bad_evaluations(lines, score) >= config.train.patience
-
-
-def _bad_evaluations(lines, score):
-    """Evaluations since the best one."""
-    values = score.of(lines)
-    best = (max if score.maximize else min)(values, default=None)
-    return 0 if best is None else len(values) - 1 - values.index(best)
-
-
-def _best_text(lines, score):
-    evaluated = [line for line in lines if score.name in line]
-    if not evaluated:
-        return "never evaluated"
-    best = (max if score.maximize else min)(evaluated, key=lambda line: line[score.name])  # the first of equals, as kept
-    return f"best {score.name} {best[score.name]:.4f} at step {best['step']}"
-
-
-class _Run:
-    """One run from its start to its end: what is trained, where it lives, what is still to be read from the devices."""
-
-    def __init__(self, config, workdir, checkpoints, score):
-        self.config, self.workdir, self.checkpoints, self.score = config, workdir, checkpoints, score
-        self.layout = parallel.make_layout(config.train.parallel, config.mesh)
-        place = self.layout.place
-        self.llm = run_parts.load(config, place)
-        self.model = None if config.stage == "lm" else run_parts.build(config, self.llm, not checkpoints.steps, place)
-        run_parts.check_tokenizers(config, self.llm, self.model)
-        optimizer = make_optimizer(config)
-        self.loss_fn = make_loss_fn(config, self.llm, self.model, self.layout.mesh)
-        params = self.llm.params if self.model is None else self.model.params
-        frozen = {} if self.model is None else self.llm.params
-        self.start, self.state, meta = self._restore(params, optimizer)
-        step = make_train_step(config, self.loss_fn, optimizer, self.layout.axis)
-        self.compiled_step = self.layout.compile_step(step, self.state)
-        self.frozen = self.layout.place_frozen(frozen)
-        self.window = reporting.Window(meta.get("window", ()))
-        self.pending = collections.deque()
-        self.evaluate = run_parts.evaluation(config, self.llm, self.model, self.loss_fn, self.layout, self.frozen)
-        self.batches = run_parts.batches(config, self.llm, self.model, "train", self.layout)
-        if checkpoints.steps:
-            meaning.check_data(workdir, config, self.batches.contents)
-        self._write_start(params, frozen)
-        self.report = reporting.Reporter(workdir, self.start, config.train.steps)
-
-    def go(self):
-        """Trains to the end (0) or until SIGTERM (75), which may come at the end too: then nothing that takes long may follow."""
-        with _sigterm() as told_to_stop, contextlib.closing(self.report):
-            step, source = self.start, iter(self.batches.iterator(self.start))
-            ready = self._next(source, step)
-            while True:
-                with self.report.compiling() if step == self.start else contextlib.nullcontext():
-                    self._dispatch(step, ready)
-                step += 1
-                last = step == self.config.train.steps
-                if not last:
-                    ready = self._next(source, step)
-                while len(self.pending) > 1:  # one step stays in flight
-                    self._absorb()
-                stops = told_to_stop(step)
-                evaluates = last or step % self.config.train.eval_every == 0
-                if evaluates or stops or step % self.config.train.save_every == 0:
-                    self._save(step, evaluates)
-                ends = last or (evaluates and self._stops_early(step))
-                if ends:  # its evaluation may have taken long
-                    stops = told_to_stop(step) or stops
-                if ends and not stops:
-                    return 0
-                if stops:
-                    self.checkpoints.wait()
-                    reporting.say(f"Stopped at step {step}, which is saved: the same command goes on from there.")
-                    return STOPPED
-
-    def _restore(self, params, optimizer):
-        """(step, TrainState on the devices, meta) to begin with."""
-        start = partial(init_state, optimizer=optimizer)
-        shapes = self.layout.shaped(jax.eval_shape(start, params))
-        found = self.checkpoints.restore(shapes.params, shapes.opt_state)
-        if found is None:
-            return 0, self.layout.init(start, params), {}
-        step, params, opt_state, meta = found
-        reporting.say(f"Going on from step {step} in {self.workdir}.")
-        return step, self.layout.place_state(TrainState(np.int32(step), params, opt_state)), meta
-
-    def _write_start(self, params, frozen):
-        device = jax.devices()[0]
-        plural = "s" * (jax.device_count() > 1)
-        reporting.say(
-            f"{reporting.parameter_summary(params, frozen)}; {jax.device_count()} device{plural} ({device.device_kind}), "
-            f"{self.config.train.parallel}, batch {self.config.train.batch_size}"
-        )
-        begins = self.start == 0 and self.config.stage != "lm" and self.config.prefix.start_from
-        start_hash = tree_hash(params) if begins else None  # of parts on all processes
-        if jax.process_index() == 0:
-            checkpoint.write_config(self.workdir, self.config)
-            meaning.write_sources(self.workdir, self.config, self.batches.contents, start_hash)
-            write_text(self.workdir / reporting.PARAMS, reporting.parameter_table(params, frozen))
-
-    def _next(self, source, step):
-        """The batch of a step on its way to the devices, with what the host must know of the batch of all processes."""
-        began = time.monotonic()
-        batch = next(source)
-        self.report.waited += time.monotonic() - began
-        ids, demos_length, query_length = self.batches.plan(step)
-        tokens, columns = (
-            int(demos_length.sum() + query_length.sum()),
-            batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:]),
-        )
-        facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
-        return self.layout.split(batch.replace(ids=None)), facts, ids
-
-    def _dispatch(self, step, ready):
-        batch, facts, ids = ready
-        self.state, metrics = self.compiled_step(self.state, self.frozen, batch)
-        self.pending.append((step + 1, metrics, facts, ids))
-
-    def _absorb(self):
-        """Reads the metrics of the oldest step in flight; a line is written every train.log_every steps."""
-        step, metrics, facts, ids = self.pending.popleft()
-        row = {name: float(value) for name, value in sorted(self.layout.fetch(metrics).items())}
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            self._stop_not_finite(f"the loss is {row['loss']}, the gradient's norm {row['grad_norm']}", step, ids)
-        self.window.add(row | facts)
-        self.report.tokens += facts["tokens"]
-        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
-            line = self.window.line(step)
-            self.report.write(line)
-            self.report.progress(line)
-
-    def _stop_not_finite(self, what, step, ids):
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps
-        kept = f"checkpoint {steps[-1]} in {self.workdir} is intact" if steps else "no checkpoint was written yet"
-        first = "; ".join(self.batches.describe(row) for row in ids[:3])
-        raise UserError(
-            f"Step {step} is not finite ({what}) on the batch of rows {', '.join(str(row) for row in ids)} (they begin with "
-            f"{first}): look at them, or lower optimizer.learning_rate; {kept}."
-        )
-
-    def _save(self, step, evaluates):
-        """A checkpoint, with the evaluation's score where one is due. All steps before it were seen to be finite."""
-        ids = self.pending[-1][-1]
-        while self.pending:
-            self._absorb()
-        state = self.layout.kept(self.state)
-        if not parallel.is_finite(state.params):
-            self._stop_not_finite("a parameter overflowed", step, ids)
-        began, score = time.monotonic(), None
-        if evaluates:
-            values = {name: distributed.of_first(value) for name, value in self.evaluate(self.state.params).items()}
-            score = values[self.score.name]
-            self.report.write({"step": step} | values)
-            reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        self.report.sync()
-        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
-        self.report.paused += time.monotonic() - began
-
-    def _stops_early(self, step):
-        if _bad_evaluations(self.report.lines, self.score) < self.config.train.patience:
-            return False
-        reporting.say(
-            f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations."
-        )
-        return True
+def _write_start(config, workdir, start, params, frozen, contents):
+    """Says and writes what this run is, before its first step."""
+    device = jax.devices()[0]
+    plural = "s" * (jax.device_count() > 1)
+    reporting.say(
+        f"{reporting.parameter_summary(params, frozen)}; {jax.device_count()} device{plural} ({device.device_kind}), "
+        f"{config.train.parallel}, batch {config.train.batch_size}"
+    )
+    begins = start == 0 and config.stage != "lm" and config.prefix.start_from
+    start_hash = tree_hash(params) if begins else None  # of parts on all processes
+    if jax.process_index() == 0:
+        checkpoint.write_config(workdir, config)
+        resume.write_sources(workdir, config, contents, start_hash)
+        write_text(workdir / reporting.PARAMS, reporting.parameter_table(params, frozen))
 
 
 def _write_llm(config, workdir):
@@ -304,23 +185,6 @@ def _alone_in(workdir):
                     f"Another run is training in {workdir}: wait for it, or name another workdir."
                 ) from None
         yield
-
-
-@contextlib.contextmanager
-def _sigterm():
-    """A function of the step: whether the machine is about to be taken away, and all processes are to stop there."""
-    if jax.process_count() > 1:  # JAX catches the signal on each and has them agree on a step
-        yield lambda step: distributed.told_to_stop()
-        return
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    try:
-        yield lambda step: stopped.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from data_files import make_world, tiny_config
 from mend_jax import train
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
+from mend_jax.run.loop import Loop
 from mend_jax.step import make_loss_fn
 
 pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
@@ -23,10 +24,10 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def trained(tiny_llm, tiny_backbone, tmp_path_factory):
     """{stage: the run after its end}, in bfloat16; finetuning starts from pretraining."""
-    folder, runs, go = tmp_path_factory.mktemp("bfloat16"), {}, train._Run.go
+    folder, runs, run = tmp_path_factory.mktemp("bfloat16"), {}, Loop.run
     make_world(folder / "world")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Run, "go", lambda run: (runs.update({run.config.stage: run}), go(run))[1])
+        patch.setattr(Loop, "run", lambda loop: (runs.update({loop.config.stage: loop}), run(loop))[1])
         for stage in STAGES:
             c = tiny_config(folder / "world", stage, demo_buckets=(60,), query_buckets=(16,))
             c.llm.path, c.prefix.backbone = str(tiny_llm), str(tiny_backbone)
@@ -62,7 +63,7 @@ def read_by(primitive, jaxpr):
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_trained_and_kept_is_float32(stage, trained):
     run = trained[stage]
-    assert dtypes(run.llm.params) == {"bfloat16"}
+    assert dtypes(run.frozen) == {"bfloat16"}
     assert dtypes(run.state.params) == dtypes(run.state.opt_state) == {"float32"}
     assert dtypes(checkpoint.read_step(run.workdir, STEPS)) == {"float32"}
 
@@ -72,7 +73,7 @@ def loss_of(run, dtype):
     c = run.config.copy_and_resolve_references().unlock()
     c.llm.dtype = c.prefix.dtype = dtype
     llm = run_parts.load(c)
-    model = dataclasses.replace(run.model, dtype=dtype, params=run.layout.fetch(run.state.params))
+    model = dataclasses.replace(run_parts.build(c, llm, begins=False), params=run.layout.fetch(run.state.params))
     return make_loss_fn(c, llm, model), (model.params, llm.params, run.batches[0].replace(ids=None))
 
 

@@ -22,6 +22,8 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
 from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
+from mend_jax.run.distributed import STOPPED
+from mend_jax.run.loop import Loop
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +43,10 @@ def _random_batches(monkeypatch):
 @pytest.fixture(scope="session")
 def finished_run(model, tmp_path_factory):
     """An unbroken run of `config(model)`, after its end."""
-    runs, go = [], train._Run.go
+    runs, go = [], Loop.run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_parts, "make_batches", RandomBatches)
-        patch.setattr(train._Run, "go", lambda run: (runs.append(run), go(run))[1])
+        patch.setattr(Loop, "run", lambda run: (runs.append(run), go(run))[1])
         assert train.train(config(model), tmp_path_factory.mktemp("finished")) == 0
     return runs[0]
 
@@ -114,8 +116,8 @@ def test_says_that_it_compiles_before_the_first_step(model, tmp_path, capsys, mo
         said.append(capsys.readouterr().err)
         return dispatch.real(run, *of_step)
 
-    dispatch.real = train._Run._dispatch
-    monkeypatch.setattr(train._Run, "_dispatch", dispatch)
+    dispatch.real = Loop._dispatch
+    monkeypatch.setattr(Loop, "_dispatch", dispatch)
     assert train.train(config(model, **{"train.steps": 2}), tmp_path) == 0
     assert "Compiling the train step" in said[0] and "Compiled in" in said[1] and "Compiling" not in said[1]
 
@@ -183,7 +185,7 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
             return super().__getitem__(step)
 
     monkeypatch.setattr(run_parts, "make_batches", Terminated)
-    assert train.train(config(model), tmp_path) == train.STOPPED == 75
+    assert train.train(config(model), tmp_path) == STOPPED == 75
     assert max(checkpoint.whole_steps(tmp_path)) in (7, 8)
     monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model), tmp_path) == 0
@@ -193,14 +195,14 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
 
 def test_sigterm_in_the_last_evaluation_says_75_too(model, finished, tmp_path, monkeypatch, capsys):
     """Else a command of several stages would begin the next one."""
-    save = train._Run._save
+    save = Loop._save
 
     def told_at_the_end(run, step, evaluates):
         save(run, step, evaluates)
         if step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train._Run, "_save", told_at_the_end)
+    monkeypatch.setattr(Loop, "_save", told_at_the_end)
     assert train.train(config(model), tmp_path) == 75
     assert "Stopped at step 12, which is saved" in capsys.readouterr().err
     assert train.train(config(model), tmp_path) == 0
@@ -349,10 +351,8 @@ def test_early_stop_is_the_same_after_a_break(model, tmp_path, monkeypatch):
 
         return evaluate
 
-    runs, save = [], train._Run._save
-    monkeypatch.setattr(
-        train._Run, "_save", lambda run, step, evaluates: (runs.append(step), save(run, step, evaluates))
-    )
+    runs, save = [], Loop._save
+    monkeypatch.setattr(Loop, "_save", lambda run, step, evaluates: (runs.append(step), save(run, step, evaluates)))
     monkeypatch.setattr(run_parts, "evaluation", scripted)
     fields = {"train.eval_every": 2, "train.patience": 2, "train.save_every": 1}
     assert train.train(config(model, **fields), tmp_path / "a") == 0

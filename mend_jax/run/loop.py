@@ -1,0 +1,181 @@
+"""The loop of a training run: steps, lines of metrics, evaluations and checkpoints, until the end or until SIGTERM."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.batches import Batches
+from mend_jax.run import distributed, reporting
+from mend_jax.run.checkpoint import Checkpoints
+from mend_jax.run.distributed import STOPPED
+from mend_jax.run.layout import Layout, is_finite
+from mend_jax.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What an evaluation measures, and so what the best checkpoint is best in. `lines` are those of metrics.jsonl."""
+
+    name: str
+    maximize: bool
+
+    def bad_evaluations(self, lines) -> int:
+        """Evaluations since the best one."""
+        values = [line[self.name] for line in lines if self.name in line]
+        best = (max if self.maximize else min)(values, default=None)
+        return 0 if best is None else len(values) - 1 - values.index(best)
+
+    def best_text(self, lines) -> str:
+        """The best evaluation in words."""
+        evaluated = [line for line in lines if self.name in line]
+        if not evaluated:
+            return "never evaluated"
+        best = (max if self.maximize else min)(evaluated, key=lambda line: line[self.name])  # the first of equals, as kept
+        return f"best {self.name} {best[self.name]:.4f} at step {best['step']}"
+
+
+def score_of(config) -> Score:
+    """The score of a run's stage."""
+    return Score("dev_score", True) if config.stage == "finetune" else Score("validation_loss", False)
+
+
+@dataclasses.dataclass
+class Loop:
+    """All that the loop needs, and what it changes: the state, and what is still to be read from the devices."""
+
+    config: Any
+    workdir: Path
+    checkpoints: Checkpoints
+    score: Score
+    layout: Layout
+    start: int  # the step that the state stands at
+    state: TrainState  # on the devices
+    window: reporting.Window  # the metrics since the last line
+    frozen: Any  # the params that are not trained, on the devices
+    compiled_step: Callable  # (state, frozen, batch) -> (state, metrics)
+    evaluate: Callable  # params on the devices -> {name: value}
+    batches: Batches
+
+    def run(self) -> int:
+        """Trains to the end (0) or until SIGTERM (75), which may come at the end too: then nothing that takes long may follow."""
+        self.pending = collections.deque()  # steps in flight
+        self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps)
+        with _sigterm() as told_to_stop, contextlib.closing(self.report):
+            step, source = self.start, iter(self.batches.iterator(self.start))
+            ready = self._next(source, step)
+            while True:
+                with self.report.compiling() if step == self.start else contextlib.nullcontext():
+                    self._dispatch(step, ready)
+                step += 1
+                last = step == self.config.train.steps
+                if not last:
+                    ready = self._next(source, step)
+                while len(self.pending) > 1:  # one step stays in flight
+                    self._absorb()
+                stops = told_to_stop(step)
+                evaluates = last or step % self.config.train.eval_every == 0
+                if evaluates or stops or step % self.config.train.save_every == 0:
+                    self._save(step, evaluates)
+                ends = last or (evaluates and self._stops_early(step))
+                if ends:  # its evaluation may have taken long
+                    stops = told_to_stop(step) or stops
+                if ends and not stops:
+                    return 0
+                if stops:
+                    self.checkpoints.wait()
+                    reporting.say(f"Stopped at step {step}, which is saved: the same command goes on from there.")
+                    return STOPPED
+
+    def _next(self, source, step):
+        """The batch of a step on its way to the devices, with what the host must know of the batch of all processes."""
+        began = time.monotonic()
+        batch = next(source)
+        self.report.waited += time.monotonic() - began
+        ids, demos_length, query_length = self.batches.plan(step)
+        tokens, columns = (
+            int(demos_length.sum() + query_length.sum()),
+            batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:]),
+        )
+        facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
+        return self.layout.split(batch.replace(ids=None)), facts, ids
+
+    def _dispatch(self, step, ready):
+        batch, facts, ids = ready
+        self.state, metrics = self.compiled_step(self.state, self.frozen, batch)
+        self.pending.append((step + 1, metrics, facts, ids))
+
+    def _absorb(self):
+        """Reads the metrics of the oldest step in flight; a line is written every train.log_every steps."""
+        step, metrics, facts, ids = self.pending.popleft()
+        row = {name: float(value) for name, value in sorted(self.layout.fetch(metrics).items())}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            self._stop_not_finite(f"the loss is {row['loss']}, the gradient's norm {row['grad_norm']}", step, ids)
+        self.window.add(row | facts)
+        self.report.tokens += facts["tokens"]
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            line = self.window.line(step)
+            self.report.write(line)
+            self.report.progress(line)
+
+    def _stop_not_finite(self, what, step, ids):
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps
+        kept = f"checkpoint {steps[-1]} in {self.workdir} is intact" if steps else "no checkpoint was written yet"
+        first = "; ".join(self.batches.describe(row) for row in ids[:3])
+        raise UserError(
+            f"Step {step} is not finite ({what}) on the batch of rows {', '.join(str(row) for row in ids)} (they begin with "
+            f"{first}): look at them, or lower optimizer.learning_rate; {kept}."
+        )
+
+    def _save(self, step, evaluates):
+        """A checkpoint, with the evaluation's score where one is due. All steps before it were seen to be finite."""
+        ids = self.pending[-1][-1]
+        while self.pending:
+            self._absorb()
+        state = self.layout.kept(self.state)
+        if not is_finite(state.params):
+            self._stop_not_finite("a parameter overflowed", step, ids)
+        began, score = time.monotonic(), None
+        if evaluates:
+            values = {name: distributed.of_first(value) for name, value in self.evaluate(self.state.params).items()}
+            score = values[self.score.name]
+            self.report.write({"step": step} | values)
+            reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.report.sync()
+        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
+        self.report.paused += time.monotonic() - began
+
+    def _stops_early(self, step):
+        if self.score.bad_evaluations(self.report.lines) < self.config.train.patience:
+            return False
+        reporting.say(
+            f"Stopped at step {step}: no better {self.score.name} in {self.config.train.patience} evaluations."
+        )
+        return True
+
+
+@contextlib.contextmanager
+def _sigterm():
+    """A function of the step: whether the machine is about to be taken away, and all processes are to stop there."""
+    if jax.process_count() > 1:  # JAX catches the signal on each and has them agree on a step
+        yield lambda step: distributed.told_to_stop()
+        return
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        yield lambda step: stopped.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
