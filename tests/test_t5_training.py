@@ -221,7 +221,7 @@ def test_the_cost_of_a_step_counts_its_products(pair):
     student, teacher = (costs.query_reading(llm, before, Q, Q).forward for before in (L, N))
     projection = costs.projection(distiller.config.width, llm.width, L)
     assert count == own + projection + student + teacher + 2 * costs.head(llm, Q)
-    parts = costs.step(llm, distiller.config, 1, N, Q, L, said=Q)
+    parts = costs.step(llm, distiller.config, 1, N, Q, L, targets=Q)
     assert parts["teacher"] == teacher and parts["head"] == 3 * costs.head(llm, Q)
     assert parts["total"] == sum(flops for name, flops in parts.items() if name != "total")
 
