@@ -23,7 +23,6 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.evaluation import EvalTask, load_tasks
-from mend_jax.data.small_world import resolve
 from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.folders import fingerprint
@@ -54,7 +53,7 @@ def evaluate(config, workdir) -> dict:
     Raises:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
     """
-    config, workdir = resolve(config), Path(workdir).expanduser()
+    workdir = Path(workdir).expanduser()
     layout = evaluation_layout(config)
     llm, methods = load_models(config, layout)
     results.write_config(workdir, config)

@@ -59,7 +59,15 @@ def state_loss(objective: Objective, states, teacher_states, kd_weight):
 
 
 def head_loss(
-    states, teacher_states, head, targets, kd_weight, ce_weight, chunk: int, head_grad: bool = False, objective=FORWARD_KL
+    states,
+    teacher_states,
+    head,
+    targets,
+    kd_weight,
+    ce_weight,
+    chunk: int,
+    head_grad: bool = False,
+    objective=FORWARD_KL,
 ):
     """Sum over tokens of kd_weight * L_distill + ce_weight * cross-entropy.
 
@@ -95,7 +103,9 @@ def _report_only(values):
 
 
 def _report_only_bwd(kept, cotangent):
-    raise TypeError("the per-token kd and ce of head_loss are for reports: build a loss of kd_weight and ce_weight, its gradient is computed.")
+    raise TypeError(
+        "the per-token kd and ce of head_loss are for reports: build a loss of kd_weight and ce_weight, its gradient is computed."
+    )
 
 
 _report_only.defvjp(lambda values: (values, None), _report_only_bwd)

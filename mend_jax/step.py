@@ -102,7 +102,16 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
 
 
 def query_losses(
-    student, teacher, head, targets, weights: Weights, chunk: int, head_grad: bool = False, mesh=None, shift=1, objective=FORWARD_KL
+    student,
+    teacher,
+    head,
+    targets,
+    weights: Weights,
+    chunk: int,
+    head_grad: bool = False,
+    mesh=None,
+    shift=1,
+    objective=FORWARD_KL,
 ):
     """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed).
 
@@ -118,7 +127,9 @@ def query_losses(
             loss, (_, ce) = head_loss(student, None, head, following, 0 * kd_weight, ce_weight, chunk, head_grad)
             loss += distilled
         else:
-            loss, (kd, ce) = head_loss(student, teacher, head, following, kd_weight, ce_weight, chunk, head_grad, objective)
+            loss, (kd, ce) = head_loss(
+                student, teacher, head, following, kd_weight, ce_weight, chunk, head_grad, objective
+            )
         counted = {"kd": weights.kd, "pred": weights.pred, "clm": weights.clm}
         values = {"kd": kd, "pred": ce, "clm": ce}
         metrics = {name: (getattr(tokens, name) * values[name]).sum() * bool(counted[name]) for name in counted}
@@ -132,20 +143,19 @@ def query_losses(
     return loss.mean(), jax.tree.map(jnp.mean, metrics)
 
 
-def make_train_step(config, loss_fn, optimizer: optax.GradientTransformation, axis_name: str | None = None):
+def make_train_step(config, loss_fn, optimizer: optax.GradientTransformation, average=lambda tree: tree):
     """train_step(state, llm_params, batch) -> (state, metrics).
 
     Args:
         loss_fn: of `make_loss_fn`.
-        axis_name: of pmap's device axis: gradients and metrics are averaged over it.
+        average: tree -> its means over devices that each see a part of the batch (`Layout.average`).
     """
     rate, accumulate = learning_rate(config), config.train.accumulate
 
     def train_step(state: TrainState, llm_params, batch):
         (loss, metrics), grads = _accumulated(loss_fn, accumulate, state.params, llm_params, batch)
         metrics = {"loss": loss, **metrics}
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        grads, metrics = average((grads, metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["learning_rate"] = rate(state.step)
@@ -175,7 +185,9 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     """
     context = distiller.read(demos)
     if len(context[1]) != 1:
-        raise UserError(f"The losses are those of one example, with one context, not {len(context[1])}: call it for each.")
+        raise UserError(
+            f"The losses are those of one example, with one context, not {len(context[1])}: call it for each."
+        )
     texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
     if not texts and other_tokenizer(llm.tokenizer, distiller.tokenizer) is not None:
         raise UserError(

@@ -27,10 +27,10 @@ from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
-from mend_jax.run import build, checkpoint, distributed, reporting, resume
+from mend_jax.run import build, checkpoint, checks, distributed, reporting, resume
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
-from mend_jax.run.layout import check_batch_size, make_layout
+from mend_jax.run.layout import make_layout
 from mend_jax.run.loop import Loop, score_of
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
@@ -44,7 +44,6 @@ def train(config, workdir) -> int:
     Raises:
         UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
     """
-    check_batch_size(config)
     workdir = Path(workdir).expanduser().absolute()
     try:
         with _alone_in(workdir):
@@ -62,16 +61,11 @@ def _train(config, workdir):
         start = checkpoints.steps[-1] if checkpoints.steps else 0
         lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
         finished = start >= config.train.steps or score.bad_evaluations(lines) >= config.train.patience
-        if checkpoints.steps:
-            resume.check_resume(workdir, config, finished)
-        elif config.stage != "lm" and config.prefix.start_from:
-            resume.check_start(config)
+        checks.check_workdir(workdir, config, bool(checkpoints.steps), finished)
         if finished:
-            reporting.say(
-                f"This run is finished: {start} steps, {score.best_text(lines)}. Nothing to do in {workdir}."
-            )
+            reporting.say(f"This run is finished: {start} steps, {score.best_text(lines)}. Nothing to do in {workdir}.")
         else:
-            build.check_settings(config)
+            checks.check_config(config)
             code = _prepare_loop(config, workdir, checkpoints, score).run()
             if code:
                 return code
@@ -100,7 +94,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
     params, frozen = (llm.params, {}) if model is None else (model.params, llm.params)
 
     # 4. Checks that need both.
-    build.check_tokenizers(config, llm, model)
+    checks.check_models(config, llm, model)
 
     # 5. The state: restored from the newest checkpoint, or fresh.
     optimizer = make_optimizer(config)
@@ -108,7 +102,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
 
     # 6. The step, compiled.
     loss_fn = make_loss_fn(config, llm, model, layout.mesh)
-    compiled_step = layout.compile_step(make_train_step(config, loss_fn, optimizer, layout.axis), state)
+    compiled_step = layout.compile_step(make_train_step(config, loss_fn, optimizer, layout.average), state)
     placed = layout.place_frozen(frozen)
 
     # 7. The data and the evaluation.

@@ -121,7 +121,10 @@ def test_a_soft_prompt_ignores_demonstrations(llm):
         (lambda llm, d: d.distill([("w1", "w2", "w3")]), "a pair of texts"),
         (lambda llm, d: d.distill([("w1", 3)]), "a pair of texts"),
         (lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [4], "w5"), "a list of texts"),
-        (lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [4], [3, 4]), "The option must be a text or a list"),
+        (
+            lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [4], [3, 4]),
+            "The option must be a text or a list",
+        ),
         (lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [-1], [[3]]), "token -1"),
         (lambda llm, d: mend_jax.score_options(llm, d.distill([3]), [4], [[3, -2]]), "token -2"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [[1, 2], [3]], [4], [5]), "one context, not 2"),
@@ -133,7 +136,10 @@ def test_a_soft_prompt_ignores_demonstrations(llm):
         (lambda llm, d: mend_jax.training_losses(llm, d, [3] * 90, [4] * 6, [5]), "positions|tokens"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3], [4], []), "empty"),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3], "w5", ""), "empty"),
-        (lambda llm, d: mend_jax.training_losses(dataclasses.replace(llm, tokenizer=None), d, [3], [4], "w5"), "output as text"),
+        (
+            lambda llm, d: mend_jax.training_losses(dataclasses.replace(llm, tokenizer=None), d, [3], [4], "w5"),
+            "output as text",
+        ),
         (lambda llm, d: mend_jax.training_losses(llm, d, [3] * 80, [4], [5]), "80 tokens"),
     ],
 )

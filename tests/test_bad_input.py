@@ -132,7 +132,11 @@ def distiller(world, folder, shape):
     [
         (distiller, (4, 24), "makes vectors of width 24, the LLM reads 32: take the LLM it was trained for"),
         (soft_prompt, (4, 24), "makes vectors of width 24, the LLM reads 32: take the LLM it was trained for"),
-        (soft_prompt, (100, 32), "needs 103 positions, 100 of them the prefix; the LLM reads at most 96: shorten the input, or make the prefix shorter"),
+        (
+            soft_prompt,
+            (100, 32),
+            "needs 103 positions, 100 of them the prefix; the LLM reads at most 96: shorten the input, or make the prefix shorter",
+        ),
     ],
 )
 def test_what_was_trained_for_another_llm(make, shape, part, flags, world, tmp_path, said):
@@ -149,6 +153,9 @@ def test_an_item_beyond_the_window(flags, world, tmp_path, said):
     row["options"].append(words(0, 120))
     path.write_text(json.dumps(row) + "\n")
     sentence = said("evaluate", f"--config.data.tasks={tmp_path}/tasks", "--config.evaluate.methods=zero_shot", *flags)
-    assert "t, seed 13, test: A query with its longest option needs" in sentence and "reads at most 96: shorten" in sentence
+    assert (
+        "t, seed 13, test: A query with its longest option needs" in sentence
+        and "reads at most 96: shorten" in sentence
+    )
     sentence = said("evaluate", "--config.data.max_demo_tokens=2", "--config.evaluate.methods=icl", *flags)
     assert "No demonstration of t, seed 13 fits into 2 tokens: raise data.max_demo_tokens" in sentence

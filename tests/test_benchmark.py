@@ -183,7 +183,9 @@ def test_pytorch_computes_every_family_of_decoders():
     ours, theirs = (side.run() for side in (StepSide(settings), PyTorchStep(settings, False)))
     for name in ("loss", "pred", "grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    assert ours["kd"] == pytest.approx(theirs["kd"], rel=1e-2) and ours["kd"] > 0  # of 1e-4, a difference of larger numbers
+    assert (
+        ours["kd"] == pytest.approx(theirs["kd"], rel=1e-2) and ours["kd"] > 0
+    )  # of 1e-4, a difference of larger numbers
 
 
 def test_step_command_without_pytorch(folder, capsys, monkeypatch):
@@ -267,7 +269,15 @@ def test_step_command_in_8_bits(folder, capsys):
 
 
 def test_step_command_of_an_encoder_decoder(folder, capsys):
-    fields = {"model_type": "t5", "vocab_size": 96, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+    fields = {
+        "model_type": "t5",
+        "vocab_size": 96,
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_kv": 8,
+        "d_ff": 24,
+    }
     (folder / "t5").mkdir()
     (folder / "t5" / "config.json").write_text(json.dumps(fields))
     out = folder / "step.json"

@@ -107,7 +107,12 @@ def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tm
 @pytest.mark.parametrize("demos, tokens", [(1, 30), (3, 30), (16, 12), (16, 94)])
 def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp_path):
     """As texts and as ids, in chunks that demonstrations or that tokens fill."""
-    fields = {"prefix.kind": "chunked", "prefix.join": join, "prefix.chunk_demos": demos, "data.max_demo_tokens": tokens}
+    fields = {
+        "prefix.kind": "chunked",
+        "prefix.join": join,
+        "prefix.chunk_demos": demos,
+        "data.max_demo_tokens": tokens,
+    }
     run = make_workdir(tmp_path / "run", llm, *folders, **fields)
     export.export(run, tmp_path / "out")
     model, theirs = trained.read_trained(run), torch_module(tmp_path / "out")

@@ -253,9 +253,7 @@ def test_disk_errors_are_recognised_behind_others():
             raise ValueError("while writing") from error
     except ValueError as error:
         assert is_disk_full(error)
-    assert is_disk_full(
-        RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]")
-    )
+    assert is_disk_full(RuntimeError("UNKNOWN: Failed to write; No space left on device [type.googleapis...]"))
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 

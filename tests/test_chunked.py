@@ -63,7 +63,10 @@ def test_a_chunk_holds_whole_demonstrations_in_their_order(lengths, demos, chunk
 
 def test_one_chunk_is_the_distiller_itself(distiller):
     demos = demonstrations(4)
-    own, alone = Chunked.around(distiller).distill(demos), distiller.distill([token for demo in demos for token in demo])
+    own, alone = (
+        Chunked.around(distiller).distill(demos),
+        distiller.distill([token for demo in demos for token in demo]),
+    )
     assert own.length.tolist() == alone.length.tolist()
     np.testing.assert_allclose(own.embeds, alone.embeds, atol=2e-6)
 
@@ -175,7 +178,8 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
     packing = Packing(columns=16, demos=2, chunks=3)
     c = tiny_config(make_world(tmp_path / "world"), stage)
     plain, chunked = (
-        make_batches(c, Readers(tokenizer, 96, window, vectors=4, packing=how)) for window, how in ((80, None), (None, packing))
+        make_batches(c, Readers(tokenizer, 96, window, vectors=4, packing=how))
+        for window, how in ((80, None), (None, packing))
     )
     for step in range(3):
         one, batch = plain[step], chunked[step]

@@ -12,6 +12,8 @@ import pytest
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
+from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
+from mend_jax.prefixes import KINDS
 
 BASE = str(cli.ROOT / "configs" / "base.py")
 
@@ -153,10 +155,21 @@ def test_values_that_go_together(parsed, arguments):
     parsed(*(f"--config.{argument}" for argument in arguments))
 
 
-@pytest.mark.parametrize("key", CHOICES)
+KNOWN = CHOICES | {"prefix.kind": list(KINDS), "loss.objective": [*OBJECTIVES, *STATE_OBJECTIVES]}
+
+
+@pytest.mark.parametrize("key", KNOWN)
 def test_every_choice_is_checked(refused, key):
-    sentence = refused(f"--config.{key}={CHOICES[key][0]}x")
-    assert key in sentence and f'did you mean "{CHOICES[key][0]}"' in sentence
+    name = KNOWN[key][-1]
+    sentence = refused(f"--config.{key}={name}x")
+    assert key in sentence and f'did you mean "{name}"' in sentence
+
+
+def test_a_kind_or_an_objective_that_is_entered_may_be_set(parsed, monkeypatch):
+    monkeypatch.setitem(KINDS, "toy", KINDS["soft_prompt"])
+    monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["forward_kl"])
+    config = parsed("--config.prefix.kind=toy", "--config.loss.objective=mine")
+    assert (config.prefix.kind, config.loss.objective) == ("toy", "mine")
 
 
 def test_every_number_and_tuple_is_checked(parsed):

@@ -27,7 +27,9 @@ VARIANTS = {
     "base": [],
     "small_world": ["quick", "pretrain", "finetune", "full", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
-    **dict.fromkeys(["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2", "llama_2_7b"], PARTITIONS),
+    **dict.fromkeys(
+        ["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2", "llama_2_7b"], PARTITIONS
+    ),
 }
 NAMES = [f"configs/{file}.py{v and ':'}{v}" for file, variants in VARIANTS.items() for v in ["", *variants]]
 TEXTS = ["README.md", "docs/*.md", "configs/*.py", "mend_jax/*.py", "mend_jax/*/*.py", "launch/*.sh"]
@@ -174,7 +176,9 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
         methods.main(config, str(tmp_path / "run"))
     if method == "mend":
         write_examples(path, "t", [("w1", "w2")] * 4, ["w2", words(0, 120)])
-        with pytest.raises(UserError, match=f"t, seed 21, {split}: A query with its longest option needs 124 positions"):
+        with pytest.raises(
+            UserError, match=f"t, seed 21, {split}: A query with its longest option needs 124 positions"
+        ):
             methods.main(config, str(tmp_path / "run"))
         config.prefix.length = 80
         with pytest.raises(UserError, match="window of 80 tokens has no room for demonstrations"):

@@ -20,6 +20,7 @@ DIGESTS = {
     "non_paraphrase_to_paraphrase": "cc66dca077b2",
 }
 
+
 @pytest.fixture
 def world(tmp_path):
     return make_world(tmp_path)

@@ -24,7 +24,9 @@ pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
 T5 = test_t5.COMMON | {"model_type": "t5"}
 LM_ADAPT = (T5 | test_t5.ROWS["t5-large-lm-adapt"] | {"d_model": 32}, T5 | test_t5.ROWS["t5-small-lm-adapt"])
-FLAN = tuple(T5 | test_t5.ROWS[f"flan-t5-{size}"] | {"d_model": d, "d_ff": 48} for size, d in (("xl", 32), ("base", 24)))
+FLAN = tuple(
+    T5 | test_t5.ROWS[f"flan-t5-{size}"] | {"d_model": d, "d_ff": 48} for size, d in (("xl", 32), ("base", 24))
+)
 PAIRS = {  # row: config.json's fields of the LLM and of its distiller's backbone
     **{name: (COMMON | fields, COMMON | smaller(fields)) for name, fields in ROWS.items()},
     "t5-small": (T5 | test_t5.V1, T5 | test_t5.V1),

@@ -61,7 +61,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_that_a_killed_process_left_is_removed(tmp_path):
-    script = f"from mend_jax.run.files import whole_folder; import os\nwith whole_folder({str(tmp_path / 'out')!r}) as t:\n"
+    script = (
+        f"from mend_jax.run.files import whole_folder; import os\nwith whole_folder({str(tmp_path / 'out')!r}) as t:\n"
+    )
     script += "    (t / 'half').write_text(''); os._exit(1)"
     subprocess.run([sys.executable, "-c", script])
     assert [p.name.startswith(".out.") for p in tmp_path.iterdir()] == [True]

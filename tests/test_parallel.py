@@ -43,7 +43,7 @@ def one_step(run, layout, accumulate):
     c, llm, model, batch, _ = run
     c, optimizer = c.copy_and_resolve_references(), optax.sgd(1.0)
     c.train.accumulate = accumulate
-    step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.axis)
+    step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.average)
     state = layout.init(partial(init_state, optimizer=optimizer), model.params)
     frozen = layout.place_frozen(llm.params)
     state, metrics = layout.compile_step(step, state)(state, frozen, layout.split(batch))
@@ -71,7 +71,7 @@ def ten_steps(run, layout):
     """The params after ten steps of training and each step's metrics."""
     c, llm, model, _, _ = run
     optimizer, batches = make_optimizer(c), RandomBatches(c, None)
-    step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.axis)
+    step = make_train_step(c, make_loss_fn(c, llm, model, layout.mesh), optimizer, layout.average)
     state, frozen = (
         layout.init(partial(init_state, optimizer=optimizer), model.params),
         layout.place_frozen(llm.params),
@@ -143,7 +143,9 @@ def settings(size, accumulate=1, **mesh):
 
 def test_batch_of_a_mesh_divides_over_its_rows():
     parallel.check_batch_size(settings(4, data=2, fsdp=2, tensor=2))
-    message = "train.batch_size=4 does not divide over mesh.data=2 x mesh.fsdp=4 x train.accumulate=1: use a multiple of 8."
+    message = (
+        "train.batch_size=4 does not divide over mesh.data=2 x mesh.fsdp=4 x train.accumulate=1: use a multiple of 8."
+    )
     with pytest.raises(UserError, match=message):
         parallel.check_batch_size(settings(4, data=2, fsdp=4))
 

@@ -72,7 +72,8 @@ def update(folder, batch, mode=None, accumulate=1):
     model = Distiller.init(c, llm, 0)
     optimizer = optax.sgd(1.0)
     layout = parallel.make_layout(mode, c.mesh) if mode else None
-    step = make_train_step(c, make_loss_fn(c, llm, model, mode and layout.mesh), optimizer, mode and layout.axis)
+    average = (layout.average,) if mode else ()
+    step = make_train_step(c, make_loss_fn(c, llm, model, mode and layout.mesh), optimizer, *average)
     state = init_state(model.params, optimizer)
     if mode is None:
         return jax.device_get(jax.jit(step)(state, llm.params, batch))

@@ -86,6 +86,26 @@ def test_rooms_import_only_from_rooms_above():
     ],
 )
 def test_an_import_from_below_is_seen(text):
-    order = {"mend_jax.prefixes.prefix": 0, "mend_jax.train": 1, "mend_jax.evaluate": 1, "mend_jax.export": 2, "mend_jax": 3}
+    order = {
+        "mend_jax.prefixes.prefix": 0,
+        "mend_jax.train": 1,
+        "mend_jax.evaluate": 1,
+        "mend_jax.export": 2,
+        "mend_jax": 3,
+    }
     assert len(upward({"mend_jax.train": text}, order)) == 1
     assert upward({"mend_jax.train": "from mend_jax.prefixes.prefix import Prefix\nimport jax"}, order) == []
+
+
+def test_every_check_stands_in_the_list():
+    """run/checks.py names all that is verified before work starts; what measures, checks its own arguments."""
+    everything = sources()
+    named = everything["mend_jax.run.checks"]
+    found = {
+        (module, name)
+        for module, text in everything.items()
+        for name in re.findall(r"^def (check_\w+)", text, re.MULTILINE)
+        if not module.startswith((f"{PACKAGE}.measure", f"{PACKAGE}.cli"))
+    }
+    assert len(found) > 15
+    assert not {(module, name) for module, name in found if not re.search(rf"\b{name}\b", named)}

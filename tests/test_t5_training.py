@@ -106,7 +106,9 @@ def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
     folder = tmp_path / "tokenizer"
     save_tokenizer(folder)
     tokenizer, c = AutoTokenizer.from_pretrained(folder), data_config(make_world(tmp_path / "world"), stage)
-    parts = [make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)]
+    parts = [
+        make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)
+    ]
     sizes = set()
     for step in range(8):
         queries = [part[step].query for part in parts]
@@ -159,7 +161,10 @@ def test_items_scored_together_are_those_scored_one_by_one(pair):
 def test_every_method_is_evaluated(pair):
     c = settings(pair, **{"data.demo_buckets": (16, 64)})  # a budget of 16 tokens: two demonstrations fit
     demos = [(tokens(4), tokens(2)) for _ in range(3)]
-    task, models = EvalTask("tiny", 13, demos, items(5), True), [Nothing.beside(pair.llm), Demonstrations.beside(pair.llm)]
+    task, models = (
+        EvalTask("tiny", 13, demos, items(5), True),
+        [Nothing.beside(pair.llm), Demonstrations.beside(pair.llm)],
+    )
     models += [make(c, pair.llm, 0) for make in (Distiller.init, SoftPrompt.init)]
     scores = {}
     for name, model in zip(("zero_shot", "icl", "mend", "prompt_tuning"), models, strict=True):

@@ -316,7 +316,9 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, finished, tm
     with monkeypatch.context() as patch:
         patch.setattr(run_parts, "make_batches", Poisoned)
         patch.setattr(train, "make_loss_fn", poisoned)
-        with pytest.raises(UserError, match=r"Step 6 is not finite .*rows \d+, \d+.*random row.*checkpoint 3 in .* is intact"):
+        with pytest.raises(
+            UserError, match=r"Step 6 is not finite .*rows \d+, \d+.*random row.*checkpoint 3 in .* is intact"
+        ):
             train.train(config(model), tmp_path)
     assert checkpoint.whole_steps(tmp_path) == [3]
     assert train.train(config(model), tmp_path) == 0  # with what was learnt until then

@@ -11,8 +11,7 @@ from tiny_training import config, model_folder
 from mend_jax import train
 from mend_jax.cli.errors import UserError
 from mend_jax.data import tokenize
-from mend_jax.run import build as run_parts
-from mend_jax.run import reporting
+from mend_jax.run import build, checks, reporting
 from mend_jax.scoring import tasks as task_scoring
 
 pytestmark = pytest.mark.slow
@@ -26,7 +25,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def no_data(monkeypatch):
     """Nothing may be read or prepared before the checks."""
-    monkeypatch.setattr(run_parts, "make_batches", lambda *_, **__: pytest.fail("the checks come first"))
+    monkeypatch.setattr(build, "make_batches", lambda *_, **__: pytest.fail("the checks come first"))
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def finetuning(tmp_path, tiny_llm, tiny_backbone):
 
 @pytest.fixture
 def no_models(monkeypatch):
-    monkeypatch.setattr(run_parts, "load", lambda config: pytest.fail("the settings are checked first"))
+    monkeypatch.setattr(build, "load", lambda config: pytest.fail("the settings are checked first"))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,11 @@ def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(stage, fi
     [
         ({"n_positions": 4}, {}, "distiller's window of 4 tokens has no room for demonstrations beside"),
         ({"n_embd": 8}, {"prefix.projection": "identity"}, "as wide as the LLM, not 8 against 16: use"),
-        ({"n_head": 1}, {"train.parallel": "mesh", "mesh.tensor": 2}, "mesh.tensor=2 does not divide the 1 heads of .*backbone"),
+        (
+            {"n_head": 1},
+            {"train.parallel": "mesh", "mesh.tensor": 2},
+            "mesh.tensor=2 does not divide the 1 heads of .*backbone",
+        ),
     ],
 )
 def test_a_backbone_that_does_not_do(change, fields, said, model, tmp_path, no_models):
@@ -93,9 +96,9 @@ def test_longest_lengths_that_fit(model, caplog):
         {"stage": "finetune", "data.max_input_tokens": 43},
         {"stage": "finetune", "data.max_input_tokens": 1, "prefix.length": 46, "prefix.kind": "soft_prompt"},
     ):
-        run_parts.check_settings(config(model, **fields))
+        checks.check_config(config(model, **fields))
     assert not caplog.records
-    run_parts.check_settings(config(model, stage="finetune", **{"data.max_demo_tokens": 45}))
+    checks.check_config(config(model, stage="finetune", **{"data.max_demo_tokens": 45}))
     assert [record.getMessage() for record in caplog.records] == [
         "data.max_demo_tokens is 45, but the models have room for 44 at most: demonstrations that do not fit are left out"
     ]
@@ -116,7 +119,7 @@ def test_tokenizer_of_another_llm(tmp_path, no_data):
 
 
 def test_backbone_with_fewer_tokens(model):
-    tokenizer = run_parts.load(config(model)).tokenizer
+    tokenizer = build.load(config(model)).tokenizer
     tokenize.check_backbone(tokenizer, None, 40, "small")
     with pytest.raises(UserError, match="ids up to 39, but the backbone small knows 39 tokens: put the backbone's own"):
         tokenize.check_backbone(tokenizer, None, 39, "small")

@@ -74,7 +74,9 @@ def shared(pair, text, limits):
     read = [ids(tokenizer, text) for tokenizer in pair]
     if all(len(row) <= limit for row, limit in zip(read, limits, strict=True)):
         return read
-    said = [letters(tokenizer, tuple(row))[: limit + 1] for tokenizer, row, limit in zip(pair, read, limits, strict=True)]
+    said = [
+        letters(tokenizer, tuple(row))[: limit + 1] for tokenizer, row, limit in zip(pair, read, limits, strict=True)
+    ]
     longest = max(set(said[0]) & set(said[1]), key=len)
     return [row[: beginnings.index(longest)] for row, beginnings in zip(read, said, strict=True)]
 
@@ -216,7 +218,9 @@ def test_evaluation_and_export(program, tmp_path):
     for name, path in (("run", program.folder / "finetune"), ("exported", tmp_path / "exported")):
         c.evaluate.methods = ("icl", f"mend={path}")
         scores[name] = evaluate.evaluate(c, tmp_path / f"scores_{name}")["methods"]
-        predictions = {p.name: p.read_text() for p in (tmp_path / f"scores_{name}" / "predictions").glob("mend*/*.jsonl")}
+        predictions = {
+            p.name: p.read_text() for p in (tmp_path / f"scores_{name}" / "predictions").glob("mend*/*.jsonl")
+        }
         scores[name] = scores[name]["mend"]["per_task"], predictions
     assert scores["run"] == scores["exported"] and len(scores["run"][1]) == 2
     distiller = mend_jax.load_distiller(tmp_path / "exported", program.llm)
@@ -229,7 +233,11 @@ def test_evaluation_and_export(program, tmp_path):
     assert shuffled == [i for n in order for text in examples[n] for i in ids(distiller.tokenizer, " " + text)]
     vectors = distiller.distill([tuple(pair) for pair in examples])
     np.testing.assert_array_equal(vectors.embeds, distiller.distill(context).embeds)
-    assert make_context(c, program.llm, Demonstrations.beside(program.llm), task).max() < tokenizer_files.SIZES["piece"] <= max(context)
+    assert (
+        make_context(c, program.llm, Demonstrations.beside(program.llm), task).max()
+        < tokenizer_files.SIZES["piece"]
+        <= max(context)
+    )
 
 
 def test_what_the_llm_cannot_read_the_distiller_does_not_read(program):

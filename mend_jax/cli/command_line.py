@@ -27,7 +27,7 @@ from ml_collections.config_flags import config_flags
 
 from mend_jax.cli import compile_cache
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.settings import check, dotted_fields, nearest
+from mend_jax.cli.settings import check, check_choice, dotted_fields, nearest
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.files import is_disk_full
@@ -299,7 +299,18 @@ def _resolved(config: ConfigDict) -> ConfigDict:
     from mend_jax.data.small_world import resolve
 
     check(config)
+    for key, names in _named().items():
+        check_choice(key, dotted_fields(config)[key], names)
     return resolve(config).lock()
+
+
+def _named() -> dict[str, list[str]]:
+    """{field: names of what it chooses from}, of the dicts that a new kind or objective is entered in."""
+    from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
+    from mend_jax.prefixes import KINDS
+
+    kinds = [name for name, kind in KINDS.items() if kind.begins_with]  # which can be trained
+    return {"prefix.kind": kinds, "loss.objective": [*OBJECTIVES, *STATE_OBJECTIVES]}
 
 
 def _word(parameter: inspect.Parameter, word: str | None):
@@ -343,7 +354,9 @@ def _wrong_value(message: str, argv: list[str], fields: dict, parameters) -> Use
         return UserError(message)
     name = match[1]
     parts = [argument.lstrip("-").partition("=") for argument in argv]
-    values = [value for flag, _, value in parts if flag == name and value]  # given twice, the wrong one is in the message
+    values = [
+        value for flag, _, value in parts if flag == name and value
+    ]  # given twice, the wrong one is in the message
     given = next((v for v in values if message.startswith(f"flag --{name}={v}:")), values[0] if values else "")
     if name.startswith("config."):
         return UserError(f"--{name} must be {_wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")

@@ -13,14 +13,10 @@ CHOICES = {
     "llm.dtype": ("float32", "bfloat16"),
     "llm.weights": ("full", "int8"),
     "llm.attention": ("xla", "cudnn"),
-    "prefix.kind": ("distiller", "soft_prompt", "chunked"),
     "prefix.join": ("concat", "mean"),
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
-    "loss.objective": (
-        "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "skewed_kl", "top_k_kl", "hidden_mse", "hidden_cosine", "info_nce",
-    ),  # fmt: skip
     "data.template": ("space", "newline"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
@@ -70,16 +66,19 @@ TUPLES = {  # what each element is, and whether there may be none
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for a value that no run can have; the sentence names the nearest that is allowed."""
+    """Raises UserError for a value that no run can have; the sentence names the nearest that is allowed.
+
+    What a dict further down names (kinds of prefix, objectives) is checked by the command line.
+    """
     for key, value in dotted_fields(config).items():
         if key in CHOICES:
-            _check_choice(key, value, CHOICES[key])
+            check_choice(key, value, CHOICES[key])
         elif isinstance(value, tuple):
             _check_tuple(key, value, *TUPLES[key])
         elif isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(key, value)
     for method in config.experiment.methods:
-        _check_choice("experiment.methods", method, METHODS)
+        check_choice("experiment.methods", method, METHODS)
     _check_weights(config)
     _check_text_share(config)
     _check_attention(config)
@@ -133,7 +132,7 @@ def _check_attention(config: ConfigDict) -> None:
         if config[section].dtype != "bfloat16":
             raise UserError(
                 f'llm.attention="cudnn" computes in bfloat16, but {section}.dtype is "{config[section].dtype}": set '
-                f'--config.{section}.dtype=bfloat16, or --config.llm.attention=xla.'
+                f"--config.{section}.dtype=bfloat16, or --config.llm.attention=xla."
             )
 
 
@@ -146,7 +145,8 @@ def _check_frozen(config: ConfigDict) -> None:
         )
 
 
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError, naming the nearest of `choices`, where the field `key` has another value."""
     if value not in choices:
         raise UserError(
             f'{key} must be one of {", ".join(choices)}, not "{value}": did you mean "{nearest(value, choices)}"?'

@@ -87,7 +87,11 @@ class Batches:
         """Columns of the teacher's contexts, which are its own where the distiller reads in chunks."""
         if not self.rows.separate_teacher:
             return self.rows.teacher_size  # the release's
-        return demo_size if self.rows.packing is None else sampling.bucket(self._teacher_length(rows), self.rows.teacher_buckets)
+        return (
+            demo_size
+            if self.rows.packing is None
+            else sampling.bucket(self._teacher_length(rows), self.rows.teacher_buckets)
+        )
 
     def _teacher_length(self, rows) -> int:
         return max(self.rows.teacher_length(int(row)) for row in rows)

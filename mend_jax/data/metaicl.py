@@ -161,7 +161,11 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     side = "train" if split == "train" else "test"
     if not tasks:
         return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
-    there = [seed for seed in seeds if side == "test" and any(not _first_missing(folder, t, split, k, (seed,)) for t in tasks)]
+    there = [
+        seed
+        for seed in seeds
+        if side == "test" and any(not _first_missing(folder, t, split, k, (seed,)) for t in tasks)
+    ]
     if 0 < len(there) < len(seeds):
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(

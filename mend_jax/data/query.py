@@ -42,7 +42,9 @@ def token_ids(values, what: str, texts: str = "a text") -> list[int]:
     except ValueError:  # rows of different lengths
         ids = np.zeros((0, 0))
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise UserError(f"{what[0].upper()}{what[1:]} must be {texts} or a list of token ids (whole numbers), not {_shown(values)}.")
+        raise UserError(
+            f"{what[0].upper()}{what[1:]} must be {texts} or a list of token ids (whole numbers), not {_shown(values)}."
+        )
     return ids.tolist()
 
 

@@ -85,9 +85,7 @@ def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
     except OSError as error:
         if not _is_written(folder, world):  # else another process was first: its files are the same
             advice = "free some space" if is_disk_full(error) else "name another folder"
-            raise UserError(
-                f"the small world cannot be written to {folder} ({error.strerror}): {advice}."
-            ) from None
+            raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): {advice}.") from None
     return _paths(folder)
 
 
@@ -235,7 +233,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--demonstrations", type=int, default=16, help="of each test task and seed: K, for data.k")
     options = parser.parse_args(arguments)
     try:
-        paths = write_small_world(options.out, World(seed=options.seed, wrong_labels=options.wrong_labels, demonstrations=options.demonstrations))
+        paths = write_small_world(
+            options.out,
+            World(seed=options.seed, wrong_labels=options.wrong_labels, demonstrations=options.demonstrations),
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

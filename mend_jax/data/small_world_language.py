@@ -40,7 +40,9 @@ class World:
     first_tasks: int = 1_200  # of them, in a partition of their own: configs/small_world.py says what for
     train_examples: int = 64
     train_examples_per_class: int = 2  # at least
-    wrong_labels: float = 0.0  # share of the meta-training examples and of the demonstrations with another label of the task
+    wrong_labels: float = (
+        0.0  # share of the meta-training examples and of the demonstrations with another label of the task
+    )
     test_tasks: int = 24
     four_tasks: int = 12  # meta-test tasks of four classes
     demonstrations: int = 16

@@ -170,7 +170,9 @@ def readable(source) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # tfds' reader says everything with RuntimeError
         path, reason = getattr(error, "filename", None) or source, getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason}): check that it is a whole file that you may read.") from error
+        raise UserError(
+            f"{path} cannot be read ({reason}): check that it is a whole file that you may read."
+        ) from error
 
 
 def text_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:

@@ -12,6 +12,8 @@ command goes on where it stopped.
 | prompt_tuning | | L_pred, of a matrix of vectors |
 | hypertuning | L_CLM | L_pred |
 | mend | L_distill | L_pred + lambda L_distill |
+
+The last two train the config's prefix.kind, a distiller if it says nothing.
 """
 
 import functools
@@ -55,7 +57,8 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     for stage, kd, pred, clm in STAGES[method]:
         c = config.copy_and_resolve_references().unlock()
         c.stage = stage
-        c.prefix.kind = "soft_prompt" if method == "prompt_tuning" else "distiller"
+        if method == "prompt_tuning":
+            c.prefix.kind = "soft_prompt"
         c.prefix.start_from = ""
         c.loss.kd = config.loss.kd if kd is None else kd
         c.loss.pred, c.loss.clm = pred, clm
@@ -68,6 +71,7 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
 
 def main(config: ConfigDict, workdir: str) -> int:
     """Trains, then evaluates; exits with the code of a training that was told to stop."""
+    from mend_jax.run.checks import check_experiment
     from mend_jax.train import train
 
     folder = Path(workdir).absolute()
@@ -75,7 +79,7 @@ def main(config: ConfigDict, workdir: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir {folder} cannot be made ({error.strerror}): name another.") from error
-    _check_evaluation_data(config)
+    check_experiment(config, _trainings(config))
     _prepare_training_data(config, folder)
     times = Times(folder / "times.json")
     for method in config.experiment.methods:
@@ -94,40 +98,22 @@ def main(config: ConfigDict, workdir: str) -> int:
     return 0
 
 
-def _check_evaluation_data(config: ConfigDict) -> None:
-    """Reads all that will be evaluated and measures what the models can read: a mistake would else be found after hours of
-    training."""
-    from mend_jax.data.evaluation import load_tasks
-    from mend_jax.data.small_world import resolve
-    from mend_jax.llm.decoder_only import LLM
-    from mend_jax.models.families import from_hf_config
-    from mend_jax.models.folders import load_tokenizer, local_folder
-    from mend_jax.run.build import check_settings
-    from mend_jax.run.layout import check_batch_size
-    from mend_jax.scoring.tasks import check_longest
-
-    config = resolve(config)
-    for method in config.experiment.methods:
-        for stage, c in stage_configs(config, method):
-            check_settings(c)
-            own = stage == "pretrain" and config.experiment.pretrain_batch_size
-            check_batch_size(c, "experiment.pretrain_batch_size" if own else "train.batch_size")
-    folder = local_folder(config.llm.path)
-    llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
-    finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
-    for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
-        tasks, _ = load_tasks(config, llm, split)
-        if finetuned:
-            check_longest(llm, config.prefix.length, tasks, split)
+def _trainings(config: ConfigDict) -> list[tuple[ConfigDict, str]]:
+    """(config, name of the field of its batch size) of each training of the experiment."""
+    own = bool(config.experiment.pretrain_batch_size)
+    return [
+        (c, "experiment.pretrain_batch_size" if own and stage == "pretrain" else "train.batch_size")
+        for method in config.experiment.methods
+        for stage, c in stage_configs(config, method)
+    ]
 
 
 def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
     """Tokenises and checks what all trainings read that have not begun: a mistake in a later one's is found now too."""
     from mend_jax.data.batches import make_batches
-    from mend_jax.data.small_world import resolve
     from mend_jax.run.build import readers_by_folders
 
-    config, known = resolve(config), set()
+    known = set()
     for method in config.experiment.methods:
         for stage, c in stage_configs(config, method):
             kind = stage, c.prefix.kind

@@ -57,7 +57,9 @@ def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
         UserError: a projection that the release does not have (its code adds tanh, and only where the widths differ).
     """
     if distiller.config.family != "gpt2":
-        raise UserError(f"The release's layout has GPT-2 backbones alone: it cannot hold this one ({distiller.config.family}).")
+        raise UserError(
+            f"The release's layout has GPT-2 backbones alone: it cannot hold this one ({distiller.config.family})."
+        )
     if distiller.projection != resolve_projection("auto", distiller.config.width, distiller.llm_width):
         raise UserError(
             f'The release\'s layout has no "{distiller.projection}" projection from width {distiller.config.width} to '
@@ -81,7 +83,9 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path.name} needs PyTorch to be written: pip install torch, or take the .safetensors.") from None
+        raise UserError(
+            f"{path.name} needs PyTorch to be written: pip install torch, or take the .safetensors."
+        ) from None
     content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
     try:
         torch.save(content, path)

@@ -28,7 +28,14 @@ class MendDistiller(nn.Module):
     vectors."""
 
     def __init__(
-        self, backbone, num_vectors: int, llm_width: int, projection: str, tokenizer=None, separator: str = " ", chunks=None
+        self,
+        backbone,
+        num_vectors: int,
+        llm_width: int,
+        projection: str,
+        tokenizer=None,
+        separator: str = " ",
+        chunks=None,
     ):
         super().__init__()
         width = backbone.get_input_embeddings().embedding_dim  # of its states too

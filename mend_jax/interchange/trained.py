@@ -73,9 +73,7 @@ def _distiller_alone(model: Kind, path) -> Distiller:
     return model
 
 
-def read_trained(
-    path: str | Path, backbone: str | Path | None = None, place: Place | None = None
-) -> Kind:
+def read_trained(path: str | Path, backbone: str | Path | None = None, place: Place | None = None) -> Kind:
     """As `read_distiller`, for every kind that is trained.
 
     With `place` (sharding.py) the parameters of a workdir and the backbone of an exported folder are read in parts to

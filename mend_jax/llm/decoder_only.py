@@ -150,7 +150,9 @@ def _check(dtype: str, attention: str, weights: str) -> None:
         if value not in choices:
             raise UserError(f"{name} is {value!r}: it must be one of {', '.join(choices)}.")
     if attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".')
+        raise UserError(
+            f'attention "cudnn" needs an NVIDIA GPU, but JAX finds only {jax.default_backend()}: use "xla".'
+        )
 
 
 def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM | EncoderDecoderLLM:

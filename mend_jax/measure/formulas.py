@@ -109,7 +109,9 @@ def flops(work: Workload) -> int:
     own, student, teacher = _products(work)
     kd = bool(work.config.loss.kd)
     total = own.forward + own.gradient + 6 * work.vectors * _projection(work)
-    total += student.forward + student.input_gradient + kd * teacher.forward + (2 + kd) * costs.head(work.llm, work.query)
+    total += (
+        student.forward + student.input_gradient + kd * teacher.forward + (2 + kd) * costs.head(work.llm, work.query)
+    )
     return work.rows * total + recomputed(work)
 
 
@@ -157,7 +159,9 @@ def _stacks(work: Workload) -> dict[str, list[Stack]]:
     student = work.config.llm, work.llm, work.vectors + work.read, work.targets, True
     teacher = work.config.llm, work.llm, work.demos + work.read, work.targets, False
     readers, found = {"distiller": own, "student": student}, {}
-    for who, (section, config, tokens, targets, back) in (readers | ({"teacher": teacher} if work.config.loss.kd else {})).items():
+    for who, (section, config, tokens, targets, back) in (
+        readers | ({"teacher": teacher} if work.config.loss.kd else {})
+    ).items():
         rest = jnp.dtype(section.dtype).itemsize, bool(section.remat), back
         tokens = min(tokens, config.window)
         found[who] = [Stack(config, config.layers, tokens, 0, *rest)]

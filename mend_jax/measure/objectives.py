@@ -58,7 +58,10 @@ def measure_objectives(rows: int, query: int, width: int, words: int, chunk: int
     """(report, its text): each objective in a process of its own, all in turn, `repeats` times."""
     names = ["forward_kl", BY_JAX, *(n for n in (*OBJECTIVES, *STATE_OBJECTIVES) if n != "forward_kl")]
     sizes = rows, query, width, words, chunk
-    report = {"machine": measure.machine(), "sizes": dict(zip(("rows", "query", "width", "words", "chunk"), sizes, strict=True))}
+    report = {
+        "machine": measure.machine(),
+        "sizes": dict(zip(("rows", "query", "width", "words", "chunk"), sizes, strict=True)),
+    }
     seconds, peaks = {name: [] for name in names}, {}
     with contextlib.ExitStack() as stack, Progress(len(names) * (1 + repeats), "run") as bar:
         sides = {name: stack.enter_context(measure.Worker(ObjectiveSide, name, *sizes)) for name in names}
@@ -81,9 +84,16 @@ def _text(report: dict) -> str:
     rows = [["objective", "s", "of forward_kl", "peak MB", "of forward_kl"]]
     for name, of in report["objectives"].items():
         seconds, peak = of["seconds"], of["peak_bytes"]
-        cells = [f"{seconds:.3f}", f"{seconds / base['seconds']:.2f}", f"{peak / 1e6:.0f}", f"{peak / base['peak_bytes']:.2f}"]
+        cells = [
+            f"{seconds:.3f}",
+            f"{seconds / base['seconds']:.2f}",
+            f"{peak / 1e6:.0f}",
+            f"{peak / base['peak_bytes']:.2f}",
+        ]
         rows.append([name, *cells])
     machine = report["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, jax {machine['versions']['jax']}, {machine['date']}"
-    shape = "B={rows}, Q={query}, D={width}, V={words}, chunks of {chunk} tokens; value and gradient".format(**report["sizes"])
+    shape = "B={rows}, Q={query}, D={width}, V={words}, chunks of {chunk} tokens; value and gradient".format(
+        **report["sizes"]
+    )
     return "\n".join([shape, where, "", columns(rows)])

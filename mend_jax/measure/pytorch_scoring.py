@@ -67,7 +67,9 @@ class PyTorchScoring:
         cache = self._cache(name, len(options), P)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         keep = longest if self.query_head else 0
-        logits = self.llm(tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        logits = self.llm(
+            tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits
         log_probs = torch.log_softmax(logits[:, -longest:].float(), -1)
         return [log_probs[i, torch.arange(len(o)), torch.tensor(o)].mean().item() for i, o in enumerate(options)]
 
@@ -75,7 +77,9 @@ class PyTorchScoring:
         """The keys and values of a task's demonstrations, repeated for so many rows, without what was read after them."""
         kept = self.caches[name]
         if rows not in kept:
-            layers = [(layer.keys.repeat(rows, 1, 1, 1), layer.values.repeat(rows, 1, 1, 1)) for layer in kept[1].layers]
+            layers = [
+                (layer.keys.repeat(rows, 1, 1, 1), layer.values.repeat(rows, 1, 1, 1)) for layer in kept[1].layers
+            ]
             kept[rows] = DynamicCache(layers)
         beyond = kept[rows].get_seq_length() - length
         if beyond:

@@ -127,7 +127,9 @@ def _outputs(config: Config, name: str, vectors, batch: Batch) -> Callable[[dict
     """f(params): logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D)."""
     kind = EncoderDecoderLLM if isinstance(config, EncoderDecoderConfig) else LLM
     llm = kind(config, None, None, name, "float32")
-    settings = ConfigDict({"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}})
+    settings = ConfigDict(
+        {"stage": "pretrain", "loss": {"kd": 1.0, "pred": 0.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}}
+    )
     loss_fn = make_loss_fn(settings, llm, SoftPrompt({"vectors": vectors}))
 
     @jax.jit

@@ -174,7 +174,7 @@ def abstract_step(work: Workload, layout: parallel.Layout):
     params = DistillerModule(backbone, work.vectors, llm.config.width, projection, *arithmetic).shapes()
     distiller = Distiller(backbone, params, projection, llm.config.width, None, *arithmetic)
     optimizer = make_optimizer(c)
-    step = make_train_step(c, make_loss_fn(c, llm, distiller, layout.mesh), optimizer, layout.axis)
+    step = make_train_step(c, make_loss_fn(c, llm, distiller, layout.mesh), optimizer, layout.average)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     rows = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(sharding.ROWS))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), _batch(work))

@@ -24,7 +24,9 @@ from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring.options import cache_prefix, lay_out, plan, score_rows
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
+COMPILED = (
+    "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
+)
 # Where an input is cut; a context's budget; the lengths to which a context is padded (configs/base.py).
 INPUT_TOKENS, DEMO_TOKENS, DEMO_BUCKETS = 256, 900, (256, 384, 512, 640, 768, 900)
 
@@ -132,7 +134,12 @@ class ScoringSide:
         rows = [lay_out(item.x_tokens, item.options_tokens) for item in self.tasks[name].items]
         passes = plan(self.llm, self.caches[name], rows, self.batch_size)
         read, used = sum(p.count * p.columns for p in passes), sum(len(row.tokens) for row in rows)
-        return {"passes": len(passes), "rows": passes[0].count, "columns": passes[0].columns, "padding": 1 - used / read}
+        return {
+            "passes": len(passes),
+            "rows": passes[0].count,
+            "columns": passes[0].columns,
+            "padding": 1 - used / read,
+        }
 
     def compiled(self) -> int:
         """Programs that were compiled, or read from the compile cache, until now."""

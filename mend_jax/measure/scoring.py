@@ -30,7 +30,8 @@ def measure_scoring(arguments, config: Config) -> tuple[dict, str, bool]:
                 for task in tasks:
                     report["tasks"][task.name] = _measure_task(sides, task, arguments, bar)
             report["sides"] = {
-                name: {**side.call("description"), "peak_bytes": side.call("peak_bytes")} for name, side in sides.items()
+                name: {**side.call("description"), "peak_bytes": side.call("peak_bytes")}
+                for name, side in sides.items()
             }
         finally:
             theirs.close()
@@ -44,7 +45,9 @@ def make_tasks(arguments, config: Config) -> list[ScoredTask]:
     names = [name for name in arguments.names.split(",") if name] or list(SHAPES)
     if arguments.tasks:
         if not own_weights(arguments.llm):
-            raise UserError("--tasks are read in an LLM's own tokens: give a folder with weights and a tokenizer as --llm.")
+            raise UserError(
+                "--tasks are read in an LLM's own tokens: give a folder with weights and a tokenizer as --llm."
+            )
         where = (16, arguments.seed, arguments.items, arguments.llm, arguments.template)
         return [real_task(arguments.tasks, name, *where) for name in names]
     if arguments.lengths_given:
@@ -64,13 +67,20 @@ def compare_scores(ours, theirs, tolerance: float) -> dict:
         i, j = int(np.argmax(a)), int(np.argmax(b))
         predictions += i != j and not abs(b[i] / b[j] - 1) < 2 * tolerance
     same = all(difference < tolerance for difference in differences) and not predictions  # false for NaN
-    return {"yes": same, "largest_difference": max(differences), "other_predictions": predictions, "tolerance": tolerance}
+    return {
+        "yes": same,
+        "largest_difference": max(differences),
+        "other_predictions": predictions,
+        "tolerance": tolerance,
+    }
 
 
 def scoring_text(report: dict) -> str:
     """The report for a terminal."""
     arguments, sides = report["arguments"], report["sides"]
-    rows = [["task", "prefix", "MEND-JAX", "PyTorch", "ratio", "prefix ms", "PyTorch", "compiled", "padding", "passes of"]]
+    rows = [
+        ["task", "prefix", "MEND-JAX", "PyTorch", "ratio", "prefix ms", "PyTorch", "compiled", "padding", "passes of"]
+    ]
     rows.append(["", "tokens", "ms/item", "ms/item", "", "", "", "", "", ""])
     for name, task in report["tasks"].items():
         shape = task["shapes"]

@@ -14,7 +14,15 @@ from mend_jax.models.families import Config, DecoderConfig
 
 FOLDER = cli.ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
-TABLE = ("gpt2_large", "gpt2_xl", "opt_6_7b", "t5_large", "flan_t5_xl", "smollm2", "llama_2_7b")  # whose step is of real size
+TABLE = (
+    "gpt2_large",
+    "gpt2_xl",
+    "opt_6_7b",
+    "t5_large",
+    "flan_t5_xl",
+    "smollm2",
+    "llama_2_7b",
+)  # whose step is of real size
 STAGES = ("pretrain", "finetune")
 CONFIGS_DEVICES = 8  # what a config's batch is for (the paper's machine, Table 5): with more devices the batch grows
 

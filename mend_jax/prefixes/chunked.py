@@ -50,7 +50,9 @@ class Chunked(Kind):
             raise UserError(f'The vectors of chunks are joined by {" or ".join(JOINS)}, not by "{self.join}".')
 
     @classmethod
-    def around(cls, distiller: Distiller, join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0) -> "Chunked":
+    def around(
+        cls, distiller: Distiller, join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0
+    ) -> "Chunked":
         """`distiller` as it is, reading chunk by chunk.
 
         Args:
@@ -146,7 +148,13 @@ class Chunked(Kind):
 
     def _pieces(self, demos) -> list[np.ndarray]:
         reader, demos = self.distiller, list(demos) if hasattr(demos, "__len__") else demos
-        if isinstance(demos, list) and demos and isinstance(demos[0], tuple | list) and demos[0] and isinstance(demos[0][0], str):
+        if (
+            isinstance(demos, list)
+            and demos
+            and isinstance(demos[0], tuple | list)
+            and demos[0]
+            and isinstance(demos[0][0], str)
+        ):
             demos = [pair_tokens([pair], reader.tokenizer, reader.separator) for pair in demos]
         elif isinstance(demos, list) and demos and np.ndim(demos[0]) == 0:
             demos = [demos]
@@ -170,7 +178,9 @@ class Chunked(Kind):
     def check(cls, config, backbone, llm) -> None:
         Distiller.check(config, backbone, llm)
         if config.data.release_truncation:
-            raise UserError("data.release_truncation cuts a context anywhere, chunks hold whole demonstrations: set it to false.")
+            raise UserError(
+                "data.release_truncation cuts a context anywhere, chunks hold whole demonstrations: set it to false."
+            )
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Chunked":
@@ -205,7 +215,9 @@ class Chunked(Kind):
 
     def placed(self, put, dtype: str) -> "Chunked":
         params = put(self.params)
-        return dataclasses.replace(self, distiller=dataclasses.replace(self.distiller, params=params, dtype=dtype), params=params)
+        return dataclasses.replace(
+            self, distiller=dataclasses.replace(self.distiller, params=params, dtype=dtype), params=params
+        )
 
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Chunked":
@@ -232,10 +244,18 @@ class Chunked(Kind):
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.interchange.trained.load_trained")
-        vectors = {"concat": f"{self.num_vectors} vectors for each chunk, one after another", "mean": "the mean of the chunks' vectors"}
+        text = self.distiller.card_text(
+            llm, f"(1, {count}, {self.llm_width})", "mend_jax.interchange.trained.load_trained"
+        )
+        vectors = {
+            "concat": f"{self.num_vectors} vectors for each chunk, one after another",
+            "mean": "the mean of the chunks' vectors",
+        }
         chunks = f"{self.chunk_demos} demonstrations and {self.width} tokens"
-        return "A MEND distiller of chunks", f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n"
+        return (
+            "A MEND distiller of chunks",
+            f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n",
+        )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -61,7 +61,9 @@ def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
     """The context of (x, y) string pairs: each x and y behind the separator, as in training."""
     if tokenizer is None:
         raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
-    wrong = next((p for p in pairs if isinstance(p, str) or len(p) != 2 or not all(isinstance(t, str) for t in p)), None)
+    wrong = next(
+        (p for p in pairs if isinstance(p, str) or len(p) != 2 or not all(isinstance(t, str) for t in p)), None
+    )
     if wrong is not None:
         raise UserError(f"A demonstration is a pair of texts, (input, output), not {wrong!r}.")
     texts = [separator + text for pair in pairs for text in pair]

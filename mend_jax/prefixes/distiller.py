@@ -263,7 +263,9 @@ class Distiller(Kind):
         return f"{self.title[0].upper()}{self.title[1:]} as a Hugging Face folder, with {MODULE} for PyTorch."
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
-        return "A MEND distiller", self.card_text(llm, f"(1, {self.num_vectors}, {self.llm_width})", "mend_jax.load_distiller")
+        return "A MEND distiller", self.card_text(
+            llm, f"(1, {self.num_vectors}, {self.llm_width})", "mend_jax.load_distiller"
+        )
 
     def card_text(self, llm: str, shape: str, load: str) -> str:
         """The card's text, `shape` that of what `distill` returns and `load` the function that reads the folder."""

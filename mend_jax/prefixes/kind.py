@@ -121,7 +121,9 @@ class Kind:
         """What was trained in `path` as one of the kinds that this one begins with, used as this one, as `config`
         says. Raises UserError for another kind."""
         if model.name != cls.name:
-            raise UserError(f"{path} holds {model.title}, which cannot be used as {cls.title}: name another workdir, or no kind.")
+            raise UserError(
+                f"{path} holds {model.title}, which cannot be used as {cls.title}: name another workdir, or no kind."
+            )
         return model
 
     def placed(self, put: Callable[[Any], Any], dtype: str) -> "Kind":

@@ -1,23 +1,18 @@
-"""What a run is made of, as its config says: the LLM, what is trained, the batches, the evaluation; and what must fit."""
+"""What a run is made of, as its config says: the LLM, what is trained, the batches, the evaluation."""
 
 import dataclasses
 import math
 from pathlib import Path
 
-import jax
-
-from mend_jax.cli.errors import UserError
-from mend_jax.data.batches import find_tasks, make_batches
-from mend_jax.data.c4 import text_files, tfds_folder
+from mend_jax.data.batches import make_batches
 from mend_jax.data.readers import Readers
-from mend_jax.data.rows.windows import check_windows
-from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
+from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
-from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig, from_hf_config
+from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
 from mend_jax.prefixes import kind_of
-from mend_jax.run import checkpoint, reporting, sharding
-from mend_jax.scoring.tasks import check_truncation, dev_score, dev_tasks
+from mend_jax.run import checkpoint
+from mend_jax.scoring.tasks import dev_score, dev_tasks
 
 
 def load(config, place=None):
@@ -28,10 +23,6 @@ def load(config, place=None):
     c = config.llm
     if config.stage != "lm":
         return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
-    if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
-        raise UserError(
-            f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
-        )
     if has_weights(c.path):
         llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
     else:
@@ -47,39 +38,6 @@ def build(config, llm, begins: bool = True, place=None):
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
         model = dataclasses.replace(model, params=params)
     return model
-
-
-def check_settings(config):
-    """Raises UserError where the config asks for what its models cannot do, by their config.json alone, or names data that
-    is not there. Nothing large is read."""
-    llm, backbone, vectors = from_hf_config(local_folder(config.llm.path)), None, None
-    if config.stage != "lm":
-        kind = kind_of(config)
-        backbone = from_hf_config(local_folder(kind.backbone(config))) if kind.backbone(config) else None
-        kind.check(config, backbone, llm)
-        vectors = kind.positions(config)
-    check_windows(config, llm, backbone, vectors)
-    if config.train.parallel == "mesh":
-        tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
-        sharding.check_heads(llm, tensor, config.llm.path)
-        if backbone is not None:
-            sharding.check_heads(backbone, tensor, config.prefix.backbone)
-    text = str(config.data.text)
-    if config.stage != "finetune" and text and not tfds_folder(text):
-        text_files(text)
-    if config.stage != "pretrain" and config.data.tasks:
-        find_tasks(config, "train")
-
-
-def check_tokenizers(config, llm, model):
-    """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
-    check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
-    if model is None or model.reader is None:
-        return
-    check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
-    if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
-        check_truncation(config)
-        reporting.say("The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM.")
 
 
 def batches(config, llm, model, split, layout):

@@ -22,7 +22,9 @@ from mend_jax.cli.errors import UserError
 
 NUMBER, INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PATIENCE = 10  # seconds that a process which fails waits for the others to fail alike
-HEARD = 5  # seconds that a command told to stop may be deaf to it, in a program of JAX's, before it is ended all the same
+HEARD = (
+    5  # seconds that a command told to stop may be deaf to it, in a program of JAX's, before it is ended all the same
+)
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 _calls = itertools.count()  # of `told_to_stop` by this process
 _said = threading.Event()  # by a thread that ends the process

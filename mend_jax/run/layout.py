@@ -36,11 +36,15 @@ class Layout:
     kept: Callable  # train state -> a copy that the next step leaves alone, as `Checkpoints.save` takes it
     scored: Callable  # trainable params on the devices -> as an evaluation takes them
     shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
-    compile_step: Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
+    compile_step: (
+        Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
+    )
     compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
-    place: sharding.Place | None  # where a parameter lives that is read or made on the devices; None: whole on the first
+    place: (
+        sharding.Place | None
+    )  # where a parameter lives that is read or made on the devices; None: whole on the first
     share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
-    axis: str | None  # name for `jax.lax.pmean` inside the step; None where XLA sees the global batch
+    average: Callable  # inside a step: tree -> its means over the devices that each saw a part of the batch
     mesh: Mesh | None  # of "mesh"
 
 
@@ -108,12 +112,15 @@ def _pmap_layout() -> Layout:
     def fetch(tree):
         return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
 
+    def average(tree):
+        return jax.lax.pmean(tree, AXIS)
+
     def compile_step(step, state):
         del state
         return jax.pmap(step, axis_name=AXIS, in_axes=(0, None, 0), donate_argnums=(0,))
 
     def compile_loss(function):
-        return jax.pmap(lambda *args: jax.lax.pmean(function(*args), AXIS), axis_name=AXIS, in_axes=(0, None, 0))
+        return jax.pmap(lambda *args: average(function(*args)), axis_name=AXIS, in_axes=(0, None, 0))
 
     return Layout(
         init=lambda function, tree: place_state(function(tree)),
@@ -128,7 +135,7 @@ def _pmap_layout() -> Layout:
         compile_loss=compile_loss,
         place=None,
         share=(jax.process_index(), jax.process_count()),
-        axis=AXIS,
+        average=average,
         mesh=None,
     )
 
@@ -177,7 +184,7 @@ def _mesh_layout(mesh: Mesh) -> Layout:
         compile_loss=lambda function: jax.jit(on_mesh(function), out_shardings=everywhere),
         place=sharding.placer(mesh),
         share=_share(rows),
-        axis=None,
+        average=lambda tree: tree,  # XLA sees the whole batch
         mesh=mesh,
     )
 

@@ -40,7 +40,9 @@ class Score:
         evaluated = [line for line in lines if self.name in line]
         if not evaluated:
             return "never evaluated"
-        best = (max if self.maximize else min)(evaluated, key=lambda line: line[self.name])  # the first of equals, as kept
+        best = (max if self.maximize else min)(
+            evaluated, key=lambda line: line[self.name]
+        )  # the first of equals, as kept
         return f"best {self.name} {best[self.name]:.4f} at step {best['step']}"
 
 

@@ -164,7 +164,12 @@ def evaluate_task(
 
 
 def evaluate_prefix(
-    llm: LLM, prefix_of: Callable[..., Prefix], tasks: Iterable[EvalTask], batch_size: int, model: Kind | None = None, **options
+    llm: LLM,
+    prefix_of: Callable[..., Prefix],
+    tasks: Iterable[EvalTask],
+    batch_size: int,
+    model: Kind | None = None,
+    **options,
 ) -> dict:
     """`metrics.aggregate` of one way to make prefixes, over tasks and seeds; nothing is written.
 

@@ -121,7 +121,9 @@ class TaskRows:
     def _context(self, task: int, chosen, reading: int, packing=None) -> np.ndarray:
         own, kept = self.stores[task].readings[reading], self.kept[task]
         examples = [own.example(i, kept[i, reading]) for i in chosen]
-        return sampling.join_demos(examples) if packing is None else packing.lay_out([np.concatenate(e) for e in examples])
+        return (
+            sampling.join_demos(examples) if packing is None else packing.lay_out([np.concatenate(e) for e in examples])
+        )
 
     def describe(self, row: int) -> str:
         task, chosen, queries, _ = self.draw(row)

@@ -32,7 +32,9 @@ class TextRows:
         self.split = functools.lru_cache(KEPT)(self.split)
         _, longest_query = sampling.split_text(longest, self.config.beta, longest)
         self.query_buckets = buckets(self.config.query_buckets, longest_query)
-        check_window("A text's continuation", longest_query, readers.positions(config), config.prefix.length, self.windows[0])
+        check_window(
+            "A text's continuation", longest_query, readers.positions(config), config.prefix.length, self.windows[0]
+        )
         budget, *others = largest_budgets(config, self.windows, self.two_readings)
         longest_context = max([sampling.split_text(longest, self.config.beta, budget)[0], *others])
         self.demo_buckets = buckets(self.config.demo_buckets, longest_context)

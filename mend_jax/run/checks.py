@@ -1,0 +1,145 @@
+"""All that is verified before work starts, in one place and in the order in which it is asked: what costs least comes first.
+
+Each check raises `UserError`: one sentence that says what is wrong, where, and what to do.
+
+| when | what must hold | check |
+| --- | --- | --- |
+| a config is read | fields are known, of their types, in their ranges, and do not exclude each other | `cli.settings.check` |
+| a workdir is opened | the run goes on with the meaning it began with | `resume.check_resume` |
+| | the run it starts from has such a model | `resume.check_start` |
+| only config.json files are read | `CONFIG_CHECKS`, in their order | `check_config` |
+| models are loaded | tokenizers fit their models, and each other | `check_models` |
+| | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone` |
+| | of an evaluation: heads divide over the mesh | `sharding.check_heads` |
+| | of an evaluation: the LLM is that of the training (a warning) | `resume.check_llm` |
+| data are read | a task has enough examples; options can be told apart | `finetune.check_enough_examples`, `evaluation.check_options` |
+| | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items` |
+| | the data are those that the run began with | `resume.check_data` |
+| hours of several trainings begin | all of the above that needs no weights, for each training | `check_experiment` |
+"""
+
+import dataclasses
+
+import jax
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.batches import find_tasks
+from mend_jax.data.c4 import text_files, tfds_folder
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.data.rows.windows import check_windows
+from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
+from mend_jax.llm.decoder_only import LLM
+from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.prefixes import Kind, kind_of
+from mend_jax.run import reporting, resume, sharding
+from mend_jax.run.layout import check_batch_size
+from mend_jax.scoring.tasks import check_longest, check_truncation
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What the config.json files of a run's models say; no weights."""
+
+    llm: object  # settings of the LLM
+    kind: type[Kind] | None  # of the prefix; None in stage "lm"
+    backbone: object | None  # settings of the model that reads demonstrations
+
+    @classmethod
+    def of(cls, config) -> "Models":
+        llm, kind = from_hf_config(local_folder(config.llm.path)), None if config.stage == "lm" else kind_of(config)
+        folder = kind.backbone(config) if kind else ""
+        return cls(llm, kind, from_hf_config(local_folder(folder)) if folder else None)
+
+
+def check_lm(config, models: Models) -> None:
+    """Stage "lm" has one sequence to predict: no encoder."""
+    if config.stage == "lm" and not isinstance(models.llm, DecoderConfig):
+        raise UserError(
+            f'Stage "lm" trains decoder-only models, {config.llm.path} is an encoder–decoder: name another llm.path.'
+        )
+
+
+def check_kind(config, models: Models) -> None:
+    """The prefix kind can be made for this LLM, with this backbone."""
+    if models.kind is not None:
+        models.kind.check(config, models.backbone, models.llm)
+
+
+def check_lengths(config, models: Models) -> None:
+    """Prefix, queries and sequences go together in the models' windows."""
+    vectors = None if models.kind is None else models.kind.positions(config)
+    check_windows(config, models.llm, models.backbone, vectors)
+
+
+def check_mesh(config, models: Models) -> None:
+    """A mesh divides the heads of both models."""
+    if config.train.parallel != "mesh":
+        return
+    tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
+    sharding.check_heads(models.llm, tensor, config.llm.path)
+    if models.backbone is not None:
+        sharding.check_heads(models.backbone, tensor, config.prefix.backbone)
+
+
+def check_files(config, models: Models) -> None:
+    """The texts and the tasks that the stage reads are there."""
+    del models
+    text = str(config.data.text)
+    if config.stage != "finetune" and text and not tfds_folder(text):
+        text_files(text)
+    if config.stage != "pretrain" and config.data.tasks:
+        find_tasks(config, "train")
+
+
+CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_files)
+
+
+def check_config(config, batch_size: str = "train.batch_size") -> None:
+    """A training's config, by its models' config.json files alone; nothing large is read.
+
+    `batch_size` names the field that the user set.
+    """
+    check_batch_size(config, batch_size)
+    models = Models.of(config)
+    for check in CONFIG_CHECKS:
+        check(config, models)
+
+
+def check_workdir(workdir, config, resumes: bool, finished: bool) -> None:
+    """A training's workdir goes on with the same meaning; where it is new, the run that it starts from has a fitting model."""
+    if resumes:
+        resume.check_resume(workdir, config, finished)
+    elif config.stage != "lm" and config.prefix.start_from:
+        resume.check_start(config)
+
+
+def check_models(config, llm, model: Kind | None) -> None:
+    """The LLM has a tokenizer that fits it, and so has what reads demonstrations for it (None: stage "lm")."""
+    check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
+    if model is None or model.reader is None:
+        return
+    check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
+    if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
+        check_truncation(config)
+        reporting.say(
+            "The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM."
+        )
+
+
+def check_experiment(config, trainings) -> None:
+    """What hours of training lead to: reads all that will be evaluated, and measures what the models can read.
+
+    Args:
+        config: the experiment's.
+        trainings: (config, name of the field of its batch size) of each training.
+    """
+    for c, batch_size in trainings:
+        check_config(c, batch_size)
+    folder = local_folder(config.llm.path)
+    llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
+    finetuned = any(c.stage == "finetune" for c, _ in trainings)
+    for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
+        tasks, _ = load_tasks(config, llm, split)
+        if finetuned:
+            check_longest(llm, config.prefix.length, tasks, split)
