@@ -82,7 +82,7 @@ def predicted(workdir, method):
 @pytest.mark.parametrize("name", ROWS)
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(name, tmp_path):
     pytest.importorskip("torch")
-    from mend_jax.interchange.mend_distiller import MendDistiller
+    from mend_jax.prefixes.mend_distiller import MendDistiller
 
     llm, backbone = (save_random(tmp_path / str(i), fields, i) for i, fields in enumerate(PAIRS[name]))
     llm = load_llm(llm)

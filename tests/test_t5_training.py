@@ -178,7 +178,7 @@ def test_every_method_is_evaluated(pair):
 
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(pair, tmp_path):
     torch = pytest.importorskip("torch")
-    from mend_jax.interchange.mend_distiller import MendDistiller
+    from mend_jax.prefixes.mend_distiller import MendDistiller
 
     distiller = Distiller.init(settings(pair), pair.llm, 0)
     write_folder(distiller, tmp_path)

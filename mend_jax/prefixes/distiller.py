@@ -323,7 +323,7 @@ def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None
     _write_json(folder / SETTINGS, settings or distiller.settings())
     if distiller.tokenizer is not None:
         distiller.tokenizer.save_pretrained(folder)
-    shutil.copyfile(Path(__file__).parents[1] / "interchange" / MODULE, folder / MODULE)
+    shutil.copyfile(Path(__file__).parent / MODULE, folder / MODULE)
 
 
 def read_folder(folder: Path, place: Place | None = None) -> Distiller:
