@@ -101,6 +101,26 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
     return loss_fn
 
 
+def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
+    """kd(params, llm_params, batch) -> () float32: L_distill, KL(teacher || student) in nats per token of the queries.
+
+    The student reads the prefix that `model` makes from `params`, or, where `model` is None, no prefix at all. `mesh` as in
+    `make_loss_fn`.
+    """
+
+    def kd(params, llm_params, batch):
+        query = _one_after_another(batch.query)
+        if model is None:
+            prefix = no_prefix(len(query.tokens), llm.config.width)
+        else:
+            prefix = model.apply(params, batch.demos, batch.demos_length)
+        states = llm.states(llm_params, prefix, query), _teacher_states(llm, llm_params, batch, query)
+        rest = llm.head(llm_params), llm.targets(query), Weights(1.0, 0.0, 0.0), chunk
+        return query_losses(*states, *rest, mesh=mesh, shift=_shift(llm))[1]["kd"]
+
+    return kd
+
+
 def query_losses(
     student,
     teacher,

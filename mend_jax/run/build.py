@@ -12,7 +12,9 @@ from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
 from mend_jax.prefixes import kind_of
 from mend_jax.run import checkpoint
+from mend_jax.scoring.recovered import dev_batches, make_recovered
 from mend_jax.scoring.tasks import dev_score, dev_tasks
+from mend_jax.step import make_kd_fn
 
 
 def load(config, place=None):
@@ -76,16 +78,40 @@ def _readers(config, tokenizer, llm, own_tokenizer, own) -> Readers:
 
 
 def evaluation(config, llm, model, loss_fn, layout, frozen):
-    """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now."""
+    """evaluate(params on the devices) -> {name: value}: the score on the validation data, which is read and checked now, and,
+    where a prefix is trained, `recovered` (scoring/recovered.py)."""
     if config.stage == "finetune":
         tasks = dev_tasks(config, llm, model)
-        return lambda params: {"dev_score": dev_score(config, llm, model, layout.scored(params), tasks)}
-    loss = layout.compile_loss(lambda *args: loss_fn(*args)[0])
+        recovered = _recovered(config, llm, model, layout, frozen, dev_batches(config, llm, model, tasks, layout.share))
+        return lambda params: {
+            "dev_score": dev_score(config, llm, model, layout.scored(params), tasks),
+            "recovered": recovered(params),
+        }
     held_out = batches(config, llm, model, "validation", layout)
-    parts = [held_out[i] for i in range(held_out.steps)]
+    parts = [held_out[i].replace(ids=None) for i in range(held_out.steps)]
+    loss = _values_of(layout.compile_loss(lambda *args: loss_fn(*args)[0]), layout, frozen, parts)
+    recovered = None if model is None else _recovered(config, llm, model, layout, frozen, parts)
 
-    def validation_loss(params):
-        losses = [loss(params, frozen, layout.split(part.replace(ids=None))) for part in parts]
-        return {"validation_loss": math.fsum(float(layout.fetch(value)) for value in losses) / len(losses)}
+    def validation(params):
+        found = {"validation_loss": math.fsum(loss(params)) / len(parts)}
+        return found if recovered is None else found | {"recovered": recovered(params)}
 
-    return validation_loss
+    return validation
+
+
+def _recovered(config, llm, model, layout, frozen, parts):
+    """recovered(params on the devices) -> float, on held-out batches."""
+    of_prefix, of_nothing = (
+        layout.compile_loss(make_kd_fn(llm, made, config.loss.chunk, layout.mesh)) for made in (model, None)
+    )
+    return make_recovered(*(_values_of(kd, layout, frozen, parts) for kd in (of_prefix, of_nothing)))
+
+
+def _values_of(function, layout, frozen, parts):
+    """values(params on the devices) -> [float]: of a compiled function of (params, frozen params, batch), for each batch."""
+
+    def values(params):
+        found = [function(params, frozen, layout.split(part)) for part in parts]
+        return [float(layout.fetch(value)) for value in found]
+
+    return values

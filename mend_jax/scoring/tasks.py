@@ -68,14 +68,18 @@ def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> n
     Examples that do not fit beside the task's longest query are left out; with data.release_truncation the last one is cut, as
     the release does.
     """
-    if not model.reads_demos:
-        return np.zeros(0, np.int32)
+    return make_contexts(config, llm, model, task, order)[0] if model.reads_demos else np.zeros(0, np.int32)
+
+
+def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> tuple[np.ndarray, np.ndarray]:
+    """`make_context` of a kind that reads demonstrations, and the same demonstrations as the teacher reads them, in the LLM's
+    tokens."""
     room = llm.window - max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
     shown, own = _readings(config, llm, model, task, order)
     if config.data.release_truncation:
         window = min(model.window, room)
         cut = release_truncation(join_demos(own), window, room)
-        return cut[model.reader is None]  # without a reader of its own the LLM reads them, as the teacher
+        return cut[model.reader is None], cut[1]  # without a reader of its own the LLM reads them, as the teacher
     lengths = ([len(x) + len(y) for x, y in pairs] for pairs in (shown, own))
     count = model.fit(*lengths, config.data.max_demo_tokens, room)
     if count == 0:
@@ -84,7 +88,7 @@ def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> n
             f" {min(config.data.max_demo_tokens, room, model.window)} tokens: raise data.max_demo_tokens or lower"
             " data.max_input_tokens."
         )
-    return model.lay_out(own[:count], room)
+    return model.lay_out(own[:count], room), join_demos(shown[:count])
 
 
 def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[list, list]:

@@ -1,0 +1,74 @@
+"""What a prefix recovers: all where it is the demonstrations, nothing where it is empty, in the values that a run writes."""
+
+import jax
+import pytest
+from data_files import make_world, tiny_config
+from family_rows import COMMON, ROWS, save_random
+
+from mend_jax import train
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.prefixes import KINDS
+from mend_jax.run import reporting
+from mend_jax.scoring.recovered import dev_batches, make_recovered
+from mend_jax.scoring.tasks import dev_tasks
+from mend_jax.step import make_kd_fn
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    c = tiny_config(make_world(folder / "world"), "finetune", max_demo_tokens=24)
+    c.llm.path = c.prefix.backbone = save_random(folder / "llm", COMMON | ROWS["gpt2"], 0)
+    c.optimizer.learning_rate, c.loss.chunk = 1e-3, 32
+    c.train.batch_size, c.train.steps, c.train.eval_every = 4 * jax.device_count(), 2, 1
+    return c
+
+
+def test_nothing_is_asked_once_and_the_share_is_of_sums():
+    asked = []
+    recovered = make_recovered(lambda params: [params, 1.0], lambda params: asked.append(params) or [3.0, 5.0])
+    assert recovered(1.0) == 0.75 and recovered(7.0) == 0.0 and recovered(15.0) == -1.0
+    assert asked == [1.0]
+
+
+def test_the_demonstrations_recover_all_and_nothing_recovers_nothing(run):
+    llm = load_llm(run.llm.path)
+    shown, nothing = (KINDS[name].beside(llm) for name in ("demonstrations", "nothing"))
+    tasks = dev_tasks(run, llm, shown)
+    kd = {kind: make_kd_fn(llm, made, 32) for kind, made in (("shown", shown), ("nothing", nothing), (None, None))}
+    for kind in (shown, nothing):  # what a kind does not read the teacher reads all the same
+        [*parts] = dev_batches(run, llm, kind, tasks)
+        assert all(part.teacher_demos_length.min() > 0 for part in parts)
+        none, empty = (float(kd[name](llm.params, llm.params, parts[0])) for name in (None, "nothing"))
+        assert none == empty > 1e-3
+    all_of_it = kd["shown"](llm.params, llm.params, dev_batches(run, llm, shown, tasks)[0])
+    assert float(all_of_it) == pytest.approx(0, abs=1e-6)
+
+
+def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):
+    llm = load_llm(run.llm.path)
+    kind = KINDS["distiller"].init(run, llm, 0)
+    tasks = dev_tasks(run, llm, kind)
+    whole = dev_batches(run, llm, kind, tasks)
+    assert len({jax.tree.map(lambda a: a.shape, part).demos for part in whole}) == 1
+    parts = [dev_batches(run, llm, kind, tasks, (i, 2)) for i in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for half, rows in zip(
+            halves, (slice(0, len(batch.demos) // 2), slice(len(batch.demos) // 2, None)), strict=True
+        ):
+            assert (half.query.tokens == batch.query.tokens[rows]).all() and (half.demos == batch.demos[rows]).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [("pretrain", "distiller"), ("finetune", "distiller"), ("finetune", "soft_prompt"), ("finetune", "chunked")],
+)
+def test_a_run_writes_it(run, stage, kind, tmp_path, capsys):
+    c = run.copy_and_resolve_references().unlock()
+    c.stage, c.prefix.kind = stage, kind
+    assert train.train(c, tmp_path / "run") == 0
+    found = [
+        line["recovered"] for line in reporting.read_lines(tmp_path / "run" / "metrics.jsonl") if "recovered" in line
+    ]
+    assert len(found) == 2 and all(value < 1 for value in found) and found[0] != found[1]
+    assert f"recovered {found[-1]:.4f}" in capsys.readouterr().err
