@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 
 from configs import base
 from mend_jax import evaluate as ev
-from mend_jax.cli.errors import UserError
 from mend_jax.data.evaluation import EvalTask, Item, load_tasks
 from mend_jax.interchange import trained
 from mend_jax.llm.decoder_only import load_llm
@@ -269,7 +269,7 @@ def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
     config.data.max_demo_tokens = sum(lengths[:3]) - 1
     assert len(task_scoring.make_context(config, llm, icl, task)) == sum(lengths[:2])
     config.data.max_demo_tokens = lengths[0] - 1
-    with pytest.raises(UserError, match="No demonstration of colour"):
+    with says("colour", "seed 13", f"{lengths[0] - 1} tokens", "data.max_demo_tokens"):
         task_scoring.make_context(config, llm, icl, task)
 
 
@@ -327,7 +327,7 @@ def test_on_a_mesh_both_models_lie_in_parts_and_predict_as_on_one_device(config,
         kernel = params["layers"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size * 4 == kernel.size
     config.mesh.fsdp, config.mesh.tensor = 1, 4
-    with pytest.raises(UserError, match="mesh.tensor=4 does not divide the 2 heads of"):
+    with says("mesh.tensor=4", "2 heads"):
         ev.evaluate(config, tmp_path / "mesh")
 
 
@@ -358,19 +358,19 @@ def test_the_hash_of_weights_sees_every_change():
 
 
 @pytest.mark.parametrize(
-    "methods, message",
+    "methods, facts",
     [
-        (("zeroshot",), "zeroshot.*NAME=PATH"),
-        (("icl", "icl"), "twice"),
-        (("icl=a/distiller",), "NAME may hold"),
-        (("a/b=a/distiller",), "NAME may hold"),
-        (("mend=/nowhere/at/all",), "/nowhere/at/all"),
-        ((), "empty"),
+        (("zeroshot",), ["'zeroshot'", "zero_shot", "NAME=PATH"]),
+        (("icl", "icl"), ["'icl'", "twice"]),
+        (("icl=a/distiller",), ["'icl=a/distiller'", "NAME"]),
+        (("a/b=a/distiller",), ["'a/b=a/distiller'", "NAME"]),
+        (("mend=/nowhere/at/all",), ["/nowhere/at/all"]),
+        ((), ["config.evaluate.methods", "empty"]),
     ],
 )
-def test_bad_methods_are_one_sentence(config, tmp_path, methods, message):
+def test_bad_methods_are_one_sentence(config, tmp_path, methods, facts):
     config.evaluate.methods = methods
-    with pytest.raises(UserError, match=message):
+    with says(*facts):
         ev.evaluate(config, tmp_path)
     assert not (tmp_path / "scores.json").exists()
 
@@ -378,7 +378,7 @@ def test_bad_methods_are_one_sentence(config, tmp_path, methods, message):
 def test_a_model_for_another_llm_is_refused(config, models, distiller, tmp_path):
     models["a/distiller"] = dataclasses.replace(distiller, llm_width=48)
     config.evaluate.methods = ("mend=a/distiller",)
-    with pytest.raises(UserError, match="width 48"):
+    with says("width 48", "reads 32"):
         ev.evaluate(config, tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_scores_that_are_not_numbers_stop_the_evaluation(config, models, distill
     broken = distiller.params | {"placeholders": distiller.params["placeholders"].at[0, 0].set(jnp.nan)}
     models["a/distiller"] = dataclasses.replace(distiller, params=broken)
     config.evaluate.methods = ("mend=a/distiller",)
-    with pytest.raises(UserError, match="not finite"):
+    with says("colour, seed 13", "item 0", "not finite"):
         ev.evaluate(config, tmp_path)
     assert not files(tmp_path)
 
@@ -394,13 +394,13 @@ def test_scores_that_are_not_numbers_stop_the_evaluation(config, models, distill
 def test_an_item_that_cannot_be_scored_is_said_with_its_task(llm):
     items = [Item(np.zeros(0, np.int32), [np.ones(1, np.int32)] * 2, ("a", "b"), 0)]
     task = EvalTask("t", 13, [], items, True)
-    with pytest.raises(UserError, match="t, seed 13: An input is empty"):
+    with says("t, seed 13", "input", "empty"):
         evaluate_task(llm, lambda *_: no_prefix(1, llm.config.width), task, batch_size=4)
 
 
 def test_a_workdir_that_cannot_be_written_is_said(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with says(tmp_path / "file", "cannot be written"):
         ev.evaluate(config, tmp_path / "file")
 
 

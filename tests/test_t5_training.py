@@ -12,12 +12,12 @@ import pytest
 from conftest import save_tokenizer
 from data_files import make_world
 from data_files import tiny_config as data_config
+from facts import says
 from test_t5 import COMMON, V1, V11, tokens, torch_model
 from tiny_training import config as tiny_config
 from tiny_training import write_tokenizer
 from transformers import AutoTokenizer
 
-from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.query import Query
@@ -106,7 +106,9 @@ def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
     folder = tmp_path / "tokenizer"
     save_tokenizer(folder)
     tokenizer, c = AutoTokenizer.from_pretrained(folder), data_config(make_world(tmp_path / "world"), stage)
-    parts = [make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)]
+    parts = [
+        make_batches(c, Readers(tokenizer, 2**30, 2**30, separate_targets=True), "train", (i, 2)) for i in range(2)
+    ]
     sizes = set()
     for step in range(8):
         queries = [part[step].query for part in parts]
@@ -159,7 +161,10 @@ def test_items_scored_together_are_those_scored_one_by_one(pair):
 def test_every_method_is_evaluated(pair):
     c = settings(pair, **{"data.demo_buckets": (16, 64)})  # a budget of 16 tokens: two demonstrations fit
     demos = [(tokens(4), tokens(2)) for _ in range(3)]
-    task, models = EvalTask("tiny", 13, demos, items(5), True), [Nothing.beside(pair.llm), Demonstrations.beside(pair.llm)]
+    task, models = (
+        EvalTask("tiny", 13, demos, items(5), True),
+        [Nothing.beside(pair.llm), Demonstrations.beside(pair.llm)],
+    )
     models += [make(c, pair.llm, 0) for make in (Distiller.init, SoftPrompt.init)]
     scores = {}
     for name, model in zip(("zero_shot", "icl", "mend", "prompt_tuning"), models, strict=True):
@@ -228,9 +233,9 @@ def test_the_cost_of_a_step_counts_its_products(pair):
 
 def test_what_t5_cannot_do_is_said(pair):
     c = settings(pair, stage="lm")
-    with pytest.raises(UserError, match='Stage "lm" trains decoder-only models'):
+    with says('"lm"', "decoder-only", "llm.path"):
         load(c)
-    with pytest.raises(UserError, match="reads x in the encoder|input or the output is empty"):
+    with says("empty"):
         distiller = Distiller.init(c, pair.llm, 0)
         training_losses(pair.llm, distiller, [1, 2], [], [3])
 
