@@ -12,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_training
 from facts import says
@@ -24,6 +25,7 @@ from mend_jax.run import build as run_parts
 from mend_jax.run import checkpoint, reporting
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.loop import Loop
+from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -373,6 +375,23 @@ def test_language_model_ends_as_a_hugging_face_folder(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_llm(tmp_path / "run" / "llm").params, best)
     with pytest.raises(AssertionError):  # it was trained
         np.testing.assert_array_equal(best["embed"]["tokens"], run_parts.load(c).params["embed"]["tokens"])
+
+
+def test_language_model_accumulates_to_the_same_update(model):
+    """Its batches hold no demonstrations: arrays of no columns, which are divided into parts all the same."""
+
+    def updated(accumulate):
+        c, optimizer = config(model, stage="lm", **{"train.accumulate": accumulate}), optax.sgd(1.0)
+        llm = load_llm(model)
+        step = make_train_step(c, make_loss_fn(c, llm, None), optimizer)
+        return llm.params, *jax.jit(step)(init_state(llm.params, optimizer), {}, RandomBatches(c, None)[0])
+
+    (before, whole, expected), (_, parts, metrics) = updated(1), updated(4)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    moved = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), whole.params, before)
+    assert min(moved["layers"]["up"].values()) > 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts.params, whole.params)
 
 
 def test_soft_prompt_trains(model, tmp_path):
