@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import save_tokenizer
 from data_files import make_world, tiny_config, write_examples
-from facts import says
+from facts import says, states
 
 from mend_jax.data.evaluation import load_tasks
 
@@ -93,7 +93,7 @@ def test_missing_tasks(world, llm, caplog):
     config = tiny_config(world, "finetune")
     tasks, missing = load_tasks(config, llm, "test")
     assert {task.task for task in tasks} == {"t"} and missing == ["zz"]
-    assert "1 of 2 meta-test tasks are missing" in caplog.text
+    states(caplog.messages[0], "1 of 2", "meta-test", "zz")
     config.data.partition = "none"
     with says("meta-test", "'none'", world / "metaicl/data/zz/zz_4_13_train.jsonl", "config.data.tasks"):
         load_tasks(config, llm, "test")
@@ -142,10 +142,8 @@ def test_options_that_the_tokenizer_cannot_tell_apart_are_said(world, llm, caplo
     path = world / "metaicl" / "data" / "t" / "t_4_13_test.jsonl"
     write_examples(path, "t", [("w1", "cat"), ("w2", "dog")], ["cat", "w9", "dog"])
     load_tasks(tiny_config(world, "finetune"), llm, "test")
-    assert [record.getMessage() for record in caplog.records] == [
-        "t: the LLM's tokenizer gives different options of 2 items the same tokens, such as 'cat' and 'dog': their scores "
-        "are equal, and the first one is chosen"
-    ]
+    [said] = caplog.messages
+    states(said, "t", "tokenizer", "2 items", "'cat' and 'dog'")
 
 
 def test_empty_task_and_bad_line(world, llm):

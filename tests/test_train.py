@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_training
-from facts import says
+from facts import says, states
 from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import train
@@ -224,7 +224,7 @@ def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, 
     monkeypatch.setattr(run_parts, "make_batches", RandomBatches)
     assert train.train(config(model), tmp_path) == 0
     [said] = caplog.messages
-    assert re.search(f"{newest} is damaged: .* has changed since .*Its files are in {newest}.damaged now", said)
+    states(said, newest, "damaged", largest.relative_to(newest), "changed", f"{newest}.damaged")
     assert_same_run(tmp_path, finished)
 
 
