@@ -29,8 +29,7 @@ from mend_jax.models.folders import init_params, save_model
 from mend_jax.models.int8 import quantize, quantize_params
 from mend_jax.prefixes.demonstrations import demonstrations_prefix
 from mend_jax.prefixes.soft_prompt import SoftPrompt
-from mend_jax.run import build, checkpoint, reporting
-from mend_jax.run import resume
+from mend_jax.run import build, checkpoint, reporting, resume
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import score_options
 from mend_jax.step import make_loss_fn

@@ -10,8 +10,7 @@ from tiny_training import config, model_folder
 
 from configs.base import get_config
 from mend_jax.cli.errors import UserError
-from mend_jax.run import checkpoint
-from mend_jax.run import resume
+from mend_jax.run import checkpoint, resume
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.scoring.results import tree_hash
 
