@@ -9,8 +9,7 @@ import pytest
 from data_files import make_world, tiny_config
 
 from mend_jax import train
-from mend_jax.run import build as run_parts
-from mend_jax.run import checkpoint, reporting
+from mend_jax.run import build, checkpoint, reporting
 from mend_jax.run.loop import Loop
 from mend_jax.step import make_loss_fn
 
@@ -72,8 +71,8 @@ def loss_of(run, dtype):
     """(the loss function, its arguments) of a run as if its config had asked for `dtype`; the params it trained, its first batch."""
     c = run.config.copy_and_resolve_references().unlock()
     c.llm.dtype = c.prefix.dtype = dtype
-    llm = run_parts.load(c)
-    model = dataclasses.replace(run_parts.build(c, llm, begins=False), params=run.layout.fetch(run.state.params))
+    llm = build.load(c)
+    model = dataclasses.replace(build.build(c, llm, begins=False), params=run.layout.fetch(run.state.params))
     return make_loss_fn(c, llm, model), (model.params, llm.params, run.batches[0].replace(ids=None))
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from facts import says
 
 from configs.base import get_config
-from mend_jax.cli.errors import UserError
 from mend_jax.run import checkpoint
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full
@@ -149,7 +149,7 @@ def test_interrupted_saves_are_cleared_away(tmp_path):
 def test_all_damaged_is_said(tmp_path):
     saved(tmp_path, [None])
     cut_short(largest_file(tmp_path / "checkpoints" / "1"))
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with says(tmp_path, "no whole checkpoint"):
         checkpoint.load_best(tmp_path)
 
 
@@ -165,9 +165,9 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, False)
     params, opt_state = trees(0)
     params["a"]["kernel"] = np.zeros((5, 300), np.float32)
-    with pytest.raises(UserError, match=r"a/kernel is \(4, 300\) float32 there and \(5, 300\) float32 in this"):
+    with says(tmp_path / "checkpoints/1", "a/kernel", "(4, 300) float32 there", "(5, 300) float32"):
         checkpoints.restore(params, opt_state)
-    with pytest.raises(UserError, match="parameter c is absent there"):
+    with says(tmp_path / "checkpoints/1", "parameter c", "absent there"):
         checkpoints.restore(trees(0)[0] | {"c": np.zeros(2)}, opt_state)
     checkpoints.close()
 
@@ -184,7 +184,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatc
         monkeypatch.setattr(checkpoints.manager, "save", full)
     else:
         monkeypatch.setattr(checkpoint, "_checksums", full)
-    with pytest.raises(UserError, match="The disk is full: checkpoint 2 could not be written.*earlier ones are intact"):
+    with says("disk", "full", "checkpoint 2", tmp_path / "checkpoints", "intact"):
         checkpoints.save(2, *trees(2), {})
         checkpoints.wait()
     monkeypatch.undo()
@@ -196,7 +196,7 @@ def test_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, False)
     monkeypatch.setattr(checkpoint, "_checksums", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     checkpoints.save(1, *trees(1), {})
-    with pytest.raises(UserError, match="checkpoint 1 could not be written to .*; it would have been the first. Make"):
+    with says("disk", "full", "checkpoint 1", tmp_path / "checkpoints", "first"):
         checkpoints.close()
 
 
@@ -265,8 +265,8 @@ def test_config_is_kept(tmp_path):
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(UserError, match="is not a training workdir"):
+    with says(tmp_path, "config.json"):
         checkpoint.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable JSON"):
+    with says(tmp_path / "config.json", "JSON"):
         checkpoint.read_config(tmp_path)

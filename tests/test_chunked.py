@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tokenizer_files
 from data_files import make_world, tiny_config
+from facts import says
 from tiny_training import config, model_folder
 
-from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.readers import Readers
@@ -130,9 +130,9 @@ def test_any_number_of_demonstrations_makes_a_prefix_that_fits(folder, llm, dist
 
 
 def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
-    with pytest.raises(UserError, match="Demonstration 2 has 43 tokens, a chunk holds 16"):
+    with says("Demonstration 2", "43 tokens", 16):
         Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])
-    with pytest.raises(UserError, match="concat or mean"):
+    with says("concat", "mean", '"sum"'):
         Chunked.around(distiller, "sum")
 
 

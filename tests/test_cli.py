@@ -8,6 +8,7 @@ import time
 from typing import Literal
 
 import pytest
+from facts import says
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
@@ -47,10 +48,9 @@ def parsed(tmp_path):
 
 @pytest.fixture
 def refused(parsed):
-    def refuse(*arguments):
-        with pytest.raises(UserError) as error:
+    def refuse(arguments, facts):
+        with says(*facts):
             parsed(*arguments)
-        return str(error.value)
 
     return refuse
 
@@ -117,9 +117,7 @@ def test_the_config_is_locked(parsed):
     ],
 )
 def test_mistakes(refused, argument, words):
-    sentence = refused(argument)
-    assert all(word in sentence for word in words), sentence
-    assert "\n" not in sentence
+    refused([argument], words)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +134,7 @@ def test_mistakes(refused, argument, words):
     ],
 )
 def test_values_that_do_not_go_together(refused, arguments, words):
-    sentence = refused(*(f"--config.{argument}" for argument in arguments))
-    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
+    refused([f"--config.{argument}" for argument in arguments], words)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +158,7 @@ KNOWN = CHOICES | {"prefix.kind": list(KINDS), "loss.objective": [*OBJECTIVES, *
 @pytest.mark.parametrize("key", KNOWN)
 def test_every_choice_is_checked(refused, key):
     name = KNOWN[key][-1]
-    sentence = refused(f"--config.{key}={name}x")
-    assert key in sentence and f'did you mean "{name}"' in sentence
+    refused([f"--config.{key}={name}x"], [key, f'did you mean "{name}"'])
 
 
 def test_a_kind_or_an_objective_that_is_entered_may_be_set(parsed, monkeypatch):
@@ -182,7 +178,7 @@ def test_every_number_and_tuple_is_checked(parsed):
             config = parsed()
             with config.ignore_type():
                 config.update_from_flattened_dict({key: RANGES.get(key, (0,))[0] - 1})
-            with pytest.raises(UserError, match=key):
+            with says(key):
                 check(config)
 
 
@@ -206,28 +202,27 @@ def test_config_files(tmp_path, content, words):
     path = tmp_path / "bas.py"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError) as error:
+    with says(path, *words):
         cli.load_config(str(path))
-    assert all(word in str(error.value) for word in ["bas.py", *words]), error.value
 
 
 def test_variants(monkeypatch):
     monkeypatch.chdir(cli.ROOT)
-    with pytest.raises(UserError, match="quik.*quick"):
+    with says("configs/small_world.py", "quik", "quick"):
         cli.load_config("configs/small_world.py:quik")
-    with pytest.raises(UserError, match=r'configs/base.py has no variants: leave ":quick" out'):
+    with says("configs/base.py", '":quick"'):
         cli.load_config("configs/base.py:quick")
-    with pytest.raises(UserError, match="did you mean configs/small_world.py"):
+    with says("configs/smal_world.py", "configs/small_world.py"):
         cli.load_config("configs/smal_world.py:quick")
 
 
 def test_config_and_workdir_are_needed(tmp_path):
-    with pytest.raises(UserError, match="--config=FILE.py"):
+    with says("--config=FILE.py"):
         cli.parse(command, ["x", f"--workdir={tmp_path}"])
-    with pytest.raises(UserError, match="--workdir is needed"):
+    with says("--workdir"):
         cli.parse(command, ["x", f"--config={BASE}"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with says(f'--workdir="{tmp_path}/file"', "file"):
         cli.parse(command, ["x", f"--config={BASE}", f"--workdir={tmp_path}/file"])
 
 
@@ -253,9 +248,8 @@ def test_flags_of_a_command():
     ],
 )
 def test_mistakes_in_the_flags_of_a_command(main, arguments, words):
-    with pytest.raises(UserError) as error:
+    with says(*words):
         cli.parse(main, ["x", *arguments])
-    assert all(word in str(error.value) for word in words), error.value
 
 
 def run_with(monkeypatch, capsys, outcome):
@@ -335,7 +329,7 @@ def test_sigterm_ends_a_command_with_the_code_that_asks_for_a_restart(several, c
 
 def test_a_flag_given_twice_names_the_wrong_value():
     argv = ["train", f"--config={BASE}", "--workdir=w", "--config.train.steps=4", "--config.train.steps=abc"]
-    with pytest.raises(UserError, match='train.steps must be a whole number, not "abc"'):
+    with says("train.steps", "whole number", '"abc"'):
         cli.parse(command, argv)
 
 

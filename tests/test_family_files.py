@@ -1,14 +1,15 @@
 """Folders of every decoder-only family: byte for byte in and out, and what is said where config.json and weights disagree."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+from facts import says
 from family_rows import ROWS, make_row, tokens, torch_model
 from safetensors.numpy import load_file, save_file
 
-from mend_jax.cli.errors import UserError
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import load_model, save_model
 
@@ -52,23 +53,27 @@ def test_settings_survive_the_round_trip(row):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "named"),
+    ("name", "change", "facts"),
     [
-        ("opt-125m", {"max_position_embeddings": 62}, r"embed_positions.weight has shape \(66, 24\).*\(64, 24\)"),
-        ("opt-125m", {"enable_bias": False}, "bias, which a 2-layer opt model does not have"),
-        ("opt-350m", {"word_embed_proj_dim": 24}, "which a 2-layer opt model does not have|has shape"),
-        ("llama-2", {"num_key_value_heads": 2}, r"k_proj.weight has shape \(24, 24\).*\(12, 24\)"),
-        ("llama-2", {"tie_word_embeddings": True}, "not the token table"),
-        ("llama-3", {"tie_word_embeddings": False}, "lacks lm_head.weight"),
-        ("qwen2", {"model_type": "llama"}, "proj.bias, which a 2-layer llama model does not have"),
-        ("qwen3", {"head_dim": 6}, "has shape"),
+        (
+            "opt-125m",
+            {"max_position_embeddings": 62},
+            ["embed_positions.weight", "shape (66, 24)", "asks for (64, 24)"],
+        ),
+        ("opt-125m", {"enable_bias": False}, ["bias", "2-layer opt"]),
+        ("opt-350m", {"word_embed_proj_dim": 24}, [re.compile(r"embed_tokens\.weight|project_in\.weight")]),
+        ("llama-2", {"num_key_value_heads": 2}, ["k_proj.weight", "shape (24, 24)", "asks for (12, 24)"]),
+        ("llama-2", {"tie_word_embeddings": True}, ["lm_head.weight", "token table", "tie_word_embeddings"]),
+        ("llama-3", {"tie_word_embeddings": False}, ["lacks lm_head.weight"]),
+        ("qwen2", {"model_type": "llama"}, [re.compile(r"[qkv]_proj\.bias"), "2-layer llama"]),
+        ("qwen3", {"head_dim": 6}, [re.compile(r"self_attn\.\w+\.weight"), "shape"]),
     ],
 )
-def test_a_config_that_disagrees_with_its_weights_is_named(tmp_path, name, change, named):
+def test_a_config_that_disagrees_with_its_weights_is_named(tmp_path, name, change, facts):
     torch_model(ROWS[name]).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | change))
-    with pytest.raises(UserError, match=named):
+    with says(tmp_path, *facts):
         load_model(tmp_path)
 
 
@@ -78,7 +83,7 @@ def test_a_missing_shard_is_named(row, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, whole, row.llm.params))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is not there, though model.safetensors.index.json names it"):
+    with says(shard, "model.safetensors.index.json"):
         load_model(tmp_path)
 
 

@@ -17,8 +17,7 @@ from mend_jax import evaluate, train
 from mend_jax.interchange.trained import read_distiller
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.distiller import Distiller, write_folder
-from mend_jax.run import build as run_parts
-from mend_jax.run import checkpoint, reporting
+from mend_jax.run import build, checkpoint, reporting
 
 pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
@@ -55,7 +54,7 @@ def settings(world, folder, name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_step_of_both_stages_and_an_evaluation(name, world, tmp_path):
     c, workdir = settings(world, tmp_path, name), ""
-    params = run_parts.build(c, run_parts.load(c)).params
+    params = build.build(c, build.load(c)).params
     for stage, score in (("pretrain", "validation_loss"), ("finetune", "dev_score")):
         c.stage, c.prefix.start_from, workdir = stage, str(workdir), tmp_path / stage
         assert train.train(c, workdir) == 0

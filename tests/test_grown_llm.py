@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from facts import says
 from tiny_training import model_folder
 
-from mend_jax.cli.errors import UserError
 from mend_jax.llm.decoder_only import load_llm, with_layers
 
 pytestmark = pytest.mark.slow
@@ -34,5 +34,5 @@ def test_grown_llm_begins_where_the_small_one_ended(model):
 def test_norms_that_come_last_cannot_grow(model):
     llm = load_llm(model)
     llm = dataclasses.replace(llm, config=dataclasses.replace(llm.config, norm_first=False))
-    with pytest.raises(UserError, match="llm.layers is 3, but .* has 2 layers, and only models whose norms come first"):
+    with says("llm.layers is 3", model, "2 layers", "norms"):
         with_layers(llm, 3, seed=0)

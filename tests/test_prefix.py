@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 
 from configs import base
 from mend_jax import step
-from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
@@ -157,5 +157,5 @@ def test_a_random_projection_has_the_releases_size(config, llm):
 
 def test_an_identity_needs_a_backbone_as_wide_as_the_llm(config, llm):
     config.prefix.projection = "identity"
-    with pytest.raises(UserError, match='backbone as wide as the LLM, not 16 against 24: use "tanh" or "linear"'):
+    with says('prefix.projection="identity"', "backbone", 16, "LLM", 24, '"tanh"', '"linear"'):
         Distiller.init(config, llm, 0)

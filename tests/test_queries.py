@@ -7,9 +7,9 @@ import optax
 import pytest
 from conftest import save_tokenizer
 from data_files import make_world, tiny_config
+from facts import says
 from tiny_training import config, model_folder
 
-from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.query import Query
 from mend_jax.data.readers import Readers
@@ -123,5 +123,5 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
 
 
 def test_too_few_examples_for_so_many_queries(world, tokenizer):
-    with pytest.raises(UserError, match=r"config.data.k = 4 demonstrations and config.data.queries = 30 take 34"):
+    with says("20 examples", "config.data.k = 4", "config.data.queries = 30", 34):
         make_batches(tiny_config(world, "finetune", queries=30), Readers(tokenizer, 96, 80))

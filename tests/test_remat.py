@@ -13,7 +13,7 @@ from tiny_training import config
 
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
-from mend_jax.run import build as run_parts
+from mend_jax.run import build
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 B, N, Q, LAYERS = 8, 44, 16, 12  # scanned: their number costs no time to compile
@@ -36,8 +36,8 @@ def one_step(folder, backbone, remat):
     fields = {"llm.remat": remat, "prefix.remat": remat, "prefix.backbone": backbone}
     fields |= {"train.batch_size": B, "loss.kd": 0.0}  # the teacher has no way back, and nothing to keep for it
     c, layout = config(folder, stage="finetune", **fields), layout_of(**SIZES)
-    llm = run_parts.load(c, layout.place)
-    model, optimizer = run_parts.build(c, llm, place=layout.place), optax.sgd(1.0)  # the update is the gradient
+    llm = build.load(c, layout.place)
+    model, optimizer = build.build(c, llm, place=layout.place), optax.sgd(1.0)  # the update is the gradient
     before = jax.device_get(model.params)
     state = layout.init(partial(init_state, optimizer=optimizer), model.params)
     arguments = state, layout.place_frozen(llm.params), layout.split(batch())

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 
-from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
@@ -236,32 +236,32 @@ def test_texts_are_read_behind_the_separator_and_as_they_are(llm, arguments, bef
     texts = score_options(with_tokenizer, prefix, " ab", ["c", "de "], *arguments)
     ids = score_options(llm, prefix, [before, 0, 1, 2], [[before, 3], [before, 4, 5, 0]])
     np.testing.assert_allclose(texts, ids, atol=1e-6)
-    with pytest.raises(UserError, match="input is empty"):
+    with says("input is empty"):
         score_options(with_tokenizer, prefix, "", ["c"], *arguments)
 
 
 @pytest.mark.parametrize(
-    "query, options, message",
+    "query, options, facts",
     [
-        ([], [[1]], "input is empty"),
-        ([1], [], "no options"),
-        ([1], [[2], []], "at least one token"),
-        ("a text", [[1]], "needs a tokenizer"),
-        ([1] * 90, [[1] * 8], "at most 96"),
-        ([1, 61], [[1]], "token 61"),
+        ([], [[1]], ["input is empty"]),
+        ([1], [], ["no options"]),
+        ([1], [[2], []], ["option", "at least one token"]),
+        ("a text", [[1]], ["tokenizer", "token ids"]),
+        ([1] * 90, [[1] * 8], ["97 positions", "at most 96"]),
+        ([1, 61], [[1]], ["token 61", CONFIG.vocab_size]),
     ],
 )
-def test_bad_input_is_one_sentence(llm, query, options, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_input_is_one_sentence(llm, query, options, facts):
+    with says(*facts):
         score_options(llm, no_prefix(1, CONFIG.width), query, options)
 
 
 def test_bad_prefixes_are_refused(llm):
-    with pytest.raises(UserError, match="2 rows"):
+    with says("prefix", "2 rows"):
         score_options(llm, no_prefix(2, CONFIG.width), [1], [[2]])
-    with pytest.raises(UserError, match="width 8"):
+    with says("prefix", "width 8", CONFIG.width):
         score_options(llm, no_prefix(1, 8), [1], [[2]])
-    with pytest.raises(UserError, match="97 positions"):
+    with says("prefix", "97 positions", 96):
         score_options(llm, Prefix(jnp.zeros((1, 97, CONFIG.width)), jnp.asarray([97])), [1], [[2]])
 
 

@@ -103,9 +103,9 @@ class RandomBatches:
 
 def main(workdir, *fields):
     from mend_jax import train
-    from mend_jax.run import build as run_parts
+    from mend_jax.run import build
 
-    run_parts.make_batches = RandomBatches
+    build.make_batches = RandomBatches
     values = {name: ast.literal_eval(value) for name, value in (field.split("=", 1) for field in fields)}
     return train.train(config(Path(workdir).parent / "model", **values), workdir)
 

@@ -1,0 +1,83 @@
+"""The Python that README.md and docs/ print, run as printed: of each document all blocks, one after another.
+
+The models that they name are large, or trained by a reader who follows the text; small ones with random vectors stand at
+their places here. No block is left out.
+"""
+
+import re
+
+import pytest
+import tokenizer_files
+from conftest import ROOT
+from test_export import make_workdir
+
+import mend_jax
+from mend_jax.cli.settings import check
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): blocks
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if (blocks := BLOCK.findall(path.read_text()))
+}
+PACKAGED = ROOT / "mend_jax" / "small_world"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """{what the documents name: the folder that stands there}."""
+    root = tmp_path_factory.mktemp("models")
+    sizes = tokenizer_files.GPT2 | {"n_positions": 512}
+    llm, backbone = (
+        tokenizer_files.save_model_folder(root / name, "byte", sizes, name == "llm") for name in ("llm", "b")
+    )
+    small, large = mend_jax.load_llm(PACKAGED / "llm"), mend_jax.load_llm(llm)
+    quickstart = make_workdir(root / "quickstart", small, small.path, PACKAGED / "backbone", **{"prefix.length": 8})
+    return {
+        "runs/quickstart/mend/finetune": quickstart,
+        "gpt2-large": llm,
+        "runs/mine/mend/finetune": make_workdir(root / "mine", large, llm, backbone),
+    }
+
+
+def run(document, places):
+    """The names that the document's blocks leave."""
+    names = {}
+    for number, block in enumerate(DOCUMENTS[document], 1):
+        for name, folder in places.items():
+            block = block.replace(f'"{name}"', f'"{folder}"')
+        exec(compile(block, f"{document}, Python block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_blocks_of_a_document_run(document, places, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run(document, places)
+
+
+def test_what_is_named_stands_in_a_document(places):
+    blocks = "".join(block for blocks in DOCUMENTS.values() for block in blocks)
+    assert [name for name in places if f'"{name}"' not in blocks] == []
+    assert DOCUMENTS.keys() >= {"README.md", "docs/python.md", "docs/running.md"}
+
+
+def test_the_readme_distils_eight_vectors_and_scores_both_options(places, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert run("README.md", places)["vectors"].length.tolist() == [8]
+    scores = re.findall(r"-\d+\.\d+", capsys.readouterr().out)
+    assert len(scores) == 2 * 2  # of the vectors and of the demonstrations
+
+
+def test_chunks_are_removed_in_the_docs(places):
+    names = run("docs/python.md", places)
+    assert len(names["parts"]) == len(names["chunks"]) == 5  # 80 demonstrations, 16 in a chunk
+    assert names["vectors"].length.tolist() == [4 * 6]
+
+
+def test_the_config_of_the_docs_is_one(places):
+    config = run("docs/running.md", places)["get_config"]()
+    check(config)
+    assert config.llm.path == "gpt2-xl"
