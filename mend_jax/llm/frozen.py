@@ -29,7 +29,7 @@ class FrozenLLM:
 
     def embed(self, params, tokens):
         """(B,T) int32 -> (B,T,D) in `dtype`, without positions."""
-        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
+        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype, self.config.embed_scale)
 
     def head(self, params):
         """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""

@@ -81,7 +81,7 @@ def matched(
     config = dataclasses.replace(config, tied_head=config.tied_head and not optional)
     family, table, seen = FAMILIES[config.family], key_table(config), set()
     for raw_name, tensor in tensors:
-        name = raw_name.removeprefix(family.prefix)
+        name = family.bare(raw_name)
         if family.derived(name):
             continue
         if name == HEAD and config.tied_head:

@@ -26,6 +26,7 @@ from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, load_tokenizer, read_weights
+from mend_jax.models.int8 import rows
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
@@ -88,9 +89,9 @@ class DistillerModule(nn.Module):
         # The backbone's tree is read as a whole, as models/ reads it; only `init` makes a random one.
         given = self.has_variable("params", "backbone")
         backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
-        rows = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
-        context = Prefix(backbone["embed"]["tokens"][demos], length)
-        vectors = self._states_at(jnp.broadcast_to(rows, (demos.shape[0], *rows.shape)), backbone, context)
+        own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
+        context = Prefix(rows(backbone["embed"]["tokens"], demos, self.dtype, self.config.embed_scale), length)
+        vectors = self._states_at(jnp.broadcast_to(own, (demos.shape[0], *own.shape)), backbone, context)
         if self.projection != "identity":
             vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
         return jnp.tanh(vectors) if self.projection == "tanh" else vectors
@@ -206,7 +207,7 @@ class Distiller(Kind):
         backbone = load_model(prefix.backbone, place=place)
         params = {
             "backbone": headless_params(backbone.config, backbone.params),
-            "placeholders": initial_rows(prefix, backbone.params["embed"], seed),
+            "placeholders": initial_rows(prefix, backbone, seed),
         }
         projection = resolve_projection(prefix.projection, backbone.config.width, llm.config.width)
         if projection != "identity":

@@ -154,10 +154,12 @@ class Kind:
         raise TypeError(f"{self.title} is not exported")
 
 
-def initial_rows(prefix, embed, seed: int):
-    """(L,D) float32: random rows of a token table (the release's start), or random normal; `prefix` is a config's section."""
-    key, (words, width) = jax.random.key(seed), embed["tokens"].shape
+def initial_rows(prefix, model, seed: int):
+    """(L,D) float32: embeddings of random tokens (the release's start), or random normal; `prefix` is a config's section,
+    `model` what reads them, with `config` and `params`."""
+    key, embed = jax.random.key(seed), model.params["embed"]
+    words, width = embed["tokens"].shape
     if prefix.placeholder_init == "normal":
         return 0.02 * jax.random.normal(key, (prefix.length, width))
     picked = jax.random.randint(key, (prefix.length,), 0, words)
-    return int8.rows(int8.table(embed, "tokens"), picked, jnp.float32).astype(jnp.float32)
+    return int8.rows(int8.table(embed, "tokens"), picked, jnp.float32, model.config.embed_scale).astype(jnp.float32)

@@ -60,7 +60,7 @@ class SoftPrompt(Kind):
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
         """In the LLM's embedding space, started as `prefix.placeholder_init` says."""
         del place  # it is small
-        return cls({"vectors": initial_rows(config.prefix, llm.params["embed"], seed)})
+        return cls({"vectors": initial_rows(config.prefix, llm, seed)})
 
     def apply(self, params, demos, length) -> Prefix:
         """The same L vectors for every row; `demos` (B,N) and `length` are not read."""

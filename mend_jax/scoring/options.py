@@ -125,8 +125,7 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     length = int(to_host(prefix.length)[0])
     if length > llm.window:
         raise UserError(
-            f"The prefix has {length} positions, the LLM reads at most {llm.window}"
-            f"{llm.config.window_reason}: give fewer demonstrations."
+            f"The prefix has {length} positions, the LLM reads at most {llm.window}: give fewer demonstrations."
         )
     return _cache(llm, llm.params if params is None else params, prefix)
 
@@ -328,7 +327,7 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         if needed > llm.window:
             raise UserError(
                 f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
-                f" reads at most {llm.window}{llm.config.window_reason}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
+                f" reads at most {llm.window}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
                 " demonstrations)."
             )
         parts = (row.tokens, row.targets, row.inputs)
