@@ -63,7 +63,8 @@ ROWS = {  # name: what its config.json says beside COMMON
     "llama-3": LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_scaling": LLAMA3},
     "mistral": LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 9},
     "qwen2": QWEN | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_scaling": YARN, "rope_theta": 1e6},
-    "qwen2-sliding": QWEN | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 6},
+    "qwen2-sliding": QWEN
+    | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 6},
     "qwen3": QWEN | {"model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
     "gemma3": GEMMA | {"tie_word_embeddings": True},
     "tinyllama": LLAMA | {"num_key_value_heads": 2},

@@ -87,12 +87,16 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
 def test_a_sliding_window(span):
     """Where all layers slide, and where a flag says whether this one does."""
     keys, length = jax.random.split(jax.random.key(span), 4), 2 * BLOCK + 40
-    q, k, v, out_grad = (jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (2, 1, 1, 2), strict=True))
+    q, k, v, out_grad = (
+        jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (2, 1, 1, 2), strict=True)
+    )
 
     def repeated(q, k, v, span):
         return plain(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), span)
 
-    wanted = {slides: with_gradients(partial(repeated, span=span * slides), q, k, v, out_grad) for slides in (True, False)}
+    wanted = {
+        slides: with_gradients(partial(repeated, span=span * slides), q, k, v, out_grad) for slides in (True, False)
+    }
     for attention in (causal_attention, partial(fused_causal_attention, implementation="xla")):
         run = jax.jit(lambda flag, *a, f=attention: with_gradients(lambda q, k, v: f(q, k, v, span, flag), *a))
         for slides in (None, True, False):
@@ -146,7 +150,11 @@ def test_values_and_gradients_after_a_prefix(shared, T, P, span):
     arrays, within, length = after_prefix(shared, T, P)
     out_grad = jax.random.normal(jax.random.key(9), arrays[0].shape)
     place = jnp.where(jnp.arange(T) >= T // 3, jnp.arange(T) - T // 3, jnp.arange(T))  # in their item
-    reach = None if span is None else Reach(jnp.broadcast_to(jnp.reshape(length, (-1, 1)) + place, (3, T)), jnp.asarray(span))
+    reach = (
+        None
+        if span is None
+        else Reach(jnp.broadcast_to(jnp.reshape(length, (-1, 1)) + place, (3, T)), jnp.asarray(span))
+    )
 
     def of(attention):
         out, pull = jax.vjp(lambda *a: attention(*a, within, length, reach), *arrays)

@@ -40,7 +40,9 @@ def test_published_sizes(name):
 
 
 def test_an_unknown_model_type_is_told_the_known_ones():
-    with pytest.raises(UserError, match="model_type 'gemma2' is not supported: use one of gemma3, gemma3_text, gpt2, llama"):
+    with pytest.raises(
+        UserError, match="model_type 'gemma2' is not supported: use one of gemma3, gemma3_text, gpt2, llama"
+    ):
         from_hf_config({"model_type": "gemma2"})
     assert {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text"} <= FAMILIES.keys()
 
@@ -140,7 +142,13 @@ def test_the_text_part_of_gemma_3():
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
     text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
     config = from_hf_config({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}})
-    assert (config.family, config.heads, config.kv_heads, config.head_width, config.vocab_size) == ("gemma3_text", 8, 4, 256, 262208)
+    assert (config.family, config.heads, config.kv_heads, config.head_width, config.vocab_size) == (
+        "gemma3_text",
+        8,
+        4,
+        256,
+        262208,
+    )
     assert (config.attention_span, sum(config.sliding), config.tied_head) == (1024, 29, True)
     assert config.rope == Rope(1e6, "linear", (("factor", 8.0),)) and config.sliding_rope == Rope(1e4)
     assert from_hf_config(to_hf_config(config)) == config

@@ -22,6 +22,7 @@ CHOICES = {
         "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "skewed_kl", "top_k_kl", "hidden_mse", "hidden_cosine", "info_nce",
     ),  # fmt: skip
     "data.template": ("space", "newline"),
+    "data.bos": ("auto", "true", "false"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),

@@ -97,6 +97,7 @@ def main(config: ConfigDict, workdir: str) -> int:
 def _check_evaluation_data(config: ConfigDict) -> None:
     """Reads all that will be evaluated and measures what the models can read: a mistake would else be found after hours of
     training."""
+    from mend_jax.data.bos import bos_token
     from mend_jax.data.evaluation import load_tasks
     from mend_jax.data.small_world import resolve
     from mend_jax.llm.decoder_only import LLM
@@ -113,7 +114,9 @@ def _check_evaluation_data(config: ConfigDict) -> None:
             own = stage == "pretrain" and config.experiment.pretrain_batch_size
             check_batch_size(c, "experiment.pretrain_batch_size" if own else "train.batch_size")
     folder = local_folder(config.llm.path)
-    llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
+    tokenizer = load_tokenizer(folder)
+    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
+    llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
     finetuned = any(stage == "finetune" for method in config.experiment.methods for stage, *_ in STAGES[method])
     for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
         tasks, _ = load_tasks(config, llm, split)

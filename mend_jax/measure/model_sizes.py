@@ -30,7 +30,12 @@ def llama(width, layers, heads, kv_heads, mlp_width, **rest):
 
 
 def gemma3(width, layers, heads, kv_heads, mlp_width, **rest):
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
     sizes |= {"intermediate_size": mlp_width, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
     return {"model_type": "gemma3_text", "vocab_size": 262144, "max_position_embeddings": 32768} | sizes | rest
 
@@ -39,7 +44,13 @@ def qwen3(width, layers, heads, kv_heads, mlp_width, **rest):
     return llama(width, layers, heads, kv_heads, mlp_width) | QWEN3 | rest
 
 
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 32768, "head_dim": 128, "tie_word_embeddings": True}
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 SIZES = {
     "gpt2": gpt2(768, 12, 12),

@@ -100,7 +100,9 @@ def fused_causal_attention(q, k, v, span=0, slides=None, implementation="cudnn")
 
     def attend(span, q, k, v):
         window = (span - 1, 0) if span else None
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation=implementation
+        )
 
     return _as_it_slides(attend, span, slides, q.shape[1], q, k, v)
 

@@ -14,7 +14,13 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from mend_jax.models import rope
-from mend_jax.models.attention import Reach, attention_after, causal_attention, fused_attention_after, fused_causal_attention
+from mend_jax.models.attention import (
+    Reach,
+    attention_after,
+    causal_attention,
+    fused_attention_after,
+    fused_causal_attention,
+)
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import layer_norm, rms_norm, rms_norm_module

@@ -64,10 +64,14 @@ def read_sliding(hf: Mapping, kinds: Sequence[bool], usual: int = 4096) -> tuple
     listed, span = hf.get("layer_types"), hf.get("sliding_window", usual)
     wrong = next((kind for kind in listed or () if kind not in SLIDING), None)
     if wrong is not None:
-        raise UserError(f"config.json says layer_types with {wrong!r}, which is not supported: only {', '.join(SLIDING)}.")
+        raise UserError(
+            f"config.json says layer_types with {wrong!r}, which is not supported: only {', '.join(SLIDING)}."
+        )
     kinds = tuple(SLIDING[kind] for kind in listed) if listed else tuple(kinds)
     if len(kinds) != hf["num_hidden_layers"]:
-        raise UserError(f"config.json says {hf['num_hidden_layers']} layers and {len(kinds)} of layer_types: take the model's own file.")
+        raise UserError(
+            f"config.json says {hf['num_hidden_layers']} layers and {len(kinds)} of layer_types: take the model's own file."
+        )
     return (kinds, span) if span and any(kinds) else ((), 0)
 
 

@@ -197,6 +197,12 @@ def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     return _tensors_of([Path(path)])
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What `write_file` was given beside the tensors."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
 def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one .safetensors or .bin file; the tensors can be read as long as `files` is open."""
     return _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, files)

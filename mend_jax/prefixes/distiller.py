@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import NONE, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder
@@ -59,7 +60,7 @@ distiller = MendDistiller.from_pretrained(folder)
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
 # llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
@@ -134,7 +135,7 @@ class Distiller(Kind):
 
     name, title, reads_demos = "distiller", "a distiller", True
     begins_with = ("distiller",)
-    same_fields = ("prefix.length", "data.template", "llm.path", "prefix.backbone", "prefix.projection")
+    same_fields = ("prefix.length", "data.template", "data.bos", "llm.path", "prefix.backbone", "prefix.projection")
 
     config: Config  # of the backbone
     params: Any  # of `module`
@@ -145,6 +146,7 @@ class Distiller(Kind):
     attention: str = "xla"
     remat: bool = False
     separator: str = " "  # stands before every x and y of texts: config.data.template of its training
+    bos: str = NONE
 
     @property
     def num_vectors(self) -> int:
@@ -215,7 +217,7 @@ class Distiller(Kind):
             kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
             params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
-        return cls(backbone.config.headless, params, projection, llm.config.width, backbone.tokenizer, *arithmetic)
+        return cls(backbone.config.headless, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, bos=config.data.bos)
 
     def flops(self, llm, context: np.ndarray) -> int:
         return costs.distil(self.config, llm, len(context), self.num_vectors)
@@ -233,13 +235,16 @@ class Distiller(Kind):
         # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
-        return cls.of(settings, params, projection, load_tokenizer(backbone), separator(config["data"]["template"]))
+        data, tokenizer = config["data"], load_tokenizer(backbone)
+        return cls.of(settings, params, projection, tokenizer, separator(data["template"]), data.get("bos", NONE))
 
     @classmethod
-    def of(cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ") -> "Distiller":
+    def of(
+        cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ", bos: str = NONE
+    ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before)
+        return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before, bos=bos)
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -257,7 +262,7 @@ class Distiller(Kind):
             "llm_width": self.llm_width,
             "projection": self.projection,
             "separator": self.separator,
-        }
+        } | ({} if self.bos == NONE else {"bos": self.bos})
 
     def write(self, folder: Path) -> str:
         write_folder(self, folder)
@@ -279,6 +284,7 @@ class Distiller(Kind):
             window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
             separator=separator_name(self.separator),
             query=json.dumps(self.separator + "I loved it"),
+            **first_lines(self.bos),
             shape=shape,
             load=load,
         )
@@ -348,7 +354,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    return Distiller.of(config, params, projection, load_tokenizer(folder), before)
+    return Distiller.of(config, params, projection, load_tokenizer(folder), before, settings.get("bos", NONE))
 
 
 def read_settings(folder: Path) -> dict:

@@ -34,13 +34,14 @@ class Kind:
     reads_demos = False
     # The kinds whose trained parameters it can begin with, and the fields of a config that must then be the same.
     begins_with: ClassVar[tuple[str, ...]] = ()
-    same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "llm.path")
+    same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "data.bos", "llm.path")
 
     params: Any  # the tree that is trained, or None
     llm_width: int  # of the vectors it makes
     num_vectors = 0  # positions of the LLM that it takes at least, whatever the demonstrations
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
+    bos: str | None = None  # config.data.bos of its training: what its vectors stand behind; None: nothing is known of it
 
     # Asked of the class, by a run's config
 

@@ -8,6 +8,7 @@ import jax
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import find_tasks, make_batches
+from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
 from mend_jax.data.readers import Readers
 from mend_jax.data.rows.windows import check_windows
@@ -25,17 +26,17 @@ def load(config, place=None):
 
     `place` as in `load_llm`.
     """
-    c = config.llm
+    c, bos = config.llm, config.data.bos
     if config.stage != "lm":
-        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
+        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place, bos)
     if not isinstance(from_hf_config(local_folder(c.path)), DecoderConfig):
         raise UserError(
             f'Stage "lm" trains decoder-only models, {c.path} is an encoder–decoder: name another llm.path.'
         )
     if has_weights(c.path):
-        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
+        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place, bos=bos)
     else:
-        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place)
+        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place, bos)
     return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
 
 
@@ -74,6 +75,11 @@ def check_settings(config):
 def check_tokenizers(config, llm, model):
     """Raises UserError where the LLM has no tokenizer, or the LLM's or the distiller's does not fit its model."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
+    if config.data.bos == NONE and bos_token("auto", llm.tokenizer, llm.path) is not None:
+        reporting.say(
+            f'The LLM\'s tokenizer begins every text with {llm.tokenizer.bos_token}, which data.bos="{NONE}" leaves out; "auto" puts it'
+            " before every prefix."
+        )
     if model is None or model.reader is None:
         return
     check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
@@ -105,9 +111,10 @@ def _readers(config, tokenizer, llm, own_tokenizer, own) -> Readers:
     """`llm`, `own`: the settings of the LLM and of the model that reads demonstrations for it, None where there is none."""
     kind = None if config.stage == "lm" else kind_of(config)
     packing = None if own is None else kind.packing(config, own.window)
+    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
     return Readers(
         tokenizer,
-        llm.window,
+        llm.window - (bos is not None),
         distiller_window=None if own is None or packing is not None else own.window,
         distiller_tokenizer=None if own is None else other_tokenizer(tokenizer, own_tokenizer),
         separate_targets=isinstance(llm, EncoderDecoderConfig),

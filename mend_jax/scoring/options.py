@@ -187,7 +187,7 @@ def score_rows(
 ) -> list[np.ndarray]:
     """`score_items` for rows that are laid out."""
     params = llm.params if params is None else params
-    _check_rows(llm, int(to_host(cache.length)), rows)
+    _check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a pass while the host lays out the next and reads the last
     for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):

@@ -16,7 +16,11 @@ OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
 def read(hf: dict) -> DecoderConfig:
     """The settings of a `config.json`; fields that it leaves out have transformers' values, as in the hub's files."""
     if hf["model_type"] == "gemma3":
-        hf = {"tie_word_embeddings": hf.get("tie_word_embeddings", True), **hf["text_config"], "model_type": "gemma3_text"}
+        hf = {
+            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+            **hf["text_config"],
+            "model_type": "gemma3_text",
+        }
     expected = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
@@ -122,10 +126,16 @@ def _pattern(hf: dict) -> list[bool]:
 def _ropes(hf: dict):
     """(of the full layers, of the sliding ones), as config.json has them since transformers 5, or before."""
     both = hf.get("rope_parameters") or {}
-    full = {"rope_theta": hf.get("rope_theta") or 1e6, **(both.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    full = {
+        "rope_theta": hf.get("rope_theta") or 1e6,
+        **(both.get("full_attention") or {}),
+        **(hf.get("rope_scaling") or {}),
+    }
     sliding = {"rope_theta": hf.get("rope_local_base_freq") or 1e4, **(both.get("sliding_attention") or {})}
     longest = {"max_position_embeddings": hf.get("max_position_embeddings", 131_072)}
     ropes = [read_rope(longest | {"rope_parameters": fields}) for fields in (full, sliding)]
     if ropes[1].kind != "default":
-        raise UserError(f"config.json asks for RoPE scaling {ropes[1].kind!r} in sliding layers, which is not supported.")
+        raise UserError(
+            f"config.json asks for RoPE scaling {ropes[1].kind!r} in sliding layers, which is not supported."
+        )
     return ropes
