@@ -26,7 +26,7 @@ T5 = test_t5.COMMON | {"model_type": "t5"}
 LM_ADAPT = (T5 | test_t5.ROWS["t5-large-lm-adapt"] | {"d_model": 32}, T5 | test_t5.ROWS["t5-small-lm-adapt"])
 FLAN = tuple(T5 | test_t5.ROWS[f"flan-t5-{size}"] | {"d_model": d, "d_ff": 48} for size, d in (("xl", 32), ("base", 24)))
 PAIRS = {  # row: config.json's fields of the LLM and of its distiller's backbone
-    **{name: (COMMON | fields, COMMON | smaller(fields)) for name, fields in ROWS.items()},
+    **{name: (COMMON | fields, COMMON | smaller(fields)) for name, fields in ROWS.items() if name != "qwen2-sliding"},
     "t5-small": (T5 | test_t5.V1, T5 | test_t5.V1),
     "t5-small-lm-adapt to t5-large-lm-adapt": LM_ADAPT,
     "flan-t5-base to flan-t5-xl": FLAN,
@@ -77,7 +77,7 @@ def predicted(workdir, method):
     return [score for line in path.read_text().splitlines() for score in json.loads(line)["scores"]]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in PAIRS if name in ROWS])
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(name, tmp_path):
     pytest.importorskip("torch")
     from mend_jax.interchange.mend_distiller import MendDistiller
