@@ -105,9 +105,10 @@ def save_random(folder, fields, seed):
     """A folder of a model with random weights, and a tokenizer of the words of data_files.py."""
     folder.mkdir()
     config, rng = from_hf_config(fields), np.random.default_rng(seed)
+    ones = not getattr(config, "norm_adds_one", False)  # the scales of norms are about 1
 
     def draw(path, leaf):
-        return 0.15 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path[-1].key == "scale")
+        return 0.15 * rng.standard_normal(leaf.shape, np.float32) + np.float32(ones and path[-1].key == "scale")
 
     params = jax.tree.map_with_path(draw, jax.eval_shape(lambda: init_params(config, 0)))
     if config.family == "qwen2":
