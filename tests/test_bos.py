@@ -101,9 +101,10 @@ def test_states_behind_padded_prefixes(plain, llm, queries):
 @pytest.mark.parametrize("demos", [[], [3, 4, 5]])
 def test_scores_of_options(plain, llm, demos):
     """Of nothing and of demonstrations before the query; up to the last position of the window, and no further."""
-    of = lambda reads: (
-        mend_jax.demonstrations_prefix(reads, demos) if demos else mend_jax.no_prefix(1, reads.config.width)
-    )  # noqa: E731
+
+    def of(reads):
+        return mend_jax.demonstrations_prefix(reads, demos) if demos else mend_jax.no_prefix(1, reads.config.width)
+
     x, options = [1, 2], [[3, 4], [9]]
     wanted = mend_jax.score_options(plain, mend_jax.demonstrations_prefix(plain, [BOS, *demos]), x, options)
     np.testing.assert_allclose(mend_jax.score_options(llm, of(llm), x, options), wanted, atol=1e-5)
