@@ -22,6 +22,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.data.bos import NONE
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
@@ -126,7 +127,7 @@ def evaluation_layout(config) -> Layout:
 def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
     """The LLM and the methods of a config, where `layout` says. Raises UserError for a mesh that does not divide their heads."""
     c = config.llm
-    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place)
+    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place, bos=config.data.bos)
     methods = load_methods(config, llm, layout)
     if layout.mesh is not None:
         tensor = layout.mesh.shape[sharding.TENSOR]
@@ -184,6 +185,8 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
     facts |= {"split": config.evaluate.split, "limit": config.evaluate.limit}
     facts |= {"shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos}
     facts |= {"llm": read_from, "llm_dtype": config.llm.dtype, "llm_weights": config.llm.weights, "method": method.name}
+    if config.data.bos != NONE:
+        facts |= {"bos": config.data.bos}
     if not method.model.method:
         facts |= {"model": results.tree_hash(method.model.params)} | method.model.facts()
     return facts

@@ -251,7 +251,7 @@ def _check_query(llm, x, y, prefix_length: int) -> None:
     if needed > llm.window:
         raise UserError(
             f"The query behind its prefix needs {needed} positions, {prefix_length} of them the prefix, the LLM reads at most"
-            f" {llm.window}{llm.config.window_reason}: give fewer demonstrations or a shorter query."
+            f" {llm.window}: give fewer demonstrations or a shorter query."
         )
 
 

@@ -40,6 +40,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GEMMA = {
+    "model_type": "gemma3_text",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 7,
+    "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "rms_norm_eps": 1e-6,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROWS = {  # name: what its config.json says beside COMMON
     "gpt2": GPT2,
@@ -47,9 +61,12 @@ ROWS = {  # name: what its config.json says beside COMMON
     "opt-350m": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "llama-2": LLAMA | {"num_key_value_heads": 4},
     "llama-3": LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_scaling": LLAMA3},
-    "mistral": LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 48},
+    "mistral": LLAMA | {"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 9},
     "qwen2": QWEN | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_scaling": YARN, "rope_theta": 1e6},
+    "qwen2-sliding": QWEN
+    | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 6},
     "qwen3": QWEN | {"model_type": "qwen3", "head_dim": 10, "tie_word_embeddings": True},
+    "gemma3": GEMMA | {"tie_word_embeddings": True},
     "tinyllama": LLAMA | {"num_key_value_heads": 2},
     "smollm2": LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }
@@ -63,7 +80,8 @@ def torch_model(fields, seed=0):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**COMMON, **IDS, **fields)).eval()
+    config = AutoConfig.for_model(**(COMMON | IDS | fields))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.15 * torch.randn_like(parameter)
@@ -87,9 +105,10 @@ def save_random(folder, fields, seed):
     """A folder of a model with random weights, and a tokenizer of the words of data_files.py."""
     folder.mkdir()
     config, rng = from_hf_config(fields), np.random.default_rng(seed)
+    ones = not getattr(config, "norm_adds_one", False)  # the scales of norms are about 1
 
     def draw(path, leaf):
-        return 0.15 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path[-1].key == "scale")
+        return 0.15 * rng.standard_normal(leaf.shape, np.float32) + np.float32(ones and path[-1].key == "scale")
 
     params = jax.tree.map_with_path(draw, jax.eval_shape(lambda: init_params(config, 0)))
     if config.family == "qwen2":

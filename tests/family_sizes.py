@@ -21,6 +21,11 @@ def _llama(model_type, vocab, layers, width, mlp, heads, kv_heads, **rest):
     }
 
 
+def _gemma3(layers, width, mlp, heads, kv_heads, **rest):
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": mlp}
+    return {"model_type": "gemma3_text", "num_attention_heads": heads, "num_key_value_heads": kv_heads} | sizes | rest
+
+
 TIED = {"tie_word_embeddings": True}
 QWEN3 = {"head_dim": 128}
 SIZES = {
@@ -39,6 +44,8 @@ SIZES = {
     "Qwen2.5-7B": (_llama("qwen2", 152064, 28, 3584, 18944, 28, 4), 7_615_616_512),
     "Qwen3-0.6B": (_llama("qwen3", 151936, 28, 1024, 3072, 16, 8, **QWEN3, **TIED), 596_049_920),
     "Qwen3-8B": (_llama("qwen3", 151936, 36, 4096, 12288, 32, 8, **QWEN3), 8_190_735_360),
+    "Gemma-3-270m": (_gemma3(18, 640, 2048, 4, 1, vocab_size=262144), 268_098_176),
+    "Gemma-3-1b": (_gemma3(26, 1152, 6912, 4, 1, vocab_size=262144), 999_885_952),
     "SmolLM2-135M": (_llama("llama", 49152, 30, 576, 1536, 9, 3, **TIED), 134_515_008),
     "SmolLM2-360M": (_llama("llama", 49152, 32, 960, 2560, 15, 5, **TIED), 361_821_120),
     "SmolLM2-1.7B": (_llama("llama", 49152, 24, 2048, 8192, 32, 32, **TIED), 1_711_376_384),

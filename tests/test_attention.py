@@ -1,21 +1,32 @@
 """Attention in blocks against plain softmax attention, and what a layer keeps for its backward pass."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mend_jax.models.attention import BLOCK, attention_after, causal_attention, fused_attention_after
+from mend_jax.models.attention import (
+    BLOCK,
+    Reach,
+    attention_after,
+    causal_attention,
+    fused_attention_after,
+    fused_causal_attention,
+)
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
 
-def plain(q, k, v):
+def plain(q, k, v, span=0):
     length = q.shape[1]
     scores = jnp.einsum("bthf,bshf->bhts", q, k) / math.sqrt(q.shape[-1])
-    scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    if span:
+        seen &= ~jnp.tril(seen, -span)
+    scores = jnp.where(seen, scores, -jnp.inf)
     return jnp.einsum("bhts,bshf->bthf", jax.nn.softmax(scores), v)
 
 
@@ -72,6 +83,40 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
     np.testing.assert_allclose(got, plain(padded, *whole)[:, P - cut :], atol=1e-5)
 
 
+@pytest.mark.parametrize("span", [3, BLOCK + 5, 2 * BLOCK + 40])
+def test_a_sliding_window(span):
+    """Where all layers slide, and where a flag says whether this one does."""
+    keys, length = jax.random.split(jax.random.key(span), 4), 2 * BLOCK + 40
+    q, k, v, out_grad = (
+        jax.random.normal(key, (2, length, heads, 8)) for key, heads in zip(keys, (2, 1, 1, 2), strict=True)
+    )
+
+    def repeated(q, k, v, span):
+        return plain(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), span)
+
+    wanted = {
+        slides: with_gradients(partial(repeated, span=span * slides), q, k, v, out_grad) for slides in (True, False)
+    }
+    for attention in (causal_attention, partial(fused_causal_attention, implementation="xla")):
+        run = jax.jit(lambda flag, *a, f=attention: with_gradients(lambda q, k, v: f(q, k, v, span, flag), *a))
+        for slides in (None, True, False):
+            ours = run(slides, q, k, v, out_grad)
+            for a, b in zip(ours, wanted[slides is not False], strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_a_window_leaves_out_is_not_computed():
+    from mend_jax.scoring.costs import count_products
+
+    length, span = 16 * BLOCK, BLOCK
+    q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    all_pairs = 4 * length**2 * 8
+    sliding = count_products(lambda *a: causal_attention(*a, span), q, q, q)
+    assert sliding <= all_pairs * 2 * BLOCK / length  # a block reads itself and its window
+    step = jax.make_jaxpr(lambda *a: with_gradients(lambda q, k, v: causal_attention(q, k, v, span), *a))(q, q, q, q)
+    assert max(_sizes(step.jaxpr)) <= BLOCK * length
+
+
 def after_prefix(shared, T, P, B=3, groups=2):
     """((q, keys, values, k, v), within, length) of rows that hold two items each, behind a prefix with padding."""
     keys = iter(jax.random.split(jax.random.key(T + P), 5))
@@ -83,24 +128,36 @@ def after_prefix(shared, T, P, B=3, groups=2):
     return arrays, jnp.broadcast_to(within, (B, T, T)), length
 
 
-def dense_after(q, keys, values, k, v, within, length):
+def dense_after(q, keys, values, k, v, within, length, reach=None):
     """One softmax over the prefix and the row, of one array of scores."""
     (B, T, _, F), P, R = q.shape, keys.shape[-3], q.shape[2] // k.shape[2]
     whole = lambda a, b: jnp.repeat(jnp.concatenate([jnp.broadcast_to(a, (B, *a.shape[-3:])), b], 1), R, 2)  # noqa: E731
     before = jnp.broadcast_to(jnp.arange(P) < jnp.reshape(length, (-1, 1, 1)), (B, T, P))
     scores = jnp.einsum("bthf,bshf->bhts", q, whole(keys, k)) / math.sqrt(F)
-    scores = jnp.where(jnp.concatenate([before, within], -1)[:, None], scores, -jnp.inf)
+    seen = jnp.concatenate([before, within], -1)
+    if reach is not None:
+        places = jnp.concatenate([jnp.broadcast_to(jnp.arange(P), (B, P)), reach.at], 1)
+        seen &= reach.at[:, :, None] - places[:, None] < reach.span
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
     return jnp.einsum("bhts,bshf->bthf", jax.nn.softmax(scores), whole(values, v))
 
 
+@pytest.mark.parametrize("span", [None, 6])
 @pytest.mark.parametrize("shared", [True, False], ids=["one prefix", "a prefix for each row"])
 @pytest.mark.parametrize("T, P", [(9, 7), (BLOCK + 20, 40), (5, 2 * BLOCK + 30)])
-def test_values_and_gradients_after_a_prefix(shared, T, P):
+def test_values_and_gradients_after_a_prefix(shared, T, P, span):
+    """With a window too, which the first tokens of an item look back through into the prefix, and the later ones do not."""
     arrays, within, length = after_prefix(shared, T, P)
     out_grad = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    place = jnp.where(jnp.arange(T) >= T // 3, jnp.arange(T) - T // 3, jnp.arange(T))  # in their item
+    reach = (
+        None
+        if span is None
+        else Reach(jnp.broadcast_to(jnp.reshape(length, (-1, 1)) + place, (3, T)), jnp.asarray(span))
+    )
 
     def of(attention):
-        out, pull = jax.vjp(lambda *a: attention(*a, within, length), *arrays)
+        out, pull = jax.vjp(lambda *a: attention(*a, within, length, reach), *arrays)
         return out, *pull(out_grad)
 
     wanted = of(dense_after)

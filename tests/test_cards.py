@@ -3,6 +3,7 @@
 The tokenizer is of GPT-2's kind, where " I" and "I" differ, and begins texts with a special token unless told not to.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import tokenizer_files
 from test_export import make_workdir
 
 import mend_jax
+from mend_jax.cli.errors import UserError
 from mend_jax.data.tokenize import SEPARATORS
 from mend_jax.interchange import export, trained
 from mend_jax.prefixes import Chunked
@@ -42,6 +44,8 @@ def folders(tmp_path_factory):
             single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
         )
         tokenizer.save(file)
+        config = folder / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": begin}))
         made.append(folder)
     ids = [tokenizer_files.load(made[0])(text).input_ids for text in ("I", " I")]
     assert ids[0][0] == ids[1][0] == 260 and ids[0] != ids[1]
@@ -101,6 +105,34 @@ def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tm
     ours = mend_jax.load_llm(tmp_path / "out")
     prefix = mend_jax.demonstrations_prefix(ours, DEMOS, SEPARATORS[template])
     assert_same_scores(ours, prefix, SEPARATORS[template], run_card(tmp_path / "out", None)["logits"])
+
+
+@pytest.mark.parametrize("bos", ["auto", "true"])
+@pytest.mark.parametrize("kind", ["distiller", "soft prompt", "lm"])
+def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, folders, tmp_path):
+    """And what was trained behind a BOS is refused by an LLM that reads without, from the workdir and the export."""
+    fields = {"stage": "lm"} if kind == "lm" else KINDS[kind]
+    params = llm.params if kind == "lm" else None
+    run = make_workdir(tmp_path / "run", llm, *folders, params, **{"data.bos": bos, **fields})
+    export.export(run, tmp_path / "out")
+    logits = run_card(tmp_path / "out", None if kind == "lm" else folders[0])["logits"]
+    if kind == "lm":
+        reads = mend_jax.load_llm(tmp_path / "out", bos=bos)
+        assert_same_scores(reads, mend_jax.demonstrations_prefix(reads, DEMOS), " ", logits)
+        return
+    reads = mend_jax.load_llm(folders[0], bos=bos)
+    for path in (run, tmp_path / "out"):
+        with pytest.raises(
+            UserError, match=f"stands behind the LLM's BOS, which .* --config.data.bos={bos}, or load_llm"
+        ):
+            trained.load_trained(path, llm)
+        model = trained.load_trained(path, reads)
+        prefix = (
+            model.apply(model.params, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+            if kind == "soft prompt"
+            else model.distill(DEMOS)
+        )
+        assert_same_scores(reads, prefix, " ", logits)
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])

@@ -3,6 +3,7 @@
 Axes: B batch, P prefix, Q query tokens, D width, V vocabulary.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -84,10 +85,13 @@ def test_scores_after_a_shared_cache_are_those_of_rereading_everything(row):
 
 
 def test_costs_are_what_is_computed_and_kept(row):
+    """What a sliding window leaves out is left out of whole blocks alone (tests/test_attention.py), and these are one."""
     llm, tokens_read, positions = row.llm, 20, 12
+    computed = dataclasses.replace(llm.config, sliding=())
     embeds, params = jax.ShapeDtypeStruct((1, tokens_read, llm.config.width), jnp.float32), llm.params
     read = costs.count_products(lambda e: llm.model.apply({"params": params}, e), embeds)
-    assert read == costs.reading(llm.config, tokens_read).forward
+    assert read == costs.reading(computed, tokens_read).forward
+    assert (read > costs.reading(llm.config, tokens_read).forward) == bool(llm.config.sliding)
     states = jax.ShapeDtypeStruct((1, tokens_read, llm.config.width), jnp.float32)
     assert costs.count_products(functools.partial(llm.logits, params), states) == costs.head(llm.config, tokens_read)
     prefix = Prefix(jnp.zeros((1, positions, llm.config.width)), jnp.array([positions]))
@@ -97,7 +101,7 @@ def test_costs_are_what_is_computed_and_kept(row):
     assert costs.vector_bytes(llm.config, positions, 4) == prefix.embeds.nbytes
     ids, at = jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None]
     after = costs.count_products(lambda c: llm.cached_states(params, c, ids, at, ids), cache)
-    assert after == costs.reading(llm.config, 8, positions + 8).forward
+    assert after == costs.reading(computed, 8, positions + 8).forward
 
 
 def test_bfloat16_is_close(row):

@@ -1,5 +1,6 @@
 """config.json of the decoder-only families: sizes, windows, and what is refused."""
 
+import dataclasses
 import math
 
 import family_sizes
@@ -10,6 +11,7 @@ from family_rows import COMMON, LLAMA, OPT, ROWS, make_row
 
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import FAMILIES, from_hf_config, key_table, to_hf_config
+from mend_jax.models.rope import Rope
 from mend_jax.prefixes.demonstrations import demonstrations_prefix
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.scoring.options import score_options
@@ -38,9 +40,9 @@ def test_published_sizes(name):
 
 
 def test_an_unknown_model_type_is_told_the_known_ones():
-    with says("model_type 'gemma3'", *FAMILIES):
-        from_hf_config({"model_type": "gemma3"})
-    assert {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"} <= FAMILIES.keys()
+    with says("model_type 'gemma2'", *FAMILIES):
+        from_hf_config({"model_type": "gemma2"})
+    assert {"gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text"} <= FAMILIES.keys()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,11 @@ def test_an_unknown_model_type_is_told_the_known_ones():
         ),
         (LLAMA, {"num_attention_heads": None}, ["llama", "wrong value", "NoneType"]),
         (LLAMA, {"num_attention_heads": 0}, ["llama", "wrong value", "zero"]),
+        (ROWS["gemma3"], {"hidden_activation": "gelu"}, ["hidden_activation='gelu'"]),
+        (ROWS["gemma3"], {"final_logit_softcapping": 30.0}, ["final_logit_softcapping=30.0"]),
+        (ROWS["gemma3"], {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        (ROWS["gemma3"], {"layer_types": 6 * ["chunked_attention"]}, ["'chunked_attention'"]),
+        (ROWS["gemma3"], {"layer_types": ["full_attention"]}, ["6 layers", "layer_types"]),
     ],
 )
 def test_a_config_that_we_do_not_compute_is_refused(fields, change, facts):
@@ -73,25 +80,32 @@ def test_a_config_that_we_do_not_compute_is_refused(fields, change, facts):
 
 
 def test_a_position_beyond_the_window_is_refused(row):
-    window = 48 if row.name == "mistral" else 64
-    assert row.llm.window == window
-    reads = [f"at most {window}", *(["sliding_window=48", "config.json"] if row.name == "mistral" else [])]
-    with says(f"{window + 1} tokens", "LLM", *reads, "fewer"):
-        demonstrations_prefix(row.llm, [1] * (window + 1))
+    """A sliding window is no limit: only what its layers see is short."""
+    assert row.llm.window == 64
+    with says("65 tokens", "LLM", "at most 64", "fewer"):
+        demonstrations_prefix(row.llm, [1] * 65)
     prefix = no_prefix(1, row.llm.config.width)
-    with says(f"{window + 1} positions", *reads):
-        score_options(row.llm, prefix, [1] * window, [[2, 3]])
+    with says("65 positions", "at most 64"):
+        score_options(row.llm, prefix, [1] * 64, [[2, 3]])
+
+
+GEMMA = ROWS["gemma3"]
+PATTERN = {name: value for name, value in GEMMA.items() if name != "layer_types"}
 
 
 @pytest.mark.parametrize(
-    ("fields", "window"),
+    ("fields", "sliding", "span"),
     [
-        ({"model_type": "mistral"}, 4096),
-        ({"model_type": "mistral", "sliding_window": None}, 32768),
-        ({"model_type": "llama", "sliding_window": 8}, 32768),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, 32768),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, 32768),
-        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, 8),
+        ({"model_type": "mistral"}, (True, True), 4096),
+        ({"model_type": "mistral", "sliding_window": None}, (), 0),
+        ({"model_type": "llama", "sliding_window": 8}, (), 0),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, (), 0),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, (), 0),
+        (
+            {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            (False, True),
+            8,
+        ),
         (
             {
                 "model_type": "qwen3",
@@ -99,11 +113,40 @@ def test_a_position_beyond_the_window_is_refused(row):
                 "use_sliding_window": True,
                 "layer_types": ["full_attention", "full_attention"],
             },
-            32768,
+            (),
+            0,
         ),
+        (GEMMA, (True, True, False) * 2, 7),
+        (PATTERN | {"num_hidden_layers": 8}, (True,) * 5 + (False, True, True), 7),
+        (PATTERN | {"sliding_window_pattern": 3}, (True, True, False) * 2, 7),
     ],
 )
-def test_a_sliding_window_bounds_the_window_where_it_is_active(fields, window):
+def test_which_layers_slide(fields, sliding, span):
     config = from_hf_config(COMMON | LLAMA | fields | {"max_position_embeddings": 32768})
-    assert config.window == window
+    assert (config.sliding, config.attention_span, config.window) == (sliding, span, 32768)
+    assert from_hf_config(to_hf_config(config)) == config
+
+
+def test_another_number_of_layers_goes_on_with_the_pattern():
+    """As in a model of 26 layers, of which every sixth is full: the last is none of these."""
+    whole = from_hf_config(COMMON | PATTERN | {"num_hidden_layers": 26})
+    for layers in (3, 6, 25, 30, 40):
+        wanted = from_hf_config(COMMON | PATTERN | {"num_hidden_layers": layers})
+        assert dataclasses.replace(whole, layers=layers) == wanted
+
+
+def test_the_text_part_of_gemma_3():
+    """The hub's files of larger models name what differs from transformers' usual values alone."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = from_hf_config({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}})
+    assert (config.family, config.heads, config.kv_heads, config.head_width, config.vocab_size) == (
+        "gemma3_text",
+        8,
+        4,
+        256,
+        262208,
+    )
+    assert (config.attention_span, sum(config.sliding), config.tied_head) == (1024, 29, True)
+    assert config.rope == Rope(1e6, "linear", (("factor", 8.0),)) and config.sliding_rope == Rope(1e4)
     assert from_hf_config(to_hf_config(config)) == config

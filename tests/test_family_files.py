@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 from facts import says
-from family_rows import ROWS, make_row, tokens, torch_model
+from family_rows import COMMON, IDS, ROWS, make_row, tokens, torch_model
 from safetensors.numpy import load_file, save_file
 
+from mend_jax.data.query import Query
+from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.families import from_hf_config, to_hf_config
 from mend_jax.models.folders import load_model, save_model
+from mend_jax.prefixes.nothing import no_prefix
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +111,36 @@ def test_the_real_opt_tokenizer_reads_texts(shared):
     tokenizer = load_tokenizer(shared / "tokenizers" / "opt")
     ids = tokenizer(" a great film", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == " a great film" and 2 not in ids
+
+
+def test_the_text_part_of_a_model_that_sees_images(tmp_path):
+    """Under the names of the hub's files, which transformers saves, and under those that its modules have."""
+    torch = pytest.importorskip("torch")
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    eyes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    text = COMMON | IDS | ROWS["gemma3"]
+    fields = {"text_config": text, "vision_config": eyes | {"patch_size": 14}, "mm_tokens_per_image": 4}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(**fields, image_token_index=60)).eval()
+    model.save_pretrained(tmp_path)
+    ids = tokens(1, 30)
+    ids[ids == 60] = 0
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids).long()).logits.numpy()
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("vision_tower" in name for name in stored)
+    [now] = {name.partition("embed_tokens")[0] for name in stored if "embed_tokens" in name}
+    for prefix in (now, "model.language_model."):
+        renamed = {name.replace(now, prefix): tensor for name, tensor in stored.items()}
+        save_file(renamed, tmp_path / "model.safetensors")
+        llm = load_llm(tmp_path)
+        assert llm.config.family == "gemma3_text"
+        query = Query(ids, np.array([30]), np.zeros(1, np.int32))
+        ours = llm.logits(llm.params, llm.states(llm.params, no_prefix(1, llm.config.width), query))
+        assert np.abs(ours - wanted).max() < 1e-4

@@ -27,12 +27,12 @@ FLAN = tuple(
     T5 | test_t5.ROWS[f"flan-t5-{size}"] | {"d_model": d, "d_ff": 48} for size, d in (("xl", 32), ("base", 24))
 )
 PAIRS = {  # row: config.json's fields of the LLM and of its distiller's backbone
-    **{name: (COMMON | fields, COMMON | smaller(fields)) for name, fields in ROWS.items()},
+    **{name: (COMMON | fields, COMMON | smaller(fields)) for name, fields in ROWS.items() if name != "qwen2-sliding"},
     "t5-small": (T5 | test_t5.V1, T5 | test_t5.V1),
     "t5-small-lm-adapt to t5-large-lm-adapt": LM_ADAPT,
     "flan-t5-base to flan-t5-xl": FLAN,
     # A row whose arithmetic is that of another is given its sizes: what one compiled the other finds in the cache.
-    "mistral": tuple(f | {"model_type": "mistral", "sliding_window": 48} for f in TINY_LLAMA),
+    "mistral": tuple(f | {"model_type": "mistral", "sliding_window": 6} for f in TINY_LLAMA),
 }
 
 
@@ -78,7 +78,7 @@ def predicted(workdir, method):
     return [score for line in path.read_text().splitlines() for score in json.loads(line)["scores"]]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in PAIRS if name in ROWS])
 def test_an_exported_distiller_reads_alike_here_and_in_pytorch(name, tmp_path):
     pytest.importorskip("torch")
     from mend_jax.prefixes.mend_distiller import MendDistiller

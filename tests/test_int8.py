@@ -57,6 +57,17 @@ ROWS = {
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     },
+    "gemma3_text": {  # scaled embeddings, layers of two kinds
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "sliding_window": 5,
+        "sliding_window_pattern": 3,
+    },
     "t5": {
         "d_model": 32,
         "d_kv": 8,

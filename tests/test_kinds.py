@@ -38,7 +38,7 @@ class Mean(Kind):
     llm_width = property(lambda self: self.params["vectors"].shape[1])
     init = classmethod(
         lambda cls, c, llm, seed, place=None: cls(
-            {"vectors": initial_rows(c.prefix, llm.params["embed"], seed), "table": llm.params["embed"]["tokens"]}
+            {"vectors": initial_rows(c.prefix, llm, seed), "table": llm.params["embed"]["tokens"]}
         )
     )
     from_run = classmethod(lambda cls, c, params, backbone: cls(jax.tree.map(jnp.asarray, params)))

@@ -22,10 +22,12 @@ from mend_jax.step import init_state, make_loss_fn, make_train_step
 
 T5 = test_t5.COMMON | {"model_type": "t5", "num_heads": 4} | test_t5.V11
 LLAMA = COMMON | ROWS["llama-3"]
+GEMMA = COMMON | ROWS["gemma3"]  # windows of 7 tokens in two of three layers
 ONE_GROUP = smaller(LLAMA) | {"num_key_value_heads": 1}
 CASES = {  # stage, meshes (data, fsdp, tensor), config.json's fields of LLM and backbone
     # Heads of keys and values: 2 of the LLM, 1 of the backbone; where tensor is more, a head lies on several devices.
     "llama-3": ("pretrain", ((1, 4, 2), (1, 2, 4)), (LLAMA, ONE_GROUP)),
+    "gemma3": ("finetune", ((2, 2, 2),), (GEMMA, smaller(GEMMA))),
     "t5": ("finetune", ((2, 2, 2),), (T5, T5 | {"d_model": 16})),
 }
 B, N, Q = 8, 12, 10

@@ -18,6 +18,7 @@ CHOICES = {
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
     "data.template": ("space", "newline"),
+    "data.bos": ("auto", "true", "false"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),

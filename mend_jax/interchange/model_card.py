@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.tokenize import separator, separator_name
 
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # of a line of metrics.jsonl
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 llm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 texts = [{texts}]
 pieces = tokenizer(texts, add_special_tokens=False).input_ids
-logits = llm(torch.tensor([sum(pieces, [])])).logits
+logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 ```
 
 """
@@ -44,7 +45,10 @@ def prefix_card(config: dict, meta: dict, workdir, model) -> str:
 def llm_card(config: dict, meta: dict, workdir) -> str:
     before = separator(config["data"]["template"])
     texts = ("a great film", "positive", "dull", "negative", "I loved it")
-    use = _LLM.format(separator=separator_name(before), texts=", ".join(json.dumps(before + text) for text in texts))
+    bos = config["data"].get("bos", NONE)
+    first = "" if bos == NONE else f"({in_python(bos)}) + "
+    texts = ", ".join(json.dumps(before + text) for text in texts)
+    use = _LLM.format(separator=separator_name(before), texts=texts, first=first)
     return _HEAD.format(title="A language model") + use + _training(config, meta, workdir)
 
 

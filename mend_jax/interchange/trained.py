@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import bos_token
 from mend_jax.models import weights
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
@@ -50,6 +51,11 @@ def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
         raise UserError(
             f"What was trained in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}: take the"
             " LLM it was trained for."
+        )
+    if model.bos is not None and bos_token(model.bos, llm.tokenizer, llm.path) != llm.bos:
+        raise UserError(
+            f"What was trained in {path} stands {'behind' if llm.bos is None else 'without'} the LLM's BOS, which is not how this LLM reads: set"
+            f' --config.data.bos={model.bos}, or load_llm(..., bos="{model.bos}").'
         )
     return model
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
+from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.query import Query
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.frozen import FrozenLLM
@@ -43,6 +44,7 @@ class LLM(FrozenLLM):
         R queries, one after another, stand behind each of the B prefixes, which is read once for them.
         """
         tokens, contexts = query.tokens, len(prefix.length)
+        prefix = self.begin(params, prefix)
         if len(tokens) == contexts:
             return continue_after(self.model, params, prefix, self.embed(params, tokens))
         at = jnp.broadcast_to(jnp.arange(tokens.size // contexts), (contexts, tokens.size // contexts))
@@ -52,7 +54,8 @@ class LLM(FrozenLLM):
         return states.reshape(*tokens.shape, -1)
 
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
-        """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it."""
+        """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it; the BOS is one of them."""
+        prefix = self.begin(params, prefix)
         keys, values = self._keys_and_values(params, prefix)
         return Cache(keys[:, 0], values[:, 0], prefix.length[0])
 
@@ -86,6 +89,7 @@ def load_llm(
     remat: bool = False,
     weights: str = "full",
     place: Place | None = None,
+    bos: str = NONE,
 ) -> LLM | EncoderDecoderLLM:
     """The LLM of a Hugging Face folder or hub name.
 
@@ -98,14 +102,15 @@ def load_llm(
         weights: "full" (in `dtype`), or "int8": kernels and token tables in 8 bits with a scale per output channel
             (models/int8.py), a quarter of the bytes of float32; the arithmetic is still that of `dtype`.
         place: where each parameter lives, for an LLM that is split over devices (sharding.py).
+        bos: whether the BOS stands before every prefix: "true", "false", or "auto": as the tokenizer does (data/bos.py).
     Returns:
         An `LLM`, or an `EncoderDecoderLLM` for the T5 family: the same methods, its params on the default device.
     Raises:
-        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, or another dtype,
-            attention or weights than these.
+        UserError: no such folder, an unsupported model_type, weights that do not fit config.json, another dtype,
+            attention, weights or bos than these, or "true" where there is no BOS.
     """
-    _check(dtype, attention, weights)
-    return _llm(load_model(path, dtype, weights == "int8", place), dtype, attention, remat)
+    _check(dtype, attention, weights, bos)
+    return _llm(load_model(path, dtype, weights == "int8", place), dtype, attention, remat, bos)
 
 
 def init_llm(
@@ -115,10 +120,11 @@ def init_llm(
     attention: str = "xla",
     remat: bool = False,
     place: Place | None = None,
+    bos: str = NONE,
 ) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
-    _check(dtype, attention, "full")
-    return _llm(init_model(path, seed, dtype, place), dtype, attention, remat)
+    _check(dtype, attention, "full", bos)
+    return _llm(init_model(path, seed, dtype, place), dtype, attention, remat, bos)
 
 
 def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
@@ -144,9 +150,9 @@ def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
     return dataclasses.replace(llm, config=config, params={**llm.params, "layers": stack})
 
 
-def _check(dtype: str, attention: str, weights: str) -> None:
-    for name, value in {"dtype": dtype, "attention": attention, "weights": weights}.items():
-        choices = CHOICES[f"llm.{name}"]
+def _check(dtype: str, attention: str, weights: str, bos: str) -> None:
+    for name, value in {"dtype": dtype, "attention": attention, "weights": weights, "bos": bos}.items():
+        choices = CHOICES["data.bos" if name == "bos" else f"llm.{name}"]
         if value not in choices:
             raise UserError(f"{name} is {value!r}: it must be one of {', '.join(choices)}.")
     if attention == "cudnn" and jax.default_backend() != "gpu":
@@ -155,10 +161,13 @@ def _check(dtype: str, attention: str, weights: str) -> None:
         )
 
 
-def _llm(model: Model, dtype: str, attention: str, remat: bool) -> LLM | EncoderDecoderLLM:
+def _llm(model: Model, dtype: str, attention: str, remat: bool, bos: str) -> LLM | EncoderDecoderLLM:
     kind = EncoderDecoderLLM if isinstance(model.config, EncoderDecoderConfig) else LLM
     if kind is EncoderDecoderLLM and attention != "xla":
         raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
     if kind is EncoderDecoderLLM and not model.config.decoder_layers:
         raise UserError(f"{model.folder} is an encoder alone, which says nothing: it can be a backbone, not the LLM.")
-    return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat)
+    token = bos_token(bos, model.tokenizer, str(model.folder))
+    if kind is EncoderDecoderLLM and token is not None:
+        raise UserError(f"{model.folder} is an encoder–decoder, which reads no BOS: set --config.data.bos=false.")
+    return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat, token)

@@ -6,8 +6,11 @@ Axes: B batch, Q query tokens, T any sequence, D width, V vocabulary.
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from mend_jax.models import int8
 from mend_jax.models.families import Config
+from mend_jax.prefixes.prefix import Prefix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,15 +24,28 @@ class FrozenLLM:
     dtype: str
     attention: str = "xla"
     remat: bool = False
+    bos: int | None = None  # the token that stands before every prefix (data/bos.py)
+
+    @property
+    def before(self) -> int:
+        """Positions before every prefix."""
+        return 0 if self.bos is None else 1
 
     @property
     def window(self) -> int:
-        """Positions the LLM can read at once."""
-        return self.config.window
+        """Positions the LLM can read at once, of a prefix and what stands behind it."""
+        return self.config.window - self.before
+
+    def begin(self, params, prefix: Prefix) -> Prefix:
+        """The prefix as it is read: behind the BOS, where there is one."""
+        if self.bos is None:
+            return prefix
+        first = self.embed(params, jnp.full((len(prefix.length), 1), self.bos))
+        return Prefix(jnp.concatenate([first, prefix.embeds.astype(first.dtype)], 1), prefix.length + 1)
 
     def embed(self, params, tokens):
         """(B,T) int32 -> (B,T,D) in `dtype`, without positions."""
-        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype)
+        return int8.rows(int8.table(params["embed"], "tokens"), tokens, self.dtype, self.config.embed_scale)
 
     def head(self, params):
         """(V,D), or an int8 `Table`: a state's logits are its products with these rows."""

@@ -29,6 +29,28 @@ def llama(width, layers, heads, kv_heads, mlp_width, **rest):
     return {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096} | sizes | rest
 
 
+def gemma3(width, layers, heads, kv_heads, mlp_width, **rest):
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    sizes |= {"intermediate_size": mlp_width, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
+    return {"model_type": "gemma3_text", "vocab_size": 262144, "max_position_embeddings": 32768} | sizes | rest
+
+
+def qwen3(width, layers, heads, kv_heads, mlp_width, **rest):
+    return llama(width, layers, heads, kv_heads, mlp_width) | QWEN3 | rest
+
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 SIZES = {
     "gpt2": gpt2(768, 12, 12),
@@ -45,6 +67,9 @@ SIZES = {
     "HuggingFaceTB/SmolLM2-1.7B": llama(2048, 24, 32, 32, 8192, **SMOL),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": llama(2048, 22, 32, 4, 5632, max_position_embeddings=2048),
     "meta-llama/Llama-2-7b-hf": llama(4096, 32, 32, 32, 11008),
+    "Qwen/Qwen3-0.6B-Base": qwen3(1024, 28, 16, 8, 3072),
+    "google/gemma-3-270m": gemma3(640, 18, 4, 1, 2048),
+    "google/gemma-3-1b-pt": gemma3(1152, 26, 4, 1, 6912),
 }
 
 
@@ -66,5 +91,5 @@ def known_or_folder(name: str) -> Config:
 
 def smallest_of(family: str) -> str:
     """The name of the smallest model of a family in SIZES; that of Llama's for those that are like it."""
-    kind = family if family in ("gpt2", "opt", "t5") else "llama"
+    kind = family if family in ("gpt2", "opt", "t5", "qwen3", "gemma3_text") else "llama"
     return next(name for name, fields in zip(NAMES, SIZES.values(), strict=True) if fields["model_type"] == kind)

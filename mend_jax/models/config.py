@@ -1,6 +1,7 @@
 """What one decoder-only transformer is: its sizes and choices. A family (families.py) reads them from a config.json."""
 
 import dataclasses
+from typing import ClassVar
 
 from mend_jax.models.rope import Rope
 
@@ -26,7 +27,9 @@ class DecoderConfig:
     activation: str = "gelu_tanh"  # or "relu", "silu"
     gated: bool = False  # the MLP is down(activation(gate(x)) * up(x)) (Shazeer, 2020)
     rms_norm: bool = False  # instead of LayerNorm
+    norm_adds_one: bool = False  # a norm scales by 1 + what its file holds (Gemma)
     norm_first: bool = True  # before attention and MLP; else after their residuals (opt-350m)
+    post_norms: bool = False  # also after attention and MLP, before their residuals (Gemma)
     final_norm: bool = True
     fused_qkv: bool = True  # one kernel for queries, keys and values
     qkv_bias: bool = True
@@ -35,35 +38,40 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm of every head's queries and keys
     position_offset: int = 0  # rows of the position table before that of position 0
     rope: Rope | None = None  # rotary positions instead of a position table
-    attention_span: int = 0  # tokens that a token sees (sliding window); 0: all before it
+    sliding: tuple[bool, ...] = ()  # of each layer, whether it slides; (): none does
+    attention_span: int = 0  # tokens that a token of a sliding layer sees, itself included
+    sliding_rope: Rope | None = None  # rotary positions of the sliding layers; None: `rope`
+    score_width: int = 0  # scores are divided by its root; its usual value is `head_width`
+    embed_scale: float = 1.0  # what reads a token is its row of the table times this
     tied_head: bool = True  # the head is the token table
 
     def __post_init__(self):
         usual = {"hidden_width": self.width, "kv_heads": self.heads}
         usual["head_width"] = (self.hidden_width or self.width) // self.heads
+        usual["score_width"] = self.head_width or usual["head_width"]
         for name, value in usual.items():
             object.__setattr__(self, name, getattr(self, name) or value)
+        # So a model with fewer layers, or more, is this one with another number of `layers`.
+        object.__setattr__(self, "sliding", _continued(self.sliding, self.layers))
 
     @property
     def window(self) -> int:
-        """Tokens and vectors the model can read at once.
-
-        A sliding window bounds it: up to that many tokens sliding attention is plain causal attention, which is all
-        that is computed here.
-        """
-        return min(self.max_positions, self.attention_span or self.max_positions)
-
-    @property
-    def window_reason(self) -> str:
-        """What to add to a sentence on the window where it is not the model's own."""
-        if self.window == self.max_positions:
-            return ""
-        return f" (sliding_window={self.attention_span} in its config.json: longer sequences are not supported)"
+        """Tokens and vectors the model can read at once."""
+        return self.max_positions
 
     @property
     def headless(self) -> "DecoderConfig":
         """The same model without a head of its own: what a distiller's backbone is."""
         return dataclasses.replace(self, tied_head=True)
+
+
+def _continued(kinds: tuple[bool, ...], count: int) -> tuple[bool, ...]:
+    """The first `count` of the layers' kinds; where there are fewer, they go on as they repeat."""
+    if not any(kinds):
+        return ()
+    period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i - n] for i in range(n, len(kinds))))
+    found = tuple(kinds[i] if i < len(kinds) else kinds[i % period] for i in range(count))
+    return found if any(found) else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,7 @@ class EncoderDecoderConfig:
     tied_head: bool = True  # the head is the token table
     scaled_head: bool = True  # the head reads states scaled by D^-0.5
     start_token: int = 0  # what the decoder reads first
+    embed_scale: ClassVar[float] = 1.0  # as in `DecoderConfig`
 
     @property
     def window(self) -> int:

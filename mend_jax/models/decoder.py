@@ -14,10 +14,16 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from mend_jax.models import rope
-from mend_jax.models.attention import attention_after, causal_attention, fused_attention_after
+from mend_jax.models.attention import (
+    Reach,
+    attention_after,
+    causal_attention,
+    fused_attention_after,
+    fused_causal_attention,
+)
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
-from mend_jax.models.norms import layer_norm, rms_norm
+from mend_jax.models.norms import layer_norm, rms_norm, rms_norm_module
 from mend_jax.run.sharding import shard_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
@@ -43,10 +49,11 @@ class Seen(NamedTuple):
 
     within: jax.Array  # (B,T,T) bool: of their own row
     length: jax.Array  # () or (B,) int32: of the prefix
+    at: jax.Array | None  # (B,T) int32: where they stand; None where no layer slides
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals, each after a norm or (norm_first=False) before one."""
+    """Attention and MLP with residuals, each after a norm or (norm_first=False) before one; or between two (post_norms)."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -54,20 +61,31 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x, cache, seen, rotations):
-        """x (B,T,W); cache None or this layer's (keys, values) of a prefix; seen None (causal) or a `Seen`;
-        rotations None or those of the tokens' positions."""
+    def __call__(self, x, cache, slides, seen, rotations):
+        """x (B,T,W); cache None or this layer's (keys, values) of a prefix; slides () bool, None where all layers are alike;
+        seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones."""
         config, x = self.config, shard_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
-        q, k, v = self._heads(norm1(x) if config.norm_first else x, rotations)
-        y = self._attend(q, k, v, cache, seen).reshape(*x.shape[:2], config.heads * config.head_width)
-        x = x + _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
+        q, k, v = self._heads(norm1(x) if config.norm_first else x, self._rotations(rotations, slides))
+        y = self._attend(q, k, v, cache, seen, slides).reshape(*x.shape[:2], config.heads * config.head_width)
+        y = _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
+        x = x + (_norm(config, self.dtype, "out_norm")(y) if config.post_norms else y)
         x = checkpoint_name(shard_rows(x if config.norm_first else norm1(x)), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
-        x = x + _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
+        y = _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
+        x = x + (_norm(config, self.dtype, "down_norm")(y) if config.post_norms else y)
         x = shard_rows(x if config.norm_first else norm2(x))
         return x, ((k, v) if self.keep_cache else None)
+
+    def _rotations(self, rotations, slides):
+        """Those of this layer."""
+        if self.config.sliding_rope is None or rotations is None:
+            return rotations
+        full, sliding = rotations
+        if slides is None:
+            return sliding if self.config.sliding else full
+        return jax.tree.map(partial(jnp.where, slides), sliding, full)
 
     def _heads(self, y, rotations):
         """Queries (B,T,H,F), keys and values (B,T,G,F), turned by their positions."""
@@ -84,21 +102,25 @@ class Block(nn.Module):
         if config.qk_norm:
             # Heads may lie on several devices, so they are not joined with the tokens.
             q, k = (
-                nn.RMSNorm(epsilon=config.norm_eps, dtype=self.dtype, name=name)(a)
+                rms_norm_module(config.norm_eps, self.dtype, name, config.norm_adds_one)(a)
                 for name, a in (("q_norm", q), ("k_norm", k))
             )
+        if config.score_width != F:  # attention divides by the root of F
+            q = q * (F / config.score_width) ** 0.5
         if rotations is not None:
             q, k = rope.rotate(q, *rotations), rope.rotate(k, *rotations)
         return q, k, v
 
-    def _attend(self, q, k, v, cache, seen):
+    def _attend(self, q, k, v, cache, seen, slides):
+        span = self.config.attention_span if self.config.sliding else 0
         if cache is not None:
             after = fused_attention_after if self.attention == "cudnn" else attention_after
-            return after(q, cache, k, v, *seen)
-        if self.attention == "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+            hides = seen.at is not None and span < cache[0].shape[-3] + q.shape[1]
+            far = span if slides is None else jnp.where(slides, span, jnp.iinfo(jnp.int32).max)
+            return after(q, cache, k, v, seen.within, seen.length, Reach(seen.at, far) if hides else None)
         # Rows are right-padded, so the causal mask alone keeps padding from every valid token.
-        return causal_attention(q, k, v)
+        attend = fused_causal_attention if self.attention == "cudnn" else causal_attention
+        return attend(q, k, v, span, slides)
 
     def _up(self, y):
         """The activated inside of the MLP (B,T,mlp_width)."""
@@ -137,6 +159,8 @@ class Decoder(nn.Module):
         if config.rope is not None:
             at = jnp.arange(length)[None] if positions is None else positions
             rotations = rope.rotations(config.rope, config.head_width, at)
+            if config.sliding_rope is not None:
+                rotations = rotations, rope.rotations(config.sliding_rope, config.head_width, at)
         else:
             table, first = tables["positions"], config.position_offset
             rows = table[None, first : first + length] if positions is None else table[first + positions]
@@ -147,12 +171,17 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
         # What goes round the scan lies as what it begins with: else tensor would split and gather it in every layer.
-        before, seen = (None, None) if cache is None else ((cache.keys, cache.values), Seen(within, cache.length))
-        x, kept = layers(shard_rows(x), before, seen, rotations)
+        before, seen, slides = None, None, None
+        if cache is not None:
+            before, at = (cache.keys, cache.values), positions if config.sliding else None
+            seen = Seen(within, cache.length, at)
+        if len(set(config.sliding)) > 1:
+            slides = jnp.asarray(config.sliding)
+        x, kept = layers(shard_rows(x), before, slides, seen, rotations)
         x = shard_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)
@@ -200,4 +229,6 @@ def _dense(features, dtype, name, bias=True, std=0.02):
 
 
 def _norm(config, dtype, name):
-    return (rms_norm if config.rms_norm else layer_norm)(config.norm_eps, dtype, name)
+    if not config.rms_norm:
+        return layer_norm(config.norm_eps, dtype, name)
+    return rms_norm(config.norm_eps, dtype, name, config.norm_adds_one)

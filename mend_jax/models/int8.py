@@ -91,11 +91,10 @@ def table(embed: dict, name: str) -> jax.Array | Table:
     return Table(embed[name], embed[name + SCALE]) if name + SCALE in embed else embed[name]
 
 
-def rows(table: jax.Array | Table, ids, dtype):
-    """(V,D) at ids (...) -> (...,D); `dtype` is what those of 8 bits are given in, others keep theirs."""
-    if isinstance(table, Table):
-        return (table.values[ids] * table.scale[ids][..., None]).astype(dtype)
-    return table[ids]
+def rows(table: jax.Array | Table, ids, dtype, factor: float = 1.0):
+    """(V,D) at ids (...), times `factor` -> (...,D); `dtype` is what those of 8 bits are given in, others keep theirs."""
+    found = (table.values[ids] * table.scale[ids][..., None]).astype(dtype) if isinstance(table, Table) else table[ids]
+    return found if factor == 1 else found * jnp.asarray(factor, found.dtype)
 
 
 def logits(table: jax.Array | Table, states):

@@ -1,6 +1,6 @@
 """What key tables are made of: where each tensor of a Hugging Face file lives in our tree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mend_jax.cli.errors import UserError
@@ -51,3 +51,32 @@ def check(hf: Mapping, expected: Mapping[str, tuple]) -> None:
                 f"config.json says {field}={hf[field]!r}, which is not supported for {hf['model_type']}: "
                 f"only {allowed[0]!r}."
             )
+
+
+SLIDING = {"sliding_attention": True, "full_attention": False}  # what `layer_types` of a config.json says of a layer
+
+
+def read_sliding(hf: Mapping, kinds: Sequence[bool], usual: int = 4096) -> tuple[tuple[bool, ...], int]:
+    """(of each layer whether it slides, tokens that a sliding one sees) of a config.json; ((), 0) where none does.
+
+    `kinds` where it does not list them, `usual` where it does not say how many tokens. Raises UserError for another kind.
+    """
+    listed, span = hf.get("layer_types"), hf.get("sliding_window", usual)
+    wrong = next((kind for kind in listed or () if kind not in SLIDING), None)
+    if wrong is not None:
+        raise UserError(
+            f"config.json says layer_types with {wrong!r}, which is not supported: only {', '.join(SLIDING)}."
+        )
+    kinds = tuple(SLIDING[kind] for kind in listed) if listed else tuple(kinds)
+    if len(kinds) != hf["num_hidden_layers"]:
+        raise UserError(
+            f"config.json says {hf['num_hidden_layers']} layers and {len(kinds)} of layer_types: take the model's own file."
+        )
+    return (kinds, span) if span and any(kinds) else ((), 0)
+
+
+def write_sliding(config) -> dict:
+    """The inverse of `read_sliding`."""
+    names = {slides: name for name, slides in SLIDING.items()}
+    kinds = config.sliding or (False,) * config.layers
+    return {"sliding_window": config.attention_span or None, "layer_types": [names[kind] for kind in kinds]}

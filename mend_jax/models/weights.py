@@ -81,7 +81,7 @@ def matched(
     config = dataclasses.replace(config, tied_head=config.tied_head and not optional)
     family, table, seen = FAMILIES[config.family], key_table(config), set()
     for raw_name, tensor in tensors:
-        name = raw_name.removeprefix(family.prefix)
+        name = family.bare(raw_name)
         if family.derived(name):
             continue
         if name == HEAD and config.tied_head:
@@ -195,6 +195,12 @@ def _shards(index: Path) -> list[str]:
 def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one .safetensors or .bin file; a tensor can be read until the next is asked for."""
     return _tensors_of([Path(path)])
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What `write_file` was given beside the tensors."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:

@@ -82,6 +82,10 @@ class Chunked(Kind):
         return self.distiller.separator
 
     @property
+    def bos(self) -> str:
+        return self.distiller.bos
+
+    @property
     def dtype(self) -> str:
         return self.distiller.dtype
 

@@ -35,7 +35,7 @@ def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, sepa
     longest = max(len(row) for row in demos)
     if longest > window:
         raise UserError(
-            f"The demonstrations have {longest} tokens, the {reader} reads at most {window}{config.window_reason}:"
+            f"The demonstrations have {longest} tokens, the {reader} reads at most {window}:"
             " give fewer or shorter ones."
         )
     tokens = np.zeros((len(demos), longest), np.int32)

@@ -20,12 +20,14 @@ import numpy as np
 from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import NONE, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, load_tokenizer, read_weights
+from mend_jax.models.int8 import rows
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
@@ -58,7 +60,7 @@ distiller = MendDistiller.from_pretrained(folder)
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
 # llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
@@ -88,9 +90,9 @@ class DistillerModule(nn.Module):
         # The backbone's tree is read as a whole, as models/ reads it; only `init` makes a random one.
         given = self.has_variable("params", "backbone")
         backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
-        rows = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
-        context = Prefix(backbone["embed"]["tokens"][demos], length)
-        vectors = self._states_at(jnp.broadcast_to(rows, (demos.shape[0], *rows.shape)), backbone, context)
+        own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
+        context = Prefix(rows(backbone["embed"]["tokens"], demos, self.dtype, self.config.embed_scale), length)
+        vectors = self._states_at(jnp.broadcast_to(own, (demos.shape[0], *own.shape)), backbone, context)
         if self.projection != "identity":
             vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
         return jnp.tanh(vectors) if self.projection == "tanh" else vectors
@@ -133,7 +135,7 @@ class Distiller(Kind):
 
     name, title, reads_demos = "distiller", "a distiller", True
     begins_with = ("distiller",)
-    same_fields = ("prefix.length", "data.template", "llm.path", "prefix.backbone", "prefix.projection")
+    same_fields = ("prefix.length", "data.template", "data.bos", "llm.path", "prefix.backbone", "prefix.projection")
 
     config: Config  # of the backbone
     params: Any  # of `module`
@@ -144,6 +146,7 @@ class Distiller(Kind):
     attention: str = "xla"
     remat: bool = False
     separator: str = " "  # stands before every x and y of texts: config.data.template of its training
+    bos: str = NONE
 
     @property
     def num_vectors(self) -> int:
@@ -206,7 +209,7 @@ class Distiller(Kind):
         backbone = load_model(prefix.backbone, place=place)
         params = {
             "backbone": headless_params(backbone.config, backbone.params),
-            "placeholders": initial_rows(prefix, backbone.params["embed"], seed),
+            "placeholders": initial_rows(prefix, backbone, seed),
         }
         projection = resolve_projection(prefix.projection, backbone.config.width, llm.config.width)
         if projection != "identity":
@@ -214,7 +217,15 @@ class Distiller(Kind):
             kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
             params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
-        return cls(backbone.config.headless, params, projection, llm.config.width, backbone.tokenizer, *arithmetic)
+        return cls(
+            backbone.config.headless,
+            params,
+            projection,
+            llm.config.width,
+            backbone.tokenizer,
+            *arithmetic,
+            bos=config.data.bos,
+        )
 
     def flops(self, llm, context: np.ndarray) -> int:
         return costs.distil(self.config, llm, len(context), self.num_vectors)
@@ -232,13 +243,18 @@ class Distiller(Kind):
         # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
-        return cls.of(settings, params, projection, load_tokenizer(backbone), separator(config["data"]["template"]))
+        data, tokenizer = config["data"], load_tokenizer(backbone)
+        return cls.of(settings, params, projection, tokenizer, separator(data["template"]), data.get("bos", NONE))
 
     @classmethod
-    def of(cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ") -> "Distiller":
+    def of(
+        cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ", bos: str = NONE
+    ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before)
+        return cls(
+            config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before, bos=bos
+        )
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -256,7 +272,7 @@ class Distiller(Kind):
             "llm_width": self.llm_width,
             "projection": self.projection,
             "separator": self.separator,
-        }
+        } | ({} if self.bos == NONE else {"bos": self.bos})
 
     def write(self, folder: Path) -> str:
         write_folder(self, folder)
@@ -280,6 +296,7 @@ class Distiller(Kind):
             window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
             separator=separator_name(self.separator),
             query=json.dumps(self.separator + "I loved it"),
+            **first_lines(self.bos),
             shape=shape,
             load=load,
         )
@@ -349,7 +366,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    return Distiller.of(config, params, projection, load_tokenizer(folder), before)
+    return Distiller.of(config, params, projection, load_tokenizer(folder), before, settings.get("bos", NONE))
 
 
 def read_settings(folder: Path) -> dict:

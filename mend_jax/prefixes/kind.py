@@ -34,13 +34,16 @@ class Kind:
     reads_demos = False
     # The kinds whose trained parameters it can begin with, and the fields of a config that must then be the same.
     begins_with: ClassVar[tuple[str, ...]] = ()
-    same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "llm.path")
+    same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "data.bos", "llm.path")
 
     params: Any  # the tree that is trained, or None
     llm_width: int  # of the vectors it makes
     num_vectors = 0  # positions of the LLM that it takes at least, whatever the demonstrations
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
+    bos: str | None = (
+        None  # config.data.bos of its training: what its vectors stand behind; None: nothing is known of it
+    )
 
     # Asked of the class, by a run's config
 
@@ -156,10 +159,12 @@ class Kind:
         raise TypeError(f"{self.title} is not exported")
 
 
-def initial_rows(prefix, embed, seed: int):
-    """(L,D) float32: random rows of a token table (the release's start), or random normal; `prefix` is a config's section."""
-    key, (words, width) = jax.random.key(seed), embed["tokens"].shape
+def initial_rows(prefix, model, seed: int):
+    """(L,D) float32: embeddings of random tokens (the release's start), or random normal; `prefix` is a config's section,
+    `model` what reads them, with `config` and `params`."""
+    key, embed = jax.random.key(seed), model.params["embed"]
+    words, width = embed["tokens"].shape
     if prefix.placeholder_init == "normal":
         return 0.02 * jax.random.normal(key, (prefix.length, width))
     picked = jax.random.randint(key, (prefix.length,), 0, words)
-    return int8.rows(int8.table(embed, "tokens"), picked, jnp.float32).astype(jnp.float32)
+    return int8.rows(int8.table(embed, "tokens"), picked, jnp.float32, model.config.embed_scale).astype(jnp.float32)

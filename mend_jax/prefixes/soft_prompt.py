@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mend_jax.data.bos import NONE, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.prefixes.kind import Kind, initial_rows
@@ -31,7 +32,7 @@ from safetensors.torch import load_file
 vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
 # llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
-embeds = torch.cat([vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
@@ -47,6 +48,7 @@ class SoftPrompt(Kind):
     name, title, begins_with = "soft_prompt", "a soft prompt", ("soft_prompt",)
 
     params: Any  # {"vectors": (L, llm_width)}
+    bos: str = NONE
 
     @property
     def num_vectors(self) -> int:
@@ -60,7 +62,7 @@ class SoftPrompt(Kind):
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
         """In the LLM's embedding space, started as `prefix.placeholder_init` says."""
         del place  # it is small
-        return cls({"vectors": initial_rows(config.prefix, llm.params["embed"], seed)})
+        return cls({"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos)
 
     def apply(self, params, demos, length) -> Prefix:
         """The same L vectors for every row; `demos` (B,N) and `length` are not read."""
@@ -72,7 +74,7 @@ class SoftPrompt(Kind):
 
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "SoftPrompt":
-        return cls._of(params, "the checkpoint")
+        return cls._of(params, "the checkpoint", config["data"].get("bos", NONE))
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -80,10 +82,12 @@ class SoftPrompt(Kind):
 
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
-        return cls._of({name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}, folder / FILE)
+        tensors = {name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}
+        return cls._of(tensors, folder / FILE, weights.read_metadata(folder / FILE).get("bos", NONE))
 
     def write(self, folder: Path) -> str:
-        weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE)
+        metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
+        weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
@@ -94,10 +98,11 @@ class SoftPrompt(Kind):
             llm=llm,
             separator=separator_name(before),
             query=json.dumps(before + "I loved it"),
+            **first_lines(self.bos),
         )
         return "A soft prompt", text
 
     @classmethod
-    def _of(cls, params, where) -> "SoftPrompt":
+    def _of(cls, params, where, bos: str) -> "SoftPrompt":
         vectors = np.asarray(weights.take(dict(params), "vectors", (None, None), where), np.float32)
-        return cls({"vectors": jnp.asarray(vectors)})
+        return cls({"vectors": jnp.asarray(vectors)}, bos)

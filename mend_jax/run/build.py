@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from mend_jax.data.batches import make_batches
+from mend_jax.data.bos import bos_token
 from mend_jax.data.readers import Readers
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
@@ -22,13 +23,13 @@ def load(config, place=None):
 
     `place` as in `load_llm`.
     """
-    c = config.llm
+    c, bos = config.llm, config.data.bos
     if config.stage != "lm":
-        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place)
+        return load_llm(c.path, c.dtype, c.attention, c.remat, c.weights, place, bos)
     if has_weights(c.path):
-        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place)
+        llm = load_llm(c.path, "float32", c.attention, c.remat, place=place, bos=bos)
     else:
-        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place)
+        llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place, bos)
     return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
 
 
@@ -65,9 +66,10 @@ def _readers(config, tokenizer, llm, own_tokenizer, own) -> Readers:
     """`llm`, `own`: the settings of the LLM and of the model that reads demonstrations for it, None where there is none."""
     kind = None if config.stage == "lm" else kind_of(config)
     packing = None if own is None else kind.packing(config, own.window)
+    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
     return Readers(
         tokenizer,
-        llm.window,
+        llm.window - (bos is not None),
         distiller_window=None if own is None or packing is not None else own.window,
         distiller_tokenizer=None if own is None else other_tokenizer(tokenizer, own_tokenizer),
         separate_targets=isinstance(llm, EncoderDecoderConfig),

@@ -24,6 +24,7 @@ import jax
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import find_tasks
+from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.rows.windows import check_windows
@@ -117,6 +118,11 @@ def check_workdir(workdir, config, resumes: bool, finished: bool) -> None:
 def check_models(config, llm, model: Kind | None) -> None:
     """The LLM has a tokenizer that fits it, and so has what reads demonstrations for it (None: stage "lm")."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
+    if config.data.bos == NONE and bos_token("auto", llm.tokenizer, llm.path) is not None:
+        reporting.say(
+            f'The LLM\'s tokenizer begins every text with {llm.tokenizer.bos_token}, which data.bos="{NONE}" leaves out; "auto" puts it'
+            " before every prefix."
+        )
     if model is None or model.reader is None:
         return
     check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
@@ -137,7 +143,9 @@ def check_experiment(config, trainings) -> None:
     for c, batch_size in trainings:
         check_config(c, batch_size)
     folder = local_folder(config.llm.path)
-    llm = LLM(from_hf_config(folder), None, load_tokenizer(folder), str(folder), config.llm.dtype)  # needs no weights
+    tokenizer = load_tokenizer(folder)
+    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
+    llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
     finetuned = any(c.stage == "finetune" for c, _ in trainings)
     for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
         tasks, _ = load_tasks(config, llm, split)

@@ -12,6 +12,7 @@ from pathlib import Path
 from mend_jax.cli.command_line import base_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields
+from mend_jax.data.bos import NONE
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
@@ -24,6 +25,7 @@ SOURCES = "sources.json"
 MODELS = ("llm.path", "prefix.backbone")
 DATA = ("data.text", "data.tasks")
 START = "prefix.start_from"
+BEFORE = {"data.bos": NONE}  # fields whose default may change, as runs of before they were there have them
 # What may change when a run goes on: where and how fast it computes, what it prints, what the experiment does later.
 FREE_FIELDS = (
     "train.log_every", "train.save_every", "train.parallel", "train.accumulate", "data.cache", "data.processes",
@@ -222,6 +224,6 @@ def _absolute(path: str) -> str:
 
 @functools.cache
 def _defaults() -> dict:
-    """The fields of configs/base.py; {} where only the package is installed."""
+    """What a field meant to a run of before it was there: that of BEFORE, else of configs/base.py, which may not be installed."""
     base = base_config()
-    return {} if base is None else dotted_fields(json.loads(base.to_json()))
+    return ({} if base is None else dotted_fields(json.loads(base.to_json()))) | BEFORE

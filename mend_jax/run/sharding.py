@@ -41,7 +41,7 @@ RULES = tuple(
         (r"(q|k|v|qkv|up|gate)/(bias|kernel_scale)", (TENSOR,)),
         (r"(out|down)/kernel", (TENSOR, FSDP)),  # sums over what tensor has split: one all-reduce behind it
         (r"(out|down)/(bias|kernel_scale)", WHOLE),
-        (r"(norm1|norm2|cross_norm|final_norm|q_norm|k_norm)/(scale|bias)", WHOLE),
+        (r"(norm1|norm2|out_norm|down_norm|cross_norm|final_norm|q_norm|k_norm)/(scale|bias)", WHOLE),
         (r"distance_bias", WHOLE),
         (r"(project_in|project_out|projection)/kernel", (FSDP, None)),
         (r"(project_in|project_out)/kernel_scale", WHOLE),

@@ -2,7 +2,7 @@
 
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width,
 W width inside the layers, V vocabulary. A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs
-of tokens, the masked ones too (the convention of model-FLOPs utilisation); norms, softmax, rotations and activations are left out, under
+of tokens, the masked ones too (the convention of model-FLOPs utilisation), but in a sliding layer no more keys than its window; norms, softmax, rotations and activations are left out, under
 2% at these sizes.
 """
 
@@ -55,7 +55,9 @@ def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
     heads = 2 * (config.heads + config.kv_heads) * config.head_width  # of queries and output, of keys and values
     layer = W * heads + (3 if config.gated else 2) * W * config.mlp_width
     ends = 2 * config.width * W if config.width != W else 0  # embeddings and states are projected
-    attention = config.layers * 4 * tokens * keys * config.heads * config.head_width
+    slide = sum(config.sliding)
+    pairs = tokens * ((config.layers - slide) * keys + slide * min(keys, config.attention_span))
+    attention = 4 * pairs * config.heads * config.head_width
     return Products(2 * tokens * (config.layers * layer + ends), attention)
 
 

@@ -125,8 +125,7 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     length = int(to_host(prefix.length)[0])
     if length > llm.window:
         raise UserError(
-            f"The prefix has {length} positions, the LLM reads at most {llm.window}"
-            f"{llm.config.window_reason}: give fewer demonstrations."
+            f"The prefix has {length} positions, the LLM reads at most {llm.window}: give fewer demonstrations."
         )
     return _cache(llm, llm.params if params is None else params, prefix)
 
@@ -188,7 +187,7 @@ def score_rows(
 ) -> list[np.ndarray]:
     """`score_items` for rows that are laid out."""
     params = llm.params if params is None else params
-    _check_rows(llm, int(to_host(cache.length)), rows)
+    _check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a pass while the host lays out the next and reads the last
     for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):
@@ -328,7 +327,7 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         if needed > llm.window:
             raise UserError(
                 f"A query with its longest option needs {needed} positions, {prefix_length} of them the prefix; the LLM"
-                f" reads at most {llm.window}{llm.config.window_reason}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
+                f" reads at most {llm.window}: shorten the input, or make the prefix shorter (prefix.length, or fewer"
                 " demonstrations)."
             )
         parts = (row.tokens, row.targets, row.inputs)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mend_jax.cli.errors import UserError
 from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
-from mend_jax.models.families import gpt2, llama, opt, t5
+from mend_jax.models.families import gemma, gpt2, llama, opt, t5
 from mend_jax.models.tables import Entry, Table
 
 __all__ = [
@@ -38,10 +38,19 @@ class Family(NamedTuple):
     prefix: str  # of the base model's names in a file with a head
     lm_class: str  # of transformers
     base_class: str
+    other_prefixes: tuple[str, ...] = ()  # of the same names, in files of a larger model that it is a part of
+
+    def bare(self, name: str) -> str:
+        """A file's name of a tensor, without a prefix."""
+        return name.removeprefix(next((p for p in (*self.other_prefixes, self.prefix) if name.startswith(p)), ""))
 
 
-def _family(module, prefix: str, lm_class: str, base_class: str) -> Family:
-    return Family(module.read, module.write, module.table, module.derived, prefix, lm_class, base_class)
+def _family(module, prefix: str, lm_class: str, base_class: str, *other_prefixes: str) -> Family:
+    return Family(module.read, module.write, module.table, module.derived, prefix, lm_class, base_class, other_prefixes)
+
+
+_GEMMA_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
+_GEMMA = _family(gemma, "model.", "Gemma3ForCausalLM", "Gemma3TextModel", *_GEMMA_PREFIXES)
 
 
 FAMILIES = {
@@ -51,6 +60,8 @@ FAMILIES = {
     "mistral": _family(llama, "model.", "MistralForCausalLM", "MistralModel"),
     "qwen2": _family(llama, "model.", "Qwen2ForCausalLM", "Qwen2Model"),
     "qwen3": _family(llama, "model.", "Qwen3ForCausalLM", "Qwen3Model"),
+    "gemma3_text": _GEMMA,
+    "gemma3": _GEMMA,  # its text part
     "t5": _family(t5, "", "T5ForConditionalGeneration", "T5EncoderModel"),
 }
 HEAD = "lm_head.weight"  # in every family, without the prefix

@@ -1,13 +1,13 @@
 """The Llama-like: llama (Llama 2 and 3, SmolLM2, TinyLlama), mistral, qwen2 (and 2.5), qwen3.
 
 RMSNorm, rotary positions, grouped-query attention, gated SiLU, no bias. qwen2 has one on queries, keys and values;
-qwen3 norms every head's queries and keys; mistral and qwen may see a sliding window alone (`DecoderConfig.window`).
+qwen3 norms every head's queries and keys; all layers of mistral, and some of qwen, may see a sliding window alone.
 """
 
 from mend_jax.cli.errors import UserError
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.rope import read_rope, write_rope
-from mend_jax.models.tables import Entry, Table, check, linear, stacked
+from mend_jax.models.tables import Entry, Table, check, linear, read_sliding, stacked, write_sliding
 
 QWEN = ("qwen2", "qwen3")
 
@@ -19,6 +19,7 @@ def read(hf: dict) -> DecoderConfig:
     # Where one of these fields is no matter of the family, transformers does not read it either.
     bias = hf.get("attention_bias", False) if family in ("llama", "qwen3") else False
     head_width = hf.get("head_dim") or (128 if family == "qwen3" else 0)
+    kinds, span = _sliding(hf)
     config = DecoderConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -39,7 +40,8 @@ def read(hf: dict) -> DecoderConfig:
         mlp_bias=hf.get("mlp_bias", False) if family == "llama" else False,
         qk_norm=family == "qwen3",
         rope=read_rope(hf),
-        attention_span=_span(hf),
+        sliding=kinds,
+        attention_span=span,
         tied_head=hf.get("tie_word_embeddings", False),
     )
     if config.head_width % 2:
@@ -67,10 +69,10 @@ def write(config: DecoderConfig) -> dict:
         fields["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         fields["mlp_bias"] = config.mlp_bias
-    else:
+    elif config.family == "mistral":
         fields["sliding_window"] = config.attention_span or None
-    if config.family in QWEN:
-        fields |= {"use_sliding_window": bool(config.attention_span), "max_window_layers": 0}
+    else:
+        fields |= {**write_sliding(config), "use_sliding_window": bool(config.sliding)}
     return fields
 
 
@@ -103,14 +105,11 @@ def derived(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
-def _span(hf: dict) -> int:
-    """Tokens that a token sees, 0 for all. Of Qwen's layers only some slide: within the window all are alike."""
-    if hf["model_type"] == "llama":
-        return 0
-    if hf["model_type"] in QWEN:
-        kinds = hf.get("layer_types")
-        some = hf["num_hidden_layers"] > hf.get("max_window_layers", 28)
-        if not hf.get("use_sliding_window", False) or not ("sliding_attention" in kinds if kinds else some):
-            return 0
-        return hf.get("sliding_window", 4096) or 0
-    return hf.get("sliding_window", 4096) or 0
+def _sliding(hf: dict) -> tuple[tuple[bool, ...], int]:
+    """`read_sliding`: of Mistral's layers all slide, of Qwen's those from `max_window_layers` on, or those that it lists."""
+    layers = hf["num_hidden_layers"]
+    if hf["model_type"] == "mistral":
+        return read_sliding({name: value for name, value in hf.items() if name != "layer_types"}, [True] * layers)
+    if hf["model_type"] in QWEN and hf.get("use_sliding_window", False):
+        return read_sliding(hf, [i >= hf.get("max_window_layers", 28) for i in range(layers)])
+    return (), 0
