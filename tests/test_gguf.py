@@ -1,8 +1,6 @@
 """GGUF files: what they hold is what PyTorch computes with, whatever the blocks; in parts, in 8 bits, as a folder."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,16 +10,11 @@ gguf_package = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
 from gguf_files import KINDS, MODELS, VOCABULARY, torch_model, write  # noqa: E402
-from tiny_training import ROOT  # noqa: E402
 
 from mend_jax.data.query import Query  # noqa: E402
-from mend_jax.interchange.export import export_llm  # noqa: E402
-from mend_jax.llm.decoder_only import LLM, load_llm  # noqa: E402
+from mend_jax.llm.decoder_only import LLM  # noqa: E402
 from mend_jax.models import weights  # noqa: E402
 from mend_jax.models.families import from_hf_config  # noqa: E402
-from mend_jax.models.folders import fingerprint, has_weights, load_model, local_folder  # noqa: E402
-from mend_jax.models.gguf import packaged  # noqa: E402
-from mend_jax.models.gguf.header import read_model  # noqa: E402
 from mend_jax.models.split_weights import read_split  # noqa: E402
 from mend_jax.prefixes.nothing import no_prefix  # noqa: E402
 from mend_jax.run import sharding  # noqa: E402

@@ -218,9 +218,10 @@ def test_a_space_before_a_text_is_not_doubled(tmp_path):
     shutil.copyfile(tmp_path / "config.json", tmp_path / "again" / "config.json")
     for tokenizer in (read, load_tokenizer(tmp_path / "again")):
         said = [
-            tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) for text in (" w1", "w1", " w1 w1", "  w1")
+            tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+            for text in (" w1", "w1", " w1 w1", "  w1", "w1\n  w1")
         ]
-        assert said == [["▁w1"], ["▁w1"], ["▁w1", "▁w1"], ["▁", "▁w1"]]
+        assert said == [["▁w1"], ["▁w1"], ["▁w1", "▁w1"], ["▁", "▁w1"], ["▁w1", "<unk>", "▁", "▁w1"]]
 
 
 def test_half_precision_files_are_read(llm, torch_llm, tmp_path):

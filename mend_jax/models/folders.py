@@ -238,6 +238,7 @@ def _without_doubled_space(tokenizer):
     steps = state.get("normalizers", [])
     if [step["type"] for step in steps] == ["Prepend", "Replace"] and steps[0]["prepend"] == steps[1]["content"]:
         space = steps[0]["prepend"]
-        once = normalizers.Replace(Regex(f"^{space}{space}"), space)
+        # \A and not ^, which is the beginning of every line.
+        once = normalizers.Replace(Regex(rf"\A{space}{space}"), space)
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space), once])
     return tokenizer

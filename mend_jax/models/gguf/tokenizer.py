@@ -125,9 +125,9 @@ def _special(metadata: dict[str, Any]) -> dict[str, str]:
 
 def _add(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Tokens that are found in texts before these are divided."""
-    for token, kind in zip(metadata["tokenizer.ggml.tokens"], _types(metadata), strict=True):
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED)])
+    tokens = zip(metadata["tokenizer.ggml.tokens"], _types(metadata), strict=True)
+    found = [(token, kind == USER_DEFINED) for token, kind in tokens if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=not plain) for token, plain in found])
 
 
 def _begins_with(token: str, tokenizer: Tokenizer) -> processors.TemplateProcessing:
