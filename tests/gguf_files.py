@@ -3,6 +3,7 @@ weights they hold."""
 
 import gguf
 import numpy as np
+from conftest import WORDS
 from gguf import GGMLQuantizationType as Kind
 
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -161,3 +162,21 @@ def add_tokenizer(writer, kind, pre, tokens, types, merges=(), scores=(), **flag
         writer.add_token_scores(scores)
     for name, value in flags.items():
         (writer.add_uint32 if type(value) is int else writer.add_bool)(f"tokenizer.ggml.{name}", value)
+
+
+def describe_words(writer):
+    """The words of data_files.py as SentencePiece's kind: every piece of a word is a token, so that the whole is one."""
+    words = ["▁" + word for word in WORDS[2:]]
+    digits = [word[:3] for word in words] + ["▁w", "▁", "w", *"0123456789"]
+    tokens = ["<unk>", *words, *sorted(set(digits) - set(words))]
+    kinds = [2] + [1] * (len(tokens) - 1)
+    add_tokenizer(writer, "llama", "default", tokens, kinds, scores=[float(len(token)) for token in tokens])
+
+
+WORD_VOCABULARY = 80
+
+
+def write_with_words(path, name="smollm2", kind="Q8_0"):
+    """As `write`, with a tokenizer of the words of data_files.py."""
+    path.parent.mkdir(exist_ok=True)
+    return write(path, MODELS[name], kind, tokenizer=describe_words, vocabulary=WORD_VOCABULARY)
