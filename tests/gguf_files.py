@@ -17,9 +17,11 @@ LLAMA = {
     "max_position_embeddings": 128,
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "factor": 8.0}
-TIED = {"tie_word_embeddings": True}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 MODELS = {  # what config.json says, beside the vocabulary
     "gpt2": {"model_type": "gpt2", "n_embd": 256, "n_inner": 512, "n_head": 4, "n_layer": 2, "n_positions": 96},
+    "gpt2-head": {"model_type": "gpt2", "n_embd": 256, "n_inner": 512, "n_head": 4, "n_layer": 2, "n_positions": 96}
+    | UNTIED,
     "smollm2": {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e5, **LLAMA, **TIED},
     "llama-3": {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 5e5, **LLAMA},
     "llama-bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **LLAMA},

@@ -63,7 +63,6 @@ def test_config_survives_the_round_trip(llm, tmp_path):
         ({"model_type": "bert"}, "bert"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"n_head": 5}, "multiple"),
     ],
 )
