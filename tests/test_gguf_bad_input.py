@@ -127,6 +127,9 @@ def test_the_file_that_is_changed_below_is_whole(tmp_path):
             "the architecture 'falcon', which is not supported: use one of gpt2, llama, qwen2",
         ),
         ({"metadata": {"block_count": None}}, "lacks llama.block_count in its metadata"),
+        ({"metadata": {"block_count": 1 << 31}}, "says that it has 2147483648 layers and holds 11 tensors"),
+        ({"metadata": {"attention.head_count": 1 << 30}}, "m.gguf"),
+        ({"metadata": {"feed_forward_length": 1 << 31}}, r"asks for \(2147483648, 32\)"),
         ({"metadata": {"expert_count": 8}}, "a mixture of experts"),
         ({"metadata": {"rope.dimension_count": 8}}, "partial_rotary_factor=0.5"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "in another way than Llama 3 does"),
@@ -167,6 +170,9 @@ def test_other_files(tmp_path):
     path = tmp_path / "m.gguf"
     with pytest.raises(UserError, match="m.gguf is not there: give a GGUF file"):
         local_folder(path)
+    write(path)
+    with pytest.raises(UserError, match=f"config.json is not there: name the GGUF file beside it, {path}"):
+        load_model(tmp_path)
     path.write_bytes(b"PK\3\4" + b"\0" * 100)
     with pytest.raises(UserError, match="is no GGUF file"):
         load_model(path)

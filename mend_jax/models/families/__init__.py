@@ -139,7 +139,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.") from None
+        found = next(iter(sorted(path.parent.glob("*.gguf"))), None)
+        what = f"name the GGUF file beside it, {found}" if found else "a Hugging Face model folder holds a config.json"
+        raise UserError(f"{path} is not there: {what}.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again."

@@ -43,12 +43,21 @@ class _Metadata:
             )
         return value
 
+    def layers(self) -> int:
+        """Raises UserError where there are more than tensors, before a table is made of so many."""
+        layers = self.need("block_count")
+        if layers > len(self.tensors):
+            raise UserError(
+                f"{self.path} says that it has {layers} layers and holds {len(self.tensors)} tensors: copy it again."
+            )
+        return layers
+
 
 def _gpt2(of: _Metadata) -> dict:
     return {
         "model_type": "gpt2",
         "n_embd": of.need("embedding_length"),
-        "n_layer": of.need("block_count"),
+        "n_layer": of.layers(),
         "n_head": of.need("attention.head_count"),
         "n_inner": of.need("feed_forward_length"),
         "n_positions": of.need("context_length"),
@@ -88,7 +97,7 @@ def _like_llama(of: _Metadata) -> dict:
     head_width = of.get("attention.key_length") or width // max(1, heads)
     return {
         "hidden_size": width,
-        "num_hidden_layers": of.need("block_count"),
+        "num_hidden_layers": of.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": of.get("attention.head_count_kv") or heads,
         "head_dim": head_width,

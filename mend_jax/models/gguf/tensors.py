@@ -19,7 +19,7 @@ def open_part(path: Path) -> Iterator[tuple[str, "Tensor"]]:
     names, made_as, mapped = _names(architecture, config), ARCHITECTURES[architecture], _Mapped(path)
     for name, stored in read_header(path).tensors.items():
         if name != FREQUENCIES:  # is part of the settings
-            yield names.get(name, name), Tensor(mapped, stored, *_layout(name, made_as, config))
+            yield names.get(name, name), Tensor(mapped, stored, *_layout(name, stored, made_as, config))
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,13 +32,14 @@ def _names(architecture: str, config: Config) -> dict[str, str]:
     return {known.get_name(name, try_suffixes=(".weight", ".bias")): name for name in theirs}
 
 
-def _layout(name: str, architecture: Architecture, config: Config) -> tuple[np.ndarray | None, bool]:
+def _layout(name: str, stored: Stored, architecture: Architecture, config: Config) -> tuple[np.ndarray | None, bool]:
     """(the file's row of each row, None where they are the same; whether its axes are swapped)."""
     part = name.split(".", 2)[-1]
     if architecture.paired and part in PAIRED:
         heads = config.heads if part.startswith("attn_q") else config.kv_heads
-        rows = np.arange(heads * config.head_width).reshape(heads, config.head_width // 2, 2)
-        return rows.swapaxes(1, 2).ravel(), False
+        if stored.shape[0] == heads * config.head_width:  # else it is refused for its shape
+            rows = np.arange(stored.shape[0]).reshape(heads, config.head_width // 2, 2)
+            return rows.swapaxes(1, 2).ravel(), False
     return None, part in architecture.transposed
 
 
