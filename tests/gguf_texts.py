@@ -37,7 +37,7 @@ def describe_bytes(writer, vocab, merges, pre, special=("<|endoftext|>", "<|im_s
     """Its metadata."""
     tokens = sorted(vocab, key=vocab.get)
     types = [3 if token in special else 1 for token in tokens]
-    add_tokenizer(writer, "gpt2", pre, tokens, types, merges, eos_token_id=0)
+    add_tokenizer(writer, "gpt2", pre, tokens, types, merges, eos_token_id=vocab[special[0]])
 
 
 def trained_pieces(size=500):
