@@ -16,7 +16,7 @@ PAIRED = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 def open_part(path: Path) -> Iterator[tuple[str, "Tensor"]]:
     """(their name, tensor) of one file of a model, which stays mapped as long as one of its tensors is kept."""
     architecture, config = architecture_of(path), from_hf_config(path)
-    names, made_as, mapped = _names(architecture, config), ARCHITECTURES[architecture], _Mapped(path)
+    names, made_as, mapped = _names(architecture, config), ARCHITECTURES[architecture], Mapped(path)
     for name, stored in read_header(path).tensors.items():
         if name != FREQUENCIES:  # is part of the settings
             yield names.get(name, name), Tensor(mapped, stored, *_layout(name, stored, made_as, config))
@@ -43,7 +43,7 @@ def _layout(name: str, stored: Stored, architecture: Architecture, config: Confi
     return None, part in architecture.transposed
 
 
-class _Mapped:
+class Mapped:
     """A file that is mapped into memory, and the one tensor that was last dequantised whole."""
 
     def __init__(self, path: Path):
@@ -64,7 +64,7 @@ class _Mapped:
 class Tensor:
     """One tensor, of which slices are read: `tensor[:]`, `tensor[2:4, :]`, float32."""
 
-    def __init__(self, mapped: _Mapped, stored: Stored, order: np.ndarray | None, swapped: bool):
+    def __init__(self, mapped: Mapped, stored: Stored, order: np.ndarray | None, swapped: bool):
         self._mapped, self._stored, self._order, self._swapped = mapped, stored, order, swapped
         self.shape = stored.shape[::-1] if swapped else stored.shape
 
