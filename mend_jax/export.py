@@ -23,8 +23,9 @@ def main(out: str, workdir: str = "", backbone: str = "", llm: str = "") -> None
 
     Args:
         out: the folder to write: one that is not there yet, or is empty.
+        workdir: the folder of a training, of any stage; its best checkpoint is taken.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
-        llm: a GGUF file, in the place of a workdir.
+        llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
     """
     if bool(workdir) == bool(llm):
         raise UserError("Give --workdir, the folder of a training, or --llm, a GGUF file.")
