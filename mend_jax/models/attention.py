@@ -121,47 +121,35 @@ def _to_itself(q, k, v, within):
 
 def _to_shared(q, keys, values, length):
     """As `_to_itself`, of a prefix (P,G,F) that all rows share: it is multiplied with the queries of all rows at once."""
-    (B, T, G, _, F), real = q.shape, jnp.arange(len(keys)) < length
-    keys, values, parts = _without_padding(keys, real[:, None, None]).swapaxes(0, 1), values.swapaxes(0, 1), []
+    keys, values, parts = keys.swapaxes(0, 1), values.swapaxes(0, 1), []
+    (B, T, G, _, F), hidden = q.shape, jnp.where(jnp.arange(keys.shape[1]) < length, 0.0, MASKED)
     for rows in _blocks(T, max(8, BLOCK // B)):
         queries = q[:, rows].transpose(2, 0, 1, 3, 4)  # (G,B,t,R,F)
-        scores = _product("htf,hpf->htp", queries.reshape(G, -1, F), keys)
-        pair = _softmax(scores, "htp,hpf->htf", values, real)
+        scores = _product("htf,hpf->htp", queries.reshape(G, -1, F), keys) + hidden
+        pair = _softmax(scores, "htp,hpf->htf", values)
         parts.append([a.reshape(*queries.shape[:4], a.shape[-1]).transpose(1, 2, 0, 3, 4) for a in pair])
     return [jnp.concatenate(a, 1) for a in zip(*parts, strict=True)]
 
 
 def _to_own(q, keys, values, length):
     """As `_to_itself`, of a prefix for each row (B,P,G,F)."""
-    (B, _, G, _, F), real = q.shape, jnp.arange(keys.shape[1]) < length[:, None]
-    keys, values, parts = _without_padding(keys, real[..., None, None]).swapaxes(1, 2), values.swapaxes(1, 2), []
-    real = real[:, None, None]
+    keys, values, parts = keys.swapaxes(1, 2), values.swapaxes(1, 2), []
+    B, _, G, _, F = q.shape
+    hidden = jnp.where(jnp.arange(keys.shape[2]) < length[:, None], 0.0, MASKED)[:, None, None]
     for rows in _blocks(q.shape[1]):
         queries = q[:, rows].transpose(0, 2, 1, 3, 4)  # (B,G,t,R,F)
-        scores = _product("bhtf,bhpf->bhtp", queries.reshape(B, G, -1, F), keys)
-        pair = _softmax(scores, "bhtp,bhpf->bhtf", values, real)
+        scores = _product("bhtf,bhpf->bhtp", queries.reshape(B, G, -1, F), keys) + hidden
+        pair = _softmax(scores, "bhtp,bhpf->bhtf", values)
         parts.append([a.reshape(*queries.shape[:4], a.shape[-1]).swapaxes(1, 2) for a in pair])
     return [jnp.concatenate(a, 1) for a in zip(*parts, strict=True)]
 
 
-def _without_padding(keys, real):
-    """Keys of padding replaced by the first key: a score that is there anyway cannot be the largest, so that none is to be masked
-    before the exponential, which would cost a pass through memory."""
-    return jnp.where(real, keys, keys[..., :1, :, :])
-
-
-def _softmax(scores, form: str, values, real=None):
-    """(the shares' sum of the values, the scores' log-sum-exp with an axis of 1), float32; 0 and MASKED where nothing is `real`."""
+def _softmax(scores, form: str, values):
+    """(the shares' sum of the values, the scores' log-sum-exp with an axis of 1), float32."""
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     shares = jnp.exp(scores - top)
-    if real is None:
-        total = shares.sum(-1, keepdims=True)
-        return _product(form, shares.astype(values.dtype), values) / total, top + jnp.log(total)
-    shares *= real
-    some = real.any(-1, keepdims=True)
-    total = jnp.where(some, shares.sum(-1, keepdims=True), 1)
-    normaliser = jnp.where(some, top + jnp.log(total), MASKED)
-    return _product(form, shares.astype(values.dtype), values) / total, normaliser
+    total = shares.sum(-1, keepdims=True)
+    return _product(form, shares.astype(values.dtype), values) / total, top + jnp.log(total)
 
 
 def _scores(q, k, masked: bool):
