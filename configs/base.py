@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # data, initial values: everything random is a function of (seed, step)
 
     c.llm = llm = ConfigDict()
-    llm.path = "gpt2-large"  # Hugging Face folder or hub name; with stage="lm" a folder with config.json alone starts from random weights
+    llm.path = "gpt2-large"  # Hugging Face folder, hub name, GGUF file ("model.gguf") or packaged model ("smollm2-135m-instruct"); with stage="lm" a folder with config.json alone starts from random weights
     llm.dtype = "float32"  # of the frozen weights and of the LLM's arithmetic: "float32" or "bfloat16"
     llm.weights = "full"  # "full": the frozen weights in llm.dtype; "int8": 8 bits with a scale per output channel, arithmetic in llm.dtype
     llm.attention = "xla"  # "xla" everywhere; "cudnn" (flash attention) on NVIDIA GPUs with dtype "bfloat16"
@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
     prefix.length = 100  # l, the number of vectors
-    prefix.backbone = "gpt2"  # the distiller starts from this Hugging Face folder or hub name; its tokenizer may differ from the LLM's
+    prefix.backbone = (
+        "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
+    )
     prefix.placeholder_init = (
         "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     )

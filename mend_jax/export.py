@@ -1,6 +1,7 @@
-"""Out to PyTorch: a trained model as files that need nothing of this project.
+"""Out to PyTorch: a trained model as files that need nothing of this project, or a GGUF file as a Hugging Face folder.
 
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
+    python -m mend_jax.export --llm=model.gguf --out=exported/model
 
 --backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) where it has moved since the training.
 
@@ -13,12 +14,22 @@ mend_jax/interchange/trained.py reads all of these back, and says what the relea
 """
 
 from mend_jax.cli.command_line import run
-from mend_jax.interchange.export import export
+from mend_jax.cli.errors import UserError
+from mend_jax.interchange.export import export, export_llm
 
 
-def main(workdir: str, out: str, backbone: str = "") -> None:
-    """The command."""
-    print(export(workdir, out, backbone or None))
+def main(out: str, workdir: str = "", backbone: str = "", llm: str = "") -> None:
+    """The command.
+
+    Args:
+        out: the folder to write: one that is not there yet, or is empty.
+        workdir: the folder of a training, of any stage; its best checkpoint is taken.
+        backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
+        llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
+    """
+    if bool(workdir) == bool(llm):
+        raise UserError("Give --workdir, the folder of a training, or --llm, a GGUF file.")
+    print(export_llm(llm, out) if llm else export(workdir, out, backbone or None))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """An exported model: files that need nothing of this project (the command `export` says which). trained.py reads them back."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from mend_jax.interchange.trained import (
     source_folder,
 )
 from mend_jax.models import weights
-from mend_jax.models.folders import save_model
+from mend_jax.models.folders import convert_model, save_model
 from mend_jax.prefixes import Distiller
 from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run.files import whole_folder
@@ -33,18 +35,43 @@ def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = N
     Raises:
         UserError: no such workdir, no whole checkpoint, a backbone that is not there, a full `out`, a full disk.
     """
+    out = _new(out)
+    config, model, meta = read_workdir(workdir, backbone)
+    with _written(out) as folder:
+        said = _write(folder, workdir, config, model, meta, backbone)
+    return f"{said} Step {meta['step']} of {workdir} is in {out}."
+
+
+def export_llm(llm: str | Path, out: str | Path) -> str:
+    """Writes the model of a GGUF file to the new folder `out` as a Hugging Face folder, whole or not at all; returns a
+    sentence on it.
+
+    Raises:
+        UserError: a file that cannot be read, a full `out`, a full disk.
+    """
+    out = _new(out)
+    with _written(out) as folder:
+        convert_model(llm, folder)
+    return f"{llm} is in {out} as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
+
+
+def _new(out: str | Path) -> Path:
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name another folder, or remove it.")
-    config, model, meta = read_workdir(workdir, backbone)
+    return out
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end of the block."""
     try:
         with whole_folder(out) as folder:
-            said = _write(folder, workdir, config, model, meta, backbone)
+            yield folder
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): make room, or name another folder."
         ) from error
-    return f"{said} Step {meta['step']} of {workdir} is in {out}."
 
 
 # The release's layout

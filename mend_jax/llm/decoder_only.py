@@ -91,11 +91,12 @@ def load_llm(
     place: Place | None = None,
     bos: str = NONE,
 ) -> LLM | EncoderDecoderLLM:
-    """The LLM of a Hugging Face folder or hub name.
+    """The LLM of a Hugging Face folder, a hub name, a GGUF file or a packaged model.
 
     Args:
         path: a folder with config.json, weights (safetensors, single or sharded; .bin where PyTorch is installed)
-            and, if texts are to be read, a tokenizer; or a hub name such as "gpt2-large".
+            and, if texts are to be read, a tokenizer; a hub name such as "gpt2-large"; a file such as "model.gguf"; or one
+            of the names of models/gguf/packaged.py.
         dtype: "float32" or "bfloat16", of the weights and of the arithmetic (norms and softmax stay float32).
         attention: "xla", or "cudnn" (NVIDIA, bfloat16).
         remat: recompute each layer in the backward pass.

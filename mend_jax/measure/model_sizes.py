@@ -84,7 +84,7 @@ def settings_of(path: str) -> Config:
 def known_or_folder(name: str) -> Config:
     """A model of SIZES by its name, whole or without whose it is, or that of a folder's config.json. Raises UserError."""
     known = SIZES | dict(zip(NAMES, SIZES.values(), strict=True))
-    if name not in known and not Path(name).expanduser().is_dir():
+    if name not in known and not Path(name).expanduser().exists():
         raise UserError(f"{name} is neither one of {', '.join(NAMES)} nor a folder with a config.json.")
     return from_hf_config(known.get(name, name))
 

@@ -101,7 +101,7 @@ def text(report: dict) -> str:
 def _model(name: str) -> tuple[Config, dict, str]:
     """(its config, float32 params (NumPy), "its own" or "random")."""
     config = known_or_folder(name)
-    if Path(name).is_dir() and has_weights(name):
+    if Path(name).exists() and has_weights(name):
         params = read_params(name, config)
         return as_read(config, params), params, "its own"
     return config, random_params(config, LLM_SEED), "random"

@@ -148,4 +148,4 @@ class ScoringSide:
 
 def own_weights(llm: str) -> bool:
     """Whether a name of the command line is a folder with weights."""
-    return Path(llm).expanduser().is_dir() and has_weights(llm)
+    return Path(llm).expanduser().exists() and has_weights(llm)

@@ -1,4 +1,7 @@
-"""Hugging Face folders and hub names: where a model's config.json, weights and tokenizer come from and go to."""
+"""Hugging Face folders, hub names and GGUF files: where a model's settings, weights and tokenizer come from and go to.
+
+A GGUF file stands wherever a folder can: `from_hf_config`, `weights.weight_files` and `load_tokenizer` read either.
+"""
 
 import functools
 import hashlib
@@ -15,6 +18,9 @@ import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 from mend_jax.cli.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, read_json, to_hf_config
+from mend_jax.models.gguf.header import is_gguf
+from mend_jax.models.gguf.packaged import PACKAGED, packaged_file
+from mend_jax.models.gguf.tokenizer import gguf_tokenizer
 from mend_jax.models.split_weights import read_split
 from mend_jax.run.sharding import Place, places
 
@@ -34,7 +40,7 @@ HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where t
 
 
 class Model(NamedTuple):
-    """What a folder holds."""
+    """What a folder or a GGUF file holds."""
 
     config: Config
     params: Any
@@ -43,7 +49,7 @@ class Model(NamedTuple):
 
 
 def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, place: Place | None = None) -> Model:
-    """The model of a folder or hub name, its weights in `dtype`, or kernels and tables in 8 bits (models/int8.py).
+    """The model of a folder, GGUF file or hub name, its weights in `dtype`, or kernels and tables in 8 bits (models/int8.py).
 
     The host never holds two copies: its peak is the tree and 1.2 times the largest file of weights. With `place`
     (sharding.py) the weights are read straight to where it says: the tree is then what this host's devices hold, and of
@@ -107,24 +113,60 @@ def save_model(folder: str | Path, config: Config, params, source: str | Path, d
     """
     folder, source = Path(folder), Path(source)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = to_hf_config(config) | {"dtype": dtype or str(params["embed"]["tokens"].dtype)}
-    if (source / "config.json").exists():
+    _write_settings(folder, config, source, dtype or str(params["embed"]["tokens"].dtype))
+    write_tokenizer(folder, source)
+    weights.write_params(folder, config, params, dtype)
+
+
+def convert_model(source: str | Path, folder: str | Path) -> None:
+    """A GGUF file as a Hugging Face folder, in float32, which holds every dequantised number as it is.
+
+    In memory there is never more than one shard (weights.SHARD_BYTES). Raises UserError: a file that cannot be read, no
+    GGUF file; OSError: a folder that cannot be written.
+    """
+    source, folder = local_folder(source), Path(folder)
+    if not is_gguf(source):
+        raise UserError(f"{source} is a Hugging Face folder already: name a GGUF file.")
+    config = from_hf_config(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_settings(folder, config, source, "float32")
+    write_tokenizer(folder, source)
+    weights.copy_weights(source, config, folder)
+
+
+def _write_settings(folder: Path, config: Config, source: Path, dtype: str) -> None:
+    """The config.json of weights in `dtype`."""
+    fields = to_hf_config(config) | {"dtype": dtype}
+    if is_gguf(source) or (source / "config.json").exists():
         known = read_json(source)
         if known.get("model_type") == config.family:
             fields |= {name: known[name] for name in KEPT_FIELDS if name in known}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def write_tokenizer(folder: Path, source: Path) -> None:
+    """The tokenizer of another folder, byte by byte, or of a GGUF file."""
+    if is_gguf(source):
+        load_tokenizer(source).save_pretrained(folder)
+        return
     for name in TOKENIZER_FILES:
         file = source / name
         if file.exists() and file.resolve() != (folder / name).resolve():
             shutil.copyfile(file, folder / name)
-    weights.write_params(folder, config, params, dtype)
 
 
 def local_folder(path: str | Path) -> Path:
-    """`path` itself where it is a folder, else the local copy of the hub's model of that name."""
+    """`path` itself where it is a folder or a GGUF file, else the local copy of the model of that name: of a package
+    (PACKAGED), or of the hub."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (is_gguf(path) and folder.is_file()):
         return folder
+    if is_gguf(path):
+        raise UserError(
+            f"{path} is not there: give a GGUF file, a Hugging Face model folder or a hub name such as gpt2."
+        )
+    if str(path) in PACKAGED:
+        return packaged_file(str(path))
     if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
         raise UserError(f"{path} is not a folder: give a Hugging Face model folder or a hub name such as gpt2.")
     from huggingface_hub import snapshot_download
@@ -145,7 +187,8 @@ def local_folder(path: str | Path) -> Path:
 def fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with any byte of a model's config.json, vocabulary or weights, wherever it lies."""
     folder = local_folder(path)
-    files = [folder / "config.json", *(folder / name for name in VOCABULARIES if (folder / name).exists())]
+    files = [folder / name for name in VOCABULARIES if (folder / name).exists()]
+    files = [] if is_gguf(folder) else [folder / "config.json", *files]
     files += weights.weight_files(folder) if weights.has_weights(folder) else []
     stats = [file.stat() for file in files]
     return _fingerprint(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
@@ -163,8 +206,10 @@ def _fingerprint(files: tuple) -> str:
 
 
 def load_tokenizer(folder: str | Path):
-    """The tokenizer of a Hugging Face folder, or None where it has none. Nothing is downloaded."""
+    """The tokenizer of a Hugging Face folder or GGUF file, or None where a folder has none. Nothing is downloaded."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return _without_doubled_space(gguf_tokenizer(folder))
     there = [name for name in VOCABULARIES if (folder / name).exists()]
     if not there:
         return None
@@ -193,6 +238,7 @@ def _without_doubled_space(tokenizer):
     steps = state.get("normalizers", [])
     if [step["type"] for step in steps] == ["Prepend", "Replace"] and steps[0]["prepend"] == steps[1]["content"]:
         space = steps[0]["prepend"]
-        once = normalizers.Replace(Regex(f"^{space}{space}"), space)
+        # \A and not ^, which is the beginning of every line.
+        once = normalizers.Replace(Regex(rf"\A{space}{space}"), space)
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space), once])
     return tokenizer

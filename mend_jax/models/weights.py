@@ -25,6 +25,8 @@ from safetensors.numpy import save_file
 
 from mend_jax.cli.errors import UserError
 from mend_jax.models.families import FAMILIES, HEAD, Config, file_says_head, key_table
+from mend_jax.models.gguf.header import is_gguf, parts
+from mend_jax.models.gguf.tensors import open_part
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry
 
@@ -34,6 +36,7 @@ NOT_TIED = (
     "{where} holds a head (lm_head.weight) that is not the token table, though config.json says so"
     " (tie_word_embeddings): take the config.json that belongs to the weights."
 )
+SHARD_BYTES = 1 << 30  # of a file in `copy_weights`, at least
 PIECE = 1 << 18  # numbers that are read at once: a few copies of them fit in a CPU's cache
 
 
@@ -126,7 +129,8 @@ def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> di
 
 
 def read_params(folder: str | Path, config: Config, dtype: str = "float32", int8: bool = False) -> dict:
-    """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin.
+    """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin; or
+    those of a GGUF file.
 
     It never takes more memory than the tree and 1.2 times the largest file.
     """
@@ -144,6 +148,33 @@ def write_params(folder: str | Path, config: Config, params: Mapping, dtype: str
     write_file(tensors, Path(folder) / "model.safetensors")
 
 
+def copy_weights(source: str | Path, config: Config, folder: Path) -> None:
+    """The weights of a folder or GGUF file as float32 shards in another folder, of which one is in memory at a time.
+
+    Raises UserError as `read_params` does.
+    """
+    shard, written, whole = {}, {}, 0
+
+    def write():
+        name = f"model-{len(set(written.values())) + 1:05}.safetensors"
+        write_file(shard, folder / name)
+        written.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, _, tensor in matched(_tensors_of(weight_files(Path(source))), config, str(source)):
+        shard[name] = np.ascontiguousarray(tensor[:], np.float32)
+        whole += shard[name].nbytes
+        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+            write()
+    if not written:
+        write_file(shard, folder / SINGLE_FILES[0])
+        return
+    if shard:
+        write()
+    index = {"metadata": {"total_size": whole}, "weight_map": written}
+    _index(folder, SINGLE_FILES[0]).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def write_file(tensors: dict[str, np.ndarray], path: str | Path, metadata: dict | None = FORMAT) -> None:
     """One .safetensors file. Raises OSError where it cannot be written: safetensors has an error of its own for that."""
     Path(path).touch()
@@ -158,12 +189,15 @@ def write_file(tensors: dict[str, np.ndarray], path: str | Path, metadata: dict 
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds a file of weights or an index of some, whole or not."""
-    return any((folder / name).exists() or _index(folder, name).exists() for name in SINGLE_FILES)
+    """Whether a Hugging Face folder holds a file of weights or an index of some, whole or not; a GGUF file does."""
+    return is_gguf(folder) or any((folder / name).exists() or _index(folder, name).exists() for name in SINGLE_FILES)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a Hugging Face folder, safetensors before .bin; a missing shard is an error."""
+    """The files of weights in a Hugging Face folder, safetensors before .bin, or the parts of a GGUF file; a missing one is
+    an error."""
+    if is_gguf(folder):
+        return parts(folder)
     for single in SINGLE_FILES:
         index = _index(folder, single)
         if (folder / single).exists():
@@ -204,7 +238,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one .safetensors or .bin file; the tensors can be read as long as `files` is open."""
+    """(name, tensor) of one .safetensors, .gguf or .bin file; the tensors can be read as long as `files` is open."""
+    if is_gguf(path):
+        return open_part(path)
     return _open_torch(path) if path.suffix == ".bin" else _open_safetensors(path, files)
 
 

@@ -190,7 +190,7 @@ def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
     folder = recorded.get("folder", _absolute(there))
     same_place, known = there == here or folder == _absolute(here), recorded.get("fingerprint")
     if name in MODELS:
-        if known is None and not same_place and Path(folder).is_dir():
+        if known is None and not same_place and Path(folder).exists():
             known = fingerprint(folder)
         return same_place if known is None else fingerprint(here) == known
     if name == START and known is not None and not same_place and checkpoint.has_checkpoint(here):
@@ -215,7 +215,7 @@ def _projection(config, value: str) -> str:
 
 
 def _is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()
+    return Path(path).expanduser().exists()
 
 
 def _absolute(path: str) -> str:

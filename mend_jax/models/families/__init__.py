@@ -12,6 +12,8 @@ from typing import NamedTuple
 from mend_jax.cli.errors import UserError
 from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.families import gemma, gpt2, llama, opt, t5
+from mend_jax.models.gguf.config import hf_fields
+from mend_jax.models.gguf.header import is_gguf
 from mend_jax.models.tables import Entry, Table
 
 __all__ = [
@@ -68,7 +70,8 @@ HEAD = "lm_head.weight"  # in every family, without the prefix
 
 
 def from_hf_config(source: dict | str | Path) -> Config:
-    """Settings of the model described by a `config.json`: its content, its path, or its folder's path. Raises UserError."""
+    """Settings of the model described by a `config.json`: its content, its path, its folder's path, or a GGUF file in its
+    place. Raises UserError."""
     if isinstance(source, dict):
         return _from_fields(source)
     fields = read_json(Path(source))
@@ -140,12 +143,16 @@ def file_says_head(config: Config) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file, or a folder's config.json, holds."""
+    """The object that a JSON file, or a folder's config.json, holds; of a GGUF file what a config.json would say."""
+    if is_gguf(path):
+        return hf_fields(path)
     path = path / "config.json" if path.is_dir() else path
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: a Hugging Face model folder holds a config.json.") from None
+        found = next(iter(sorted(path.parent.glob("*.gguf"))), None)
+        what = f"name the GGUF file beside it, {found}" if found else "a Hugging Face model folder holds a config.json"
+        raise UserError(f"{path} is not there: {what}.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again."

@@ -10,7 +10,6 @@ def read(hf: dict) -> DecoderConfig:
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
-        "tie_word_embeddings": (True,),
         "add_cross_attention": (False,),
     }
     check(hf, expected)
@@ -23,6 +22,7 @@ def read(hf: dict) -> DecoderConfig:
         mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
         max_positions=hf.get("n_positions") or hf["n_ctx"],
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        tied_head=hf.get("tie_word_embeddings", True),  # GGUF files may hold the table twice, in other blocks
     )
 
 

@@ -1,0 +1,121 @@
+"""The tokenizer of a GGUF file gives the ids of the one that its metadata were written from."""
+
+import json
+
+import pytest
+
+gguf_package = pytest.importorskip("gguf")
+
+from gguf_files import MODELS, add_tokenizer, write  # noqa: E402
+from gguf_texts import (  # noqa: E402
+    describe_bytes,
+    describe_pieces,
+    joined_by_score,
+    trained_bytes,
+    trained_pieces,
+    varied_texts,
+)
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers  # noqa: E402
+
+from mend_jax.interchange.export import export_llm  # noqa: E402
+from mend_jax.models.folders import load_tokenizer  # noqa: E402
+
+TEXTS = varied_texts()
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+LLAMA3 = (  # as its tokenizer.json has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIVIDED = {
+    "gpt-2": [pre_tokenizers.Split(Regex(GPT2), "isolated"), BYTES],
+    "smollm": [pre_tokenizers.Digits(True), pre_tokenizers.Split(Regex(GPT2), "isolated"), BYTES],
+    "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES],
+    "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES],
+}
+
+
+def header_alone(path, describe, architecture="llama"):
+    writer = gguf_package.GGUFWriter(path, architecture)
+    describe(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def ids(tokenizer, texts=TEXTS):
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="module", params=DIVIDED)
+def byte_level(request):
+    """(pre-tokenizer's name, vocabulary, merges, the tokenizer)."""
+    divided = pre_tokenizers.Sequence(DIVIDED[request.param])
+    vocab, merges = trained_bytes(divided)
+    whole = request.param == "llama-bpe"
+    if whole:  # a token that no merges make
+        vocab = vocab | {"ĠzyzzyvasĠ"[:-1]: len(vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=whole))
+    tokenizer.pre_tokenizer = divided
+    tokenizer.normalizer = normalizers.NFC() if request.param == "qwen2" else None
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
+    return request.param, vocab, merges, tokenizer
+
+
+def test_byte_level_ids(byte_level, tmp_path):
+    pre, vocab, merges, source = byte_level
+    path = header_alone(tmp_path / "model.gguf", lambda writer: describe_bytes(writer, vocab, merges, pre))
+    texts = [*TEXTS, "a<|endoftext|>b 12", "see zyzzyvas", "zyzzyvas"]
+    ours = load_tokenizer(path)
+    assert ids(ours, texts) == [source.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ours.decode(numbers) for numbers in ids(ours)] == [
+        source.normalizer.normalize_str(text) if source.normalizer else text for text in TEXTS
+    ]
+    assert (ours.eos_token_id, ours.bos_token_id, ours.chat_template) == (0, None, None)
+
+
+def test_sentencepiece_ids(tmp_path):
+    scores = trained_pieces()
+    ours = load_tokenizer(header_alone(tmp_path / "model.gguf", lambda writer: describe_pieces(writer, scores)))
+    for text in TEXTS:
+        assert ours.tokenize(text) == joined_by_score(text, scores), text
+    assert ours("Hello")["input_ids"][0] == ours.bos_token_id == 1
+    assert ours.decode(ours("Hello 😀 world", add_special_tokens=False)["input_ids"]) == "Hello 😀 world"
+
+
+def test_tokens_that_only_fill_the_table_are_left_out(tmp_path):
+    vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED["gpt-2"]), size=300, special=())
+    tokens = [*sorted(vocab, key=vocab.get), "[PAD300]", "<think>"]
+    types = [1] * len(vocab) + [5, 4]
+    path = tmp_path / "model.gguf"
+    header_alone(path, lambda writer: add_tokenizer(writer, "gpt2", None, tokens, types, merges), "gpt2")
+    ours = load_tokenizer(path)
+    assert "[PAD300]" not in ours.get_vocab() and ours.get_vocab()["<think>"] == len(vocab) + 1
+    assert ours.tokenize("a<think>b") == ["a", "<think>", "b"] and ours.all_special_tokens == []
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gpt2"])
+def test_an_exported_folder_has_the_same(name, tmp_path):
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    pre = {"smollm2": "smollm", "gpt2": "gpt-2"}.get(name, name)
+    vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED[pre]), size=400)
+    described = {"tokenizer": lambda writer: describe_bytes(writer, vocab, merges, pre), "vocabulary": len(vocab)}
+    write(tmp_path / "model.gguf", MODELS[name], "Q8_0", **described)
+    export_llm(tmp_path / "model.gguf", tmp_path / "folder")
+    ours = load_tokenizer(tmp_path / "model.gguf")
+    assert ids(load_tokenizer(tmp_path / "folder")) == ids(ours)
+    assert ids(AutoTokenizer.from_pretrained(tmp_path / "folder")) == ids(ours)
+
+
+def test_gpt2s_own_vocabulary(shared, tmp_path):
+    folder = shared / "tokenizers" / "gpt2"
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:] if line]
+    special = ("<|endoftext|>",)
+    path = header_alone(
+        tmp_path / "m.gguf", lambda writer: describe_bytes(writer, vocab, merges, "gpt-2", special), "gpt2"
+    )
+    assert ids(load_tokenizer(path)) == ids(load_tokenizer(folder))
