@@ -30,12 +30,8 @@ def get_config() -> ConfigDict:
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
     prefix.length = 100  # l, the number of vectors
-    prefix.backbone = (
-        "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
-    )
-    prefix.placeholder_init = (
-        "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
-    )
+    prefix.backbone = "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
+    prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
@@ -62,18 +58,12 @@ def get_config() -> ConfigDict:
     data.template = "space"  # between input, output and examples: "space" or "newline" (Table 7)
     data.bos = "false"  # whether the LLM's BOS token stands before every prefix: "true", "false", or "auto", as its tokenizer does before a text (docs/protocol.md); Gemma needs it
     data.k = 16  # demonstrations per context
-    data.queries = (
-        1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)
-    )
+    data.queries = 1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)
     data.beta = 0.8  # pretraining: share of a text that is distilled; the rest is continued
     data.max_text_tokens = 1024  # pretraining: a text is cut here
-    data.max_demo_tokens = (
-        900  # a context's budget, in the tokens of either model; examples that do not fit are left out
-    )
+    data.max_demo_tokens = 900  # a context's budget, in the tokens of either model; examples that do not fit are left out
     data.max_input_tokens = 256  # an input x is cut here; an output y never
-    data.release_truncation = (
-        False  # the public release's budgets instead: distiller < 643 tokens, teacher < 767, last example cut
-    )
+    data.release_truncation = False  # the public release's budgets instead: distiller < 643 tokens, teacher < 767, last example cut
     data.demo_buckets = (256, 384, 512, 640, 768, 900)  # padded lengths of the contexts; the last covers the budget
     data.query_buckets = (32, 64, 128, 272, 512)  # padded lengths of the queries
     data.bucket_window = 64  # batches drawn together and sorted by length, so that little is padding
@@ -101,31 +91,22 @@ def get_config() -> ConfigDict:
     train.save_every = 500  # steps between checkpoints; the newest two and the best are kept
     train.patience = 5  # evaluations without a better score before training stops
 
-    c.mesh = mesh = (
-        ConfigDict()
-    )  # with train.parallel="mesh": devices along each axis, their product is all; -1 is the rest
+    c.mesh = mesh = ConfigDict()  # with train.parallel="mesh": devices along each axis, their product is all; -1 is the rest
     mesh.data = 1  # splits the batch; the weights are whole on each
     mesh.fsdp = -1  # splits the batch and every weight, which is gathered when it is needed
     mesh.tensor = 1  # splits the products by heads: for fast links, such as those within one machine
 
     c.evaluate = evaluate = ConfigDict()
-    evaluate.methods = (
-        "zero_shot",
-        "icl",
-    )  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks
+    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks
     evaluate.split = "test"  # "test" or "dev"
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
     evaluate.tasks = ()  # some of the partition's test tasks; () is all
     evaluate.limit = 0  # test items per task and seed; 0 is all
-    evaluate.batch_size = (
-        32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
-    )
+    evaluate.batch_size = 32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
 
-    c.experiment = experiment = (
-        ConfigDict()
-    )  # python -m mend_jax.experiments.methods: train and evaluate several methods
+    c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods
     # Each run of it sets stage, train.steps, prefix.kind, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too.
     experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
     experiment.pretrain_steps = 30_000  # train.steps of every pretraining

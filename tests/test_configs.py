@@ -232,7 +232,7 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", train)
     monkeypatch.setattr("mend_jax.evaluate.evaluate", evaluate)
     config = load("configs/small_world.py:quick", monkeypatch)
-    monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: calls.append("checked"))
+    monkeypatch.setattr("mend_jax.run.checks.check_experiment", lambda *_: calls.append("checked"))
     monkeypatch.setattr(methods, "_prepare_training_data", lambda config, folder: calls.append("prepared"))
     config.experiment.methods = ("zero_shot", "prompt_tuning", "icl", "mend")
     assert methods.main(config, str(tmp_path)) == 0
