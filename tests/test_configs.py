@@ -11,6 +11,7 @@ from facts import says
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.settings import METHODS, check
+from mend_jax.data.small_world import PACKAGED_MODELS
 from mend_jax.experiments import methods
 
 ROOT = cli.ROOT
@@ -255,18 +256,19 @@ def test_an_experiment_trains_then_evaluates_in_order(tmp_path, monkeypatch):
 
 
 def test_a_text_that_is_not_there_is_said_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("mend_jax.data.evaluation.load_tasks", lambda *_: ([], []))
+    monkeypatch.setattr("mend_jax.run.checks.load_tasks", lambda *_: ([], []))
     monkeypatch.setattr("mend_jax.train.train", lambda *_: pytest.fail("trained"))
     config = load("configs/small_world.py:full", monkeypatch)
     config.data.text, config.data.tasks = str(tmp_path / "nowhere"), str(make_world(tmp_path / "world") / "metaicl")
     config.data.partition = "tiny"
+    config.llm.path, config.prefix.backbone = (str(PACKAGED_MODELS / name) for name in ("llm", "backbone"))
     with says(tmp_path / "nowhere", "config.data.text"):
         methods.main(config, str(tmp_path / "run"))
 
 
 def test_an_experiment_stops_with_its_training(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_jax.train.train", lambda config, workdir: 75)
-    monkeypatch.setattr(methods, "_check_evaluation_data", lambda config: None)
+    monkeypatch.setattr("mend_jax.run.checks.check_experiment", lambda *_: None)
     monkeypatch.setattr(methods, "_prepare_training_data", lambda config, folder: None)
     monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda *_: pytest.fail("evaluated a training that was stopped"))
     config = load("configs/small_world.py:quick", monkeypatch)
