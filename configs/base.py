@@ -31,8 +31,10 @@ def get_config() -> ConfigDict:
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
     prefix.length = 100  # l, the number of vectors
     prefix.backbone = "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
+    prefix.layers = 0  # of the backbone: its first so many layers alone; 0: all
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
+    prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json; 0: as backbone and projection give them
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
     prefix.join = "concat"  # kind "chunked": the chunks' vectors one after another, or their "mean"

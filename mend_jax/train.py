@@ -88,6 +88,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
 
     # 2. The LLM.
     llm = build.load(config, layout.place)
+    config = build.measured(config, llm, workdir)
 
     # 3. What is trained: what makes the prefix, or (None) the LLM itself.
     model = None if config.stage == "lm" else build.build(config, llm, not resumes, layout.place)

@@ -41,6 +41,8 @@ RANGES = {
     "optimizer.b2": (0, 1),
     "optimizer.clip": (0, math.inf),
     "llm.layers": (0, math.inf),
+    "prefix.layers": (0, math.inf),
+    "prefix.rms": (-1, math.inf),
     "evaluate.limit": (0, math.inf),
     "experiment.pretrain_batch_size": (0, math.inf),
     "mesh.data": (-1, math.inf),

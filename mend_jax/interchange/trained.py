@@ -152,7 +152,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
     folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
     if folder is not None:
-        check_backbone(params["backbone"], from_hf_config(folder).headless, folder, workdir)
+        check_backbone(params["backbone"], kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
 
 

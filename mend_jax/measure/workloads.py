@@ -11,6 +11,7 @@ from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
 from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
+from mend_jax.prefixes import kind_of
 
 FOLDER = cli.ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -114,4 +115,6 @@ def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) 
     else:
         inputs, query = data.max_input_tokens, min(max(data.query_buckets), llm.window - vectors)
     separate = not isinstance(llm, DecoderConfig)
-    return Workload(config, llm, backbone.headless, rows, demos, query, inputs if separate else None)
+    return Workload(
+        config, llm, kind_of(config).reader_settings(config, backbone), rows, demos, query, inputs if separate else None
+    )

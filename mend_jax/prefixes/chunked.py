@@ -179,6 +179,10 @@ class Chunked(Kind):
         return Packing(columns, config.prefix.chunk_demos, config.prefix.chunks)
 
     @classmethod
+    def reader_settings(cls, config, backbone):
+        return Distiller.reader_settings(config, backbone)
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         Distiller.check(config, backbone, llm)
         if config.data.release_truncation:

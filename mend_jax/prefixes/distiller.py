@@ -31,6 +31,7 @@ from mend_jax.models.int8 import rows
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
+from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -135,7 +136,15 @@ class Distiller(Kind):
 
     name, title, reads_demos = "distiller", "a distiller", True
     begins_with = ("distiller",)
-    same_fields = ("prefix.length", "data.template", "data.bos", "llm.path", "prefix.backbone", "prefix.projection")
+    same_fields = (
+        "prefix.length",
+        "data.template",
+        "data.bos",
+        "llm.path",
+        "prefix.backbone",
+        "prefix.layers",
+        "prefix.projection",
+    )
 
     config: Config  # of the backbone
     params: Any  # of `module`
@@ -196,7 +205,12 @@ class Distiller(Kind):
         return config.prefix.backbone
 
     @classmethod
+    def reader_settings(cls, config, backbone: Config) -> Config:
+        return first_layers(backbone.headless, config["prefix"].get("layers", 0), config["prefix"]["backbone"])
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
+        cls.reader_settings(config, backbone)
         resolve_projection(config.prefix.projection, backbone.width, llm.width)
 
     @classmethod
@@ -207,25 +221,27 @@ class Distiller(Kind):
         """
         prefix = config.prefix
         backbone = load_model(prefix.backbone, place=place)
+        settings = cls.reader_settings(config, backbone.config)
         params = {
-            "backbone": headless_params(backbone.config, backbone.params),
+            "backbone": cut_layers(settings, headless_params(backbone.config, backbone.params)),
             "placeholders": initial_rows(prefix, backbone, seed),
         }
-        projection = resolve_projection(prefix.projection, backbone.config.width, llm.config.width)
+        projection = resolve_projection(prefix.projection, settings.width, llm.config.width)
         if projection != "identity":
-            shape = backbone.config.width, llm.config.width
+            shape = settings.width, llm.config.width
             kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
             params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
-        return cls(
-            backbone.config.headless,
-            params,
-            projection,
-            llm.config.width,
-            backbone.tokenizer,
-            *arithmetic,
-            bos=config.data.bos,
-        )
+        made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, bos=config.data.bos)
+        return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
+
+    def _with_rms(self, rms: float) -> "Distiller":
+        """With first vectors of that root mean square."""
+
+        def vectors_of(params, tokens, length):
+            return _distill(self.module, params, tokens, length).embeds
+
+        return dataclasses.replace(self, params=with_rms(vectors_of, self.config, self.params, self.projection, rms))
 
     def flops(self, llm, context: np.ndarray) -> int:
         return costs.distil(self.config, llm, len(context), self.num_vectors)
@@ -239,7 +255,7 @@ class Distiller(Kind):
 
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Distiller":
-        settings = from_hf_config(backbone).headless
+        settings = cls.reader_settings(config, from_hf_config(backbone))
         # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)

@@ -66,6 +66,11 @@ class Kind:
         return None
 
     @classmethod
+    def reader_settings(cls, config, backbone):
+        """The settings of the model that reads with, of those of its backbone's folder; `config` may be nested dicts."""
+        return backbone.headless
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         """Raises UserError where the settings of the two models (models/config.py) do not go together."""
 

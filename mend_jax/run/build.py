@@ -12,6 +12,7 @@ from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
 from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
 from mend_jax.prefixes import kind_of
+from mend_jax.prefixes.start import embeddings_rms
 from mend_jax.run import checkpoint
 from mend_jax.scoring.recovered import dev_batches, make_recovered
 from mend_jax.scoring.tasks import dev_score, dev_tasks
@@ -31,6 +32,18 @@ def load(config, place=None):
     else:
         llm = init_llm(c.path, config.seed, "float32", c.attention, c.remat, place, bos)
     return dataclasses.replace(with_layers(llm, c.layers, config.seed), dtype=c.dtype)
+
+
+def measured(config, llm, workdir):
+    """The config with what a run measures when it begins: `prefix.rms` of the LLM's embeddings. One that goes on keeps its own."""
+    if config.stage == "lm" or config.prefix.rms >= 0 or not kind_of(config).backbone(config):
+        return config
+    config = config.copy_and_resolve_references()
+    begun = (Path(workdir) / checkpoint.CONFIG).is_file()
+    saved = checkpoint.read_config(workdir)["prefix"].get("rms", 0.0) if begun else -1.0
+    with config.unlocked():
+        config.prefix.rms = embeddings_rms(llm) if saved < 0 else saved
+    return config
 
 
 def build(config, llm, begins: bool = True, place=None):

@@ -26,10 +26,11 @@ MODELS = ("llm.path", "prefix.backbone")
 DATA = ("data.text", "data.tasks")
 START = "prefix.start_from"
 BEFORE = {"data.bos": NONE}  # fields whose default may change, as runs of before they were there have them
-# What may change when a run goes on: where and how fast it computes, what it prints, what the experiment does later.
+# What may change when a run goes on: where and how fast it computes, what it prints, what it began with, what the experiment does
+# later.
 FREE_FIELDS = (
     "train.log_every", "train.save_every", "train.parallel", "train.accumulate", "data.cache", "data.processes",
-    "data.prefetch", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "mesh.",
+    "data.prefetch", "prefix.rms", "llm.attention", "llm.remat", "prefix.remat", "loss.chunk", "mesh.",
     "experiment.",
 )  # fmt: skip
 
