@@ -2,18 +2,21 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import VOCAB, config, model_folder
+from tiny_training import VOCAB, RandomBatches, config, model_folder
 
 import mend_jax
+from mend_jax import train
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import bos_token
 from mend_jax.data.query import Query
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.run import build, checkpoint, resume
+from mend_jax.run import build, checkpoint, reporting, resume
 from mend_jax.scoring.options import cache_prefix
+from mend_jax.step import make_loss_fn
 
 BOS = 7
 
@@ -133,3 +136,20 @@ def test_a_run_of_before_goes_on_without_it(folder, tmp_path):
     c.data.bos = "auto"
     with pytest.raises(UserError, match='was trained with data.bos="false", now it is "auto"'):
         resume.check_resume(tmp_path, c, finished=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+@pytest.mark.usefixtures("compiled_quickly")
+def test_training_reads_behind_it(folder, plain, llm, tmp_path, monkeypatch, parallel):
+    """On several devices; the first step's loss is that of the LLM with its BOS."""
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    fields = {"train.steps": 1, "train.eval_every": 1, "train.log_every": 1, "train.parallel": parallel}
+    c = config(folder, **{"data.bos": "auto", **fields})
+    assert train.train(c, tmp_path / "run") == 0
+    [found] = [line["kd"] for line in reporting.read_lines(tmp_path / "run" / "metrics.jsonl") if "kd" in line]
+    model, batch = build.build(c, llm), RandomBatches(c, None)[0]
+    wanted, other = (
+        jax.jit(make_loss_fn(c, one, model))(model.params, one.params, batch)[1]["kd"] for one in (llm, plain)
+    )
+    assert found == pytest.approx(float(wanted), rel=1e-4) and found != pytest.approx(float(other), rel=1e-3)

@@ -29,7 +29,8 @@ VARIANTS = {
     "small_world": ["quick", "pretrain", "finetune", "full", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
     **dict.fromkeys(
-        ["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2", "llama_2_7b"], PARTITIONS
+        ["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2", "gemma3_1b", "llama_2_7b"],
+        PARTITIONS,
     ),
 }
 NAMES = [f"configs/{file}.py{v and ':'}{v}" for file, variants in VARIANTS.items() for v in ["", *variants]]

@@ -25,9 +25,9 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import BATCH_SEED, CHUNK, LLM_SEED, PAPERS_OBJECTIVE, random_params
 from mend_jax.measure.model_sizes import known_or_folder
+from mend_jax.models import int8
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import has_weights
-from mend_jax.models.int8 import quantize_params
 from mend_jax.models.weights import as_read, read_params
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.soft_prompt import SoftPrompt
@@ -64,7 +64,8 @@ def measure_model(name: str, sizes: Sizes) -> dict:
         raise UserError(f"{name} would read {needed} tokens, its window is {config.window}: choose smaller sizes.")
     batch = _batch(config, sizes)
     rows = np.random.default_rng(BATCH_SEED + 1).integers(0, config.vocab_size, sizes.vectors)
-    vectors = jnp.asarray(params["embed"]["tokens"][rows])  # a distiller's start: rows of the vocabulary
+    # A distiller's start: embeddings of the vocabulary.
+    vectors = int8.rows(jnp.asarray(params["embed"]["tokens"]), rows, "float32", config.embed_scale)
     outputs, figures, wanted = _outputs(config, name, vectors, batch), {}, None
     for kind in FORMATS:
         logits, gradient = outputs(_held(params, kind))
@@ -110,7 +111,7 @@ def _model(name: str) -> tuple[Config, dict, str]:
 def _held(params: dict, kind: str) -> dict:
     """The params as `kind` holds them, ready for arithmetic in float32."""
     if kind == "int8":
-        return quantize_params(params)
+        return int8.quantize_params(params)
     return jax.tree.map(lambda a: jnp.asarray(a.astype(kind), jnp.float32), params)
 
 

@@ -155,7 +155,7 @@ class Distiller(Kind):
     attention: str = "xla"
     remat: bool = False
     separator: str = " "  # stands before every x and y of texts: config.data.template of its training
-    bos: str = NONE
+    bos: str = NONE  # what its vectors stand behind: config.data.bos of its training
 
     @property
     def num_vectors(self) -> int:

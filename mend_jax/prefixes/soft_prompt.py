@@ -48,7 +48,7 @@ class SoftPrompt(Kind):
     name, title, begins_with = "soft_prompt", "a soft prompt", ("soft_prompt",)
 
     params: Any  # {"vectors": (L, llm_width)}
-    bos: str = NONE
+    bos: str = NONE  # what they stand behind: config.data.bos of their training
 
     @property
     def num_vectors(self) -> int:
