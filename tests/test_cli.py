@@ -346,4 +346,4 @@ def test_help_says_what_each_flag_is(capsys):
         cli.run(benchmark, ["benchmark", "--help"])
     said = capsys.readouterr().out
     assert "--repeats=int   (default 5)\n      timed runs of each side." in said
-    assert said.count("a published model by its name (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...)") == 2
+    assert said.count("the name of a published model (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...)") == 2

@@ -147,7 +147,7 @@ def test_killed_and_gone_on_with_another_number_ends_as_one_process(machine, alo
     assert not kept_alive(processes)  # none is left waiting for the dead one
 
     said = machine.run(then, "train", tmp_path, flag)
-    assert said.count("Going on from step") == 1 and f"{then} devices" in said  # process 0 alone speaks
+    assert said.count("Resuming from step") == 1 and f"{then} devices" in said  # process 0 alone speaks
     assert_same_run(tmp_path, alone)
     written = {path.name for path in (tmp_path / "checkpoints" / str(STEPS) / "params").glob("ocdbt.process_*")}
     assert written == {f"ocdbt.process_{i}" for i in range(then)}  # all of them wrote
