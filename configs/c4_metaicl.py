@@ -39,7 +39,10 @@ def get_config(name: str = "methods"):
         c.optimizer.weight_decay = 0.01
         return c
     # 30,000 steps a stage in the paper; the rate is higher because so few steps must do.
-    c.data.demo_buckets, c.data.query_buckets = (256, 512, 900), (64, 272)  # few shapes: compiling counts in a short run
+    c.data.demo_buckets, c.data.query_buckets = (
+        (256, 512, 900),
+        (64, 272),
+    )  # few shapes: compiling counts in a short run
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 300
     c.optimizer.learning_rate = 5e-4
     c.optimizer.warmup_steps = 20
