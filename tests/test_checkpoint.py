@@ -149,7 +149,7 @@ def test_interrupted_saves_are_cleared_away(tmp_path):
 def test_all_damaged_is_said(tmp_path):
     saved(tmp_path, [None])
     cut_short(largest_file(tmp_path / "checkpoints" / "1"))
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.load_best(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatc
         monkeypatch.setattr(checkpoints.manager, "save", full)
     else:
         monkeypatch.setattr(checkpoint, "_checksums", full)
-    with pytest.raises(UserError, match="The disk is full: checkpoint 2 could not be written.*earlier ones are intact"):
+    with pytest.raises(UserError, match="The disk is full: checkpoint 2 could not be written.*earlier checkpoints are intact"):
         checkpoints.save(2, *trees(2), {})
         checkpoints.wait()
     monkeypatch.undo()

@@ -330,7 +330,8 @@ def test_sigterm_ends_a_command_with_the_code_that_asks_for_a_restart(several, c
     with pytest.raises(SystemExit) as left:
         cli.run(told, ["evaluate"], several)
     assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
-    assert capsys.readouterr().err == "Stopped. The same command goes on where it stopped.\n"
+    said = capsys.readouterr().err
+    assert said.startswith("Stopped. ") and said.count("\n") == 1
 
 
 def test_a_flag_given_twice_names_the_wrong_value():

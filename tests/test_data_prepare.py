@@ -226,7 +226,7 @@ def test_a_source_that_cannot_be_opened_is_named(world, tokenizer):
 
 def test_a_cache_that_cannot_be_made(world, tokenizer):
     (world / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made .*config.data.cache"):
+    with pytest.raises(UserError, match="cannot be created .*config.data.cache"):
         prepared.prepare_text(tiny_config(world, "pretrain", cache=str(world / "file" / "cache")), tokenizer)
 
 

@@ -147,7 +147,7 @@ def test_an_llm_that_a_run_was_not_trained_for_is_said(models, tmp_path, caplog)
     meaning.check_llm(run, models / "one")
     assert not caplog.messages
     meaning.check_llm(run, models / "other")
-    assert f"is for the LLM in {models / 'one'}, not for that in {models / 'other'}" in caplog.text
+    assert f"for the LLM in {models / 'one'}, not for that in {models / 'other'}" in caplog.text
 
 
 def test_another_tokenizer_beside_the_same_weights(models, tmp_path):
@@ -200,7 +200,7 @@ def test_start_of_another_meaning_is_refused(field, value, said, models, tmp_pat
     start = written(tmp_path / "start", config(models / "one"), 1.0)
     value = str(models / value) if value == "other" else value
     c = config(models / "one", stage="finetune", **{"prefix.start_from": str(start), field: value})
-    with pytest.raises(UserError, match=f"prefix.start_from={start} was trained with {said}.*set it as it was"):
+    with pytest.raises(UserError, match=f"prefix.start_from={start} was trained with {said}.*set it back"):
         meaning.check_start(c)
 
 
@@ -212,5 +212,5 @@ def test_start_that_is_none(models, tmp_path):
     start_from(tmp_path / "nothing", "is not a folder; name the workdir")
     (tmp_path / "empty").mkdir()
     start_from(tmp_path / "empty", "is not a training workdir: it has no config.json")
-    start_from(written(tmp_path / "new", config(models / "one")), "holds no whole checkpoint")
+    start_from(written(tmp_path / "new", config(models / "one")), "no complete checkpoint")
     start_from(written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'was trained with stage="lm"')

@@ -83,8 +83,8 @@ def test_sizes_of_the_mesh(wanted, found):
         ((3, -1, 1), "mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1 does not fit 8 devices: their product must be 8"),
         ((2, 2, 1), "does not fit 8 devices"),
         ((16, -1, 1), "does not fit 8 devices"),
-        ((-1, -1, 1), "one of them may be -1, the rest"),
-        ((0, 8, 1), "each is a number of devices"),
+        ((-1, -1, 1), "may be -1"),
+        ((0, 8, 1), "each size must be a number of devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_one_sentence(sizes, message):

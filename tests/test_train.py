@@ -336,7 +336,7 @@ def test_overflow_of_a_parameter_is_noticed(model, tmp_path):
 def test_batch_that_does_not_divide(model, tmp_path):
     devices = jax.device_count()
     with pytest.raises(
-        UserError, match=f"does not divide over {devices} devices x train.accumulate=1: use a multiple of {devices}"
+        UserError, match=f"cannot be divided by {devices} devices x train.accumulate=1: use a multiple of {devices}"
     ):
         train.train(config(model, **{"train.batch_size": devices + 1}), tmp_path)
     with pytest.raises(UserError, match=f"use a multiple of {2 * devices}"):
