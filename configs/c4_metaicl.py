@@ -1,18 +1,18 @@
 """Real text and real tasks at a size that two CPU cores can train: C4 and MetaICL's class_to_class, GPT-2's tokenizer.
 
-First the LLM, from random weights (a folder with configs/gpt2_tiny/config.json and the tokenizer's files beside it):
+First the LLM, from random weights (its folder holds configs/gpt2_tiny/config.json and the tokenizer's files):
 
     python -m mend_jax.train --config=configs/c4_metaicl.py:llm --workdir=runs/real/llm \\
         --config.llm.path=runs/gpt2_tiny --config.data.text=C4 --config.data.tasks=METAICL
 
-Then all five methods on it, and the table:
+Then all five methods on this LLM, and the table:
 
     python -m mend_jax.experiments.methods --config=configs/c4_metaicl.py --workdir=runs/real/methods \\
         --config.data.text=C4 --config.data.tasks=METAICL
 
 Hardware: one of two busy cores of an Intel Xeon.
 Time: the LLM 87 minutes, the trainings of the methods 72, the evaluation 58.
-Expected: zero-shot 26.3, PromptTuning 28.3, Vanilla ICL 26.2, HyperTuning 25.9, MEND 25.4, which is guessing: so small an LLM
+Expected: zero-shot 26.3, PromptTuning 28.3, Vanilla ICL 26.2, HyperTuning 25.9, MEND 25.4, which is guessing: such a small LLM
 does not learn in context from real text (docs/results.md).
 """
 

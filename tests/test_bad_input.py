@@ -103,8 +103,8 @@ def test_a_mesh_that_does_not_divide(command, flags, part, said):
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        ([*MESH, "--config.train.batch_size=12"], "train.batch_size=12 does not divide over mesh.data=1 x mesh.fsdp=8"),
-        (["--config.train.batch_size=12"], "train.batch_size=12 does not divide over 8 devices"),
+        ([*MESH, "--config.train.batch_size=12"], "train.batch_size=12 cannot be divided by mesh.data=1 x mesh.fsdp=8"),
+        (["--config.train.batch_size=12"], "train.batch_size=12 cannot be divided by 8 devices"),
         (["--config.prefix.projection=identity"], "a backbone as wide as the LLM, not 24 against 32"),
         (["--config.prefix.length=95"], "window of 96 tokens has no room for a query behind prefix.length = 95"),
         (["--config.data.max_text_tokens=600"], "do not fit the LLM's window of 96 behind prefix.length = 4 vectors"),

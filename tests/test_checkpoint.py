@@ -165,7 +165,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, False)
     params, opt_state = trees(0)
     params["a"]["kernel"] = np.zeros((5, 300), np.float32)
-    with pytest.raises(UserError, match=r"a/kernel is \(4, 300\) float32 there and \(5, 300\) float32 in this"):
+    with pytest.raises(UserError, match=r"a/kernel is \(4, 300\) float32 there .* \(5, 300\) float32 in this"):
         checkpoints.restore(params, opt_state)
     with pytest.raises(UserError, match="parameter c is absent there"):
         checkpoints.restore(trees(0)[0] | {"c": np.zeros(2)}, opt_state)
@@ -184,7 +184,9 @@ def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatc
         monkeypatch.setattr(checkpoints.manager, "save", full)
     else:
         monkeypatch.setattr(checkpoint, "_checksums", full)
-    with pytest.raises(UserError, match="The disk is full: checkpoint 2 could not be written.*earlier checkpoints are intact"):
+    with pytest.raises(
+        UserError, match="The disk is full: checkpoint 2 could not be written.*earlier checkpoints are intact"
+    ):
         checkpoints.save(2, *trees(2), {})
         checkpoints.wait()
     monkeypatch.undo()
@@ -196,7 +198,7 @@ def test_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, False)
     monkeypatch.setattr(checkpoint, "_checksums", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     checkpoints.save(1, *trees(1), {})
-    with pytest.raises(UserError, match="checkpoint 1 could not be written to .*; it would have been the first. Make"):
+    with pytest.raises(UserError, match="checkpoint 1 could not be written to .*; it would have been the first"):
         checkpoints.close()
 
 

@@ -130,7 +130,7 @@ def test_any_number_of_demonstrations_makes_a_prefix_that_fits(folder, llm, dist
 
 
 def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
-    with pytest.raises(UserError, match="Demonstration 2 has 43 tokens, a chunk holds 16"):
+    with pytest.raises(UserError, match="Demonstration 2 has 43 tokens, but a chunk holds 16"):
         Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])
     with pytest.raises(UserError, match="concat or mean"):
         Chunked.around(distiller, "sum")

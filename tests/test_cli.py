@@ -224,7 +224,7 @@ def test_variants(monkeypatch):
 def test_config_and_workdir_are_needed(tmp_path):
     with pytest.raises(UserError, match="--config=FILE.py"):
         cli.parse(command, ["x", f"--workdir={tmp_path}"])
-    with pytest.raises(UserError, match="--workdir is needed"):
+    with pytest.raises(UserError, match="--workdir is required"):
         cli.parse(command, ["x", f"--config={BASE}"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -241,7 +241,7 @@ def test_flags_of_a_command():
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
-        (export, ["--workdir=w"], ["--out is needed"]),
+        (export, ["--workdir=w"], ["--out is required"]),
         (export, ["--workdir=w", "--out=o", "--repeats=x"], ["--repeats", "whole number", '"x" (text)']),
         (export, ["--workdir=w", "--out=o", "--nam=x"], ["no flag --nam", "--name?"]),
         (export, ["--workdir=w", "--out=o", f"--config={BASE}"], ["takes no --config"]),
@@ -278,7 +278,7 @@ def test_exit_code(monkeypatch, capsys, returned, code):
     ("error", "code", "words"),
     [
         (UserError("The sky is green: look up."), 2, "error: The sky is green: look up.\n"),
-        (KeyboardInterrupt(), 130, "goes on where it stopped"),
+        (KeyboardInterrupt(), 130, "Stopped. "),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
     ],
 )

@@ -210,13 +210,13 @@ def test_sequences_a_step_of_pretraining_are_its_own(tiny_llm, tiny_backbone, tm
     config.llm.path, config.prefix.backbone, config.prefix.length = str(tiny_llm), str(tiny_backbone), 4
     config.data.max_text_tokens = config.data.max_demo_tokens = 40
     config.data.max_input_tokens, config.data.query_buckets = 8, (16,)
-    with pytest.raises(UserError, match="experiment.pretrain_batch_size=20 does not divide over 8 devices"):
+    with pytest.raises(UserError, match="experiment.pretrain_batch_size=20 cannot be divided by 8 devices"):
         methods.main(config, str(tmp_path))
 
 
 def test_an_experiment_in_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="workdir .*file/run cannot be made"):
+    with pytest.raises(UserError, match="workdir .*file/run cannot be created"):
         methods.main(load("configs/small_world.py:quick", monkeypatch), str(tmp_path / "file" / "run"))
 
 

@@ -193,5 +193,5 @@ def test_a_tfds_directory_that_needs_tensorflow(world, tmp_path):
     c4.c4_builder(world / "c4", tmp_path).download_and_prepare(file_format="array_record")
     info = c4.tfds_folder(tmp_path) / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="prepared as tfrecord, which only TensorFlow reads"):
+    with pytest.raises(UserError, match="prepared as tfrecord, which only TensorFlow"):
         c4.open_tfds(info.parent)

@@ -68,7 +68,7 @@ def test_field_of_an_older_version(tmp_path):
     older = get_config().to_dict()
     older["prefix"]["gone"] = 1
     (tmp_path / "config.json").write_text(json.dumps(older))
-    with pytest.raises(UserError, match="prefix.gone=1, which this version has no more: go on with the version that"):
+    with pytest.raises(UserError, match="prefix.gone=1, which this version no longer has: use the version that"):
         meaning.check_resume(tmp_path, get_config(), False)
     meaning.check_resume(tmp_path, get_config(), True)
 
@@ -212,5 +212,5 @@ def test_start_that_is_none(models, tmp_path):
     start_from(tmp_path / "nothing", "is not a folder; name the workdir")
     (tmp_path / "empty").mkdir()
     start_from(tmp_path / "empty", "is not a training workdir: it has no config.json")
-    start_from(written(tmp_path / "new", config(models / "one")), "no complete checkpoint")
+    start_from(written(tmp_path / "new", config(models / "one")), "holds no complete checkpoint")
     start_from(written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'was trained with stage="lm"')

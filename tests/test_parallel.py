@@ -129,7 +129,7 @@ def test_validation_loss_is_the_mean_of_all_rows(name, run):
 
 @pytest.mark.parametrize("size, accumulate, multiple", [(9, 1, 8), (8, 2, 16), (4, 1, 8), (0, 1, 8), (24, 2, 16)])
 def test_batch_that_does_not_divide_is_one_sentence(size, accumulate, multiple):
-    message = f"train.batch_size={size} does not divide over 8 devices x train.accumulate={accumulate}: use a multiple of {multiple}."
+    message = f"train.batch_size={size} cannot be divided by 8 devices x train.accumulate={accumulate}: use a multiple of {multiple}."
     with pytest.raises(UserError, match=message):
         parallel.check_batch_size(settings(size, accumulate))
 
@@ -144,7 +144,7 @@ def settings(size, accumulate=1, **mesh):
 def test_batch_of_a_mesh_divides_over_its_rows():
     parallel.check_batch_size(settings(4, data=2, fsdp=2, tensor=2))
     message = (
-        "train.batch_size=4 does not divide over mesh.data=2 x mesh.fsdp=4 x train.accumulate=1: use a multiple of 8."
+        "train.batch_size=4 cannot be divided by mesh.data=2 x mesh.fsdp=4 x train.accumulate=1: use a multiple of 8."
     )
     with pytest.raises(UserError, match=message):
         parallel.check_batch_size(settings(4, data=2, fsdp=4))

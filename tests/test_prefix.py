@@ -157,5 +157,5 @@ def test_a_random_projection_has_the_releases_size(config, llm):
 
 def test_an_identity_needs_a_backbone_as_wide_as_the_llm(config, llm):
     config.prefix.projection = "identity"
-    with pytest.raises(UserError, match='backbone as wide as the LLM, not 16 against 24: use "tanh" or "linear"'):
+    with pytest.raises(UserError, match='backbone as wide as the LLM .24., not 16: use "tanh" or "linear"'):
         Distiller.init(config, llm, 0)

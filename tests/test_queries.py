@@ -123,5 +123,5 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
 
 
 def test_too_few_examples_for_so_many_queries(world, tokenizer):
-    with pytest.raises(UserError, match=r"config.data.k = 4 demonstrations and config.data.queries = 30 take 34"):
+    with pytest.raises(UserError, match=r"config.data.k = 4 demonstrations and config.data.queries = 30 need 34"):
         make_batches(tiny_config(world, "finetune", queries=30), Readers(tokenizer, 96, 80))

@@ -311,8 +311,8 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
     [
         ("gpt2_large", {"data": 0}, "--data=0 is too small: give 1 or more"),
         ("gpt2_large", {"fsdp": -1}, "--fsdp=-1 is too small"),
-        ("gpt2_large", {"data": 2, "batch_size": 3}, "--batch_size=3 does not divide over data x fsdp = 2 devices"),
-        ("gpt2_large", {"batch_size": -1}, "--batch_size=-1 does not divide"),
+        ("gpt2_large", {"data": 2, "batch_size": 3}, "--batch_size=3 cannot be divided by data x fsdp = 2 devices"),
+        ("gpt2_large", {"batch_size": -1}, "--batch_size=-1 cannot be divided"),
         ("small_world", {}, "configs/small_world.py sets data.queries=8: scaling computes steps with 1 alone"),
     ],
 )

@@ -48,9 +48,7 @@ def test_rules(path, shape, spec):
 
 
 def test_a_path_without_a_rule_is_one_sentence():
-    message = (
-        r"No rule says how the parameter layers/router/kernel \(2, 8, 8\) lives on a mesh: add one to .*sharding.py"
-    )
+    message = r"No rule says how to shard the parameter layers/router/kernel \(2, 8, 8\): add one to .*sharding.py"
     with pytest.raises(UserError, match=message):
         sharding.spec_of("layers/router/kernel", (2, 8, 8), EIGHT)
 

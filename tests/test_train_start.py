@@ -130,7 +130,7 @@ def test_backbone_with_fewer_tokens(model):
     [
         ({"mesh.tensor": 4}, "mesh.tensor=4 does not divide the 2 heads of .*model: use a divisor"),
         ({"mesh.data": 3}, "mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1 does not fit 8 devices"),
-        ({"train.batch_size": 12}, "train.batch_size=12 does not divide over mesh.data=1 x mesh.fsdp=8 "),
+        ({"train.batch_size": 12}, "train.batch_size=12 cannot be divided by mesh.data=1 x mesh.fsdp=8 "),
     ],
 )
 def test_a_mesh_that_does_not_divide(fields, said, model, tmp_path, no_models):

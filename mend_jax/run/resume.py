@@ -57,7 +57,7 @@ def check_resume(workdir, config, finished: bool) -> None:
                 "began the run, or another workdir."
             )
         raise UserError(
-            f"{workdir} was trained with {name}={there}, but now it is {here}: set it back, or use another workdir."
+            f"{workdir} was trained with {name}={there}, now it is {here}: set it back, or use another workdir."
         )
 
 
@@ -91,7 +91,7 @@ def check_start(config) -> None:
         if not same:
             there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
             raise UserError(
-                f"{START}={given} was trained with {name}={there}, but now it is {here}: set it back, or start from "
+                f"{START}={given} was trained with {name}={there}, now it is {here}: set it back, or start from "
                 "another workdir."
             )
 
