@@ -1,4 +1,4 @@
-"""Measure: the train step against PyTorch, distil + score against Vanilla ICL, int8 weights against float32, objectives against the KL.
+"""Measure: the train step against PyTorch, MEND against Vanilla ICL, int8 weights against float32, objectives against the forward KL.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU

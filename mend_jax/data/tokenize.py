@@ -24,7 +24,7 @@ from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
 from mend_jax.run.files import whole_file
 
-SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: stands before every input and every output
+SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: put before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard
 BATCH = 256  # documents tokenised together
 

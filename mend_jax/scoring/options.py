@@ -242,7 +242,7 @@ def row_columns(longest: int, total: int) -> list[int]:
 
 
 def row_count(needed: int, most: int, ways: int) -> int:
-    """Rows per pass over `needed` rows, about `most` at most: the largest number of those that leave the fewest rows empty."""
+    """Rows per pass for `needed` rows, at most about `most`: of the numbers that leave the fewest rows empty, the largest."""
     counts = range(min(most, needed), max(1, most // 2) - 1, -1) if needed > most // 2 else [needed]
     count = min(counts, key=lambda count: needed + -needed % count)
     return count + -count % ways if ways <= most else count

@@ -58,7 +58,7 @@ def buckets(configured, largest: int) -> tuple[int, ...]:
 
 
 def budgets(config, windows, query: int, two_readings: bool) -> tuple[int, ...]:
-    """The most tokens of a context beside a query of `query` tokens: (of both models,), or (the LLM's, the distiller's).
+    """The most context tokens beside a query of `query` tokens: (that both models can read,), or (the LLM's, the distiller's).
 
     The distiller reads a context and prefix.length placeholders, however many positions the prefix takes in the LLM.
     """
