@@ -29,7 +29,7 @@ def test_a_truncated_entry_is_said_once_and_written_again(tmp_path):
     whole = entry.read_bytes()
     for size in (0, len(whole) // 2):
         entry.write_bytes(whole[:size])
-        said = "The compile cache held a damaged entry of _lambda: it is compiled and kept again.\n"
+        said = "The compile cache held a damaged entry of _lambda: it is compiled and stored again.\n"
         assert compile_once(tmp_path) == said
         assert entry.stat().st_size > len(whole) // 2
         assert compile_once(tmp_path) == ""
