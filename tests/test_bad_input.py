@@ -105,9 +105,9 @@ def test_a_mesh_that_does_not_divide(command, flags, part, said):
     [
         ([*MESH, "--config.train.batch_size=12"], "train.batch_size=12 cannot be divided by mesh.data=1 x mesh.fsdp=8"),
         (["--config.train.batch_size=12"], "train.batch_size=12 cannot be divided by 8 devices"),
-        (["--config.prefix.projection=identity"], "a backbone as wide as the LLM, not 24 against 32"),
-        (["--config.prefix.length=95"], "window of 96 tokens has no room for a query behind prefix.length = 95"),
-        (["--config.data.max_text_tokens=600"], "do not fit the LLM's window of 96 behind prefix.length = 4 vectors"),
+        (["--config.prefix.projection=identity"], "a backbone as wide as the LLM (32), not 24"),
+        (["--config.prefix.length=95"], "window of 96 tokens has no room for a query after prefix.length = 95"),
+        (["--config.data.max_text_tokens=600"], "fit the LLM's window of 96 after prefix.length = 4 vectors"),
     ],
 )
 def test_what_cannot_be_trained(flags, part, said):
@@ -130,12 +130,12 @@ def distiller(world, folder, shape):
 @pytest.mark.parametrize(
     ("make", "shape", "part"),
     [
-        (distiller, (4, 24), "makes vectors of width 24, the LLM reads 32: take the LLM it was trained for"),
-        (soft_prompt, (4, 24), "makes vectors of width 24, the LLM reads 32: take the LLM it was trained for"),
+        (distiller, (4, 24), "makes vectors of width 24, but the LLM"),
+        (soft_prompt, (4, 24), "makes vectors of width 24, but the LLM"),
         (
             soft_prompt,
             (100, 32),
-            "needs 103 positions, 100 of them the prefix; the LLM reads at most 96: shorten the input, or make the prefix shorter",
+            "needs 103 positions (100 for the prefix), but the LLM reads at most 96: shorten the input, or make the prefix shorter",
         ),
     ],
 )
