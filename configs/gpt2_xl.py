@@ -3,7 +3,7 @@
     python -m mend_jax.experiments.methods --config=configs/gpt2_xl.py:class_to_class --workdir=runs/gpt2_xl \\
         --config.data.text=C4 --config.data.tasks=METAICL
 
-Hardware: the paper's (Table 5): 8 devices of 24 GB with a sequence each, half precision, the LLM in 8 bits. Where memory
+Hardware: the paper's (Table 5): 8 devices of 24 GB with a sequence each, half precision, the LLM in 8 bits. If memory
 is short: --config.llm.remat=true.
 Time: not measured here.
 Expected (Table 2; MEND's spread over five seeds is 0.4 to 2.2):

@@ -6,9 +6,9 @@
 With a distiller this large both models and the optimizer's state are split over the devices (docs/scaling.md). The hub gives
 Llama-2-7b to those who have agreed to its licence: hf auth login.
 
-Hardware: 8 devices of 24 GB with a sequence each are enough by the compiler's analysis (docs/scaling.md); it was not run on any.
+Hardware: 8 devices of 24 GB with a sequence each are enough by the compiler's analysis (docs/scaling.md); it has not been run.
 Time: not measured here.
-Expected: no number of this pair is published, and none was measured here; the table has zero-shot and Vanilla ICL to compare with.
+Expected: no number for this pair is published or was measured here; the table has zero-shot and Vanilla ICL to compare with.
 """
 
 from configs import gpt2_large

@@ -3,8 +3,8 @@
     python -m mend_jax.experiments.methods --config=configs/opt_6_7b.py:class_to_class --workdir=runs/opt_6_7b \\
         --config.data.text=C4 --config.data.tasks=METAICL
 
-The paper gives no hyperparameters of this LLM: those of its gpt2-large are taken. The hub has these weights as .bin, which
-PyTorch reads: pip install torch.
+The paper gives no hyperparameters for this LLM: those of its gpt2-large are used. The hub has these weights as .bin, which
+needs PyTorch: pip install torch.
 
 Hardware: the paper's: 8 devices of 24 GB with a sequence each, half precision, the LLM in 8 bits.
 Time: not measured here.

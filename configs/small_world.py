@@ -1,19 +1,19 @@
-"""The small world, the embedded default: nothing is downloaded, everything runs on 2 CPU cores.
+"""The small world, which comes with the package: nothing is downloaded, everything runs on 2 CPU cores.
 
     python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
     python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
 
-On 2 cores of an Intel Xeon the first takes 5 minutes, MEND 99.3 against Vanilla ICL's 100 (one training). The second took 64
-minutes of one core; there a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning
-71.4, of one training each (docs/results.md).
+On 2 cores of an Intel Xeon the first takes 5 minutes: MEND 99.3, Vanilla ICL 100 (one training). The second took 64 minutes of
+one core; in it a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4,
+from one training each (docs/results.md).
 
-One stage by itself:
+A single stage:
 
     python -m mend_jax.train --config=configs/small_world.py:pretrain --workdir=runs/pretrain
     python -m mend_jax.train --config=configs/small_world.py:finetune --workdir=runs/finetune \\
         --config.prefix.start_from=runs/pretrain
 
-The distiller's starting point, a small LM, and the packaged LLM, which grew from it (mend_jax/small_world/), were made by
+The distiller's starting point, a small LM, and the packaged LLM, which was grown from it (mend_jax/small_world/), were made by
 
     python -m mend_jax.train --config=configs/small_world.py:backbone --workdir=runs/backbone
     python -m mend_jax.train --config=configs/small_world.py:llm --workdir=runs/llm --config.llm.path=runs/backbone/llm
@@ -38,12 +38,12 @@ def get_config(name: str = "quick") -> ConfigDict:
     c.data.text = "small_world"
     c.data.tasks = "small_world"
     c.data.partition = "small_world"
-    c.data.max_text_tokens = 88  # pretraining: 70 are distilled, 18 continued
+    c.data.max_text_tokens = 88  # pretraining: 70 are distilled, 18 are the continuation
     c.data.max_demo_tokens = 80  # 16 demonstrations of 3-4 words and a label: all fit
     c.data.max_input_tokens = 8
-    c.data.demo_buckets = (80,)  # one shape: compiling another takes longer than it saves
+    c.data.demo_buckets = (80,)  # one shape: compiling another would take longer than it saves
     c.data.query_buckets = (8, 24)  # an input with its label; a text's continuation
-    c.data.queries = 8  # of each context: far more is learnt from it than from one (docs/lab_notes.md)
+    c.data.queries = 8  # per context: the distiller learns far more than from one (docs/lab_notes.md)
     c.data.sequence_length = 88
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 50
@@ -64,17 +64,17 @@ def get_config(name: str = "quick") -> ConfigDict:
 
 def _language_model(c: ConfigDict, name: str) -> None:
     c.stage = "lm"
-    c.data.text_share = 0.25  # the words of the meta-test topics occur nowhere else
+    c.data.text_share = 0.25  # only the text has the words of the meta-test topics
     c.optimizer.weight_decay = 0.01
     c.train.eval_every = c.train.save_every = 250
     if name == "backbone":
-        # Of all tasks it had not learnt to read unseen topics after as many steps: docs/lab_notes.md.
+        # With all tasks it had not learnt to read unseen topics after as many steps: docs/lab_notes.md.
         c.data.partition = "small_world_first"
         c.optimizer.learning_rate = 4e-3
         c.optimizer.warmup_steps = 200
         c.train.steps = 3_000
     else:
-        # Grown from the small LM, it speaks its language: a distiller from one that was trained apart is far worse
+        # The LLM is grown from the small LM: a distiller made from an LM that was trained separately is far worse
         # (docs/lab_notes.md).
         c.llm.path = str(Path(__file__).parents[1] / "mend_jax" / "small_world" / "backbone")
         c.llm.layers = 4
@@ -94,10 +94,10 @@ def _quick(c: ConfigDict, name: str) -> None:
 
 
 def _full(c: ConfigDict) -> None:
-    # Where all labels are right, all methods that read the demonstrations answer all but everything: docs/results.md.
+    # If all labels are right, all methods that read the demonstrations are almost always right: docs/results.md.
     c.data.tasks = "small_world_wrong_labels"
     c.loss.kd = 10.0  # the largest of those searched in the paper's Table 5
-    c.experiment.pretrain_steps = 1_000  # on text with the words of all topics: what the unseen tasks speak of
+    c.experiment.pretrain_steps = 1_000  # on text with the words of all topics, including those of unseen tasks
     c.experiment.finetune_steps = 2_000
     c.train.steps = c.experiment.finetune_steps
     c.train.eval_every = 500

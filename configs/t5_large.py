@@ -3,9 +3,9 @@
     python -m mend_jax.experiments.methods --config=configs/t5_large.py:class_to_class --workdir=runs/t5_large \\
         --config.data.text=C4 --config.data.tasks=METAICL
 
-A stage by itself (python -m mend_jax.train) takes 8 sequences a step, as the paper's finetuning; its pretraining takes
---config.train.batch_size=64 --config.train.steps=5000. The hub has these weights as .bin alone, which PyTorch reads, and the
-tokenizers as spiece.model, which SentencePiece reads: pip install torch sentencepiece.
+A single stage (python -m mend_jax.train) takes 8 sequences per step, as the paper's finetuning; its pretraining needs
+--config.train.batch_size=64 --config.train.steps=5000. The hub has these weights only as .bin, which needs PyTorch, and the
+tokenizers as spiece.model, which needs SentencePiece: pip install torch sentencepiece.
 
 Hardware: the paper's (Table 5): 8 devices of 24 GB, with 8 sequences each in pretraining and one in finetuning, float32.
 Time: not measured here.

@@ -4,12 +4,12 @@
 #   NAME=mend IMAGE=registry/mend-jax:1 CLAIM=shared NODES=2 GPUS=8 \
 #       ./launch/kubernetes.sh train --config=configs/gpt2_xl.py:class_to_class --workdir=/shared/run
 #
-# Everything after the command's name goes on to it. The cluster needs JobSet 0.6 or newer. IMAGE holds this project,
+# Everything after the command's name is passed to it. The cluster needs JobSet 0.6 or newer. IMAGE holds this project,
 # installed, with the working directory in its clone. CLAIM is a persistent volume claim that all pods can write
 # (ReadWriteMany); it appears as /shared. Settings: NAME, IMAGE, CLAIM, NODES (1), GPUS per node (8), RESOURCE
 # (nvidia.com/gpu; google.com/tpu on GKE), SELECTOR=KEY=VALUE,... (labels of the nodes), GRACE seconds to save in (300),
 # RESTARTS after crashes (5), DRY_RUN=1 (print the manifest).
-# A pod that is told to go saves and leaves with 75: the JobSet is then restarted, as often as that happens, and goes on.
+# A pod that is told to stop saves and exits with 75: the JobSet is then restarted, as often as that happens, and resumes.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,14 +21,14 @@ known "$1"
 need NAME "name the JobSet; kubectl delete jobset NAME ends it."
 need IMAGE "name the container image with this project in it."
 need CLAIM "name the persistent volume claim for data and workdir."
-[[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || stop "NAME=$NAME is no name for a JobSet: use at most 40 of a-z, 0-9 and -."
+[[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || stop "NAME=$NAME is not a name for a JobSet: use at most 40 of a-z, 0-9 and -."
 [[ ${SELECTOR:-a=b} =~ ^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$ ]] ||
     stop "SELECTOR=$SELECTOR is not KEY=VALUE,KEY=VALUE: give labels of the nodes."
 for setting in "NODES=${NODES:-1}" "GPUS=${GPUS:-8}" "GRACE=${GRACE:-300}" "RESTARTS=${RESTARTS:-5}"; do
     [[ $setting =~ =[1-9][0-9]*$ ]] || stop "$setting is not a whole number of at least 1: set it to one."
 done
 
-# The template's words in capitals become the settings; JSON strings are YAML too, so any argument passes untouched.
+# The template's words in capitals are replaced by the settings; JSON strings are YAML too, so any argument passes unchanged.
 # shellcheck disable=SC2016 # it is Python's, not the shell's
 fill='
 import json, os, sys
@@ -40,7 +40,7 @@ values = {
     "COORDINATOR": "{0}-workers-0-0.{0}:1234".format(os.environ["NAME"]),
     "SELECTOR": dict(pair.split("=") for pair in os.environ.get("SELECTOR", "").split(",") if pair),
     "COMMAND": ["python", "-m", "mend_jax." + sys.argv[1]],
-    "ARGUMENTS": [argument.replace("$(", "$$(") for argument in sys.argv[2:]],  # Kubernetes would put variables in
+    "ARGUMENTS": [argument.replace("$(", "$$(") for argument in sys.argv[2:]],  # else Kubernetes would expand variables
 }
 text = open("launch/jobset.yaml").read()
 for name, value in values.items():

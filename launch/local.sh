@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A command of mend_jax as several processes on this machine, which meet through JAX's distributed runtime.
+# A command of mend_jax as several processes on this machine, connected by JAX's distributed runtime.
 #
 #   PROCESSES=2 ./launch/local.sh train --config=configs/small_world.py:pretrain --workdir=runs/pretrain
 #
-# Everything after the command's name goes on to it. Settings: PROCESSES (without it one per GPU), PORT (a free one),
-# PYTHON, DRY_RUN=1 (print, do not run). SIGTERM and Ctrl-C make all of them save and end with 75; where one dies the
-# others are ended too. The same command, with any number of processes that divides the batch, goes on.
+# Everything after the command's name is passed to it. Settings: PROCESSES (without it one per GPU), PORT (a free one),
+# PYTHON, DRY_RUN=1 (print, do not run). SIGTERM and Ctrl-C make all of them save and exit with 75; if one dies, the
+# others are ended too. The same command, with any number of processes that divides the batch, resumes.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -36,7 +36,7 @@ for ((i = 0; i < processes; i++)); do
 done
 [ -z "${DRY_RUN:-}" ] || exit 0
 
-# The code of the first that fails is the script's. What fails alone leaves the others waiting: they get GRACE seconds.
+# The script exits with the code of the first process that fails. The others may then wait for it: they get GRACE seconds.
 GRACE=15 code=0 until=''
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 while [ ${#pids[@]} -gt 0 ]; do
@@ -56,6 +56,6 @@ while [ ${#pids[@]} -gt 0 ]; do
         kill -KILL "${pids[@]}" 2>/dev/null
     fi
     sleep 0.2 &
-    wait $! # not `sleep` alone: a signal is answered at once
+    wait $! # `sleep` alone would delay the answer to a signal
 done
 exit "$code"

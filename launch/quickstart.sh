@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a table of methods, on any machine: makes the environment, then trains MEND on the small world
-# that the package carries and compares it with zero-shot and in-context learning. No download but the packages.
+# that the package carries and compares it with zero-shot and in-context learning. Only the packages are downloaded.
 #
-#   ./launch/quickstart.sh                        # arguments go on to mend_jax.experiments.methods
+#   ./launch/quickstart.sh                        # arguments are passed to mend_jax.experiments.methods
 #   JAX_EXTRA=cuda13 ./launch/quickstart.sh       # with JAX for NVIDIA GPUs; JAX_EXTRA=tpu for TPUs
 
 set -euo pipefail
@@ -12,7 +12,7 @@ explain "$@"
 
 workdir=runs/quickstart
 install requirements.txt
-echo "== training and evaluating in $workdir: five to ten minutes on two cores; stopped, the same command goes on"
+echo "== training and evaluating in $workdir: five to ten minutes on two cores; if stopped, the same command resumes"
 python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
 cat <<END
 

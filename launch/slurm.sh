@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A command of mend_jax as a SLURM job on GPUs. JAX learns addresses and numbers from SLURM.
+# A command of mend_jax as a SLURM job on GPUs. JAX gets addresses and process numbers from SLURM.
 #
 #   PARTITION=gpu NODES=2 GPUS=8 ./launch/slurm.sh train --config=configs/gpt2_xl.py:class_to_class --workdir=/shared/run
 #
-# Everything after the command's name goes on to it. Run from the clone, which all nodes must see, as they must the workdir.
+# Everything after the command's name is passed to it. Run it from the clone; all nodes must see the clone and the workdir.
 # Settings: PARTITION, NODES (1), GPUS per node (8), TASK=gpu or node (gpu: one process per GPU, the default; node: one per
-# node), TIME (24:00:00), CPUS per GPU (8), GRACE seconds before the end (300), SBATCH_ARGS (more flags of sbatch, by words),
-# PYTHON, DRY_RUN=1 (print, do not run). Told to end, by a preemption or because TIME is nearly over, the run saves and
-# leaves with 75; the job is then requeued and goes on. `scancel JOB` ends it for good.
+# node), TIME (24:00:00), CPUS per GPU (8), GRACE seconds before the end (300), SBATCH_ARGS (more flags of sbatch, separated by spaces),
+# PYTHON, DRY_RUN=1 (print, do not run). Told to stop, by a preemption or because TIME is nearly over, the run saves and
+# exits with 75; the job is then requeued and resumes. `scancel JOB` ends it for good.
 
 set -euo pipefail
-cd "${MEND_JAX_ROOT:-$(dirname "${BASH_SOURCE[0]}")/..}" # sbatch runs a copy, which lies elsewhere
+cd "${MEND_JAX_ROOT:-$(dirname "${BASH_SOURCE[0]}")/..}" # sbatch runs a copy of this script elsewhere
 source launch/environment.sh
 
 explain "$@"
@@ -22,11 +22,11 @@ for setting in "NODES=$nodes" "GPUS=$gpus" "CPUS=${CPUS:-8}" "GRACE=${GRACE:-300
 done
 case $task in
 gpu) tasks=$gpus devices='' ;;
-node) tasks=1 devices=$(seq -s, 0 $((gpus - 1))) ;; # JAX would give a task one GPU, its own
+node) tasks=1 devices=$(seq -s, 0 $((gpus - 1))) ;; # JAX would give a task only one GPU
 *) stop "TASK=$task is unknown: set it to gpu (one process per GPU) or node (one per node)." ;;
 esac
 
-# Where a task dies, the others are ended after --wait seconds; not at once, because all leave with 75 together.
+# If a task dies, the others are ended after --wait seconds; not at once, because a stopped run's tasks all exit with 75.
 cpus=$((${CPUS:-8} * gpus / tasks))
 step=(srun "--nodes=$nodes" "--ntasks-per-node=$tasks" "--cpus-per-task=$cpus" --gpu-bind=none --kill-on-bad-exit=0 --wait=60 --label)
 command=("$(project_python)" -m "mend_jax.$1" "${@:2}")
@@ -43,12 +43,12 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     [ -n "${DRY_RUN:-}" ] || exit 0
 fi
 
-# `scancel` sends SIGTERM too, but means it. (A SLURM without JSON does not say: then a second scancel ends the job.)
+# `scancel` sends SIGTERM too, but must not requeue. (A SLURM without JSON cannot tell: then a second scancel ends the job.)
 is_cancelled() { scontrol --json show job "$SLURM_JOB_ID" 2>/dev/null | grep '"CANCELLED"' >/dev/null; }
 
 # In the job (and, in a dry run, what the job would do).
 if [ -n "$devices" ]; then step=(env "JAX_LOCAL_DEVICE_IDS=$devices" "${step[@]}"); fi
-trap : TERM # the step's own processes get the signal; this shell is to hear how they end
+trap : TERM # the step's own processes get the signal; this shell waits for their exit code
 code=0
 run "${step[@]}" "${command[@]}" || code=$?
 if [ -n "${DRY_RUN:-}" ]; then

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes the environment, with what the tests need (PyTorch for CPU), and runs them.
+# Makes the environment, with all that the tests need (PyTorch for CPU), and runs the tests.
 #
 #   ./launch/test.sh                       # all
-#   ./launch/test.sh quick                 # after each change: without the tests that are marked slow
-#   ./launch/test.sh tests/test_cli.py -x  # arguments go on to pytest, behind "quick" too
+#   ./launch/test.sh quick                 # after each change: without the tests marked slow
+#   ./launch/test.sh tests/test_cli.py -x  # arguments are passed to pytest, also after "quick"
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

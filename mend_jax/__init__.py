@@ -8,14 +8,14 @@
     mend_jax.score_options(llm, vectors, "I loved it", ["positive", "negative"])         # [-0.3, -1.9]
 
 A method is a `Prefix`: `no_prefix` is zero-shot, `demonstrations_prefix` in-context learning, `distiller.distill` MEND.
-Mistakes of the caller raise `UserError` with one sentence. Names are imported when they are first used.
+A mistake by the caller raises `UserError` with one sentence. Names are imported on first use.
 """
 
 import importlib
 import os
 import sys
 
-if sys.argv[:1] == ["-m"]:  # a command of ours: XLA, which reads this when it is loaded, is to say errors alone
+if sys.argv[:1] == ["-m"]:  # one of our commands: XLA, which reads this when it loads, then prints only errors
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 _HOMES = {

@@ -1,4 +1,4 @@
-"""Measure: the MEND train step against PyTorch, distil + score against Vanilla ICL, weights in 8 bits against float32, objectives against the forward KL.
+"""Measure: the train step against PyTorch, MEND against Vanilla ICL, int8 weights against float32, objectives against the forward KL.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
@@ -7,8 +7,8 @@
     python -m mend_jax.benchmark objectives --batch_size=8
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
 
-Weights are random, sizes are known (model_sizes.py): nothing is downloaded. Each side runs in a process of its own, so that
-its peak memory is its own; sides take turns step by step, so that a busy moment of the machine meets both. Figures are
+Weights are random and sizes are known (model_sizes.py), so nothing is downloaded. Each side runs in its own process, so that its
+peak memory is measured alone; the sides take turns step by step, so that a busy moment of the machine affects both. Figures are
 medians. Use a quiet machine.
 """
 
@@ -63,42 +63,42 @@ def benchmark(
     template: Literal["space", "newline"] = "newline",
     out="",
 ) -> int:
-    """Prints a workload's figures; returns the exit code, 1 where two computations that must agree did not.
+    """Prints a workload's figures; returns the exit code: 1 if two computations that must agree do not, else 0.
 
     Args:
         what: the workload.
-        llm, distiller: a published model by its name (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...), or a folder with a
-            config.json; no distiller: the smallest of the LLM's family. quantization: several LLMs with commas between; a folder's
-            own weights where it has some.
+        llm, distiller: the name of a published model (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...), or a folder with a
+            config.json. Empty distiller: the smallest model of the LLM's family. quantization: several LLMs separated by commas;
+            a folder that has weights is measured with them.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
-        weights: of the LLM: "full" are in `dtype`.
+        weights: the LLM's; "full" means in `dtype`.
         demos: tokens of the demonstrations.
-        vectors: how many the distiller makes.
-        query: tokens of the query (inference: of its input x); 0 is 124 (inference 56, quantization 32, objectives 256).
-        target: step: tokens of y, the query's end; inference: of each option; 0 is 4 (inference 3, quantization 16).
+        vectors: number of vectors that the distiller makes.
+        query: tokens of the query (inference: of its input x); 0 means 124 (inference 56, quantization 32, objectives 256).
+        target: step: tokens of y, the query's end; inference: tokens of each option; 0 means 4 (inference 3, quantization 16).
         batch_size: sequences of a step; inference: items in one pass.
         repeats: timed runs of each side.
         items: inference: test items of the task.
         options: inference: answers of each item.
-        no_pytorch: step: our side alone.
-        query_head: PyTorch, too, applies the head at the query (inference: the options) alone, which the release does not.
-        against: inference: MEND against Vanilla ICL, or our scoring of items after a cached prefix of demonstrations
-            against a plain PyTorch loop. Of the latter lengths are those of four MetaICL tasks, or of --tasks, or where
-            --query is given of --demos, --query, --options and --target.
-        tasks: inference, against pytorch: a folder of MetaICL's files; none: random tokens.
-        names: of tasks, with commas between; none: emo, ethos-religion, wiki_qa and yelp_polarity.
-        seed: of the tasks' 16 demonstrations.
-        rows: inference, against pytorch: in one pass of ours, as evaluate.batch_size.
-        template: what stands between the tasks' texts.
+        no_pytorch: step: measure our side alone.
+        query_head: PyTorch also applies the head only at the query (inference: at the options), which the release does not.
+        against: inference: "icl" compares MEND with Vanilla ICL; "pytorch" compares our scoring of items after a cached prefix
+            of demonstrations with a plain PyTorch loop. The latter takes its lengths from --demos, --query, --options and
+            --target if --query is given, else from --tasks, else from four MetaICL tasks.
+        tasks: inference against pytorch: a folder of MetaICL's files; empty: random tokens.
+        names: task names, separated by commas; empty: emo, ethos-religion, wiki_qa and yelp_polarity.
+        seed: the seed of the tasks' 16 demonstrations.
+        rows: inference against pytorch: rows in one pass of our side, as evaluate.batch_size.
+        template: the separator between the tasks' texts.
         out: a JSON file for the figures.
     """
     arguments = SimpleNamespace(**locals(), lengths_given=bool(query))
     arguments.query = query or DEFAULTS[what]["query"]
     arguments.target = target or DEFAULTS[what]["target"]
     if out and not Path(out).expanduser().absolute().parent.is_dir():
-        raise UserError(f"The folder of --out={out} is not there: make it, or give another file.")
+        raise UserError(f"The folder of --out={out} does not exist: create it, or name another file.")
     if what == "quantization":
         report, text, same = measure_weights(arguments)
     elif what == "objectives":
@@ -115,7 +115,7 @@ def benchmark(
 
 
 def measure_weights(arguments) -> tuple[dict, str, bool]:
-    """(report, its text, True) of models held in float32, bfloat16 and int8."""
+    """(report, its text, True) for models held in float32, bfloat16 and int8."""
     _check_sizes(arguments)
     names = ("batch_size", "demos", "query", "target", "vectors")
     sizes = benchmark_quantization.Sizes(*(getattr(arguments, name) for name in names))
@@ -124,7 +124,7 @@ def measure_weights(arguments) -> tuple[dict, str, bool]:
 
 
 def measure_losses(arguments) -> tuple[dict, str, bool]:
-    """(report, its text, True) of L_distill's objectives with an LLM's head."""
+    """(report, its text, True) for L_distill's objectives with an LLM's head."""
     config = known_or_folder(arguments.llm)
     _check_sizes(arguments)
     sizes = arguments.batch_size, arguments.query, config.width, config.vocab_size
@@ -132,13 +132,13 @@ def measure_losses(arguments) -> tuple[dict, str, bool]:
 
 
 def measure_against_pytorch(arguments) -> tuple[dict, str, bool]:
-    """(report, its text, whether both sides agree) of scoring after a cached prefix."""
+    """(report, its text, whether both sides agree) for scoring after a cached prefix."""
     config = known_or_folder(arguments.llm)
     _check_sizes(arguments)
     if not isinstance(config, DecoderConfig):
         raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {config.family}: name another.")
     if arguments.weights != "full":
-        raise UserError(f"PyTorch's side has no {arguments.weights} weights to be compared with: leave --weights out.")
+        raise UserError(f"PyTorch's side has no {arguments.weights} weights to compare with: leave --weights out.")
     return measure_scoring(arguments, config)
 
 

@@ -3,12 +3,12 @@
     python -m mend_jax.evaluate --config=configs/small_world.py --workdir=runs/table \\
         --config.evaluate.methods="('zero_shot', 'icl', 'mend=runs/mend')"
 
-For each task and seed the seed's k examples are the demonstrations; their prefix is made and read once, its keys and
-values are shared by all items and options. The prediction is the option of the highest mean log-probability per token.
-An evaluation that was interrupted goes on: a task and seed whose file is whole is not computed again (results.py).
+For each task and seed, the seed's k examples are the demonstrations. Their prefix is made once and the LLM reads it once; all
+items and options share its keys and values. The prediction is the option with the highest mean log-probability per token.
+An interrupted evaluation resumes: a task and seed whose file is complete is not computed again (results.py).
 
-Several processes share the tasks, each with both models whole on its first device; with evaluate.parallel="mesh" ("auto": as
-train.parallel) both lie in parts over all devices of all processes, which compute every task together.
+Several processes share the tasks, and each holds both models whole on its first device. With evaluate.parallel="mesh" ("auto":
+as train.parallel) both models are sharded over all devices of all processes, which compute every task together.
 
 Files in the workdir: predictions/, scores.json (fractions, not percent), table.md, config.json.
 """
@@ -49,7 +49,7 @@ BUILT_IN = {kind.method: kind for kind in KINDS.values() if kind.method}  # meth
 
 
 def evaluate(config, workdir) -> dict:
-    """Evaluates config.evaluate.methods, writes files to `workdir`, prints the table, returns scores.json's content.
+    """Evaluates config.evaluate.methods, writes the files in `workdir`, prints the table and returns the content of scores.json.
 
     Raises:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
@@ -83,7 +83,7 @@ def evaluate(config, workdir) -> dict:
     }
     if distributed.is_first():
         print(results.write_results(workdir, summary))
-        more = f"What the columns mean, and every task's scores: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}."
+        more = f"Column meanings and scores by task: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}."
         say(more)
     return summary
 
@@ -98,7 +98,7 @@ def _how(model: Kind, found: dict, store, tasks) -> str:
 
 
 def _evaluate_share(config, llm, methods, tasks, stores) -> None:
-    """As one of several processes: this one's tasks and seeds, of all methods; the others' are then in the stores too."""
+    """Scores this process's share of the tasks for all methods, then waits for the others: the stores then hold every share."""
     count = jax.process_count()
     if count == 1:
         return
@@ -110,7 +110,7 @@ def _evaluate_share(config, llm, methods, tasks, stores) -> None:
 
 
 def _share(tasks: list[EvalTask], model: Kind, process: int, count: int) -> list[EvalTask]:
-    """A process's part: each count-th task and seed; what is asked the same for each seed stays together."""
+    """A process's part: every count-th task and seed; a model that reads no demonstrations keeps a task's seeds together."""
     if model.reads_demos:
         return tasks[process::count]
     names = sorted({task.task for task in tasks})[process::count]
@@ -118,14 +118,14 @@ def _share(tasks: list[EvalTask], model: Kind, process: int, count: int) -> list
 
 
 def evaluation_layout(config) -> Layout:
-    """Where an evaluation's models lie: evaluate.parallel, which "auto" takes from train.parallel."""
+    """The layout of an evaluation's models, by evaluate.parallel; "auto" follows train.parallel."""
     mode = config.evaluate.parallel
     mesh = config.train.parallel == "mesh" if mode == "auto" else mode == "mesh"
     return make_layout("mesh" if mesh else "pmap", config.mesh)
 
 
 def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
-    """The LLM and the methods of a config, where `layout` says. Raises UserError for a mesh that does not divide their heads."""
+    """The LLM and the methods of a config, placed by `layout`. Raises UserError if the mesh does not divide their heads."""
     c = config.llm
     llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place, bos=config.data.bos)
     methods = load_methods(config, llm, layout)
@@ -139,8 +139,8 @@ def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
 
 
 def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
-    """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", or "NAME=KIND:PATH" for what was trained as another
-    kind than it is used as."""
+    """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", or "NAME=KIND:PATH" for a model that is used as
+    another kind than it was trained as."""
     methods = []
     for spec in config.evaluate.methods:
         name, _, path = spec.partition("=")
@@ -162,9 +162,9 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
 
 
 def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
-    """What was trained, of a training workdir or an exported folder, for this LLM and beside it: PATH, or KIND:PATH.
+    """The trained model in a training workdir or an exported folder (PATH, or KIND:PATH), placed beside this LLM.
 
-    It computes in prefix.dtype, so that its test scores have the precision of its scores in training.
+    It computes in prefix.dtype, so that its test scores have the same precision as its scores in training.
     """
     kind, colon, path = spec.partition(":")
     kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
@@ -176,7 +176,7 @@ def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
 
 
 def prediction_facts(config, method: Method, read_from: str) -> dict:
-    """Everything but the task's files that decides a method's predictions: the key of their folder.
+    """Everything, apart from the task's files, that decides a method's predictions: the key of the predictions' folder.
 
     `read_from` is the fingerprint of the LLM's folder.
     """
@@ -193,7 +193,7 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
 
 
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
-    """One method's entry in scores.json. What reads no demonstrations is asked the same for each seed, and scored once."""
+    """One method's entry in scores.json. Seeds that differ only in demonstrations the method does not read are scored once."""
     scores, spent, known, prefix_of, model = {}, [], {}, prefix_maker(config, llm, method), method.model
     together = sharding.mesh_of(llm.params) is not None  # all processes compute, the first one writes
     for task in tasks:
@@ -221,20 +221,20 @@ def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
 
 
 def _is_missing(kept, task: EvalTask, together: bool) -> bool:
-    """Whether a task and seed is to be scored. Processes that compute `together` do what the first one finds."""
+    """Whether a task and seed must still be scored. Processes that compute `together` follow what the first one finds."""
     if not together:
         return kept is None
     missing = bool(distributed.of_first(kept is None))
     if kept is None and not missing:
         raise UserError(
-            f"The predictions of {task.task}, seed {task.seed} are seen by process 0 alone: give all processes a workdir on a"
-            " disk that they share."
+            f"Only process 0 sees the predictions of {task.task}, seed {task.seed}: give all processes a workdir on a"
+            " shared disk."
         )
     return missing
 
 
 def _counted(llm, model: Kind, task, context, prefix_length: float) -> dict:
-    """Costs that follow from lengths alone; item_flops are means over the task's items."""
+    """The costs that follow from lengths alone; item_flops is the mean over the task's items."""
     P, itemsize = round(prefix_length), jnp.dtype(llm.dtype).itemsize
     lengths = [(len(item.x_tokens), [len(option) for option in item.options_tokens]) for item in task.items]
     item = sum(costs.score_cached(llm.config, P, *of_item) for of_item in lengths) / len(lengths)
@@ -250,7 +250,7 @@ def _counted(llm, model: Kind, task, context, prefix_length: float) -> dict:
 
 
 def _mean_cost(entries: list[dict]) -> dict:
-    """Means over tasks and seeds; of the times medians over those for which nothing was compiled, None where there are none."""
+    """Means over tasks and seeds. Times are medians over the entries that compiled nothing, or None if there are none."""
     mean = {}
     for name in (key for key in entries[0] if key not in ("content", "compiled")):
         timed = name.endswith("seconds")
@@ -260,7 +260,7 @@ def _mean_cost(entries: list[dict]) -> dict:
 
 
 def main(config, workdir) -> int:
-    """The command: exit code 0. SIGTERM ends it at once (75): what is scored is on disk."""
+    """The command; returns exit code 0. SIGTERM ends it at once (exit code 75): everything scored so far is on disk."""
     with distributed.stops_at_sigterm():
         evaluate(config, workdir)
     return 0

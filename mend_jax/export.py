@@ -3,14 +3,14 @@
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
     python -m mend_jax.export --llm=model.gguf --out=exported/model
 
---backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) where it has moved since the training.
+--backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) if it has moved since training.
 
-A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)` (T5's with
-`T5EncoderModel`), beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
+A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)` (T5: `T5EncoderModel`).
+Beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
 distiller_config.json, the tokenizer, a model card, mend_distiller.py (one PyTorch module) and release/: the layout of
 MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors.
 
-mend_jax/interchange/trained.py reads all of these back, and says what the release's names are.
+mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
 
 from mend_jax.cli.command_line import run

@@ -1,14 +1,14 @@
-"""The losses on a query's states, with the LM head applied in chunks.
+"""The losses on a query's states; the LM head is applied in chunks.
 
 Axes: B batch, Q query tokens, M = B*Q tokens, C tokens of a chunk, D width, V vocabulary.
 
-    L_distill ("kd")   KL(teacher || student) of each query token's prediction, temperature 1 (paper, Eq. 2 and 3), or another
-                       of objectives.py
+    L_distill ("kd")   KL(teacher || student) of the prediction at each query token, temperature 1 (paper, Eq. 2 and 3), or
+                       another objective of objectives.py
     L_pred    ("pred") cross-entropy of the tokens of y (Eq. 4)
     L_CLM     ("clm")  cross-entropy of all query tokens (section 5, ablation of the pretraining loss)
 
-A loss is the mean over an example's tokens, then over the examples of the batch: what one device computes for its
-rows can be averaged over devices.
+A loss is the mean over an example's tokens, then over the examples of the batch, so the losses that each device computes
+for its own rows can be averaged over devices.
 """
 
 import functools
@@ -21,11 +21,11 @@ from mend_jax.data.query import Query
 from mend_jax.models import int8
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES, Objective
 
-FORWARD_KL = Objective()  # its gradient is written by hand: `_chunk`
+FORWARD_KL = Objective()  # `_chunk` has its gradient, written by hand
 
 
 class Weights(NamedTuple):
-    """What each token's losses count, (B,Q) float32: the weights of one loss sum to 1 over the batch."""
+    """The weight of each token in each loss, (B,Q) float32; the weights of one loss sum to 1 over the batch."""
 
     kd: jax.Array
     pred: jax.Array
@@ -33,11 +33,11 @@ class Weights(NamedTuple):
 
 
 def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
-    """The token that each state predicts, (B,Q) int32, and the weights of the three losses there.
+    """The token that each state predicts, (B,Q) int32, and its weights in the three losses.
 
-    The state at token t predicts t + `shift`. Decoder-only (1): the first token of the query, which the prefix predicts,
-    carries no cross-entropy; L_distill covers the prediction at every token, the last included (as the release).
-    Encoder–decoder (0): `query` is y, which the decoder says from its first token on, and all losses cover just that.
+    The state at token t predicts token t + `shift`. Decoder-only (1): the query's first token, which the prefix predicts,
+    has no cross-entropy; L_distill covers the prediction at every token, including the last (as the release does).
+    Encoder–decoder (0): `query` is y, which the decoder predicts from its first token on; all losses cover y alone.
     """
     B, Q = query.tokens.shape
     targets = jnp.roll(query.tokens, -shift, axis=1)
@@ -51,7 +51,7 @@ def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
 
 
 def state_loss(objective: Objective, states, teacher_states, kd_weight):
-    """Sum over tokens of kd_weight * an objective on states (B,Q,D), and its unweighted value of every token (B,Q), float32."""
+    """Sum over tokens of kd_weight * an objective on states (B,Q,D), and its unweighted value per token (B,Q), float32."""
     student, teacher = (a.astype(jnp.float32) for a in (states, jax.lax.stop_gradient(teacher_states)))
     counted = kd_weight > 0
     kd = jnp.where(counted, STATE_OBJECTIVES[objective.name](student, teacher, counted, objective.numbers), 0)
@@ -72,20 +72,20 @@ def head_loss(
     """Sum over tokens of kd_weight * L_distill + ce_weight * cross-entropy.
 
     No (B,Q,V) array exists at any time: the logits of `chunk` tokens are computed, used for the values and (when
-    differentiated) for the gradient with respect to the states, and dropped. Tokens of no weight are skipped.
+    differentiated) for the gradient with respect to the states, and dropped. Tokens with zero weight are skipped.
 
     Args:
         states: (B,Q,D), the student's. Differentiated.
-        teacher_states: (B,Q,D), or None where kd_weight is 0. Not differentiated.
-        head: (V,D), or an int8 `Table`. Differentiated only with `head_grad` (stage "lm", an array): a frozen head gets no
-            gradient, and costs none.
+        teacher_states: (B,Q,D), or None if every kd_weight is 0. Not differentiated.
+        head: (V,D), or an int8 `Table`. Differentiated only with `head_grad` (stage "lm", an array): no gradient is computed
+            for a frozen head.
         targets: (B,Q) int32, the token each state predicts.
         kd_weight, ce_weight: (B,Q) float32, at least 0.
         chunk: tokens per chunk.
-        objective: of L_distill, one on logits.
+        objective: the objective of L_distill, one on logits.
     Returns:
-        loss () float32, and the unweighted (kd, ce) of every token, each (B,Q) float32, 0 where skipped. They are for reports:
-        to differentiate them raises a TypeError.
+        loss () float32, and the unweighted (kd, ce) of every token, each (B,Q) float32, 0 where skipped. The per-token values
+        are for reports: differentiating them raises a TypeError.
     """
     B, Q, D = states.shape
     M = B * Q
@@ -104,7 +104,7 @@ def _report_only(values):
 
 def _report_only_bwd(kept, cotangent):
     raise TypeError(
-        "the per-token kd and ce of head_loss are for reports: build a loss of kd_weight and ce_weight, its gradient is computed."
+        "the per-token kd and ce of head_loss are for reports and have no gradient: weight the loss with kd_weight and ce_weight."
     )
 
 
@@ -128,7 +128,7 @@ def _flat_loss_fwd(how, states, head, teacher, targets, weights):
 
 
 def _flat_loss_bwd(how, gradients, cotangents):
-    # Only the loss is differentiated: `_report_only` stands behind the per-token values.
+    # Only the loss is differentiated: `_report_only` guards the per-token values.
     states, head = ((cotangents[0] * g).astype(g.dtype) if g is not None else None for g in gradients)
     return states, head, None, None, None
 
@@ -137,11 +137,11 @@ _flat_loss.defvjp(_flat_loss_fwd, _flat_loss_bwd)
 
 
 def _forward(how, with_grad, states, head, teacher, targets, weights):
-    """Values and, with `with_grad`, gradients, by a loop over the chunks that hold tokens of some weight."""
+    """Values and, with `with_grad`, gradients, by a loop over the chunks that hold tokens with non-zero weight."""
     (M, D), (chunk, head_grad, objective) = states.shape, how
     one_chunk = _chunk if objective == FORWARD_KL or teacher is None else functools.partial(_any_chunk, objective)
     padded = -(-M // chunk) * chunk
-    # Tokens of some weight come first; the loop ends where they end.
+    # Tokens with non-zero weight come first; the loop ends with the last of them.
     order = jnp.argsort(weights.max(0) <= 0, stable=True)
     used = (weights.max(0) > 0).sum()
     order = jnp.concatenate([order, jnp.zeros(padded - M, order.dtype)])
@@ -175,7 +175,7 @@ def _forward(how, with_grad, states, head, teacher, targets, weights):
         jnp.zeros(head.shape) if head_grad else None,
     )
     loss, kd, ce, state_grad, head_sum = jax.lax.fori_loop(0, -(-used // chunk), body, carry)
-    back = jnp.argsort(order[:M])  # where each token went
+    back = jnp.argsort(order[:M])  # the place of each token in `order`
     return (
         loss,
         kd[back],
@@ -186,10 +186,10 @@ def _forward(how, with_grad, states, head, teacher, targets, weights):
 
 
 def _chunk(states, head, teacher, targets, weights, with_grad):
-    """One chunk of C tokens: (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), of the logits (C,V)).
+    """One chunk of C tokens: (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), gradient of the logits (C,V)).
 
-    The gradient of the logits leaves out cross-entropy's -1 at the target: as rows of the head it costs a gather of
-    C rows, not a (C,V) array.
+    The gradient of the logits leaves out cross-entropy's -1 at the target, which is applied as rows of the head: that costs
+    a gather of C rows, not a (C,V) array.
     """
     kd_weight, ce_weight = weights
     logits = int8.logits(head, states)
@@ -216,7 +216,7 @@ def _chunk(states, head, teacher, targets, weights, with_grad):
 
 
 def _any_chunk(objective: Objective, states, head, teacher, targets, weights, with_grad):
-    """As `_chunk`, with any objective on logits, differentiated by JAX inside the chunk; the head has no gradient."""
+    """As `_chunk`, for any objective on logits, differentiated by JAX inside the chunk; the head gets no gradient."""
     kd_weight, ce_weight = weights
     counted = kd_weight + ce_weight > 0
     teacher_logits = int8.logits(head, teacher)

@@ -1,9 +1,9 @@
-"""How the student's predictions are compared with the teacher's: L_distill's objectives, each one function and one line of a dict.
+"""L_distill's objectives, which compare the student's predictions with the teacher's: each is one function and one dict entry.
 
-`OBJECTIVES` are on logits: f(student (C,V), teacher (C,V), targets (C,), numbers) -> loss (C,) of each token. losses.py gives
-them a chunk of tokens at a time and differentiates inside the chunk, so that no (B,Q,V) array exists for any of them.
-`STATE_OBJECTIVES` are on the LLM's last hidden states at the query: f(student (B,Q,D), teacher (B,Q,D), counted (B,Q) bool,
-numbers) -> loss (B,Q) of each token. The teacher is cut off from gradients by the caller. All in nats and float32.
+`OBJECTIVES` work on logits: f(student (C,V), teacher (C,V), targets (C,), numbers) -> loss per token (C,). losses.py passes
+them one chunk of tokens at a time and differentiates inside the chunk, so that no (B,Q,V) array exists for any of them.
+`STATE_OBJECTIVES` work on the LLM's last hidden states at the query: f(student (B,Q,D), teacher (B,Q,D), counted (B,Q) bool,
+numbers) -> loss per token (B,Q). The caller stops the teacher's gradient. All are float32, and in nats where they have a unit.
 
 Axes: C tokens of a chunk, V vocabulary, B batch, Q query tokens, D width.
 """
@@ -15,22 +15,22 @@ import jax.numpy as jnp
 
 
 class Numbers(NamedTuple):
-    """What the objectives can be told (config.loss)."""
+    """The numbers that objectives take from config.loss."""
 
-    temperature: float = 1.0  # logits are divided by it; gradients are not multiplied by its square
-    mix: float = 0.5  # share of the reverse KL, of the teacher in the mixture, ...: see each
+    temperature: float = 1.0  # divides the logits; gradients are not multiplied by its square
+    mix: float = 0.5  # share of the reverse KL, of the teacher in the mixture, ...: see each objective
     top_k: int = 64
 
 
 class Objective(NamedTuple):
-    """One entry with its numbers: hashable."""
+    """One entry of the dicts by name, with its numbers; hashable."""
 
     name: str = "forward_kl"
     numbers: Numbers = Numbers()
 
     @classmethod
     def of(cls, loss: Any) -> "Objective":
-        """That of a config's section `loss`."""
+        """The objective of a config's section `loss`."""
         return cls(loss.objective, Numbers(loss.temperature, loss.mix, loss.top_k))
 
     @property
@@ -39,7 +39,7 @@ class Objective(NamedTuple):
 
 
 def forward_kl(student, teacher, targets, numbers: Numbers):
-    """KL(teacher || student), the paper's (Eq. 2 and 3)."""
+    """KL(teacher || student), the paper's objective (Eq. 2 and 3)."""
     p, q = _log_probs(student, teacher, numbers)
     return _kl(q, p)
 
@@ -70,7 +70,7 @@ def skewed_kl(student, teacher, targets, numbers: Numbers):
 
 
 def top_k_kl(student, teacher, targets, numbers: Numbers):
-    """KL(teacher || student) over the k words that the teacher finds likeliest, both renormalised over them."""
+    """KL(teacher || student) over the teacher's k most likely tokens, both distributions renormalised over them."""
     teacher, words = jax.lax.top_k(teacher, min(numbers.top_k, teacher.shape[-1]))
     return forward_kl(jnp.take_along_axis(student, words, -1), teacher, targets, numbers)
 
@@ -86,7 +86,7 @@ OBJECTIVES = {
 
 
 def hidden_mse(student, teacher, counted, numbers: Numbers):
-    """The mean over D of the squared distance of the states."""
+    """The mean over D of the squared difference of the states."""
     return ((student - teacher) ** 2).mean(-1)
 
 
@@ -98,8 +98,8 @@ def hidden_cosine(student, teacher, counted, numbers: Numbers):
 def info_nce(student, teacher, counted, numbers: Numbers):
     """How well a query's state tells its own teacher from those of the batch's other queries (van den Oord et al., 2018).
 
-    A query's state is the mean over its tokens; cosines are divided by the temperature. The batch is what a device computes
-    at one time: with several devices or accumulation steps each part is contrasted within itself.
+    A query's state is the mean over its tokens; cosines are divided by the temperature. The contrast is within the rows that a
+    device computes at one time: each device, and each accumulation step, contrasts only its own rows.
     """
     weights = counted.astype(student.dtype)[..., None]
     pooled = (_unit((states * weights).sum(1)) for states in (student, teacher))
@@ -122,11 +122,11 @@ def _kl(p, q):
 
 
 def _mixture(q, p, share: float):
-    """The log of share q + (1 - share) p, of log-probabilities."""
+    """The log of share * q + (1 - share) * p, from log-probabilities q and p."""
     return jnp.logaddexp(q + jnp.log(share), p + jnp.log1p(-share))
 
 
 def _unit(states):
-    """(...,D) of length 1; 0 stays 0, and its gradient finite."""
+    """States (...,D) scaled to length 1; 0 stays 0, with a finite gradient."""
     square = (states**2).sum(-1, keepdims=True)
     return states * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

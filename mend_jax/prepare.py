@@ -1,11 +1,11 @@
-"""Tokenise a config's text and tasks once, so that training only reads.
+"""Tokenise a config's text and tasks once, so that training only reads token ids.
 
     python -m mend_jax.prepare --config=configs/base.py --config.llm.path=gpt2 \\
         --config.data.text=c4/ --config.data.tasks=metaicl/
 
-Files go to config.data.cache, keyed by the tokenizer and the source; `mend_jax.train` finds them there, or makes them
-itself when this was not run. Interrupted, it goes on where it stopped. Where prefix.backbone has another tokenizer than
-the LLM, each text is read by both. Test and dev examples are few: whoever scores them tokenises them.
+Files go to config.data.cache, keyed by the tokenizer and the source. `mend_jax.train` finds them there, or makes them itself
+if this command was not run. An interrupted run resumes where it stopped. If prefix.backbone has another tokenizer than the
+LLM, both tokenise each text. Test and dev examples are few, so evaluation tokenises them itself.
 """
 
 from mend_jax.cli import command_line as cli
@@ -19,10 +19,10 @@ from mend_jax.prefixes import kind_of
 
 
 def prepare(config) -> dict:
-    """Prepares what is given of config.data.text and config.data.tasks; returns {"text": manifest, "tasks": manifest}.
+    """Tokenises config.data.text and config.data.tasks, whichever are set; returns {"text": manifest, "tasks": manifest}.
 
     Raises:
-        UserError: for bad input, a tokenizer that does not fit the LLM, a full disk.
+        UserError: bad input, a tokenizer that does not fit the LLM, a full disk.
     """
     folder = local_folder(config.llm.path)
     tokenizer = load_tokenizer(folder)
@@ -39,7 +39,7 @@ def prepare(config) -> dict:
 
 
 def _distiller_tokenizer(config, tokenizer):
-    """Of the backbone of a run that distils, where it reads texts as other tokens than the LLM; else None."""
+    """The tokenizer of the distiller's backbone if it gives texts other token ids than the LLM's does, else None."""
     backbone = "" if config.stage == "lm" else kind_of(config).backbone(config)
     if not backbone:
         return None

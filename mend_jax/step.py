@@ -1,6 +1,6 @@
 """The pure train step: one for all stages and methods, without I/O or randomness.
 
-Two trees: the trainable params are differentiated, optimised, donated and saved; the frozen LLM's are an argument.
+There are two trees: the trainable params are differentiated, optimised, donated and saved; the frozen LLM's are an argument.
 Gradients flow through the LLM into the prefix; only the teacher's pass is cut off.
 """
 
@@ -38,15 +38,15 @@ class TrainState:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm, linear warm-up and linear decay to 0 over train.steps (Table 5)."""
+    """AdamW with clipping by the global norm, linear warm-up and linear decay to 0 over train.steps (paper, Table 5)."""
     o = config.optimizer
     adamw = optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
     return optax.chain(clip_by_global_norm(o.clip), adamw)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """As optax's, but every gradient is multiplied by the same factor, where optax divides it by the norm: XLA computes a
-    product again in each of AdamW's passes, and a quotient in a pass of its own, which writes all gradients anew."""
+    """As optax's, but multiplies every gradient by one factor where optax divides by the norm: XLA fuses the product into
+    AdamW's passes, but computes the quotient in a pass of its own that writes all gradients again."""
 
     def update(gradients, state, params=None):
         del params
@@ -57,7 +57,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def learning_rate(config) -> Callable[[jax.Array], jax.Array]:
-    """The rate of the update number `step`, from 0."""
+    """The learning rate as a function of the update's number, from 0."""
     o, steps = config.optimizer, config.train.steps
     decay = optax.linear_schedule(o.learning_rate, 0.0, max(1, steps - o.warmup_steps))
     if not o.warmup_steps:
@@ -71,13 +71,13 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 
 
 def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
-    """loss_fn(params, llm_params, batch) -> (loss, {"kd", "pred", "clm"}), as config.stage and config.loss say.
+    """loss_fn(params, llm_params, batch) -> (loss, {"kd", "pred", "clm"}), set up by config.stage and config.loss.
 
     Args:
         config: a whole run's config (configs/base.py).
         llm: the `LLM`; in stage "lm" its own params are the trainable ones.
         model: the kind of prefix that is trained (prefixes/kind.py); None in stage "lm".
-        mesh: with parallel="mesh", the mesh: the losses are computed where the rows are.
+        mesh: the mesh of parallel="mesh", else None; each device computes the losses of the rows that it holds.
     """
     lm, shift, objective = config.stage == "lm", _shift(llm), Objective.of(config.loss)
     # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
@@ -133,9 +133,9 @@ def query_losses(
     shift=1,
     objective=FORWARD_KL,
 ):
-    """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss on its own (0 where it was not computed).
+    """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss unweighted (0 if it was not computed).
 
-    `targets` is what the states stand at or predict (`llm.targets(query)`), and `shift` which (`token_weights`).
+    `targets` is `llm.targets(query)`; a state predicts the token `shift` places after its own (`token_weights`).
     """
 
     def local(student, teacher, head, targets):
@@ -167,8 +167,8 @@ def make_train_step(config, loss_fn, optimizer: optax.GradientTransformation, av
     """train_step(state, llm_params, batch) -> (state, metrics).
 
     Args:
-        loss_fn: of `make_loss_fn`.
-        average: tree -> its means over devices that each see a part of the batch (`Layout.average`).
+        loss_fn: from `make_loss_fn`.
+        average: tree -> its mean over the devices, each of which sees a part of the batch (`Layout.average`).
     """
     rate, accumulate = learning_rate(config), config.train.accumulate
 
@@ -189,30 +189,30 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     """The three losses of one example, unweighted (paper, sections 3.2 and 3.3).
 
     Args:
-        llm: of `load_llm`.
-        distiller: of `load_distiller`.
-        demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), where one
+        llm: from `load_llm`.
+        distiller: from `load_distiller`.
+        demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), if one
             tokenizer serves both.
         x, y: the input and the output: each a text, which gets the distiller's separator in front, or token ids (list of
             int).
     Returns:
-        {"kd": KL(teacher || student), "pred": cross-entropy of y, "clm": cross-entropy of x (but its first token) and y},
-        each in nats, the mean over its tokens; float32 arithmetic. Of an encoder–decoder "kd" and "clm" cover y alone,
-        which is what it says.
+        {"kd": KL(teacher || student), "pred": cross-entropy of y, "clm": cross-entropy of x (except its first token) and y},
+        each in nats, the mean over its tokens; float32 arithmetic. For an encoder–decoder "kd" and "clm" cover y alone,
+        which is all that its decoder predicts.
     Raises:
-        UserError: several contexts, texts where the LLM has no tokenizer, token ids where the tokenizers differ, an empty x or y, a token that
-            the LLM does not have, or more tokens than one of the windows.
+        UserError: several contexts, texts but an LLM without a tokenizer, token ids but tokenizers that differ, an empty x or
+            y, a token that the LLM does not have, or more tokens than one of the windows.
     """
     context = distiller.read(demos)
     if len(context[1]) != 1:
         raise UserError(
-            f"The losses are those of one example, with one context, not {len(context[1])}: call it for each."
+            f"The losses are those of one example with one context, not {len(context[1])}: call this once per context."
         )
     texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
     if not texts and other_tokenizer(llm.tokenizer, distiller.tokenizer) is not None:
         raise UserError(
-            "The distiller and the LLM have tokenizers of their own, so token ids cannot be demonstrations for both: give "
-            "them as texts, [(input, output), ...]."
+            "The distiller and the LLM have different tokenizers, so token ids cannot be demonstrations for both: give "
+            "the demonstrations as texts, [(input, output), ...]."
         )
     reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
     shown, shown_length = demo_tokens(demos, *reader)
@@ -226,7 +226,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-# Static are the LLM, which hashes by identity, and the distiller's settings: each shape is compiled once.
+# The LLM (hashed by identity) and the distiller's module are static: each shape compiles once.
 @partial(jax.jit, static_argnums=(0, 1))
 def _example_losses(llm, module, params, llm_params, context, teacher, query):
     student = llm.states(llm_params, make_vectors(module, params, *context), query)
@@ -246,7 +246,9 @@ def _check_query(llm, x, y, prefix_length: int) -> None:
         raise UserError("The input or the output is empty: each needs at least one token.")
     wrong = next((token for token in (*x, *y) if not 0 <= token < llm.config.vocab_size), None)
     if wrong is not None:
-        raise UserError(f"The query holds token {wrong}, the LLM has {llm.config.vocab_size}: use its own tokenizer.")
+        raise UserError(
+            f"The query holds token {wrong}, but the LLM knows {llm.config.vocab_size} tokens: use the LLM's own tokenizer."
+        )
     needed = prefix_length + len(x) + len(y)
     if needed > llm.window:
         raise UserError(
@@ -256,16 +258,16 @@ def _check_query(llm, x, y, prefix_length: int) -> None:
 
 
 def _one_after_another(query: Query) -> Query:
-    """The queries of all rows: (B,Q) as they are, (B,R,Q) as (B*R,Q)."""
+    """The queries of all rows as (B*R,Q); a (B,Q) batch of one query a row is returned as it is."""
     if query.tokens.ndim == 2:
         return query
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), query)
 
 
 def _teacher_states(llm, llm_params, batch, query):
-    """The LLM's states at the query after the demonstrations themselves; nothing flows back from here."""
+    """The LLM's states at the query after the demonstrations themselves; no gradient flows through them."""
     demos, length = batch.demos, batch.demos_length
-    if batch.teacher_demos is not None:  # the LLM's own tokens of them; with release_truncation more of them
+    if batch.teacher_demos is not None:  # the LLM's own tokens; with release_truncation a longer context
         demos, length = batch.teacher_demos, batch.teacher_demos_length
     prefix = Prefix(llm.embed(llm_params, demos), length)
     return jax.lax.stop_gradient(llm.states(llm_params, prefix, query))
@@ -276,7 +278,7 @@ def _accumulated(loss_fn, parts: int, params, llm_params, batch):
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
         return value_and_grad(params, llm_params, batch)
-    # Part i takes the rows i, i + parts, ...: rows stay on the device that holds them.
+    # Part i takes the rows i, i + parts, ..., so that rows stay on the device that holds them.
     batches = jax.tree.map(lambda a: a.reshape(len(a) // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):

@@ -1,18 +1,18 @@
-"""Train: meta-distillation pretraining, finetuning, PromptTuning, HyperTuning, and an ordinary LM. One loop, one step.
+"""Train: meta-distillation pretraining, finetuning, PromptTuning, HyperTuning and an ordinary LM, with one loop and one step.
 
     python -m mend_jax.train --config=configs/small_world.py --workdir=runs/mend --config.optimizer.learning_rate=1e-4
 
-The same command goes on where a run was stopped, killed or crashed, and ends with the very numbers of an unbroken run.
-A run begins with the first of these that is there:
+The same command resumes a run that was stopped, killed or crashed, and ends with exactly the numbers of an uninterrupted run.
+A run starts from the first of these that exists:
 
-1. the newest whole checkpoint of the workdir;
+1. the newest complete checkpoint of the workdir;
 2. the best checkpoint of the workdir `prefix.start_from`;
 3. the pretrained backbone (stage "lm": the LLM's own weights);
-4. random weights (stage "lm", where `llm.path` holds a config.json alone).
+4. random weights (stage "lm", if `llm.path` holds only a config.json).
 
-Exit codes: 0 finished; 2 a mistake of the user's, said in one sentence; 75 stopped by SIGTERM after a checkpoint, to be
-started again. Files in the workdir: config.json, sources.json, params.txt, checkpoints/, metrics.jsonl (deterministic), speed.jsonl
-(times), tensorboard/, and, when stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
+Exit codes: 0 finished; 2 a user error, explained in one sentence; 75 stopped by SIGTERM after writing a checkpoint: start it
+again. Files in the workdir: config.json, sources.json, params.txt, checkpoints/, metrics.jsonl (deterministic), speed.jsonl
+(times), tensorboard/ and, after stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ LLM_FOLDER = "llm"
 
 
 def train(config, workdir) -> int:
-    """Trains, or goes on training, the run of `config` (configs/base.py) in `workdir`; returns the exit code.
+    """Trains the run of `config` (configs/base.py) in `workdir`, or resumes it; returns the exit code.
 
     Raises:
-        UserError: a configuration that cannot be run, another run's workdir, a loss that is not finite, a full disk.
+        UserError: a configuration that cannot run, a workdir of another run, a loss that is not finite, a full disk.
     """
     workdir = Path(workdir).expanduser().absolute()
     try:
@@ -50,7 +50,9 @@ def train(config, workdir) -> int:
             return _train(config, workdir)
     except OSError as error:
         if is_disk_full(error):
-            raise UserError(f"The disk of {workdir} is full: make room and give the same command again.") from error
+            raise UserError(
+                f"The disk of {workdir} is full: free some space and run the same command again."
+            ) from error
         raise
 
 
@@ -70,31 +72,31 @@ def _train(config, workdir):
             if code:
                 return code
             best = score.best_text(reporting.read_lines(workdir / reporting.METRICS))
-            reporting.say(f"Trained: {best}; what reads {workdir} takes the weights of that step.")
+            reporting.say(f"Trained: {best}; commands that read {workdir} use the weights of that step.")
         checkpoints.wait()
         _write_llm(config, workdir)
-        distributed.wait_for_all("trained")  # what reads it next finds it whole
+        distributed.wait_for_all("trained")  # whatever reads the folder next finds it complete
         return 0
     finally:
         checkpoints.close()
 
 
 def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
-    """A run from its config to its first step. Nothing here keeps the state: each step of the loop replaces it."""
+    """Prepares a run, from its config up to its first step. Nothing here keeps the state: each step of the loop replaces it."""
     resumes = bool(checkpoints.steps)
 
-    # 1. The layout: how the step lies over the devices.
+    # 1. The layout: how the step is spread over the devices.
     layout = make_layout(config.train.parallel, config.mesh)
 
     # 2. The LLM.
     llm = build.load(config, layout.place)
     config = build.measured(config, llm, workdir)
 
-    # 3. What is trained: what makes the prefix, or (None) the LLM itself.
+    # 3. What is trained: the model that makes the prefix, or (None) the LLM itself.
     model = None if config.stage == "lm" else build.build(config, llm, not resumes, layout.place)
     params, frozen = (llm.params, {}) if model is None else (model.params, llm.params)
 
-    # 4. Checks that need both.
+    # 4. Checks that need both models.
     checks.check_models(config, llm, model)
 
     # 5. The state: restored from the newest checkpoint, or fresh.
@@ -122,19 +124,19 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
 
 
 def _restored_or_fresh(workdir, checkpoints, layout, params, optimizer):
-    """(step, TrainState on the devices, meta) to begin with."""
+    """(step, TrainState on the devices, meta) that the run starts from."""
     init = partial(init_state, optimizer=optimizer)
     shapes = layout.shaped(jax.eval_shape(init, params))
     found = checkpoints.restore(shapes.params, shapes.opt_state)
     if found is None:
         return 0, layout.init(init, params), {}
     step, params, opt_state, meta = found
-    reporting.say(f"Going on from step {step} in {workdir}.")
+    reporting.say(f"Resuming from step {step} in {workdir}.")
     return step, layout.place_state(TrainState(np.int32(step), params, opt_state)), meta
 
 
 def _write_start(config, workdir, start, params, frozen, contents):
-    """Says and writes what this run is, before its first step."""
+    """Reports what this run is and writes it to the workdir, before the first step."""
     device = jax.devices()[0]
     plural = "s" * (jax.device_count() > 1)
     reporting.say(
@@ -142,7 +144,7 @@ def _write_start(config, workdir, start, params, frozen, contents):
         f"{config.train.parallel}, batch {config.train.batch_size}"
     )
     begins = start == 0 and config.stage != "lm" and config.prefix.start_from
-    start_hash = tree_hash(params) if begins else None  # of parts on all processes
+    start_hash = tree_hash(params) if begins else None  # all processes call it: each holds a part
     if jax.process_index() == 0:
         checkpoint.write_config(workdir, config)
         resume.write_sources(workdir, config, contents, start_hash)
@@ -150,7 +152,7 @@ def _write_start(config, workdir, start, params, frozen, contents):
 
 
 def _write_llm(config, workdir):
-    """Stage "lm": the best weights as a Hugging Face folder, which appears whole or not at all."""
+    """In stage "lm", writes the best weights as a Hugging Face folder, which appears complete or not at all."""
     target = workdir / LLM_FOLDER
     if config.stage != "lm" or target.exists() or jax.process_index() != 0:
         return
@@ -158,12 +160,12 @@ def _write_llm(config, workdir):
     params, meta = checkpoint.load_best(workdir)
     with whole_folder(target) as temporary:
         save_model(temporary, lm_settings(config, folder), params, folder)
-    reporting.say(f"The weights of step {meta['step']} are in {target}, as a Hugging Face folder.")
+    reporting.say(f"Wrote the weights of step {meta['step']} to {target} as a Hugging Face folder.")
 
 
 @contextlib.contextmanager
 def _alone_in(workdir):
-    """Holds the workdir, so that two runs never write the same files."""
+    """Locks the workdir, so that two runs never write the same files."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a")  # noqa: SIM115

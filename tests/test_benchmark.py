@@ -296,7 +296,7 @@ def test_step_command_of_an_encoder_decoder(folder, capsys):
         (["step", "--llm=gpt3"], "gpt3 is neither one of gpt2, gpt2-medium,"),
         (["quantization", "--llm=gpt3"], "gpt3 is neither one of gpt2, gpt2-medium,"),
         (["inference", "--llm=t5-small-lm-adapt"], "inference measures decoder-only LLMs, t5-small-lm-adapt is t5"),
-        (["step", "--llm=t5-small-lm-adapt"], "PyTorch's side has decoder-only models alone: give --no_pytorch too"),
+        (["step", "--llm=t5-small-lm-adapt"], "decoder-only models: give --no_pytorch"),
         (["quantization", "--demos=1000"], "window"),
         (["quantization", "--weights=int4"], "--weights must be one of full, int8"),
         (["step", "--demos=1000"], "window"),

@@ -155,7 +155,7 @@ def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp
         ours = model.distill(given).embeds
         assert ours.shape == theirs.distill(given).shape
         np.testing.assert_allclose(theirs.distill(given), ours, atol=1e-5)
-    with pytest.raises(ValueError, match=f"demonstration 1 has 95 tokens, a chunk holds {tokens}"):
+    with pytest.raises(ValueError, match=f"demonstration 1 has 95 tokens, but a chunk holds {tokens}"):
         theirs.distill([[1], [2] * 95])
 
 

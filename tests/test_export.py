@@ -122,7 +122,7 @@ def test_the_template_of_the_training_stays_with_the_distiller(llm, tiny_llm, ti
     folder = make_workdir(tmp_path / "run", llm, tiny_llm, tiny_backbone, **{"data.template": "newline"})
     export.export(folder, tmp_path / "out")
     assert {trained.read_distiller(place).separator for place in (folder, tmp_path / "out")} == {"\n"}
-    assert "behind a newline" in (tmp_path / "out" / "README.md").read_text()
+    assert "a newline before every x and y" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_best_checkpoint_is_exported(workdir, exported):
@@ -360,4 +360,4 @@ def test_the_command(workdir, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "mend_distiller.py" in done.stdout, done.stderr
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "is there already" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "already exists" in done.stderr and "Traceback" not in done.stderr

@@ -127,7 +127,7 @@ def test_pytorch_without_cuda_where_its_index_answers(clone):
     (clone / ".venv" / "installed-requirements-test").unlink()
     process, calls = launch(clone, "launch/test.sh", INDEX_CODE="1")
     assert "pip install" in calls[0] and "--extra-index-url" not in calls[0]
-    assert "does not answer: PyTorch comes from pip's own index" in process.stderr
+    assert "does not answer: PyTorch will come from pip's own index" in process.stderr
 
 
 class Index(http.server.BaseHTTPRequestHandler):

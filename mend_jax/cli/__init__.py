@@ -1,1 +1,1 @@
-"""What a person meets: the command line, the values of a config, sentences for mistakes."""
+"""The user interface: the command line, the allowed values of a config, messages for user errors."""

@@ -4,7 +4,7 @@
     def export(workdir, out, name="mend"):   # --workdir=FOLDER --out=... [--name=mend]
     def benchmark(what: Literal["step", "inference"], /, repeats=5):   # the word itself, and [--repeats=5]
 
-A mistake of the user's ends in one sentence and exit code 2.
+A user error ends in one sentence and exit code 2.
 """
 
 import ast
@@ -32,19 +32,19 @@ from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.files import is_disk_full
 
-ROOT = Path(__file__).resolve().parents[2]  # where configs/ lies beside the package
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds configs/ and the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 def run(main, argv=None, several=False) -> None:
-    """Parses the command line, calls `main` with it, and exits with the whole number it returns, or 0.
+    """Parses the command line, calls `main` with its arguments, and exits with the number that it returns, or 0.
 
     Args:
-        main: its parameter `config` is a file of configs/, `workdir` a folder; any other is a flag of the type of its
-            annotation or default, needed if it has none; a positional-only one is a word without a flag.
-        argv: for tests; else sys.argv.
-        several: whether the command may run as several processes (distributed.py); others run as one.
+        main: its parameter `config` is a file of configs/ and `workdir` a folder. Any other is a flag, whose type is that of
+            its annotation or default; it is required if it has no default. A positional-only one is a word without a flag.
+        argv: for tests; None means sys.argv.
+        several: whether the command may run as several processes (distributed.py); other commands run as one.
     """
     code = _code_of(main, sys.argv if argv is None else argv, several)
     distributed.leave(code)
@@ -52,10 +52,10 @@ def run(main, argv=None, several=False) -> None:
 
 
 def _code_of(main, argv: list[str], several: bool) -> int:
-    """The exit code; what went wrong is printed."""
-    logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+    """Runs `main` and returns the exit code; prints errors."""
+    logging.set_verbosity(logging.WARNING)  # libraries report their every step at INFO
     _plain_warnings()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which is meant
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch, which is missing on purpose
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(_help(main))
@@ -63,7 +63,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         arguments = parse(main, argv)
         if several:
             distributed.start()
-        # As one of several processes training asks JAX, at each step, whether all are to stop (`told_to_stop`).
+        # With several processes, training asks JAX at each step whether all are to stop (`told_to_stop`).
         stops = contextlib.nullcontext() if distributed.is_running() else distributed.stops_at_sigterm()
         with stops, compile_cache.mended():
             code = main(*arguments)
@@ -74,11 +74,11 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     except UserError as error:
         print(f"{distributed.label()}error: {error}", file=sys.stderr)
         return MISTAKE
-    except BrokenPipeError:  # what was printed went into a program, such as head, that has read enough
+    except BrokenPipeError:  # the output went to a program, such as head, that has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
+        print("\nStopped. The same command resumes where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not is_disk_full(error):
@@ -86,17 +86,19 @@ def _code_of(main, argv: list[str], several: bool) -> int:
                 raise
             traceback.print_exc()  # here, because `leave` may end the process before Python would print it
             return FAILED
-        print("error: the disk is full: make room, then the same command goes on where it stopped.", file=sys.stderr)
+        print(
+            "error: the disk is full: free some space, then the same command resumes where it stopped.", file=sys.stderr
+        )
         return MISTAKE
 
 
 def _plain_warnings() -> None:
-    """Warnings as "warning: SENTENCE", each once: two stages of one command have the same to say."""
+    """Prints warnings as "warning: SENTENCE", each once: two stages of one command may give the same warning."""
     handler, said = StreamHandler(), set()
     handler.setFormatter(Formatter("warning: %(message)s"))
     handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))
     root = getLogger()
-    for other in list(root.handlers):  # a library may have called logging.basicConfig, whose lines are for programmers
+    for other in list(root.handlers):  # a library may have called logging.basicConfig, whose format is for programmers
         if getattr(other.formatter, "_fmt", "") == BASIC_FORMAT:
             root.removeHandler(other)
     if not root.handlers:
@@ -104,7 +106,7 @@ def _plain_warnings() -> None:
 
 
 def parse(main, argv) -> list:
-    """The arguments of `main`, in its order. Raises UserError for every mistake in `argv`."""
+    """The arguments of `main`, in the order of its parameters. Raises UserError for any mistake in `argv`."""
     parameters = _parameters(main)
     values = flags.FlagValues()
     argv, fields = list(argv), {}
@@ -129,9 +131,9 @@ def parse(main, argv) -> list:
 
 
 def load_config(name: str) -> ConfigDict:
-    """FILE.py or FILE.py:VARIANT -> what its get_config makes; every field of configs/base.py is there, and no other.
+    """The config that FILE.py's get_config makes, for FILE.py or FILE.py:VARIANT; it has exactly the fields of configs/base.py.
 
-    Raises UserError for a file that is missing or broken, an unknown variant, or a field that configs/base.py has not.
+    Raises UserError for a missing or broken file, an unknown variant, or fields that differ from those of configs/base.py.
     """
     path, _, variant = name.partition(":")
     get_config = _get_config(path)
@@ -158,7 +160,7 @@ def load_config(name: str) -> ConfigDict:
 
 
 def base_config() -> ConfigDict | None:
-    """configs/base.py: every field with its default. None where the package is installed without configs/."""
+    """The config of configs/base.py: every field with its default. None if the package is installed without configs/."""
     base = ROOT / "configs" / "base.py"
     return _get_config(str(base))() if base.is_file() else None
 
@@ -188,7 +190,7 @@ def _compare_fields(path: str, config: ConfigDict, base: ConfigDict) -> None:
     ours, theirs = dotted_fields(base), dotted_fields(config)
     for key in theirs:
         if key not in ours:
-            raise UserError(f"{path} sets {key}, which configs/base.py has not: did you mean {nearest(key, ours)}?")
+            raise UserError(f"{path} sets {key}, which is not in configs/base.py: did you mean {nearest(key, ours)}?")
     for key in ours:
         if key not in theirs:
             raise UserError(f"{path} has no field {key}: start from configs.base.get_config() and change what differs.")
@@ -201,7 +203,7 @@ def _reason(error: Exception) -> str:
 
 
 def _take_config(argv: list[str]):
-    """argv without --config, and the config it named."""
+    """argv without --config, and the config that it names."""
     rest, name = [], None
     arguments = iter(argv)
     for argument in arguments:
@@ -217,7 +219,7 @@ def _take_config(argv: list[str]):
 
 
 def _plain_overrides(argv: list[str], fields: dict) -> list[str]:
-    """argv with every override as --config.key=value, the key known and tuples written as Python writes them."""
+    """argv with every override as --config.key=value, its key checked and tuples written as in Python."""
     plain = []
     arguments = iter(argv)
     for argument in arguments:
@@ -243,7 +245,7 @@ def _plain_overrides(argv: list[str], fields: dict) -> list[str]:
 
 
 def _tuple(text: str) -> tuple:
-    """(13, 21), "13,21" and "zero_shot,mend=runs/mend" alike."""
+    """A tuple from its text: "(13, 21)", "13,21" and "zero_shot,mend=runs/mend" are all understood."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -257,12 +259,12 @@ def _unknown_field(key: str, fields: dict) -> UserError:
     if within:
         return UserError(f"--config.{key} is a section: set one of its fields, for example --config.{within[0]}.")
     return UserError(
-        f"There is no --config.{key}: did you mean --config.{nearest(key, fields)}? (configs/base.py has them all.)"
+        f"There is no --config.{key}: did you mean --config.{nearest(key, fields)}? (configs/base.py lists all fields.)"
     )
 
 
 def _parameters(main) -> dict[str, inspect.Parameter]:
-    """The parameters of `main`, their annotations resolved: a type, or a Literal of words."""
+    """The parameters of `main` with resolved annotations: a type, or a Literal of words."""
     hints = get_type_hints(main)
     parameters = {}
     for name, parameter in inspect.signature(main).parameters.items():
@@ -305,11 +307,11 @@ def _resolved(config: ConfigDict) -> ConfigDict:
 
 
 def _named() -> dict[str, list[str]]:
-    """{field: names of what it chooses from}, of the dicts that a new kind or objective is entered in."""
+    """{field: the names that it may have}, from the dicts in which kinds and objectives are registered."""
     from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
     from mend_jax.prefixes import KINDS
 
-    kinds = [name for name, kind in KINDS.items() if kind.begins_with]  # which can be trained
+    kinds = [name for name, kind in KINDS.items() if kind.begins_with]  # those that can be trained
     return {"prefix.kind": kinds, "loss.objective": [*OBJECTIVES, *STATE_OBJECTIVES]}
 
 
@@ -325,7 +327,7 @@ def _word(parameter: inspect.Parameter, word: str | None):
 
 def _flag(main, name: str, parameter: inspect.Parameter, value):
     if parameter.default is parameter.empty and value in (None, ""):
-        raise UserError(f"--{name} is needed: {_described(main).get(name, 'see --help').rstrip('.')}.")
+        raise UserError(f"--{name} is required: {_described(main).get(name, 'see --help').rstrip('.')}.")
     if name == "workdir" and value:
         value = str(Path(value).expanduser())
         if Path(value).exists() and not Path(value).is_dir():
@@ -356,7 +358,7 @@ def _wrong_value(message: str, argv: list[str], fields: dict, parameters) -> Use
     parts = [argument.lstrip("-").partition("=") for argument in argv]
     values = [
         value for flag, _, value in parts if flag == name and value
-    ]  # given twice, the wrong one is in the message
+    ]  # if a flag is given twice, the message has the wrong one
     given = next((v for v in values if message.startswith(f"flag --{name}={v}:")), values[0] if values else "")
     if name.startswith("config."):
         return UserError(f"--{name} must be {_wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")
@@ -401,9 +403,9 @@ def _help(main) -> str:
 
 
 def _described(main) -> dict[str, str]:
-    """{parameter: what the docstring of `main` says of it under Args}; "a, b: text" is of both."""
+    """{parameter: its description under Args in the docstring of `main`}; "a, b: text" describes both."""
     args = inspect.cleandoc(main.__doc__ or "").partition("Args:\n")[2].partition("\nReturns:")[0]
-    found = {"workdir": "the folder of the run: new, or that of an earlier one, which goes on."}
+    found = {"workdir": "the folder of the run: a new one, or that of an earlier run, which is resumed."}
     for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", args, re.MULTILINE):
         found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found

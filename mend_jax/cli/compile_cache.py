@@ -1,7 +1,7 @@
-"""JAX's cache of compiled programs: what a kill cut short there is removed.
+"""Removes damaged entries from JAX's cache of compiled programs.
 
-JAX writes an entry in place, and never over one that is there: an entry that a kill left incomplete would bring a warning
-of two lines, and be compiled anew, at every later start.
+JAX writes an entry in place and never overwrites one: an entry that a kill left incomplete would cause a warning of two
+lines, and a new compilation, at every later start.
 """
 
 import contextlib
@@ -16,14 +16,16 @@ DAMAGED = re.compile(r"Error reading persistent compilation cache entry for '([^
 
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """While it lasts, damaged entries that JAX meets are removed, so that it writes them again, and one sentence says so."""
+    """Within it, damaged entries that JAX finds are removed, so that JAX writes them again, and a message says so."""
     before = warnings.showwarning
 
     def show(message, *where, **more):
         found = DAMAGED.match(str(message))
         if found and _remove(found[1]):
             name = re.sub("^(jit|pmap)_", "", found[1])
-            print(f"The compile cache held a damaged entry of {name}: it is compiled and kept again.", file=sys.stderr)
+            print(
+                f"The compile cache held a damaged entry of {name}: it is compiled and stored again.", file=sys.stderr
+            )
         else:
             before(message, *where, **more)
 
@@ -36,7 +38,7 @@ def mended() -> Iterator[None]:
 
 def _remove(program: str) -> int:
     """Removes all entries of a program (JAX does not say which is damaged); returns how many."""
-    import jax  # it is there: who warns is JAX
+    import jax  # already imported: the warning is JAX's
 
     folder, count = jax.config.jax_compilation_cache_dir, 0
     for path in Path(folder).glob(f"{program}-*-cache") if folder else ():

@@ -1,5 +1,5 @@
-"""The one exception that a user's mistake ends in."""
+"""The one exception for user errors."""
 
 
 class UserError(Exception):
-    """One sentence: what is wrong, where, what to do. The commands print it without a trace and exit with 2."""
+    """A user error, in one sentence: what is wrong, where, what to do. Commands print it without a trace and exit with 2."""

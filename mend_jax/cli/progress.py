@@ -1,4 +1,4 @@
-"""How far a long piece of work is, for the person who waits: a bar on a terminal, a line now and then in a log."""
+"""The progress of long work, for the user: a bar on a terminal, an occasional line in a log."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from tqdm import tqdm
 from mend_jax.cli.text import clock, size
 from mend_jax.run import distributed
 
-QUIET_SECONDS = 30  # at most, between lines where the output is not a terminal and something was finished
+QUIET_SECONDS = 30  # the least time between lines if the output is not a terminal
 
 
 class Progress:
@@ -23,24 +23,24 @@ class Progress:
             self.bar = tqdm(total=total, unit=unit, unit_scale=scale, dynamic_ncols=True)
 
     def at(self, what: str) -> None:
-        """Names what is worked on now."""
+        """Names the current piece of work."""
         self.what = what
         if self.bar is not None:
             self.bar.set_description(what, refresh=False)
 
     def add(self, more: str) -> None:
-        """What to say beside the count."""
+        """Sets a text that is shown beside the count."""
         self.more = f", {more}"
         if self.bar is not None:
             self.bar.set_postfix_str(more, refresh=False)
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self.began
 
     def update(self, count: int = 1) -> None:
-        """So many units more are finished."""
+        """Counts `count` more units as finished."""
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
@@ -48,7 +48,7 @@ class Progress:
             self._line()
 
     def skip(self, count: int) -> None:
-        """So many units need no work: the time left is that of the rest."""
+        """Takes `count` units that need no work out of the estimate of the time left."""
         self.total -= count
         if self.bar is not None:
             self.bar.total -= count

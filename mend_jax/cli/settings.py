@@ -1,4 +1,4 @@
-"""What values a config's fields may have: `check(config)` says the first that is wrong, in one sentence."""
+"""The values that a config's fields may have: `check(config)` reports the first wrong one in one sentence."""
 
 import math
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ CHOICES = {
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),
 }
-METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # of experiment.methods
-# (lowest, highest) of a number, which is at least 1 if not named here; a bound in NOT_REACHED is not allowed itself.
+METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # for experiment.methods
+# (lowest, highest) of a number; those not listed are at least 1. A bound in NOT_REACHED is itself not allowed.
 RANGES = {
     "seed": (0, 2**31 - 1),
     "loss.kd": (0, math.inf),
@@ -58,7 +58,7 @@ NOT_REACHED = {
     "optimizer.b1": (1,),
     "optimizer.b2": (1,),
 }
-TUPLES = {  # what each element is, and whether there may be none
+TUPLES = {  # the type of the elements, and whether the tuple may be empty
     "data.demo_buckets": (int, False),
     "data.query_buckets": (int, False),
     "evaluate.methods": (str, False),
@@ -69,9 +69,9 @@ TUPLES = {  # what each element is, and whether there may be none
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for a value that no run can have; the sentence names the nearest that is allowed.
+    """Raises UserError for a value that no run can have; the sentence says what is allowed.
 
-    What a dict further down names (kinds of prefix, objectives) is checked by the command line.
+    Names that come from a dict elsewhere (kinds of prefix, objectives) are checked by the command line.
     """
     for key, value in dotted_fields(config).items():
         if key in CHOICES:
@@ -89,7 +89,7 @@ def check(config: ConfigDict) -> None:
 
 
 def dotted_fields(config: ConfigDict | dict, before: str = "") -> dict:
-    """{"section.field": value} of every field, in the config's order; of a ConfigDict, or of one as nested dicts."""
+    """{"section.field": value} of every field, in the config's order, for a ConfigDict or nested dicts."""
     fields = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict | dict):
@@ -100,7 +100,7 @@ def dotted_fields(config: ConfigDict | dict, before: str = "") -> dict:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, as a whole or by its last part."""
+    """The known name most similar to `name`, as a whole or in its last part."""
 
     def likeness(other: str) -> float:
         last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
@@ -110,7 +110,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_weights(config: ConfigDict) -> None:
-    """A loss that is always 0 would train nothing."""
+    """A loss that is always 0 would not train anything."""
     read = {"pretrain": ("kd", "clm"), "finetune": ("kd", "pred")}.get(config.stage, ())
     if read and not any(config.loss[name] for name in read):
         names = " and ".join(f"loss.{name}" for name in read)
@@ -118,17 +118,17 @@ def _check_weights(config: ConfigDict) -> None:
 
 
 def _check_text_share(config: ConfigDict) -> None:
-    """Rows of text are a whole number of each batch (data/rows/lm.py: SequenceRows.text_number)."""
+    """Each batch has a whole number of text rows (data/rows/lm.py: SequenceRows.text_number)."""
     share, rows = config.data.text_share, config.train.batch_size
     if config.stage == "lm" and config.data.text and config.data.tasks and share > 0 and int(rows * share + 1e-9) < 1:
         raise UserError(
             f"data.text_share = {share} of train.batch_size = {rows} is less than one row of text: set it to 0, or to "
-            f"{1 / rows:.3g} at least."
+            f"at least {1 / rows:.3g}."
         )
 
 
 def _check_attention(config: ConfigDict) -> None:
-    """cuDNN's kernel has no float32; the distiller takes the LLM's attention."""
+    """cuDNN's kernel does not support float32; the distiller uses the LLM's attention."""
     if config.llm.attention != "cudnn":
         return
     for section in ("llm",) if config.stage == "lm" else ("llm", "prefix"):
@@ -149,7 +149,7 @@ def _check_frozen(config: ConfigDict) -> None:
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises UserError, naming the nearest of `choices`, where the field `key` has another value."""
+    """Raises UserError, which names the nearest of `choices`, if the field `key` has a value that is not one of them."""
     if value not in choices:
         raise UserError(
             f'{key} must be one of {", ".join(choices)}, not "{value}": did you mean "{nearest(value, choices)}"?'
@@ -159,10 +159,10 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
 def _check_tuple(key: str, value: tuple, kind: type, may_be_empty: bool) -> None:
     what = "whole numbers" if kind is int else "names"
     if not value and not may_be_empty:
-        raise UserError(f"{key} must hold at least one of its {what}: write them with commas between.")
+        raise UserError(f"{key} must hold at least one of its {what}: separate them with commas.")
     for element in value:
         if type(element) is not kind:
-            raise UserError(f"{key} must hold {what}, not {element!r}: write them with commas between.")
+            raise UserError(f"{key} must hold {what}, not {element!r}: separate them with commas.")
         if key.endswith("_buckets") and element < 1:
             raise UserError(f"{key} holds lengths in tokens, which are at least 1, not {element}: take it out.")
 

@@ -1,1 +1,1 @@
-"""From raw files to batches: read (c4, metaicl), tokenise once (tokenize, prepared), draw (sampling), pad (batches)."""
+"""From raw files to batches: read (c4, metaicl), tokenise once (tokenize, prepared), sample (sampling), pad (batches)."""

@@ -1,7 +1,7 @@
-"""Two tokenisations of one text, and where both end a token: there it can be cut so that two models read the same.
+"""Where two tokenisations of one text both end a token: a cut there gives two models the same text.
 
-A mark stands at such a token. The k-th marked token of one tokenisation ends where the k-th of the other ends; the end
-of the text, which is common to any two, is not marked. So two rows of bits say all, wherever the text is cut later.
+Such tokens are marked. The k-th marked token of one tokenisation ends where the k-th of the other ends. The end of the
+text, which all tokenisations share, is not marked. So two rows of bits are enough, wherever the text is cut later.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def common_ends(first, second) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut(marks: Sequence[np.ndarray], limits: Sequence[int]) -> tuple[int, int]:
-    """Tokens of the longest beginning of a text that is within both limits: (0, 0) where there is none."""
+    """Lengths, in both tokenisations, of the longest start of a text that is within both limits; (0, 0) if there is none."""
     if all(len(row) <= limit for row, limit in zip(marks, limits, strict=True)):
         return len(marks[0]), len(marks[1])
     ends = [np.flatnonzero(row) + 1 for row in marks]
@@ -28,14 +28,14 @@ def cut(marks: Sequence[np.ndarray], limits: Sequence[int]) -> tuple[int, int]:
 
 
 def _ends(offsets) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers, places) of the tokens behind which the rest of the text begins: no later token reaches back.
+    """(indices, positions) of the tokens after which the text can be cut: no later token reaches back before the position.
 
-    Not every token is one: a character of several bytes may be several tokens, a ligature several letters.
+    Not every token is one: a character of several bytes may be several tokens, and a ligature several letters.
     """
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     reached = np.maximum.accumulate(ends)
     ahead = np.minimum.accumulate(starts[::-1])[::-1]
     numbers = np.flatnonzero((reached[:-1] <= ahead[1:]) & (reached[:-1] > 0))
     places = reached[numbers]
-    last = np.diff(places, append=-1) != 0  # of several that end at one place
+    last = np.diff(places, append=-1) != 0  # of several tokens that end at one position, the last
     return numbers[last], places[last]

@@ -1,7 +1,7 @@
-"""Batches of fixed shape, as a function of (seed, step): what the train step reads.
+"""Batches of fixed shapes for the train step, as a function of (seed, step).
 
 Axes: B rows of this process, N demonstration tokens, R queries of a row (data.queries), Q query tokens.
-Rows of `bucket_window` batches are drawn together and sorted by length, so that a batch pads little.
+The rows of `bucket_window` batches are drawn together and sorted by length, so that batches need little padding.
 """
 
 import logging
@@ -26,25 +26,25 @@ LAST_STEP = 2**40
 
 @struct.dataclass
 class Batch:
-    """Rows of one step, right-padded with 0; numpy arrays on the host. In stage "lm" demos has no columns.
+    """The rows of one step, right-padded with 0; numpy arrays on the host. In stage "lm" demos has no columns.
 
-    Where a row has several queries (R > 1), those of `query` are (B,R,Q) and (B,R).
+    If a row has several queries (R > 1), the arrays of `query` are (B,R,Q) and (B,R).
     """
 
     demos: np.ndarray  # (B,N) int32
     demos_length: np.ndarray  # (B,) int32
     query: Query  # tokens (B,Q), length (B,), target_start (B,), int32
     ids: np.ndarray  # (B,) int64, row numbers, for `Batches.describe`
-    # The teacher's context: of the same text in the LLM's own tokens, or, with release_truncation, a longer one.
+    # The teacher's context: the same text in the LLM's own tokens or, with release_truncation, a longer text.
     teacher_demos: np.ndarray | None = None
     teacher_demos_length: np.ndarray | None = None
 
 
 class Batches:
-    """`batches[step]` is this process's part of the global batch of a step, whenever and wherever it is asked for.
+    """`batches[step]` is this process's part of the global batch of a step; it depends on nothing but the step.
 
-    `steps` is the number of batches of a validation split, None for training, which has no end.
-    `contents` says what files they are drawn from, and the validation beside them: {"data.text" or "data.tasks": a hash}.
+    `steps` is the number of batches of a validation split; None for training, which has no end.
+    `contents` identifies the files of these batches and of their validation: {"data.text" or "data.tasks": a hash}.
     """
 
     def __init__(self, rows, config, steps, sort: bool, share=(0, 1), separate_targets=False, contents=None):
@@ -54,7 +54,7 @@ class Batches:
         self.seed, self.prefetch = config.seed, config.data.prefetch
         if self.batch_size % process_count:
             raise UserError(
-                f"config.train.batch_size = {self.batch_size} does not divide over {process_count} processes: "
+                f"config.train.batch_size = {self.batch_size} cannot be divided among {process_count} processes: "
                 "choose a multiple."
             )
         part = self.batch_size // process_count
@@ -71,20 +71,20 @@ class Batches:
         demos, demos_length = pad(demos, demo_size)
         query = Query(*pad_queries(queries, query_size), *self._columns(rows))
         batch = Batch(demos, demos_length, query, mine)
-        if teachers[0] is not None:  # one size for all: every process must have the same shape
+        if teachers[0] is not None:  # one size for the global batch: every process needs the same shape
             teacher, teacher_length = pad(teachers, self._teacher_size(rows, demo_size))
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
         return batch
 
     def _demo_size(self, rows, demos_length) -> int:
-        """Columns of the contexts; of two readings one size for both, so that fewer shapes are compiled."""
+        """Columns of the contexts; two readings share one size, so that fewer shapes are compiled."""
         longest = int(demos_length.max())
         if self.rows.separate_teacher and self.rows.packing is None:
             longest = max(longest, self._teacher_length(rows))
         return sampling.bucket(longest, self.rows.demo_buckets)
 
     def _teacher_size(self, rows, demo_size: int) -> int:
-        """Columns of the teacher's contexts, which are its own where the distiller reads in chunks."""
+        """Columns of the teacher's contexts; they have their own size if the distiller reads in chunks."""
         if not self.rows.separate_teacher:
             return self.rows.teacher_size  # the release's
         return (
@@ -97,18 +97,18 @@ class Batches:
         return max(self.rows.teacher_length(int(row)) for row in rows)
 
     def _columns(self, rows) -> tuple[int | None, int | None]:
-        """Sizes for x and y apart, of the whole global batch: only for those who need them, since each is compiled."""
+        """Separate sizes for x and y over the global batch, or None unless the LLM needs them: each size is compiled."""
         if not self.separate_targets:
             return None, None
         longest = max(self.rows.target_length(int(row)) for row in rows)
         return self.rows.input_columns, sampling.bucket(longest, self.rows.query_buckets)
 
     def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The global batch of a step: its rows' numbers, their context lengths, (batch_size,), and queries', (batch_size, R)."""
+        """A step's global batch: row numbers and context lengths, each (batch_size,), and query lengths (batch_size, R)."""
         window, place = divmod(int(step), self.window)
-        with self.lock:  # many threads ask for the same window at once
+        with self.lock:  # several threads ask for the same window at once
             if window not in self.plans:
-                if len(self.plans) > 3 + self.prefetch:  # the train step asks once more, for what was made ahead
+                if len(self.plans) > 3 + self.prefetch:  # the main thread asks for prefetched steps once more
                     self.plans.pop(min(self.plans))
                 self.plans[window] = self._plan_window(window)
             return tuple(array[place] for array in self.plans[window])
@@ -126,7 +126,7 @@ class Batches:
         return first + order, lengths[order, 0], lengths[order, 1:]
 
     def iterator(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from a step on, made ahead by threads; the time `next` takes is the time waited for data."""
+        """Batches from `start_step` on, prefetched by threads; the time that `next` takes is the time spent waiting for data."""
         stop = LAST_STEP if self.steps is None else self.steps
         options = grain.ReadOptions(
             num_threads=max(1, min(8, self.prefetch)), prefetch_buffer_size=max(1, self.prefetch)
@@ -134,14 +134,14 @@ class Batches:
         return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
 
     def padding(self, step: int) -> float:
-        """Share of the tokens of a step's global batch that is padding, 0 to 1."""
+        """The share of padding among the tokens of a step's global batch, 0 to 1."""
         rows, demos_length, query_length = self.plan(step)
         sizes = self._demo_size(rows, demos_length)
         sizes += sampling.bucket(int(query_length.max()), self.rows.query_buckets) * query_length.shape[1]
         return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
 
     def describe(self, row: int) -> str:
-        """Where a row of `Batch.ids` came from, for messages to people."""
+        """Where a row of `Batch.ids` came from, for messages to the user."""
         return self.rows.describe(int(row))
 
 
@@ -155,7 +155,7 @@ def pad(rows, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pad_queries(rows, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each row's queries, (tokens, target_start), as tokens, lengths and starts: (B,Q) and (B,), or (B,R,Q) and (B,R)."""
+    """The rows' queries, each (tokens, target_start), as tokens, lengths and starts: (B,Q) and (B,), or (B,R,Q) and (B,R)."""
     tokens, length = pad([query for row in rows for query, _ in row], size)
     arrays = tokens, length, np.asarray([start for row in rows for _, start in row], np.int32)
     if len(rows[0]) == 1:
@@ -164,14 +164,14 @@ def pad_queries(rows, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_batches(config, readers: Readers, split: str = "train", share: tuple[int, int] = (0, 1)) -> Batches:
-    """The batches of config.stage; what is not tokenised yet is tokenised first (`mend_jax.prepare`).
+    """The batches of config.stage; data that is not tokenised yet is tokenised first (`mend_jax.prepare`).
 
     Args:
-        readers: what the models are to the data.
+        readers: what the data must know about the models.
         split: "train", or "validation": held-out text, and the dev examples of the partition's meta-test tasks.
-        share: (i, n): part i of n of every batch, this process's.
+        share: (i, n): this process's part of every batch is part i of n.
     Raises:
-        UserError: for bad input (see contents of `metaicl`, `c4`, `rows`).
+        UserError: bad input (see `metaicl`, `c4` and `rows`).
     """
     tokenizer, distiller_tokenizer = readers.tokenizer, readers.distiller_tokenizer
     train, stage = split == "train", config.stage
@@ -199,7 +199,7 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
 
 
 def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> dict:
-    """The manifest of `find_tasks`, tokenised now if they are not yet."""
+    """The manifest of the tasks of `find_tasks`, which are tokenised first if they are not yet."""
     files = "train" if split == "train" else "dev"
     return prepared.prepare_tasks(config, tokenizer, find_tasks(config, split), files, distiller_tokenizer)
 
@@ -207,7 +207,7 @@ def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> di
 def find_tasks(config, split: str) -> list[str]:
     """The partition's tasks that have files: meta-training ("train"), or meta-test with dev files ("validation").
 
-    Tasks without files are named in one warning; raises UserError where none is left.
+    One warning names the tasks without files. Raises UserError if no task has files.
     """
     data, side, files = config.data, *(("train", "train") if split == "train" else ("test", "dev"))
     names = metaicl.load_partition(data.tasks, data.partition)[side]

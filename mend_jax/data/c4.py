@@ -13,7 +13,7 @@ from mend_jax.data.json_lines import parse_object
 
 
 def text_files(folder) -> dict[str, list[Path]]:
-    """{"train": files, "validation": files} of a folder of `*.json.gz`. Raises UserError where none is for training."""
+    """{"train": files, "validation": files} of a folder of `*.json.gz`. Raises UserError if there is no training file."""
     if not str(folder):
         raise UserError("No text is given: set config.data.text to a folder of C4's *.json.gz files.")
     path = Path(folder).expanduser()
@@ -30,9 +30,9 @@ def text_files(folder) -> dict[str, list[Path]]:
 
 
 def read_documents(file, report=None) -> Iterator[dict]:
-    """The documents of one `*.json.gz`, in order. `report(bytes)` hears how far the compressed file was read.
+    """The documents of one `*.json.gz`, in order. Calls `report` with the number of compressed bytes read so far.
 
-    Raises UserError (file and line) for a line that is no JSON object with a text, and for a damaged file.
+    Raises UserError (file and line) for a line that is not a JSON object with a text, and for a damaged file.
     """
     number = 0
     try:
@@ -43,13 +43,13 @@ def read_documents(file, report=None) -> Iterator[dict]:
                 if report and number % 256 == 0:
                     report(raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file} is damaged after line {number} ({error}): fetch the file again.") from error
+        raise UserError(f"{file} is damaged after line {number} ({error}): download the file again.") from error
 
 
 def _parse(line: str, where: str) -> dict:
     row = parse_object(line, where)
     if not isinstance(row.get("text"), str):
-        raise UserError(f"{where} has no text in the field 'text'.")
+        raise UserError(f"{where} has no text in the field 'text': correct or remove the line.")
     return row
 
 
@@ -64,22 +64,22 @@ def tfds_folder(folder) -> Path | None:
 
 
 def open_tfds(folder):
-    """A prepared tfds dataset's builder. Raises UserError where its files need TensorFlow."""
+    """The builder of a prepared tfds dataset. Raises UserError if reading its files needs TensorFlow."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: give the "
-            "*.json.gz files, or prepare it with file_format='array_record'."
+            f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow can read: give the "
+            "*.json.gz files, or prepare the dataset with file_format='array_record'."
         )
     if "text" not in (builder.info.features or ()):
-        raise UserError(f"{folder} has no feature 'text': config.data.text must be C4 or like it.")
+        raise UserError(f"{folder} has no feature 'text': config.data.text must be C4 or a dataset like it.")
     return builder
 
 
 def tfds_texts(folder, split: str, start: int, stop: int) -> Iterator[str]:
-    """The texts number `start` to `stop` of a split of a prepared tfds dataset."""
+    """The texts `start` to `stop` - 1 of a split of a prepared tfds dataset."""
     source = open_tfds(folder).as_data_source(split)
     for i in range(start, stop, 256):
         for row in source.__getitems__(range(i, min(i + 256, stop))):
@@ -87,16 +87,16 @@ def tfds_texts(folder, split: str, start: int, stop: int) -> Iterator[str]:
 
 
 def c4_builder(folder, data_dir):
-    """A tfds builder that reads AllenAI's `*.json.gz` of `folder` and prepares `<data_dir>/c4/en/3.1.0`: no TensorFlow.
+    """A tfds builder that prepares `<data_dir>/c4/en/3.1.0` from AllenAI's `*.json.gz` in `folder`, without TensorFlow.
 
-    `c4_builder(folder, data_dir).download_and_prepare(file_format="array_record")` writes what the official class
-    `tfds.text.C4` and `tfds.data_source("c4/en", data_dir=...)` read back.
+    `c4_builder(folder, data_dir).download_and_prepare(file_format="array_record")` writes files that the official class
+    `tfds.text.C4` and `tfds.data_source("c4/en", data_dir=...)` can read.
     """
     import tensorflow_datasets as tfds
 
     files = text_files(folder)
 
-    with tfds.core.registered.skip_registration():  # the name belongs to tfds' own class
+    with tfds.core.registered.skip_registration():  # the registered name is that of tfds' own class
 
         class C4(tfds.core.GeneratorBasedBuilder):
             """C4's English part, from files on disk."""

@@ -1,6 +1,6 @@
-"""What evaluation reads: for each task and seed the demonstrations and the test items, as token ids (as MetaICL).
+"""The data of an evaluation: for each task and seed the demonstrations and the test items, as token ids (as in MetaICL).
 
-Every x, y and option is tokenised with the template's separator before it, so that a context is plain concatenation.
+Every x, y and option is tokenised with the template's separator in front, so that a context is a plain concatenation.
 """
 
 import functools
@@ -24,7 +24,7 @@ class Item:
     x_tokens: np.ndarray  # (X,) int32, cut at config.data.max_input_tokens
     options_tokens: list[np.ndarray]  # int32, never cut
     options: tuple[str, ...]
-    label: int  # which option is right
+    label: int  # index of the correct option
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,20 +35,22 @@ class EvalTask:
     seed: int
     demos: list[tuple[np.ndarray, np.ndarray]]  # (x, y) token ids, int32, in the file's order
     items: list[Item]
-    classification: bool  # measured by Macro-F1, else by accuracy
-    texts: tuple[tuple[str, str], ...] = ()  # of the demonstrations, (x, y) behind the separator: for another tokenizer
+    classification: bool  # scored by Macro-F1, else by accuracy
+    texts: tuple[
+        tuple[str, str], ...
+    ] = ()  # the demonstrations' (x, y), each with the separator in front: for another tokenizer
 
 
 def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
-    """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of the missing.
+    """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of missing tasks.
 
     Args:
-        config: a whole run's config.
-        llm: its `.tokenizer` is used.
+        config: the config of a whole run.
+        llm: the LLM, whose `.tokenizer` is used.
         split: "test", or "dev" for the validation examples.
     Raises:
-        UserError: for bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name
-            in config.evaluate.tasks, or if no task is there.
+        UserError: bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name
+            in config.evaluate.tasks, or no task with files.
     """
     data, seeds = config.data, tuple(config.evaluate.seeds)
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, llm.path)
@@ -57,7 +59,7 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
         if name not in names:
             hint = f": did you mean {nearest(name, names)!r}?" if names else ", which has none."
             raise UserError(
-                f"config.evaluate.tasks names {name!r}, which is no meta-test task of {data.partition!r}{hint}"
+                f"config.evaluate.tasks names {name!r}, which is not a meta-test task of {data.partition!r}{hint}"
             )
     names = [name for name in names if name in config.evaluate.tasks or not config.evaluate.tasks]
     present, missing = metaicl.present_tasks(data.tasks, names, split, data.k, seeds)
@@ -72,7 +74,7 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
 
 
 def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalTask]:
-    """One task, for every seed of config.evaluate.seeds. Raises UserError."""
+    """One task, for every seed of config.evaluate.seeds. Raises UserError for bad files."""
     data, limit = config.data, config.evaluate.limit
     files = {}
     for seed in config.evaluate.seeds:
@@ -101,9 +103,9 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
 
 @functools.lru_cache(maxsize=256)
 def read_twice(texts: tuple, tokenizers: tuple, max_input_tokens: int) -> tuple[list, list]:
-    """Demonstrations (x, y) as texts, in the tokens of two Hugging Face tokenizers: ([(x, y), ...], [(x, y), ...]), int32.
+    """Text demonstrations (x, y) as token ids of two Hugging Face tokenizers: ([(x, y), ...], [(x, y), ...]), int32.
 
-    Each x is cut where it is the same text to both, and at most `max_input_tokens` of either (as the training data).
+    Each x is cut where both tokenizers end a token, at no more than `max_input_tokens` of either (as in the training data).
     """
     inputs, outputs = (list(readings([_plain(t) for t in tokenizers], part)) for part in zip(*texts, strict=True))
     both = [], []
@@ -120,7 +122,7 @@ def _plain(tokenizer) -> Tokenizer:
 
 
 def check_options(items: list[metaicl.Example], path) -> None:
-    """Raises UserError for a free-form item: there is nothing to choose from."""
+    """Raises UserError for a free-form item, which has no options to choose from."""
     for number, item in enumerate(items, 1):
         if len(item.options) < 2:
             raise UserError(
@@ -130,7 +132,7 @@ def check_options(items: list[metaicl.Example], path) -> None:
 
 
 def _warn_of_equal_options(name: str, items: list[metaicl.Example], ids: dict[str, np.ndarray]) -> None:
-    """Options may be one to the LLM though they differ as texts: words it does not know, spaces."""
+    """Warns if options have the same tokens though they differ as texts: unknown words, spaces."""
     found = set()  # seeds often share their test items
     for item in items:
         first = {}
@@ -142,12 +144,12 @@ def _warn_of_equal_options(name: str, items: list[metaicl.Example], ids: dict[st
         count, (_, *pair) = len({item for item, *_ in found}), min(found, key=lambda entry: entry[1:])
         logging.warning(
             "%s: the LLM's tokenizer gives different options of %d item%s the same tokens, such as %r and %r: their scores "
-            "are equal, and the first one is chosen", name, count, "s" * (count > 1), *pair
+            "are equal, and the first option is chosen", name, count, "s" * (count > 1), *pair
         )  # fmt: skip
 
 
 def encode_texts(tokenizer: Tokenizer, files: Iterable, before: str) -> dict[str, np.ndarray]:
-    """{text: int32 ids} of all inputs, outputs and options, each once: seeds often share their test items."""
+    """{text: int32 ids} of all inputs, outputs and options, each tokenised once: seeds often share their test items."""
     texts = {}  # keeps the order, unlike a set
     for demos, items in files:
         for example in (*demos, *items):

@@ -1,4 +1,4 @@
-"""Lines of JSON: what C4's and MetaICL's files are made of."""
+"""Lines of JSON, the format of C4's and MetaICL's files."""
 
 import json
 
@@ -6,9 +6,9 @@ from mend_jax.cli.errors import UserError
 
 
 def parse_object(line: str, where: str) -> dict:
-    """The object of one line. Raises UserError, which begins with `where` (file and line), for anything else."""
+    """The JSON object of one line. Raises UserError for anything else; the message begins with `where` (file and line)."""
     try:
-        row = json.loads(line.rstrip())  # so that a line that ends too early is wrong at its end
+        row = json.loads(line.rstrip())  # stripped, so that the error in a truncated line is at its end
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."

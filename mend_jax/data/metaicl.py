@@ -2,8 +2,8 @@
 
     {"task": "ag_news", "input": "Stocks rose.", "output": "Business", "options": ["Business", "Sports", "World"]}
 
-`options` is empty (or null) where the output is free text: good for training, not for evaluation. Options that are the
-same text are one (MetaICL's commonsense_qa, openbookqa and social_i_qa hold some). A folder may bring
+`options` is empty (or null) if the output is free text: usable for training, not for evaluation. Options with the same text
+count as one (MetaICL's commonsense_qa, openbookqa and social_i_qa have some). A folder may have
 its own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
 """
 
@@ -33,7 +33,7 @@ class Example:
 
 
 def data_folder(folder) -> Path:
-    """The folder of task folders: `<folder>/data`. Raises UserError where it is missing."""
+    """The folder that holds the task folders: `<folder>/data`. Raises UserError if it is missing."""
     if not str(folder):
         raise UserError("No tasks are given: set config.data.tasks to a folder of MetaICL's files.")
     path = Path(folder).expanduser() / "data"
@@ -45,14 +45,14 @@ def data_folder(folder) -> Path:
 
 
 def meta_train_file(folder, task: str) -> Path:
-    """Where the meta-training examples of a task are, whether or not the file exists."""
+    """The path of a task's meta-training examples, whether or not the file exists."""
     return data_folder(folder) / task / f"{task}_{META_TRAIN}.jsonl"
 
 
 def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
-    """The file of a task, seed and split ("train", "dev", "test"); where there is none for k, that of a larger k.
+    """The file of a task, seed and split ("train", "dev", "test"); if there is none for k, the file of a larger k.
 
-    Raises UserError when no file has at least k examples' name.
+    Raises UserError if no file is named for k or more examples.
     """
     found = _find_examples(folder, task, k, seed, split)
     if found is None:
@@ -71,7 +71,7 @@ def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | N
 
 
 def read_file(path) -> list[Example]:
-    """All examples of a file. Raises UserError (file and line) for what is no MetaICL example, or an empty file."""
+    """All examples of a file. Raises UserError (file and line) for a line that is not a MetaICL example, or an empty file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: check config.data.tasks and the task's name.")
@@ -83,7 +83,7 @@ def read_file(path) -> list[Example]:
 
 
 def parse_line(line: str, where: str) -> Example:
-    """One example of one line; `where` (file and line) begins the message of a UserError."""
+    """The example in one line. Raises UserError, whose message begins with `where` (file and line)."""
     row = parse_object(line, where)
     for field in ("task", "input", "output"):
         if not isinstance(row.get(field), str):
@@ -97,7 +97,7 @@ def parse_line(line: str, where: str) -> Example:
 
 
 def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Example]:
-    """The k demonstrations ("train", "dev") of a task and seed, or all its test items ("test"). Raises UserError."""
+    """The k demonstrations ("train", "dev") of a task and seed, or all its test items ("test"). UserError if there are fewer."""
     path = example_file(folder, task, k, seed, split)
     examples = read_file(path)
     if split == "test":
@@ -110,7 +110,7 @@ def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Exam
 
 
 def load_partition(folder, name: str) -> dict[str, list[str]]:
-    """{"train": tasks, "test": tasks} of a partition: of `<folder>/partitions.json`, else one of MetaICL's seven.
+    """{"train": tasks, "test": tasks} of a partition, from `<folder>/partitions.json` or else from MetaICL's seven.
 
     Raises UserError for a missing folder, an unknown name, or a partition of another form.
     """
@@ -127,7 +127,7 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
     sides = [partition.get(side) for side in ("train", "test")] if isinstance(partition, dict) else [None]
     if not all(isinstance(side, list) and all(isinstance(task, str) for task in side) for side in sides):
         raise UserError(
-            f"The partition {name!r} in {own} must be an object with two lists, 'train' and 'test', of tasks' names."
+            f"The partition {name!r} in {own} must be an object with two lists of task names, 'train' and 'test'."
         )
     return {split: list(dict.fromkeys(partition[split])) for split in ("train", "test")}
 
@@ -140,7 +140,7 @@ def metaicl_partitions() -> dict[str, dict[str, list[str]]]:
 
 
 def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tuple[int, ...] = ()) -> tuple[list, list]:
-    """(present, missing) of the tasks: split "train" needs the meta-training file, "test" or "dev" a file per seed."""
+    """(present, missing) tasks. Split "train" needs the meta-training file; "test" or "dev" needs files for every seed."""
     present, missing = [], []
     for task in tasks:
         (missing if _first_missing(folder, task, split, k, seeds) else present).append(task)
@@ -148,7 +148,7 @@ def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tupl
 
 
 def held_out_files(config) -> list[Path]:
-    """What validation reads of a run's config: demonstrations and dev examples of the meta-test tasks that have files."""
+    """The files that a run's validation reads: demonstrations and dev examples of the meta-test tasks that have files."""
     data, seeds, chosen = config.data, tuple(config.evaluate.seeds), config.evaluate.tasks
     names = [name for name in load_partition(data.tasks, data.partition)["test"] if name in chosen or not chosen]
     present, _ = present_tasks(data.tasks, names, "dev", data.k, seeds)
@@ -157,7 +157,7 @@ def held_out_files(config) -> list[Path]:
 
 
 def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:
-    """What to say where `present_tasks` found none of a side's tasks: the file of the first that is missing."""
+    """The error if `present_tasks` found none of a side's tasks: it names the first missing file."""
     side = "train" if split == "train" else "test"
     if not tasks:
         return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
@@ -169,24 +169,24 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
     if 0 < len(there) < len(seeds):
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(
-            f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, and none for {absent}: set"
-            f" --config.evaluate.seeds={known.replace(' ', '')}, or add the others."
+            f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, but none for {absent}: set"
+            f" --config.evaluate.seeds={known.replace(' ', '')}, or add the missing files."
         )
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
     alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
-    hint = f" (is {alike[0]!r}, which is there, meant by {tasks[0]!r}?)" if alike else ""
+    hint = f" ({alike[0]!r} exists: is it meant by {tasks[0]!r}?)" if alike else ""
     seeds_too = ""
     if side == "test":
         seeds_too = f", config.data.k (now {k}) and config.evaluate.seeds (now {', '.join(map(str, seeds))}: every test task needs files for each)"
     return UserError(
-        f"{folder} has the {split} files of none of the {len(tasks)} meta-{side} tasks of {partition!r}, the first that is "
-        f"missing is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
+        f"{folder} has no {split} files for any of the {len(tasks)} meta-{side} tasks of {partition!r}; the first missing "
+        f"file is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
         f"config.data.partition{seeds_too}."
     )
 
 
 def _first_missing(folder, task: str, split: str, k: int, seeds: tuple[int, ...]) -> Path | None:
-    """The first file of a task that `present_tasks` needs and that is not there."""
+    """The first missing file of a task among those that `present_tasks` needs."""
     if split == "train":
         path = meta_train_file(folder, task)
         return None if path.is_file() else path
@@ -198,7 +198,7 @@ def _first_missing(folder, task: str, split: str, k: int, seeds: tuple[int, ...]
 
 
 def is_classification(folder, task: str, examples: list[Example]) -> bool:
-    """Whether Macro-F1 (True) or accuracy measures the task: by `tasks.json`, else by options that never change."""
+    """Whether a task is scored by Macro-F1 (True) or accuracy: by `tasks.json`, else True if all examples have the same options."""
     listed = _read_json(Path(folder).expanduser() / "tasks.json").get(task)
     if isinstance(listed, dict) and "task_type" in listed:
         return listed["task_type"] == "classification"
@@ -218,10 +218,10 @@ def _read_json(path: Path) -> dict:
 
 
 def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[int, ...] = (13, 21, 42, 87, 100)):
-    """A tfds builder of one partition of MetaICL's files, without TensorFlow: `<data_dir>/metaicl/<partition>/1.0.0`.
+    """A tfds builder that prepares one partition of MetaICL's files as `<data_dir>/metaicl/<partition>/1.0.0`, without TensorFlow.
 
-    Splits: "train", all meta-training examples; "demonstrations_13", "dev_13" and "test_13" of the meta-test tasks, for
-    every seed. `metaicl_builder(...).download_and_prepare(file_format="array_record")` writes it; read it with
+    Splits: "train", all meta-training examples; for every seed, "demonstrations_13", "dev_13" and "test_13" of the meta-test
+    tasks. `metaicl_builder(...).download_and_prepare(file_format="array_record")` writes the dataset; read it with
     `tfds.data_source("metaicl/<partition>", data_dir=...)`. Tasks without files are left out.
     """
     import tensorflow_datasets as tfds

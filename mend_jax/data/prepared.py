@@ -1,9 +1,9 @@
-"""Tokenised data on disk: made once, by parallel processes, found again by fingerprint.
+"""Tokenised data on disk: made once by parallel processes, then found again by fingerprint.
 
     <cache>/shards-<tokenizers, separator>/<file>-<source>.array_record    one per source file
-    <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests, written last: a source's shards
+    <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests that list a source's shards, written last
 
-Shards appear only when whole, so an interrupted `prepare` goes on with the first missing one.
+A shard appears only when complete, so an interrupted `prepare` resumes with the first missing shard.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, sh
 from mend_jax.run.files import write_text
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
-IN_PROCESS = 4_000_000  # bytes of source: below, starting processes takes longer than the work
-FORMAT = 1  # of the shards: a new number makes old caches unseen
+IN_PROCESS = 4_000_000  # bytes of source; for fewer, starting processes takes longer than the work
+FORMAT = 1  # format of the shards: a new number makes old caches invalid
 
 
 def prepare_text(config, tokenizer, distiller_tokenizer=None) -> dict:
-    """The manifest of config.data.text, tokenised now if it is not yet; for both models where the distiller's is given.
+    """The manifest of config.data.text, which is tokenised first if it is not yet; by both tokenizers if the distiller's is given.
 
     Returns {"shards": [{"path", "split", "items", "tokens"}], "dtype", "tokenizers": 1 or 2}. Raises UserError.
     """
@@ -40,12 +40,12 @@ def prepare_text(config, tokenizer, distiller_tokenizer=None) -> dict:
 
 
 def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", distiller_tokenizer=None) -> dict:
-    """The manifest of tasks' examples, tokenised now if they are not yet; shards carry "task" too.
+    """The manifest of the tasks' examples, which are tokenised first if they are not yet; its shards also have a "task".
 
     Args:
-        tasks: names; each must have its file.
-        split: "train" for the meta-training files, "dev" for the dev examples of all of config.evaluate.seeds together.
-        distiller_tokenizer: where it is another than the LLM's: examples are then read by both.
+        tasks: task names; each must have its file.
+        split: "train" for the meta-training files, "dev" for the dev examples of all config.evaluate.seeds together.
+        distiller_tokenizer: the distiller's if it differs from the LLM's, else None; both then tokenise the examples.
     """
     folder, jobs = config.data.tasks, []
     for task in tasks:
@@ -64,7 +64,7 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
 
 
 def contents(manifest: dict, *files: Path) -> str:
-    """A hash of the sources of a manifest's shards, and of other files: the same wherever they lie."""
+    """A hash of the sources of a manifest's shards and of other files, independent of where they are stored."""
     with readable(manifest["source"]):
         return fingerprint(*(shard["file"] for shard in manifest["shards"]), *(file.read_bytes() for file in files))
 
@@ -99,9 +99,9 @@ def _tfds_jobs(folder) -> list[dict]:
 
 
 def _file_fingerprint(file: Path) -> str:
-    """By name, size, and the first and last 64 KiB: C4 is too large to be read whole at every start.
+    """A hash of a file's name, size and first and last 64 KiB: C4 is too large to read in full at every start.
 
-    The end of a gzip file is a checksum of its content.
+    A gzip file ends with a checksum of its content.
     """
     with readable(file):
         stat = file.stat()
@@ -112,7 +112,7 @@ def _file_fingerprint(file: Path) -> str:
 
 
 def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config) -> dict:
-    """Runs the jobs whose shards are missing, then writes the manifest; under a lock: one process does the work."""
+    """Runs the jobs whose shards are missing, then writes the manifest, under a lock so that one process does the work."""
     texts, count = [tokenizer_text(tokenizer) for tokenizer in tokenizers], len(tokenizers)
     largest = max(max(tokenizer.get_vocab().values(), default=0) for tokenizer in tokenizers)
     dtype = "uint16" if largest < 1 << 16 else "uint32"
@@ -127,12 +127,12 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config)
         shards.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{shards} cannot be made ({error.strerror}): set config.data.cache to a folder you can write."
+            f"{shards} cannot be created ({error.strerror}): set config.data.cache to a folder that you can write to."
         ) from error
     for job in jobs:
         job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
     with _lock(cache / f".{manifest.name}.lock"):
-        if found := _read_manifest(manifest, shards, source, count):  # another process made it meanwhile
+        if found := _read_manifest(manifest, shards, source, count):  # another process made it in the meantime
             return found
         _run([job for job in jobs if not Path(job["out"]).exists()], texts, config.data.processes, kind)
         made = [
@@ -145,7 +145,7 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config)
 
 
 def _read_manifest(path: Path, shards: Path, source: str, tokenizers: int) -> dict | None:
-    """What the manifest lists, or None where it, or a shard of it, is not there. A damaged one is made again."""
+    """The manifest, or None if it or one of its shards is missing. A damaged manifest is made again."""
     if not path.is_file():
         return None
     try:
@@ -160,13 +160,13 @@ def _read_manifest(path: Path, shards: Path, source: str, tokenizers: int) -> di
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: work done twice is only slower
+        with contextlib.suppress(OSError):  # a file system without locks: doing the work twice is only slower
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _run(jobs: list[dict], tokenizers: list[str], processes: int, kind: str) -> None:
-    """All jobs, with a progress bar over the bytes of their sources."""
+    """Runs all jobs, with a progress bar over the bytes of their sources."""
     total = sum(job["bytes"] for job in jobs)
     if not jobs:
         return
@@ -182,7 +182,7 @@ def _run(jobs: list[dict], tokenizers: list[str], processes: int, kind: str) -> 
 
 
 class WorkersProgress:
-    """What the workers have done, summed for one bar; used from several threads."""
+    """The workers' progress, summed for one bar; used from several threads."""
 
     def __init__(self, bar):
         self.bar, self.lock, self.done, self.tokens = bar, threading.Lock(), {}, 0
@@ -200,8 +200,8 @@ class WorkersProgress:
 
 
 def _run_workers(jobs: list[dict], tokenizers: list[str], processes: int, progress: Progress) -> None:
-    """The jobs, in that many processes. The first error stops all of them and is raised."""
-    queue, errors, workers = list(reversed(jobs)), [], []  # the next job is the last
+    """Runs the jobs in that many processes. The first error stops all of them and is raised."""
+    queue, errors, workers = list(reversed(jobs)), [], []  # jobs are taken from the end
     package = str(Path(__file__).parents[2])
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
@@ -219,7 +219,7 @@ def _run_workers(jobs: list[dict], tokenizers: list[str], processes: int, progre
             thread.start()
         for thread in threads:
             thread.join()
-    finally:  # interrupted: shards that are not whole leave nothing behind
+    finally:  # also after an interrupt: incomplete shards leave nothing behind
         for worker in workers:
             worker.kill()
             worker.wait()
@@ -228,7 +228,7 @@ def _run_workers(jobs: list[dict], tokenizers: list[str], processes: int, progre
 
 
 def _feed(worker, workers, tokenizers: list[str], queue: list, progress: Progress, errors: list) -> None:
-    """Hands one worker a job at a time and listens to it. An error ends all workers."""
+    """Sends one worker a job at a time and reads its messages. An error ends all workers."""
     job = None
     try:
         print(json.dumps(tokenizers), file=worker.stdin, flush=True)
@@ -252,4 +252,4 @@ def _feed(worker, workers, tokenizers: list[str], queue: list, progress: Progres
     except (BrokenPipeError, IndexError):  # IndexError: another thread took the last job
         if worker.poll() is not None:
             what = job["source"] if job else "the tokenizer"
-            errors.append(f"A process that tokenised {what} died (exit {worker.poll()}): is there enough memory?")
+            errors.append(f"A process that tokenised {what} died (exit code {worker.poll()}): is there enough memory?")

@@ -1,4 +1,4 @@
-"""What is asked of the LLM: the tokens that stand behind a prefix.
+"""What the LLM is asked: the tokens that follow a prefix.
 
 Axes: B batch, Q query tokens. Every row is right-padded and carries a length.
 """
@@ -17,26 +17,26 @@ class Query:
     tokens: jax.Array  # (B,Q) int32
     length: jax.Array  # (B,) int32
     target_start: jax.Array  # (B,) int32
-    # No row's x, no row's y is longer; None: not known. Static: an encoder–decoder reads no columns that hold none.
+    # Upper bounds of the rows' lengths of x and y; None: unknown. Static, so that an encoder–decoder skips empty columns.
     input_columns: int | None = struct.field(pytree_node=False, default=None)
     target_columns: int | None = struct.field(pytree_node=False, default=None)
 
 
 def query_tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
-    """The LLM's tokens of a text behind the separator (of an empty text none), or token ids as they are.
+    """The LLM's tokens of a text with the separator in front (none for an empty text); token ids are returned as they are.
 
-    `what` it is stands in the UserError where it is neither, or a text and the LLM has no tokenizer.
+    Raises UserError, which names the input by `what`, if it is neither, or if it is a text and the LLM has no tokenizer.
     """
     if not isinstance(text_or_ids, str):
         return token_ids(text_or_ids, f"the {what}")
     if llm.tokenizer is None:
-        raise UserError(f"A {what} as text needs a tokenizer, the LLM in {llm.path} has none: give token ids.")
+        raise UserError(f"A {what} as text needs a tokenizer, but the LLM in {llm.path} has none: give token ids.")
     return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []
 
 
 def token_ids(values, what: str, texts: str = "a text") -> list[int]:
-    """One row of whole numbers as a list. Raises UserError for anything else, which says `what` it is and that it may be
-    `texts` too."""
+    """One row of whole numbers as a list. Raises UserError for anything else; the message names the input by `what` and
+    says that `texts` are accepted too."""
     try:
         ids = np.asarray(values)
     except ValueError:  # rows of different lengths

@@ -1,6 +1,6 @@
-"""What goes into a context and a query: small pure functions over token ids (numpy arrays or lists).
+"""The content of a context and a query: small pure functions over token ids (numpy arrays or lists).
 
-K demonstrations, D their concatenation x1 y1 x2 y2 ..., every x and y with the separator before it (paper section 3.3).
+D is the concatenation x1 y1 x2 y2 ... of K demonstrations, every x and y with the separator in front (paper, section 3.3).
 """
 
 from typing import NamedTuple
@@ -9,26 +9,26 @@ import numpy as np
 
 RELEASE_DISTILLER_TOKENS = 642  # the public release: fewer than 643 tokens for the distiller
 RELEASE_TEACHER_TOKENS = 766  # and fewer than 767 for the teacher
-EMPTY = -1  # in a context of chunks: a place without a token
+EMPTY = -1  # in a context of chunks, a position without a token
 
 
 def row_rng(seed: int, *position: int) -> np.random.Generator:
-    """The random numbers of one row or window: a function of the seed and its place, nothing else."""
+    """The random generator of one row or window, a function of the seed and its position alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *position))))
 
 
 def cut_input(x, limit: int):
-    """An input of at most `limit` tokens: its end is cut. An output is never cut."""
+    """The first `limit` tokens of an input. An output is never cut."""
     return x[:limit]
 
 
 def fit_demos(lengths, budget: int) -> int:
-    """How many demonstrations, from the first on, fit into `budget` tokens; later ones are omitted (paper, 4.1)."""
+    """How many demonstrations, counted from the first, fit into `budget` tokens; the others are omitted (paper, section 4.1)."""
     return int(np.searchsorted(np.cumsum(lengths), budget, side="right"))
 
 
 def sample_demos(rng: np.random.Generator, count: int, k: int) -> np.ndarray:
-    """k distinct examples of `count`, in random order: (k,) int64. Raises ValueError where k > count."""
+    """Indices of k distinct examples out of `count`, in random order: (k,) int64. Raises ValueError if k > count."""
     return rng.choice(count, size=k, replace=False)
 
 
@@ -39,14 +39,14 @@ def join_demos(pairs) -> np.ndarray:
 
 
 class Packing(NamedTuple):
-    """Contexts that are read in chunks, each a row of `columns` tokens of which the last may be `EMPTY`."""
+    """The layout of contexts that are read in chunks; a chunk is a row of `columns` tokens, `EMPTY` at its end."""
 
-    columns: int  # tokens of a chunk, at most
-    demos: int  # demonstrations of a chunk, at most
-    chunks: int  # of a context, at most; what does not fit is left out
+    columns: int  # tokens in a chunk, at most
+    demos: int  # demonstrations in a chunk, at most
+    chunks: int  # chunks in a context, at most; what does not fit is left out
 
     def chunk_of(self, lengths) -> list[int]:
-        """The chunk that each demonstration of so many tokens goes to, in their order; up to the first that has no place."""
+        """The chunk of each demonstration, given their `lengths` in tokens; stops at the first that does not fit."""
         placed, chunk, free, room = [], -1, 0, 0
         for length in map(int, lengths):
             if length > self.columns:
@@ -60,19 +60,19 @@ class Packing(NamedTuple):
         return placed
 
     def pieces(self, length: int) -> list[int]:
-        """The lengths of the pieces, a chunk each, that a text without demonstrations is cut into."""
+        """The lengths of the pieces, one per chunk, that a text without demonstrations is cut into."""
         return [min(self.columns, length - start) for start in range(0, length, self.columns)]
 
     def buckets(self, largest: int) -> tuple[int, ...]:
-        """Padded sizes of contexts: whole chunks, and room for `largest` tokens too."""
+        """The padded sizes of contexts: whole chunks, with room for `largest` tokens."""
         return tuple(self.columns * n for n in range(1, max(self.chunks, -(-largest // self.columns)) + 1))
 
     def length(self, lengths) -> int:
-        """Columns of the context of demonstrations of so many tokens."""
+        """Columns of a context whose demonstrations have these lengths in tokens."""
         return self.columns * (max(self.chunk_of(lengths), default=-1) + 1)
 
     def lay_out(self, pieces) -> np.ndarray:
-        """The context (chunks * columns,) int32 of demonstrations, each an array of token ids."""
+        """The context of demonstrations, each an array of token ids: (chunks * columns,) int32."""
         placed = self.chunk_of([len(piece) for piece in pieces])
         chunks = np.full((max(placed, default=-1) + 1, self.columns), EMPTY, np.int32)
         filled = [0] * len(chunks)
@@ -83,26 +83,26 @@ class Packing(NamedTuple):
 
 
 def split_text(length: int, beta: float, budget: int) -> tuple[int, int]:
-    """(context, continuation) lengths of a text: the share beta, at most `budget`, then the other share (1 - beta).
+    """(context, continuation) lengths of a text: the share beta, at most `budget`, then the remaining share (1 - beta).
 
-    At least one token stands on each side (paper, section 3.2).
+    Each side has at least one token (paper, section 3.2).
     """
     share = min(max(int(beta * length), 1), length - 1)
     return min(share, budget), length - share
 
 
 def demo_budget(max_demo_tokens: int, llm_window: int, query_length: int, distiller_window: int, vectors: int) -> int:
-    """Tokens a context may have: the LLM reads the query too, and the distiller its l placeholders (`vectors`)."""
+    """The most tokens a context may have: the LLM also reads the query, and the distiller its l placeholders (`vectors`)."""
     return min(max_demo_tokens, llm_window - query_length, distiller_window - vectors)
 
 
 def release_truncation(demos, budget: int, teacher_budget: int):
-    """(distiller's, teacher's) context as the public release cuts them: the last example is cut to fit."""
+    """(distiller's, teacher's) contexts as the public release cuts them: the last example is cut to fit."""
     return demos[: min(budget, RELEASE_DISTILLER_TOKENS)], demos[: min(teacher_budget, RELEASE_TEACHER_TOKENS)]
 
 
 def bucket(length: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds `length`. Raises ValueError where none does."""
+    """The smallest bucket that holds `length`. Raises ValueError if none does."""
     for size in buckets:
         if length <= size:
             return size
@@ -112,8 +112,8 @@ def bucket(length: int, buckets: tuple[int, ...]) -> int:
 def window_plan(demo_lengths, query_lengths, demo_buckets, query_buckets, batches: int, rng) -> np.ndarray:
     """Rows of one window grouped into batches of similar length, the batches in random order: (batches, B) row numbers.
 
-    Rows are sorted by the bucket of the context, then by the length of the query: up in one bucket, down in the next,
-    so that a batch which spans two buckets has queries of one size.
+    Rows are sorted by the context's bucket, then by the query's length: ascending in one bucket, descending in the next,
+    so that a batch that spans two buckets has queries of similar length.
     """
     demo_bucket = np.searchsorted(demo_buckets, demo_lengths)
     direction = np.where(demo_bucket % 2, -1, 1)

@@ -4,19 +4,19 @@ A fresh machine has no data, so the package makes its own:
 
     python -m mend_jax.data.small_world --out=worlds/small
 
-The language has topics, each a handful of invented words. *Text*: documents whose sentences stay on a topic, and whose
-people each keep to one topic for the length of the document. *Tasks*: 2-4 topics and as many colours; an input is a few
-words of one topic, the output is the colour that this task gave it. Colours are dealt anew for every task, so the answer
-is known from the demonstrations alone; meta-test tasks use topics of which no meta-training task has a word, but the
-text speaks of all of them. The partitions: the meta-test tasks of "small_world" have two or three colours, those of
-"small_world_four" four, which is more than a few vectors carry; "small_world_first" has the first few of the
-meta-training tasks.
+The language has topics, each a handful of invented words. *Text*: documents in which a sentence keeps to one topic, and
+so does each person throughout the document. *Tasks*: 2-4 topics and as many colours; an input is a few words of one
+topic, and the output is the colour that the task assigns to it. Every task assigns colours at random, so only the
+demonstrations reveal the answer. The topics of meta-test tasks share no word with any meta-training task, but the text
+covers all topics. Partitions: the meta-test tasks of "small_world" have two or three colours; those of "small_world_four"
+have four, which is more than a few vectors can carry; "small_world_first" has only the first of the meta-training
+tasks.
 
-In the small world of *wrong labels* everything is the same, but a quarter of the meta-training examples and of the
-demonstrations have a label of another class, as in data that people labelled. Test and dev items are right.
+The small world of *wrong labels* differs only in that a quarter of the meta-training examples and of the demonstrations
+have the label of another class, as data labelled by people does. Test and dev items are labelled correctly.
 
-Configs name the special values "small_world" and, for the tasks, "small_world_wrong_labels" instead of a path; `resolve`
-writes the world when needed and puts paths there.
+Configs use the special values "small_world" and, for the tasks, "small_world_wrong_labels" instead of a path; `resolve`
+writes the world when needed and replaces the values by paths.
 """
 
 import argparse
@@ -47,16 +47,16 @@ from mend_jax.run.files import is_disk_full, whole_folder
 NAME = "small_world"  # the special value in configs, and the partition's name
 FOUR = "small_world_four"  # the partition whose meta-test tasks have four classes
 FIRST = "small_world_first"  # the partition with the first of the meta-training tasks
-MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the distiller's backbone, from which the LLM grows
-WORLD = World()  # the default one, which the packaged models speak the language of
-WRONG_LABELS = "small_world_wrong_labels"  # the special value for the tasks of
+MODEL_SIZE = (96, 3, 4)  # width, layers, heads of the distiller's backbone, which the LLM is grown from
+WORLD = World()  # the default world, in whose language the packaged models are trained
+WRONG_LABELS = "small_world_wrong_labels"  # the special value for the tasks with wrong labels
 WORLD_OF_WRONG_LABELS = World(wrong_labels=0.25)
 PACKAGED_MODELS = Path(__file__).parents[1] / "small_world"  # trained on the default world: configs/small_world.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """The parts of a written world: `data.text`, `data.tasks`, and the LLM's folder without weights, for stage "lm"."""
+    """The paths of a written world: `data.text`, `data.tasks` and, for stage "lm", the LLM's folder without weights."""
 
     text: Path
     tasks: Path
@@ -64,10 +64,10 @@ class Paths:
 
 
 def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
-    """Writes the world below `folder` (c4/, metaicl/, llm/), or finds it there already.
+    """Writes the world below `folder` (c4/, metaicl/, llm/) unless it is already there, and returns its paths.
 
-    The folder appears complete or not at all: killed, or run twice at once, it does no harm.
-    Raises UserError if the folder holds something else, or cannot be written.
+    The folder appears complete or not at all, even if the process is killed or two of them run at once.
+    Raises UserError if the folder holds something else or cannot be written.
     """
     folder = Path(folder).expanduser()
     if _is_written(folder, world):
@@ -77,15 +77,15 @@ def write_small_world(folder: str | Path, world: World = WORLD) -> Paths:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds another world: name a new folder, or remove this one.")
     try:
-        with whole_folder(folder, sync=False) as temporary:  # thousands of files, which are soon made again
+        with whole_folder(folder, sync=False) as temporary:  # thousands of files that are quick to make again
             _write_text(temporary / "c4", world)
             _write_tasks(temporary / "metaicl", world)
             _write_model_folder(temporary / "llm", world)
             (temporary / "world.json").write_text(_description(world))
     except OSError as error:
-        if not _is_written(folder, world):  # else another process was first: its files are the same
+        if not _is_written(folder, world):  # else another process wrote the same files first
             advice = "free some space" if is_disk_full(error) else "name another folder"
-            raise UserError(f"the small world cannot be written to {folder} ({error.strerror}): {advice}.") from None
+            raise UserError(f"The small world cannot be written to {folder} ({error.strerror}): {advice}.") from None
     return _paths(folder)
 
 
@@ -94,7 +94,7 @@ def _paths(folder: Path) -> Paths:
 
 
 def _description(world: World) -> str:
-    # The settings, and a sample of what this generator makes of them: a changed generator is noticed, a comment is not.
+    # The settings and a sample of the generator's output, so that a changed generator is noticed, but a changed comment is not.
     rng, all_topics = random.Random("sample"), topics(world)
     meaning = draw_task(rng, world, all_topics, max(world.classes))
     made = [document(rng, world, all_topics) for _ in range(4)], vocabulary(world), MODEL_SIZE
@@ -111,7 +111,7 @@ def _is_written(folder: Path, world: World) -> bool:
 
 
 def fingerprint(world: World) -> str:
-    """Names a world's folder in the cache: another setting or another generator is another folder."""
+    """The key of a world's folder in the cache: other settings or a changed generator give another folder."""
     return hashlib.sha256(_description(world).encode()).hexdigest()[:12]
 
 
@@ -123,7 +123,7 @@ def _write_text(folder: Path, world: World) -> None:
         count = (world.train_documents if split == "train" else world.validation_documents) // of
         rng = random.Random(f"{world.seed} {split} {shard}")
         path = folder / f"c4-{split}.{shard:05d}-of-{of:05d}.json.gz"
-        # No name and no time in the header: the same world is the same bytes.
+        # No name and no time in the header, so that the same world gives the same bytes.
         with open(path, "wb") as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
             for i in range(shard * count, (shard + 1) * count):
                 row = {
@@ -181,7 +181,7 @@ def _write_model_folder(folder: Path, world: World) -> None:
         "tie_word_embeddings": True,
     }
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    # Spaces separate words and vanish; a line break is a word of its own, so that both templates can be told apart.
+    # Spaces separate words and are dropped; a line break is a token of its own, so that the two templates differ.
     split = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.add_special_tokens([words[0], END_OF_TEXT])
@@ -203,10 +203,10 @@ def _write_model_folder(folder: Path, world: World) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy of the config with paths for the special values; the world is written when it is missing.
+    """A copy of the config with paths in place of the special values; writes the world if it is missing.
 
-    `data.text`, `data.tasks`: below `data.cache`; the text of both worlds is the same. `llm.path`, `prefix.backbone`: the
-    packaged models; but stage "lm", which makes the LLM, starts from its settings without weights.
+    `data.text` and `data.tasks` become paths below `data.cache`; both worlds share the same text. `llm.path` and
+    `prefix.backbone` become the packaged models; stage "lm", which trains the LLM, gets a folder without weights.
     """
     config = config.copy_and_resolve_references()
     fresh_llm = config.stage == "lm" and config.llm.path == NAME
@@ -228,9 +228,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Writes the small world in C4's and MetaICL's formats.")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0, help="other texts and tasks in the same language")
-    parser.add_argument("--wrong_labels", type=float, default=0.0, help="share of them in training and demonstrations")
-    parser.add_argument("--demonstrations", type=int, default=16, help="of each test task and seed: K, for data.k")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed: another one gives other texts and tasks in the same language"
+    )
+    parser.add_argument(
+        "--wrong_labels",
+        type=float,
+        default=0.0,
+        help="share of wrong labels in the training examples and demonstrations",
+    )
+    parser.add_argument(
+        "--demonstrations", type=int, default=16, help="demonstrations of each test task and seed: K, for data.k"
+    )
     options = parser.parse_args(arguments)
     try:
         paths = write_small_world(

@@ -1,4 +1,4 @@
-"""The small world's language, and the tasks in it: what small_world.py writes as files. Functions of a seed alone."""
+"""The small world's language and its tasks, which small_world.py writes as files. Everything depends on the seed alone."""
 
 import dataclasses
 import math
@@ -17,31 +17,31 @@ PEOPLE = [
     "anna", "boris", "clara", "david", "elena", "felix", "greta", "hugo", "irene", "jonas", "karen", "louis", "maria",
     "nils", "olga", "peter",
 ]  # fmt: skip
-# The unknown word comes first; the end of text last, where GPT-2 has it.
+# The unknown word comes first and the end of text last, as in GPT-2.
 FUNCTION_WORDS = ["<unk>", "\n", ".", "said", "about", "the", "of", "and", "with", "some"]
 END_OF_TEXT = "<eos>"
 
 
-DISTINCT = 64  # demonstrations in a row with different inputs: a topic has few
+DISTINCT = 64  # consecutive demonstrations with different inputs: a topic has few
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What the generator can be told; lengths in words. The language itself is the same for every seed."""
+    """The generator's settings; lengths are in words. The language itself is the same for every seed."""
 
     seed: int = 0
     train_topics: int = 216
     test_topics: int = 24
     topic_words: int = 5
-    input_words: tuple[int, int] = (3, 4)  # of one topic, none twice: fewest and most
+    input_words: tuple[int, int] = (3, 4)  # fewest and most words of an input, all distinct and of one topic
     classes: tuple[int, ...] = (2, 3, 4)  # of the meta-training tasks, in turn
     test_classes: tuple[int, ...] = (2, 3)  # of the meta-test tasks, in turn
     train_tasks: int = 6_000
-    first_tasks: int = 1_200  # of them, in a partition of their own: configs/small_world.py says what for
+    first_tasks: int = 1_200  # meta-training tasks in the partition FIRST: configs/small_world.py says what it is for
     train_examples: int = 64
     train_examples_per_class: int = 2  # at least
     wrong_labels: float = (
-        0.0  # share of the meta-training examples and of the demonstrations with another label of the task
+        0.0  # share of the meta-training examples and of the demonstrations that get another label of the task
     )
     test_tasks: int = 24
     four_tasks: int = 12  # meta-test tasks of four classes
@@ -58,9 +58,9 @@ class World:
         shown = min(self.demonstrations, DISTINCT)
         needed = max(self.train_examples, self.test_examples + shown + self.dev_examples)
         if not 0 <= self.wrong_labels < 1:
-            raise UserError(f"wrong_labels is {self.wrong_labels}: give a share, from 0 to less than 1.")
-        if inputs < needed:  # else drawing inputs that are all different might never end
-            raise UserError(f"a topic has {inputs} different inputs and a task may need {needed}: raise topic_words.")
+            raise UserError(f"wrong_labels is {self.wrong_labels}: give a share from 0 to less than 1.")
+        if inputs < needed:  # else drawing distinct inputs might never end
+            raise UserError(f"A topic has {inputs} different inputs, but a task may need {needed}: raise topic_words.")
 
 
 def topics(world: World) -> list[list[str]]:
@@ -75,12 +75,12 @@ def topics(world: World) -> list[list[str]]:
 
 
 def vocabulary(world: World) -> list[str]:
-    """Every word a text or a task can hold, in the order of the token ids."""
+    """Every word that a text or a task can contain, in the order of the token ids."""
     return [*FUNCTION_WORDS, *LABELS, *PEOPLE, *(word for topic in topics(world) for word in topic), END_OF_TEXT]
 
 
 def document(rng: random.Random, world: World, all_topics: list[list[str]]) -> str:
-    """Paragraphs of one or two sentences; each person of the document keeps to one topic."""
+    """A document of paragraphs of one or two sentences; each person in it keeps to one topic."""
     subjects = rng.sample(all_topics, rng.choice(world.classes))
     people = rng.sample(PEOPLE, len(subjects))
     paragraphs, length = [], -1
@@ -107,14 +107,14 @@ def _sentence(rng: random.Random, world: World, topic: list[str], person: str) -
 
 
 def draw_task(rng: random.Random, world: World, some_topics: list[list[str]], classes: int) -> dict[str, list[str]]:
-    """A task: the label of each of its topics, as {label: the topic's words}."""
+    """A task, which gives each of its topics a label: {label: the topic's words}."""
     return dict(zip(rng.sample(LABELS, classes), rng.sample(some_topics, classes), strict=True))
 
 
 def draw_examples(
     rng: random.Random, world: World, task: str, meaning: dict[str, list[str]], labels: list[str], seen: set[str]
 ) -> list[dict]:
-    """One MetaICL line per label in `labels`; no input is drawn that is in `seen`, which grows."""
+    """One MetaICL line per label in `labels`. Inputs in `seen` are not drawn again; new ones are added to it."""
     rows = []
     for label in labels:
         words = None
@@ -133,7 +133,7 @@ def _labels(rng: random.Random, meaning: dict[str, list[str]], count: int, at_le
 
 
 def every_task(world: World) -> Iterator[tuple[str, str, dict[str, list[str]], dict[str, list[dict]]]]:
-    """Every task as (split, name, meaning, {k_seed_split: rows}); no two tasks mean the same."""
+    """Every task as (split, name, meaning, {k_seed_split: rows}); no two tasks have the same meaning."""
     all_topics = topics(world)
     trained, unseen = all_topics[: world.train_topics], all_topics[world.train_topics :]
     meanings = set()
@@ -163,21 +163,23 @@ def _train_files(rng: random.Random, world: World, task: str, meaning: dict) -> 
 
 
 def _labelled(world: World, rows: list[dict]) -> list[dict]:
-    """The rows as somebody labelled them who is sometimes wrong."""
+    """The rows, a share `wrong_labels` of them with a wrong label."""
     if not world.wrong_labels:
-        return rows  # 400,000 generators that nobody needs
+        return rows  # saves 400,000 random generators
     labelled = []
     for row in rows:
-        rng = random.Random(f"{world.seed} {row['task']} {row['input']}")  # its own: all other draws are every world's
+        rng = random.Random(
+            f"{world.seed} {row['task']} {row['input']}"
+        )  # a generator of its own, so that all other draws are the same in every world
         others = [option for option in row["options"] if option != row["output"]]
         labelled.append(row | {"output": rng.choice(others)} if rng.random() < world.wrong_labels else row)
     return labelled
 
 
 def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> dict[str, list[dict]]:
-    # As MetaICL: the test rows are the same for every seed; they occur in no seed's demonstrations.
+    # As in MetaICL, the test rows are the same for every seed and occur in no seed's demonstrations.
     test_inputs: set[str] = set()
-    # Every label is as frequent as any other: guessing is worth 1 / classes.
+    # All labels are equally frequent, so guessing scores 1 / classes.
     labels = _labels(rng, meaning, world.test_examples, world.test_examples // len(meaning))
     test = draw_examples(rng, world, task, meaning, labels, test_inputs)
     files = {}
@@ -188,7 +190,7 @@ def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> di
             labels = _labels(rng, meaning, count, min(world.demonstrations_per_class, count // len(meaning)))
             shown += draw_examples(rng, world, task, meaning, labels, seen)
         files[f"{k}_{seed}_train"] = _labelled(world, shown)
-        # What methods are chosen and judged by is right.
+        # The dev and test rows, which select and score methods, are labelled correctly.
         labels = _labels(rng, meaning, world.dev_examples, world.dev_examples // len(meaning))
         files[f"{k}_{seed}_dev"] = draw_examples(rng, world, task, meaning, labels, seen)
         files[f"{k}_{seed}_test"] = test

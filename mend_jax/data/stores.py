@@ -1,6 +1,6 @@
-"""Prepared tokens, read back: documents by number from disk, the examples of tasks from memory.
+"""Reads prepared tokens back: documents by number from disk, task examples from memory.
 
-Where the distiller has another tokenizer than the LLM, both readings are there, and where both can be cut (alignment.py).
+If the distiller has another tokenizer than the LLM, a store has both readings and marks where both can be cut (alignment.py).
 """
 
 import threading
@@ -15,7 +15,7 @@ from mend_jax.data.tokenize import damaged, read_shard
 
 
 class TextStore:
-    """The documents of some shards, by number. Safe to use from several threads."""
+    """The documents of some shards, by number. Thread-safe."""
 
     def __init__(self, manifest: dict, shards: list[dict]):
         self.dtype = manifest["dtype"]
@@ -34,7 +34,7 @@ class TextStore:
         return self.readings(document)[0][0]
 
     def readings(self, document: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """A document's token ids, (T,) int32 for each tokenizer; and of two tokenizers the marks, (T,) bool each."""
+        """A document's token ids, (T,) int32 per tokenizer, and with two tokenizers the marks, (T,) bool each."""
         ids, marks = _unpacked(self._record(document), self.all_lengths[document], self.dtype)
         return [row.astype(np.int32) for row in ids], marks
 
@@ -53,7 +53,7 @@ class TextStore:
 
 
 class Reading:
-    """A task's examples as one tokenizer reads them: ids of x1 y1 x2 y2 ... one after another."""
+    """A task's examples as one tokenizer reads them: the ids of x1 y1 x2 y2 ... concatenated."""
 
     def __init__(self, lengths: np.ndarray, ids: np.ndarray, marks: np.ndarray | None = None):
         self.lengths, self.ids, self.marks = lengths, ids, marks  # (examples, 2): tokens of x and y
@@ -61,7 +61,7 @@ class Reading:
         self.starts = np.concatenate([[0], ends[:-1]]).reshape(-1, 2)
 
     def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(x, y) of example i, x cut."""
+        """(x, y) of example i, with x cut."""
         (x, y), (x_length, y_length) = self.starts[i], self.lengths[i]
         return self.ids[x : x + min(x_length, max_input_tokens)], self.ids[y : y + y_length]
 
@@ -71,7 +71,7 @@ class Reading:
 
 
 class TaskStore:
-    """All examples of one task, in memory: `readings` of the LLM's tokenizer and, where it is another, the distiller's."""
+    """All examples of one task, in memory: `readings` by the LLM's tokenizer and, if it differs, by the distiller's."""
 
     def __init__(self, shard: dict, dtype: str, tokenizers: int = 1):
         self.task = shard["task"]
@@ -83,15 +83,15 @@ class TaskStore:
         return len(self.lengths)
 
     def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(x, y) of example i in the LLM's tokens, x cut."""
+        """(x, y) of example i in the LLM's tokens, with x cut."""
         return self.readings[0].example(i, max_input_tokens)
 
     def cut_lengths(self, max_input_tokens: int) -> np.ndarray:
-        """The LLM's tokens of each example with its x cut: (examples,) int64."""
+        """The length of each example in the LLM's tokens, with its x cut: (examples,) int64."""
         return np.minimum(self.lengths[:, 0], max_input_tokens) + self.lengths[:, 1]
 
     def shared_inputs(self, max_input_tokens: int) -> np.ndarray:
-        """Tokens kept of each x as a demonstration: (examples, tokenizers) int64, of the same text for all tokenizers."""
+        """Tokens kept of each x in a demonstration: (examples, tokenizers) int64; all tokenizers keep the same text."""
         kept = np.stack([np.minimum(own.lengths[:, 0], max_input_tokens) for own in self.readings], axis=1)
         if len(self.readings) == 2:
             limits = max_input_tokens, max_input_tokens
@@ -102,7 +102,7 @@ class TaskStore:
 
 
 def _block(record: bytes, dtype: str, tokenizers: int) -> list[tuple[np.ndarray, ...]]:
-    """(lengths (examples, 2), ids) for each tokenizer; and of two tokenizers the marks."""
+    """(lengths (examples, 2), ids) for each tokenizer, and with two tokenizers the marks."""
     count = int(np.frombuffer(record, np.uint32, 1)[0])
     size = 2 * count * tokenizers
     lengths = np.frombuffer(record, np.uint32, size, offset=4).reshape(tokenizers, 2, count).astype(np.int64)
@@ -111,7 +111,7 @@ def _block(record: bytes, dtype: str, tokenizers: int) -> list[tuple[np.ndarray,
 
 
 def _unpacked(record: bytes, lengths: Sequence[int], dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What tokenize.py packs: ids of each tokenizer; then, of two tokenizers, marks as bits, each row in whole bytes."""
+    """Unpacks a record of tokenize.py: the ids of each tokenizer, then with two the marks as bits, each row in whole bytes."""
     lengths = [int(length) for length in lengths]
     total = sum(lengths)
     ids = np.split(np.frombuffer(record, dtype, total), np.cumsum(lengths)[:-1])
@@ -123,9 +123,9 @@ def _unpacked(record: bytes, lengths: Sequence[int], dtype: str) -> tuple[list[n
 
 
 def text_splits(manifest: dict, validation_items: int) -> dict[str, tuple[TextStore, range]]:
-    """{"train", "validation"}: a store and the numbers of its documents that belong there.
+    """{"train", "validation"}: for each split a store and the numbers of its documents.
 
-    Held out are the files named so; where there are none, the last `validation_items` training texts.
+    Held out are the files with "validation" in their names or, if there are none, the last `validation_items` training texts.
     """
     shards = {s: [shard for shard in manifest["shards"] if shard["split"] == s] for s in ("train", "validation")}
     train = TextStore(manifest, shards["train"])
@@ -139,6 +139,6 @@ def text_splits(manifest: dict, validation_items: int) -> dict[str, tuple[TextSt
     if cut <= 0:
         raise UserError(
             f"{manifest['source']} holds {len(train)} texts, no more than config.data.validation_items = "
-            f"{validation_items}: give more text or lower it."
+            f"{validation_items}: give more text or lower that number."
         )
     return {"train": (train, range(cut)), "validation": (train, range(cut, len(train)))}

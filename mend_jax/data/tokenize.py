@@ -1,9 +1,9 @@
-"""Text to token ids on disk, one shard at a time: what `prepare` runs, in this process or in worker processes.
+"""Text to token ids on disk, one shard at a time; `prepare` runs this in its own process or in worker processes.
 
-A shard is an array_record file that appears under its name only when it is whole. Text: one record a document, then one
-record with every document's length. Tasks: one record per 1,024 examples, then one record with two counts. Where the
+A shard is an array_record file that appears under its name only when it is complete. Text: one record per document, then one
+record with every document's length. Tasks: one record per 1,024 examples, then one record with two counts. If the
 distiller has another tokenizer than the LLM, a record holds both readings and the marks of alignment.py.
-`python -m mend_jax.data.tokenize` is the worker: JSON lines in (tokenizers, jobs) and out (progress, results).
+`python -m mend_jax.data.tokenize` is the worker: it reads JSON lines (tokenizers, jobs) and writes JSON lines (progress, results).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
 from mend_jax.run.files import whole_file
 
-SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: stands before every input and every output
+SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: put before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard
 BATCH = 256  # documents tokenised together
 
@@ -37,12 +37,12 @@ def separator(template: str) -> str:
 
 
 def separator_name(text: str) -> str:
-    """How a separator is called in a sentence."""
+    """The name of a separator in a sentence."""
     return {" ": "a space", "\n": "a newline"}[text]
 
 
 def tokenizer_text(tokenizer) -> str:
-    """A Hugging Face tokenizer as one JSON text, without truncation and padding. Raises UserError for a slow one."""
+    """A Hugging Face tokenizer as JSON text, without truncation and padding. Raises UserError if it has no fast version."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -55,7 +55,7 @@ def tokenizer_text(tokenizer) -> str:
 
 
 def fingerprint(*parts) -> str:
-    """16 hexadecimal digits that change when any part does."""
+    """16 hexadecimal digits that change when any part changes."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -64,8 +64,8 @@ def fingerprint(*parts) -> str:
 
 
 def check_tokenizer(tokenizer, vocab_size: int, path, reader: str = "LLM") -> None:
-    """Raises UserError where `path`, the folder of the LLM or of the backbone (`reader`), has no tokenizer, or one with an
-    id that the model has no embedding for."""
+    """Raises UserError if `path`, the folder of the LLM or of the backbone (`reader`), has no tokenizer, or if the tokenizer
+    has an id without an embedding in the model."""
     if tokenizer is None:
         raise UserError(f"{path} holds no tokenizer: put the {reader}'s tokenizer files there.")
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -79,12 +79,12 @@ def check_tokenizer(tokenizer, vocab_size: int, path, reader: str = "LLM") -> No
 
 
 def check_backbone(tokenizer, own, vocab_size: int, path) -> None:
-    """Raises UserError where a distiller has no embedding for the token ids that it will be given.
+    """Raises UserError if a distiller has no embedding for some token ids that it will read.
 
     Args:
-        tokenizer: the LLM's, whose ids the distiller reads where the backbone's own is None or reads alike.
-        own: of the backbone, or None where its folder `path` has none.
-        vocab_size: ids that the backbone has an embedding for.
+        tokenizer: the LLM's; the distiller reads its ids if the backbone's `own` is None or gives the same ids.
+        own: the backbone's tokenizer, or None if its folder `path` has none.
+        vocab_size: the number of ids that the backbone has embeddings for.
     """
     if other_tokenizer(tokenizer, own) is not None:
         check_tokenizer(own, vocab_size, path, "backbone")
@@ -99,14 +99,14 @@ def check_backbone(tokenizer, own, vocab_size: int, path) -> None:
 
 @functools.lru_cache(maxsize=16)
 def other_tokenizer(tokenizer, own):
-    """The distiller's `own` tokenizer where it gives texts other ids than the LLM's; None where one serves both."""
+    """The distiller's `own` tokenizer if it gives texts other ids than the LLM's; None if one serves both."""
     if tokenizer is None or own is None or own is tokenizer:
         return None
     return None if _what_makes_ids(tokenizer) == _what_makes_ids(own) else own
 
 
 def _what_makes_ids(tokenizer) -> list:
-    """The parts of a tokenizer that its ids depend on, without what only offsets and decoding depend on."""
+    """The parts of a tokenizer that decide its ids, without those that only affect offsets and decoding."""
     parts = json.loads(tokenizer_text(tokenizer), object_hook=_without_offsets)
     added = {token["content"]: token | {"special": None} for token in parts["added_tokens"]}
     return [parts["normalizer"], parts["pre_tokenizer"], parts["model"], added]
@@ -122,7 +122,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def readings(tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> Iterator[tuple[list, list]]:
-    """Of each text (ids of each tokenizer, marks of each): of one tokenizer without marks, of two with common_ends."""
+    """(ids per tokenizer, marks per tokenizer) of each text; two tokenizers get the marks of common_ends, one gets none."""
     if len(tokenizers) == 1:
         yield from (([ids], []) for ids in encode(tokenizers[0], texts))
         return
@@ -132,9 +132,9 @@ def readings(tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> Iterator[
 
 
 def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None) -> dict:
-    """Writes one shard and returns {"items", "tokens"}. `report(bytes of the source)` is called now and then.
+    """Writes one shard and returns {"items", "tokens"}. Calls `report(bytes of the source)` from time to time.
 
-    tokenizers: the LLM's, and the distiller's where it is another.
+    tokenizers: the LLM's and, if it differs, the distiller's.
     job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
     """
     out = Path(job["out"])
@@ -149,11 +149,11 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
                 writer.close()
             result = shard_counts(temporary, job["kind"], len(tokenizers))
         return result
-    except (OSError, RuntimeError) as error:  # the writer says everything with RuntimeError
+    except (OSError, RuntimeError) as error:  # the writer reports every error as RuntimeError
         reason = str(error).split(";")[0]
         if any(words in reason for words in ("No space left", "quota", "too large")):
             raise UserError(
-                f"The disk of {out.parent} is full: make room or set config.data.cache to another disk."
+                f"The disk of {out.parent} is full: free some space or set config.data.cache to another disk."
             ) from error
         raise UserError(f"{out} cannot be written ({reason}): check config.data.cache.") from error
 
@@ -165,18 +165,18 @@ def _read(records: Iterator[bytes], source: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def readable(source) -> Iterator[None]:
-    """Names the source, or the file of it, that the system does not let us read."""
+    """Turns a read error into a UserError that names the source, or the file in it, that cannot be read."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # tfds' reader says everything with RuntimeError
+    except (OSError, RuntimeError) as error:  # tfds' reader reports every error as RuntimeError
         path, reason = getattr(error, "filename", None) or source, getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path} cannot be read ({reason}): check that it is a whole file that you may read."
+            f"{path} cannot be read ({reason}): check that the file is complete and that you may read it."
         ) from error
 
 
 def text_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:
-    """The documents' ids (of two tokenizers one after the other, then their marks), then their lengths (uint32)."""
+    """Records of the documents' ids (two tokenizers': one after the other, then their marks), then of all lengths (uint32)."""
     lengths = []
     if job["kind"] == "text":
         texts = (row["text"] for row in c4.read_documents(job["source"], report))
@@ -192,7 +192,7 @@ def text_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator
 def task_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:
     """Blocks of [count, x lengths, y lengths] (uint32) and ids x1 y1 x2 y2 ...; then [examples, tokens] (uint64).
 
-    Of two tokenizers a block has twice the lengths, then twice the ids, then twice the marks.
+    With two tokenizers a block has both sets of lengths, then both sets of ids, then both sets of marks.
     """
     del report  # task files are small
     examples = [example for file in job["files"] for example in metaicl.read_file(file)]
@@ -210,12 +210,12 @@ def task_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator
 
 
 def _packed(ids: list, marks: list, dtype: str) -> bytes:
-    """Rows of ids, then rows of marks as bits; stores.py takes them apart."""
+    """Rows of ids, then rows of marks as bits; stores.py unpacks them."""
     return b"".join([np.asarray(i, dtype).tobytes() for i in ids] + [np.packbits(m).tobytes() for m in marks])
 
 
 def shard_counts(path, kind: str, tokenizers: int = 1) -> dict:
-    """{"items", "tokens" (the LLM's)} of a whole shard. Raises UserError where the file is damaged."""
+    """{"items", "tokens" (the LLM's)} of a complete shard. Raises UserError if the file is damaged."""
     [last] = read_shard(path, last=True)
     if kind == "task":
         items, tokens = np.frombuffer(last, np.uint64)
@@ -225,7 +225,7 @@ def shard_counts(path, kind: str, tokenizers: int = 1) -> dict:
 
 
 def read_shard(path, last: bool = False) -> list[bytes]:
-    """All records of a shard, or its last one. Raises UserError where the file is missing or damaged."""
+    """All records of a shard, or only the last. Raises UserError if the file is missing or damaged."""
     try:
         reader = ArrayRecordReader(str(path))
         records = reader.read([reader.num_records() - 1]) if last else reader.read_all()
@@ -236,13 +236,13 @@ def read_shard(path, last: bool = False) -> list[bytes]:
 
 
 def damaged(path, error) -> UserError:
-    """What to say of a shard that cannot be read."""
+    """The error for a shard that cannot be read."""
     reason = " ".join(str(error).split())[:80] or type(error).__name__
-    return UserError(f"{path} is damaged or missing ({reason}): delete it, then the same command makes it again.")
+    return UserError(f"{path} is damaged or missing ({reason}): delete it, and the same command makes it again.")
 
 
 def worker() -> None:
-    """Runs the jobs that come in on standard input until it closes."""
+    """Runs the jobs that arrive on standard input, until it closes."""
     send = lambda **message: print(json.dumps(message), flush=True)  # noqa: E731
     tokenizers = [Tokenizer.from_str(text) for text in json.loads(sys.stdin.readline())]
     for line in sys.stdin:
@@ -253,5 +253,5 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):  # the command that started this one is gone
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):  # the command that started this worker has ended
         worker()

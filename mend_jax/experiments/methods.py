@@ -1,10 +1,10 @@
-"""The paper's main comparison (Tables 2 and 6): trains what each method needs, evaluates them all, prints the table.
+"""The paper's main comparison (Tables 2 and 6): trains each method, evaluates all of them and prints the table.
 
     python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir=runs/quickstart
 
-Below the workdir: <method>/pretrain and <method>/finetune are runs of `mend_jax.train`, evaluation/ is one of
-`mend_jax.evaluate` (table.md, scores.json, every prediction), times.json has the seconds that each part took. The same
-command goes on where it stopped.
+In the workdir, <method>/pretrain and <method>/finetune are runs of `mend_jax.train`, evaluation/ is a run of
+`mend_jax.evaluate` (table.md, scores.json, every prediction), and times.json has the seconds of each part. The same
+command resumes where it stopped.
 
 | method | pretraining, on text | finetuning, on tasks |
 | --- | --- | --- |
@@ -13,7 +13,7 @@ command goes on where it stopped.
 | hypertuning | L_CLM | L_pred |
 | mend | L_distill | L_pred + lambda L_distill |
 
-The last two train the config's prefix.kind, a distiller if it says nothing.
+The last two train the config's prefix.kind, by default a distiller.
 """
 
 import functools
@@ -32,7 +32,7 @@ from mend_jax.cli.text import minutes
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
 
-# Of each method: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
+# For each method its stages: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
 STAGES = {
     "zero_shot": [],
     "prompt_tuning": [("finetune", 0.0, 1.0, 0.0)],
@@ -47,11 +47,11 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     """The runs that `method` needs, in order: [(stage, config of the run)].
 
     Args:
-        config: an experiment's; its loss.kd is lambda, steps are experiment.pretrain_steps and .finetune_steps, and
-            pretraining's sequences a step experiment.pretrain_batch_size where that is not 0.
+        config: an experiment's; its loss.kd is lambda, experiment.pretrain_steps and .finetune_steps are the steps, and
+            experiment.pretrain_batch_size, if it is not 0, is the batch size of pretraining.
         method: a key of STAGES.
     Returns:
-        configs whose prefix.start_from is empty: only who knows the workdirs can say where the earlier stage lies.
+        configs with an empty prefix.start_from: the caller, who knows the workdirs, sets it.
     """
     runs = []
     for stage, kd, pred, clm in STAGES[method]:
@@ -70,7 +70,7 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
 
 
 def main(config: ConfigDict, workdir: str) -> int:
-    """Trains, then evaluates; exits with the code of a training that was told to stop."""
+    """Trains, then evaluates; returns the exit code of a training that was told to stop, else 0."""
     from mend_jax.run.checks import check_experiment
     from mend_jax.train import train
 
@@ -78,7 +78,7 @@ def main(config: ConfigDict, workdir: str) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The workdir {folder} cannot be made ({error.strerror}): name another.") from error
+        raise UserError(f"The workdir {folder} cannot be created ({error.strerror}): name another.") from error
     check_experiment(config, _trainings(config))
     _prepare_training_data(config, folder)
     times = Times(folder / "times.json")
@@ -109,7 +109,7 @@ def _trainings(config: ConfigDict) -> list[tuple[ConfigDict, str]]:
 
 
 def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
-    """Tokenises and checks what all trainings read that have not begun: a mistake in a later one's is found now too."""
+    """Tokenises and checks the data of all trainings that have not begun, so that errors in later ones are found now."""
     from mend_jax.data.batches import make_batches
     from mend_jax.run.build import readers_by_folders
 
@@ -136,21 +136,21 @@ def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:
 
 
 class Times:
-    """Seconds of each part, kept in a file: an interrupted part adds what it takes later, a finished one no more."""
+    """The seconds of each part, kept in a file; a resumed part adds its later seconds, a finished one stays as it is."""
 
     def __init__(self, path: Path):
         self.path = path
 
     @property
     def parts(self) -> dict:
-        """Read anew each time: another command may train another method in the same workdir."""
+        """The file's content, read again each time: another command may train another method in the same workdir."""
         try:
             return json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):  # a file of times is not worth stopping for
             return {}
 
     def run(self, name: str, part: Callable[[], int | None]) -> int:
-        """What `part()` returns: 0 or None when it has finished."""
+        """Runs and times `part`; returns its result, 0 or None if it has finished."""
         start, code = time.monotonic(), 1
         try:
             code = part() or 0
@@ -174,7 +174,7 @@ def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:
 
     _say(f"evaluation: {', '.join(config.experiment.methods)} on {config.data.partition}, in {folder / 'evaluation'}")
     c = evaluation_config(config, folder)
-    with distributed.stops_at_sigterm():  # no training comes after it
+    with distributed.stops_at_sigterm():  # no training follows
         times.run("evaluation", lambda: evaluate(c, str(folder / "evaluation")) and 0)
     _say("time of each part: " + ", ".join(f"{name} {minutes(t['seconds'])}" for name, t in times.parts.items()))
 

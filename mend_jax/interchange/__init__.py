@@ -1,1 +1,1 @@
-"""What was trained as files that others read, and back: workdirs, exported folders, the release's layout."""
+"""Writes trained models as files that other programs read, and reads them back: workdirs, exports, the release's layout."""

@@ -1,4 +1,4 @@
-"""An exported model: files that need nothing of this project (the command `export` says which). trained.py reads them back."""
+"""Exports a trained model as files that need nothing from this project (listed in mend_jax/export.py). trained.py reads them."""
 
 import contextlib
 import errno
@@ -26,14 +26,14 @@ from mend_jax.run.files import whole_folder
 
 
 def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = None) -> str:
-    """Writes what was trained in `workdir` to the new folder `out`, whole or not at all; returns a sentence on it.
+    """Writes the model trained in `workdir` to the new folder `out`, completely or not at all; returns a sentence about it.
 
     Args:
-        workdir: of mend_jax.train, any stage; its best checkpoint is taken.
-        out: a folder that is not there yet, or is empty.
-        backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
+        workdir: a workdir of mend_jax.train, of any stage; its best checkpoint is exported.
+        out: a folder that does not exist or is empty.
+        backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), if it has moved.
     Raises:
-        UserError: no such workdir, no whole checkpoint, a backbone that is not there, a full `out`, a full disk.
+        UserError: no such workdir, no complete checkpoint, a missing backbone, an `out` with content, a full disk.
     """
     out = _new(out)
     config, model, meta = read_workdir(workdir, backbone)
@@ -70,7 +70,7 @@ def _written(out: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written ({error.strerror or error}): make room, or name another folder."
+            f"{out} cannot be written ({error.strerror or error}): free some space, or name another folder."
         ) from error
 
 
@@ -85,7 +85,7 @@ def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
     """
     if distiller.config.family != "gpt2":
         raise UserError(
-            f"The release's layout has GPT-2 backbones alone: it cannot hold this one ({distiller.config.family})."
+            f"The release's layout only has GPT-2 backbones: it cannot hold this one ({distiller.config.family})."
         )
     if distiller.projection != resolve_projection("auto", distiller.config.width, distiller.llm_width):
         raise UserError(
@@ -102,7 +102,7 @@ def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
 
 
 def write_release(distiller: Distiller, path: str | Path) -> None:
-    """The release's own file; `path` ends in .safetensors, or in .bin (needs PyTorch)."""
+    """Writes the distiller as the release's own file; `path` ends in .safetensors, or in .bin (needs PyTorch)."""
     tensors, path = release_tensors(distiller), Path(path)
     if path.suffix == ".safetensors":
         weights.write_file(tensors, path, metadata=None)
@@ -110,13 +110,11 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
     try:
         import torch
     except ImportError:
-        raise UserError(
-            f"{path.name} needs PyTorch to be written: pip install torch, or take the .safetensors."
-        ) from None
+        raise UserError(f"Writing {path.name} needs PyTorch: pip install torch, or use the .safetensors.") from None
     content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
     try:
         torch.save(content, path)
-    except RuntimeError as error:  # PyTorch's word for a disk that is full, among others
+    except RuntimeError as error:  # PyTorch's error for a full disk, among others
         raise OSError(errno.EIO, f"PyTorch: {str(error).splitlines()[0]}", str(path)) from error
 
 
@@ -124,7 +122,7 @@ def write_release(distiller: Distiller, path: str | Path) -> None:
 
 
 def _write(folder, workdir, config, model, meta, backbone) -> str:
-    """Fills the new folder; returns a sentence on what it is."""
+    """Fills the new folder; returns a sentence about it."""
     card = folder / "README.md"
     if config["stage"] == "lm":
         source = source_folder(config["llm"]["path"], backbone, workdir)
@@ -139,7 +137,7 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
 
 
 def _write_releases(distiller, folder) -> str:
-    """The two files of the release's layout, as far as they can be written; returns a sentence on what was."""
+    """Writes those of the release's two files that can be written; returns a sentence about them."""
     if not isinstance(distiller, Distiller):
         return ""
     folder.mkdir()

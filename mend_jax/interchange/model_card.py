@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on, and how it is used. Paths stay private."""
+"""The README.md of an exported model: what it is, how to use it and how it was trained. Paths stay private."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.tokenize import separator, separator_name
 
-NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # of a line of metrics.jsonl
+NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # fields of a line of metrics.jsonl
 
 _HEAD = """---
 library_name: transformers
@@ -21,7 +21,7 @@ _LLM = """A small language model, trained from text and in-context sequences.
 
 ## Use
 
-In the sequences, every x and y was tokenised by itself, behind {separator} and without special tokens.
+In the sequences, every x and y was tokenised separately, with {separator} in front and without special tokens.
 
 ```python
 import torch
@@ -37,7 +37,7 @@ logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 
 
 def prefix_card(config: dict, meta: dict, workdir, model) -> str:
-    """The card of a trained `Kind`; config and meta as its workdir holds them."""
+    """The card of a trained `Kind`; config and meta are those of its workdir."""
     title, text = model.card(_name(config["llm"]["path"]), config["data"]["template"])
     return _HEAD.format(title=title) + text + _training(config, meta, workdir)
 
@@ -53,7 +53,7 @@ def llm_card(config: dict, meta: dict, workdir) -> str:
 
 
 def _training(config, meta, workdir) -> str:
-    """The settings that made it and what was measured, as tables."""
+    """Tables of the training's settings and of what was measured."""
     data, loss, optimizer, train = (config[part] for part in ("data", "loss", "optimizer", "train"))
     rows = {"stage": config["stage"], "checkpoint": f"step {meta['step']} of {train['steps']}, the best of the run"}
     if config["stage"] != "lm":
@@ -79,7 +79,7 @@ def _training(config, meta, workdir) -> str:
 
 
 def _measured(workdir, step) -> dict[str, str]:
-    """What metrics.jsonl says of a step; a loss that is exactly 0 was not computed."""
+    """The measurements of a step in metrics.jsonl; a loss of exactly 0 was not computed."""
     path, values = Path(workdir).expanduser() / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
@@ -93,5 +93,5 @@ def _table(rows) -> str:
 
 
 def _name(path: str) -> str:
-    """A hub name as it is; of a folder only its own name: a card is public, a home directory is not."""
+    """A hub name unchanged, or only the last part of a path: a card is public, a home directory is not."""
     return path if path.count("/") < 2 and not path.startswith(("/", ".", "~")) else Path(path).name

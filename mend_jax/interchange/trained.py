@@ -1,8 +1,8 @@
-"""What was trained, read back from any place it is kept in: a training workdir, an exported folder, the release's file.
+"""Reads trained models from wherever they are stored: a training workdir, an exported folder, the release's file.
 
-The names in the release's file are GPT2Model's behind `hypernet.`, with `hypernet.init_prompt_weight` (l, width) and,
-where the widths differ, `hypernet.adap_pooler.dense.{weight,bias}`, a Linear that is followed by tanh. export.py writes
-that file and the exported folder.
+The names in the release's file are GPT2Model's after `hypernet.`, with `hypernet.init_prompt_weight` (l, width) and,
+if the widths differ, `hypernet.adap_pooler.dense.{weight,bias}`, a Linear followed by tanh. export.py writes that file
+and the exported folder.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
 
     Args:
         path: a training workdir, an exported folder, or the public release's own .safetensors / .bin file.
-        llm: the LLM its vectors are for, of `load_llm`.
+        llm: the LLM, from `load_llm`, that its vectors are for.
         backbone: the Hugging Face folder of its backbone (config.json and tokenizer): needed for the release's file, and
             for a workdir whose backbone has moved.
     Returns:
-        A `Distiller` with float32 parameters; of a training workdir those of its best checkpoint.
+        A `Distiller` with float32 parameters; for a training workdir those of its best checkpoint.
     Raises:
-        UserError: nothing there, a soft prompt or an LLM, files that are damaged, incomplete or of another model, no
-            backbone where one is needed, or a distiller whose vectors are not as wide as the LLM's embeddings.
+        UserError: nothing there, a soft prompt or an LLM, files that are damaged, incomplete or of another model, a missing
+            backbone, or a distiller whose vectors are not as wide as the LLM's embeddings.
     """
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
 
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
-    """As `load_distiller`, for every kind that is trained: what `evaluate` reads. `place` as in `read_trained`."""
+    """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
     model = read_trained(path, backbone, place)
     if model.llm_width != llm.config.width:
         raise UserError(
-            f"What was trained in {path} makes vectors of width {model.llm_width}, the LLM reads {llm.config.width}: take the"
-            " LLM it was trained for."
+            f"The model in {path} makes vectors of width {model.llm_width}, but the LLM's width is {llm.config.width}: use the"
+            " LLM that it was trained for."
         )
     if model.bos is not None and bos_token(model.bos, llm.tokenizer, llm.path) != llm.bos:
         raise UserError(
@@ -61,7 +61,7 @@ def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
 
 
 def read_distiller(path: str | Path, backbone: str | Path | None = None) -> Distiller:
-    """A distiller from any place one is kept in; it learns its shape from the files.
+    """A distiller from wherever one is stored; the files determine its shapes.
 
     Args:
         path: a training workdir, an exported folder, or the public release's .safetensors or .bin file.
@@ -82,8 +82,8 @@ def _distiller_alone(model: Kind, path) -> Distiller:
 def read_trained(path: str | Path, backbone: str | Path | None = None, place: Place | None = None) -> Kind:
     """As `read_distiller`, for every kind that is trained.
 
-    With `place` (sharding.py) the parameters of a workdir and the backbone of an exported folder are read in parts to
-    where it says.
+    With `place` (sharding.py), the parameters of a workdir and the backbone of an exported folder are read shard by shard
+    to the devices that it gives.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -97,7 +97,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
         if kind.is_in(path):
             return kind.from_folder(path, place)
     if not path.exists():
-        raise UserError(f"{path} is not there: name a training workdir, an exported folder, or a release's file.")
+        raise UserError(f"{path} does not exist: name a training workdir, an exported folder, or a release's file.")
     config, model, _ = read_workdir(path, backbone, place)
     if config["stage"] == "lm":
         raise UserError(
@@ -115,12 +115,12 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
     config = from_hf_config(folder)
     own = {}
 
-    def backbone_tensors():  # one after another: the file is open only while it is walked through
+    def backbone_tensors():  # one after another: the file is open only during the iteration
         for raw_name, tensor in weights.read_file(path):
             name = raw_name.removeprefix(HYPERNET)
             if name == raw_name:
                 raise UserError(
-                    f"{path} holds {raw_name}, which is no part of a distiller (its names start with {HYPERNET})."
+                    f"{path} holds {raw_name}, which is not part of a distiller (its names start with {HYPERNET})."
                 )
             if name == PLACEHOLDERS or name in PROJECTION.values():
                 own[name] = np.asarray(tensor[:], np.float32)
@@ -138,9 +138,9 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
 
 
 def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, Any, dict]:
-    """(the run's config, what it trained as its `Kind` or (stage "lm") tree of LLM params, the checkpoint's numbers).
+    """(the run's config, the trained `Kind` or (stage "lm") tree of LLM params, the checkpoint's metadata).
 
-    `place` as in `read_trained`.
+    `place` is as in `read_trained`.
     """
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
@@ -157,29 +157,29 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
 
 
 def lm_settings(config, folder) -> Config:
-    """The settings of the LLM that a run of stage "lm" trains, which may have fewer or more layers than `folder`'s."""
+    """The settings of the LLM that a run of stage "lm" trains; it may have fewer or more layers than the LLM in `folder`."""
     settings = from_hf_config(folder)
     return dataclasses.replace(settings, layers=config["llm"].get("layers") or settings.layers)
 
 
 def check_backbone(params, config: Config, folder, workdir) -> None:
-    """Raises UserError, naming the first parameter that differs, where `params` are not those of `config`'s model."""
+    """Raises UserError, which names the first parameter that differs, if `params` do not belong to `config`'s model."""
     saved = checkpoint.shapes_of(params)
     wanted = checkpoint.shapes_of(jax.eval_shape(lambda: init_params(config, 0)))
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             raise UserError(
                 f"{workdir} was trained with another model than {folder}: its parameter {name} is "
-                f"{saved.get(name, 'absent')}, not {wanted.get(name, 'absent')}; give the one it was trained with."
+                f"{saved.get(name, 'absent')}, not {wanted.get(name, 'absent')}; give the model it was trained with."
             )
 
 
 def source_folder(named: str, given, workdir) -> Path:
-    """The folder that a run's config names (its backbone or LLM), or the one given in its place. Raises UserError."""
+    """The folder that a run's config names (its backbone or LLM), or `given` instead. Raises UserError if it cannot be read."""
     try:
         return local_folder(given or named)
     except UserError as error:
         raise UserError(
             f"{workdir} was trained with {named}, which cannot be read ({error}): put it back there, or run `python -m "
-            "mend_jax.export` with --backbone=FOLDER and use what it writes."
+            "mend_jax.export` with --backbone=FOLDER and use the exported folder."
         ) from None

@@ -1,1 +1,1 @@
-"""The frozen LLM, behind one interface for decoders and encoder–decoders."""
+"""The frozen LLM, with one interface for decoders and encoder–decoders."""

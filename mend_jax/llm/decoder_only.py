@@ -1,4 +1,4 @@
-"""The frozen LLM behind one interface: whatever stands before a query, the LLM reads it as embeddings.
+"""The frozen decoder-only LLM: whatever precedes a query, the LLM reads it as embeddings.
 
 Axes: B batch, R queries after each prefix, P prefix, Q query tokens, T any sequence, D width, V vocabulary.
 """
@@ -32,16 +32,16 @@ class LLM(FrozenLLM):
     def model(self) -> Decoder:
         return Decoder(self.config, jnp.dtype(self.dtype), self.attention, self.remat)
 
-    start_token = None  # of an encoder–decoder: what its decoder reads first
+    start_token = None  # only an encoder–decoder has one: the first token that its decoder reads
 
     def targets(self, query: Query) -> Query:
-        """The tokens that the states stand at: all of the query."""
+        """The tokens that `states` are at: the whole query."""
         return query
 
     def states(self, params, prefix: Prefix, query: Query):
         """The hidden states *at* the query's tokens, after the prefix: (B*R,Q,D) in `dtype`. Rows beyond a length are garbage.
 
-        R queries, one after another, stand behind each of the B prefixes, which is read once for them.
+        R consecutive rows of queries follow each of the B prefixes, which is read once for all of them.
         """
         tokens, contexts = query.tokens, len(prefix.length)
         prefix = self.begin(params, prefix)
@@ -63,14 +63,14 @@ class LLM(FrozenLLM):
         return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
 
     def cached_states(self, params, cache: Cache, tokens, positions, segments, items=None):
-        """States (B,T,D) of rows that all stand after the cached prefix, or each after its own.
+        """States (B,T,D) of rows that all follow the one cached prefix, or each its own.
 
         Args:
             tokens: (B,T) int32.
             positions: (B,T) int32, counted from the end of the prefix.
-            segments: (B,T) int32: 0 is seen by every later token, j > 0 only by tokens of j, -1 is padding.
+            segments: (B,T) int32: every later token sees 0, only tokens of segment j > 0 see j, and -1 is padding.
                 So an input (0) is read once, and every answer option (1, 2, ...) sees it and itself.
-            items: (B,T) int32: a token sees those of its own item alone, so that a row may hold several; None: a row is one.
+            items: (B,T) int32: a token sees only tokens of its own item, so that a row may hold several; None: one item a row.
         """
         T, length = tokens.shape[1], cache.length[..., None]
         within = jnp.tril(jnp.ones((T, T), bool))[None] & (
@@ -105,7 +105,7 @@ def load_llm(
         place: where each parameter lives, for an LLM that is split over devices (sharding.py).
         bos: whether the BOS stands before every prefix: "true", "false", or "auto": as the tokenizer does (data/bos.py).
     Returns:
-        An `LLM`, or an `EncoderDecoderLLM` for the T5 family: the same methods, its params on the default device.
+        An `LLM`, or an `EncoderDecoderLLM` with the same methods for the T5 family; its params are on the default device.
     Raises:
         UserError: no such folder, an unsupported model_type, weights that do not fit config.json, another dtype,
             attention, weights or bos than these, or "true" where there is no BOS.
@@ -129,10 +129,10 @@ def init_llm(
 
 
 def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
-    """The LLM with its first `layers` layers alone, or with new ones on top of them all; 0 keeps it as it is.
+    """The LLM with only its first `layers` layers, or with new ones on top of all; 0 keeps it as it is.
 
     A new layer adds nothing at first (the last product of its attention and of its MLP is 0), so that a grown LLM
-    begins where the small one ended. Raises UserError where layers have their norm last: there no layer adds nothing.
+    starts where the small one ended. Raises UserError if norms come last: then no layer can add nothing.
     """
     more = layers - llm.config.layers
     if not layers:
@@ -140,7 +140,7 @@ def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
     if more > 0 and not llm.config.norm_first:
         raise UserError(
             f"llm.layers is {layers}, but {llm.path} has {llm.config.layers} layers, and only models whose norms come "
-            "first can be given more: ask for fewer."
+            "first can get more: set fewer."
         )
     config = dataclasses.replace(llm.config, layers=layers)
     stack = jax.tree.map(lambda a: a[:layers], llm.params["layers"])

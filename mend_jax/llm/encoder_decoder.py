@@ -1,7 +1,7 @@
-"""The frozen encoder–decoder LLM (T5's family) behind the interface of llm.py.
+"""The frozen encoder–decoder LLM (T5's family), with the interface of decoder_only.py.
 
-The encoder reads the prefix and behind it x, the decoder y. The encoder sees both ways, so that its states of a prefix
-depend on x: nothing but the prefix itself can be kept from one item to the next. Within an item x is read once for all
+The encoder reads the prefix and then x, the decoder y. The encoder's attention is bidirectional, so its states at a prefix
+depend on x: only the prefix itself can be kept from one item to the next. Within an item, x is read once for all
 answer options.
 
 Axes: B batch, P prefix, Q query tokens, Y tokens of y, X tokens of x, T any sequence, D width, V vocabulary.
@@ -21,10 +21,10 @@ from mend_jax.prefixes.prefix import Prefix, join
 
 
 class KeptPrefix(NamedTuple):
-    """One prefix, shared by every row that is read after it."""
+    """One prefix, shared by every row that follows it."""
 
     embeds: jax.Array  # (P,D)
-    length: jax.Array  # () int32: rows beyond are padding
+    length: jax.Array  # () int32: later rows are padding
 
     @property
     def columns(self) -> int:
@@ -39,11 +39,11 @@ class EncoderDecoderLLM(FrozenLLM):
 
     @property
     def start_token(self) -> int:
-        """What the decoder reads first: its state there predicts the first token of y."""
+        """The token that the decoder reads first; its state there predicts the first token of y."""
         return self.config.start_token
 
     def targets(self, query: Query) -> Query:
-        """What the decoder says: y alone, moved to the front, (B,Y)."""
+        """The tokens that the decoder predicts: y alone, moved to the front, (B,Y)."""
         Q = query.tokens.shape[1]
         columns = query.target_start[:, None] + jnp.arange(query.target_columns or Q)[None]
         tokens = jnp.take_along_axis(query.tokens, jnp.minimum(columns, Q - 1), axis=1)
@@ -52,7 +52,7 @@ class EncoderDecoderLLM(FrozenLLM):
     def states(self, params, prefix: Prefix, query: Query):
         """The decoder's states (B*R,Y,D): state j *predicts* token j of `targets(query)`. Rows beyond a length are garbage.
 
-        R queries, one after another, stand behind each of the B prefixes; the encoder reads it anew with every x.
+        R consecutive rows of queries follow each of the B prefixes; the encoder reads the prefix again with every x.
         """
         queries = len(query.tokens) // len(prefix.length)
         prefix = jax.tree.map(lambda a: jnp.repeat(a, queries, 0), prefix)
@@ -63,7 +63,7 @@ class EncoderDecoderLLM(FrozenLLM):
         return self._decode(params, jnp.concatenate([start, targets[:, :-1]], 1), encoded, length)
 
     def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
-        """One prefix (B == 1; P may be 0), to be shared by every query after it; nothing of it can be computed alone."""
+        """One prefix (B == 1; P may be 0), which every query after it shares; nothing can be computed from it without x."""
         del params
         return KeptPrefix(prefix.embeds[0], prefix.length[0])
 
@@ -72,8 +72,8 @@ class EncoderDecoderLLM(FrozenLLM):
 
         Args:
             inputs: (B,X) int32, x, with lengths (B,).
-            tokens: (B,T) int32, the options one after another, each with the start token for its last token.
-            segments: (B,T) int32: a token sees those of its own segment; an option is one.
+            tokens: (B,T) int32, the options one after another, each with the start token in front and without its last token.
+            segments: (B,T) int32: a token sees only its own segment; each option is one.
         """
         rows = inputs.shape[0]
         prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))

@@ -1,4 +1,4 @@
-"""What both kinds of frozen LLM share: what they are made of, the token table in front and the head behind.
+"""What both kinds of frozen LLM share: their fields, the token embedding and the head.
 
 Axes: B batch, Q query tokens, T any sequence, D width, V vocabulary.
 """
@@ -15,11 +15,11 @@ from mend_jax.prefixes.prefix import Prefix
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenLLM:
-    """A frozen LLM. The methods are pure functions of the `params` they are given (usually `llm.params`)."""
+    """A frozen LLM. Its methods are pure functions of the `params` passed to them (usually `llm.params`)."""
 
     config: Config
     params: Any  # {"embed": {"tokens" (V,D), ...}, ...}, in `dtype` or int8
-    tokenizer: Any  # of transformers, or None where the folder has none
+    tokenizer: Any  # a transformers tokenizer, or None if the folder has none
     path: str  # the folder it was read from
     dtype: str
     attention: str = "xla"
@@ -52,5 +52,5 @@ class FrozenLLM:
         return int8.table(params["embed"], "tokens" if self.config.tied_head else "head")
 
     def logits(self, params, states):
-        """(B,Q,D) -> (B,Q,V) float32. Large: call it on chunks, only where a loss or a score needs it."""
+        """(B,Q,D) -> logits (B,Q,V) float32. They are large: call it on chunks, and only where a loss or a score needs them."""
         return int8.logits(self.head(params), states)

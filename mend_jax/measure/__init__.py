@@ -1,1 +1,1 @@
-"""What the commands benchmark and scaling measure and compute."""
+"""The measurements of the command benchmark and the figures of the command scaling."""

@@ -1,16 +1,16 @@
-"""What the devices of a compiled program send to one another, read in its text (HLO, as `Compiled.as_text()` gives it)."""
+"""The bytes that a compiled program's devices send to one another, read from its HLO text (`Compiled.as_text()`)."""
 
 import math
 import re
 
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results; begun apart: (operands, results, ...)
+)  # "%g = bf16[64,32]{1,0} all-gather(%w), ...", or a tuple of results; asynchronous: (operands, results, ...)
 CALLS = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
-ENDS = re.compile(r" async-(?:update|done)\(")  # may name again what was called at its start
+ENDS = re.compile(r" async-(?:update|done)\(")  # these may name the computation of their start again
 BRANCHES = re.compile(r"(?:true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 
-GROUPS = (  # as it writes the groups of devices: axes of a mesh, [number of groups, devices in one], all devices by number
+GROUPS = (  # how HLO writes the groups of devices: mesh axes, [number of groups, devices per group], or all device numbers
     r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{(.*?)\}",
     r"\[\d+,(\d+)\]",
     r"\{\{([\d,]*)\}",
@@ -20,8 +20,8 @@ GROUPS = (  # as it writes the groups of devices: axes of a mesh, [number of gro
 def sent(text: str) -> dict[str, float]:
     """{collective operation: bytes that one device sends} in the text of a compiled program, loops counted in full.
 
-    As rings send them: of an all-gather of S bytes over n devices S (n-1)/n, of an all-reduce twice that. A loop whose
-    number of turns the compiler did not find counts once, of the branches of a condition the one that sends most.
+    Sizes assume rings: an all-gather of S bytes over n devices sends S (n-1)/n, an all-reduce twice that. A loop whose trip
+    count the compiler did not find counts once; of a conditional, the branch that sends most counts.
     """
     bodies, entry = _computations(text)
     known: dict[str, dict] = {}
@@ -42,12 +42,12 @@ def sent(text: str) -> dict[str, float]:
 
 
 def ring(n: int) -> float:
-    """The share of S bytes that a device sends where rings of n devices gather or reduce-scatter them."""
+    """The share of a tensor's bytes that each device of a ring of n sends to all-gather or reduce-scatter it."""
     return (n - 1) / n
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """({name: lines} of every function of a program, the name of the one that is called)."""
+    """({name: lines} of every computation of a program, the name of its entry computation)."""
     bodies, entry, name = {}, "", None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -60,7 +60,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _own(line: str) -> dict[str, float]:
-    """What one operation sends."""
+    """{operation: bytes} that one line's operation sends."""
     found = COLLECTIVE.search(line)
     if not found:
         return {}
@@ -90,13 +90,13 @@ def _parts(kind: str) -> list[str]:
 
 
 def _group(line: str) -> int:
-    """Devices that take part in one group of a collective operation. Raises ValueError where the text does not say it."""
+    """The number of devices in one group of a collective operation. Raises ValueError if the line does not contain it."""
     mesh, counted, listed = (re.search(f"replica_groups={pattern}", line) for pattern in GROUPS)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]))
     if not counted and not listed:
-        raise ValueError(f"No groups of devices are found in {line.strip()}")
+        raise ValueError(f"No groups of devices found in {line.strip()}")
     return int(counted[1]) if counted else len(listed[1].split(","))
 
 

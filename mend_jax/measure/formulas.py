@@ -1,6 +1,6 @@
-"""What a train step needs on a mesh, by arithmetic on the sizes of the models: FLOPs, bytes held, bytes sent.
+"""What a train step needs on a mesh, computed from the models' sizes: FLOPs, bytes held, bytes sent.
 
-Axes: N demonstration tokens, L vectors, Q query tokens, X and Y those of x and y, T tokens that read, S that are read,
+Axes: N demonstration tokens, L vectors, Q query tokens, X and Y tokens of x and y, T tokens that attend, S tokens attended to,
 V vocabulary.
 """
 
@@ -20,35 +20,35 @@ from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import sharding
 from mend_jax.scoring import costs
 
-LIVE = 3  # arrays of scores, of their shares or their gradients, that exist at one time; of logits too
+LIVE = 3  # arrays of attention scores, weights or gradients that exist at one time; the same number for logits
 
 
 class Stack(NamedTuple):
-    """Some layers that read one row: all of a decoder's, or those of one side of an encoder–decoder."""
+    """Layers that read one row: all of a decoder's, or those of one side of an encoder–decoder."""
 
     config: Config
     layers: int
     tokens: int  # T
-    cross: int  # S of the encoder's states that are read too; 0: none
+    cross: int  # S, the encoder's states for cross-attention; 0: none
     itemsize: int
     remat: bool
-    back: bool  # a gradient comes back through it
+    back: bool  # whether a gradient flows back through it
 
 
 def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
-    """FLOPs of the step, bytes per device and bytes that each device sends, as rings send them (collectives.py).
+    """FLOPs of the step, bytes per device and bytes that each device sends in rings (collectives.py).
 
-    `sizes` are those of the mesh. "activation_bytes" wait for the backward pass; "working_bytes" are what the largest moment
-    needs besides: a layer's weights and scores, or three chunks of logits.
+    `sizes` are those of the mesh. "activation_bytes" are kept for the backward pass; "working_bytes" are what the peak needs in
+    addition: a layer's weights and scores, or three chunks of logits.
     """
     data, fsdp, tensor = (sizes[axis] for axis in sharding.AXES)
     llm, backbone, c, parts = work.llm, work.backbone, work.config, work.config.train.accumulate
     itemsize = jnp.dtype(c.llm.dtype).itemsize
     held, split = 1 if c.llm.weights == "int8" else itemsize, fsdp * tensor
-    rows = work.rows / (data * fsdp * parts)  # of a device, at one time
+    rows = work.rows / (data * fsdp * parts)  # per device, at one time
     frozen, trained, stacks = count(llm), count(backbone), [stack for part in _stacks(work).values() for stack in part]
     state = trained / split + _projection(work) / fsdp  # tensor does not split the projection
-    # The LLM's weights are gathered by student and teacher and on the way back; the distiller's twice.
+    # The student, the teacher and the backward pass gather the LLM's weights; the distiller's are gathered twice.
     gathered = ring(fsdp) * ((2 + bool(c.loss.kd)) * frozen * held + 2 * trained * 4) / tensor
     gathered += ring(tensor) * _table(llm) * held
     bytes_ = {
@@ -71,7 +71,7 @@ def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
 
 
 def formula_table(**fields) -> str:
-    """Markdown: the table's configs, both stages, on 1, 8, 64 and 512 devices; `fields` as those of `load_workload`."""
+    """A Markdown table of the configs, both stages, on 1, 8, 64 and 512 devices; `fields` are as in `load_workload`."""
     lines = [
         "| config | stage | devices | sequences | TFLOP a step | GB, data | GB, fsdp | GB, tensor | sent, data | sent, fsdp | sent, tensor |",
         "| --- " * 11 + "|",
@@ -89,7 +89,7 @@ def formula_table(**fields) -> str:
 
 
 def _cell(name: str, stage: str, sizes: dict[str, int], fields: dict) -> dict | None:
-    """`by_formula`; None where the mesh does not divide the heads."""
+    """The result of `by_formula`; None if the mesh does not divide the heads."""
     work = load_workload(name, stage, sizes[sharding.DATA] * sizes[sharding.FSDP], **fields)
     if any(config.heads % sizes[sharding.TENSOR] for config in (work.llm, work.backbone)):
         return None
@@ -97,7 +97,7 @@ def _cell(name: str, stage: str, sizes: dict[str, int], fields: dict) -> dict | 
 
 
 def meshes(devices: int) -> list[dict[str, int]]:
-    """Data alone; fsdp over up to 64 devices, which divide every model here; tensor over 4, fsdp over up to 16."""
+    """Three meshes: data alone; fsdp up to 64, which divides every model here; tensor up to 4 with fsdp up to 16."""
     fsdp, tensor = min(devices, 64), min(devices, 4)
     rest = min(devices // tensor, 16)
     sizes = [(devices, 1, 1), (devices // fsdp, fsdp, 1), (devices // tensor // rest, rest, tensor)]
@@ -105,7 +105,7 @@ def meshes(devices: int) -> list[dict[str, int]]:
 
 
 def flops(work: Workload) -> int:
-    """FLOPs of a step over all devices: those of costs.py, and what the backward pass computes again."""
+    """FLOPs of a step over all devices: those of costs.py plus what the backward pass recomputes."""
     own, student, teacher = _products(work)
     kd = bool(work.config.loss.kd)
     total = own.forward + own.gradient + 6 * work.vectors * _projection(work)
@@ -116,19 +116,19 @@ def flops(work: Workload) -> int:
 
 
 def tera(number: float) -> str:
-    """12345e12 as "12,345", less than a thousand with three digits."""
+    """A number in units of 1e12: 12345e12 as "12,345"; below a thousand with three digits."""
     return f"{number / 1e12:,.0f}" if number >= 1e15 else f"{number / 1e12:.3g}"
 
 
 def recomputed(work: Workload) -> int:
-    """FLOPs of a step that the backward pass computes again: the scores, which no layer keeps; of rematerialised layers all
-    but the last product."""
+    """FLOPs that a step's backward pass recomputes: the scores, which no layer keeps, and in rematerialised layers all but the
+    last product."""
     total, (own, student, _), stacks = 0, _products(work), _stacks(work)
     for who, products in (("distiller", own), ("student", student)):
         config, scores = stacks[who][0].config, products.attention // 2
         if stacks[who][0].remat:
             last = sum(stack.layers * 2 * stack.tokens * config.mlp_width * _width(config) for stack in stacks[who])
-            # The blocks of a decoder's attention keep nothing of the second pass for the gradient either.
+            # The blocks of a decoder's attention do not keep the recomputed scores for the gradient either.
             total += products.forward - last + scores * isinstance(config, DecoderConfig)
         else:
             total += scores
@@ -137,13 +137,13 @@ def recomputed(work: Workload) -> int:
 
 @functools.cache
 def count(config: Config) -> int:
-    """Parameters of a model."""
+    """The number of parameters of a model."""
     shapes = jax.eval_shape(lambda: init_params(config, 0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def _products(work: Workload) -> tuple[costs.Products, costs.Products, costs.Products]:
-    """Of one row: the distiller's reading, the student's and the teacher's, cut to the LLM's window as the program cuts them."""
+    """The distiller's, the student's and the teacher's products for one row, cut to the LLM's window as in the program."""
     targets = work.targets or 0
     query = work.read + targets
     room = work.llm.window - query
@@ -154,7 +154,7 @@ def _products(work: Workload) -> tuple[costs.Products, costs.Products, costs.Pro
 
 
 def _stacks(work: Workload) -> dict[str, list[Stack]]:
-    """All that reads one row, by who reads it: the distiller, the student, and where there is L_distill the teacher."""
+    """The stacks that read one row, by reader: the distiller, the student and, if there is L_distill, the teacher."""
     own = work.config.prefix, work.backbone, work.demos + work.vectors, 0, True
     student = work.config.llm, work.llm, work.vectors + work.read, work.targets, True
     teacher = work.config.llm, work.llm, work.demos + work.read, work.targets, False
@@ -171,13 +171,13 @@ def _stacks(work: Workload) -> dict[str, list[Stack]]:
 
 
 def _kept(stack: Stack) -> int:
-    """Bytes of one row that wait for the backward pass: what the layers keep (`KEPT` in models/), or only their inputs."""
+    """Bytes of one row kept for the backward pass: what the layers keep (`KEPT` in models/), or with remat only their inputs."""
     layer = stack.tokens * _width(stack.config) * stack.itemsize if stack.remat else _layer(stack)
     return stack.layers * layer
 
 
 def _layer(stack: Stack) -> int:
-    """Bytes of one layer's input and of all that it keeps of a row."""
+    """Bytes of one layer's input and of all that the layer keeps of a row."""
     config = stack.config
     width, heads = _width(config), config.heads * config.head_width
     kv = getattr(config, "kv_heads", config.heads) * config.head_width
@@ -190,41 +190,41 @@ def _layer(stack: Stack) -> int:
 
 
 def _scores(stack: Stack) -> int:
-    """Bytes of one row's scores that exist at one time: a decoder's of one block of tokens, T5's of all."""
+    """Bytes of one row's scores that exist at one time: one block of tokens in a decoder, all tokens in T5."""
     read, columns = stack.tokens, max(stack.tokens, stack.cross)
     return 4 * stack.config.heads * (min(read, BLOCK) if isinstance(stack.config, DecoderConfig) else read) * columns
 
 
 def _biases(stack: Stack) -> int:
-    """Bytes of T5's bias of every pair of tokens, the same for all rows of a device, and of its gradient where it is trained."""
+    """Bytes of T5's bias for every pair of tokens, shared by all rows of a device, and of its gradient if it is trained."""
     if isinstance(stack.config, DecoderConfig):
         return 0
     return 4 * stack.config.heads * stack.tokens**2 * (1 if stack.config.decoder_layers else 2)
 
 
 def _working(work: Workload, stacks: list[Stack], rows: float, held: int, fsdp: int, tensor: int) -> float:
-    """Bytes of the largest moment, besides what waits."""
+    """Bytes that the peak needs beyond the activations kept."""
     llm, needed = work.llm, []
     tables = _table(llm) * (1 if llm.tied_head else 2) * held if fsdp * tensor > 1 else 0
     layers = llm.layers + getattr(llm, "decoder_layers", 0)
     weights = (count(llm) - _table(llm) * (1 if llm.tied_head else 2)) / layers * held / tensor if fsdp > 1 else 0
     for stack in stacks:
         states = _layer(stack) * (2 if stack.back and stack.remat else 1)
-        bias = 0 if stack.back else _biases(stack)  # of the others it waits
+        bias = 0 if stack.back else _biases(stack)  # with a gradient it is among the activations kept
         needed.append((rows * (LIVE * _scores(stack) + states) + bias) / tensor + weights * (stack.config is llm))
     needed.append(LIVE * min(work.config.loss.chunk, rows * work.query) * llm.vocab_size * 4)
     return max(needed) + tables
 
 
 def _reduced(stack: Stack) -> int:
-    """Bytes of one row that tensor parallelism sums: a state behind each product that it splits, there and back."""
+    """Bytes of one row that tensor parallelism sums: a state after each product that it splits, forward and backward."""
     sums = 3 if stack.cross else 2
     turns = sums * (2 if stack.back else 1) + (sums - 1) * (stack.back and stack.remat)
     return stack.layers * stack.tokens * turns * _width(stack.config) * stack.itemsize
 
 
 def _projection(work: Workload) -> int:
-    """Weights of the distiller's projection."""
+    """The number of weights of the distiller's projection."""
     width, llm_width = work.backbone.width, work.llm.width
     kind = resolve_projection(work.config.prefix.projection, width, llm_width)
     return 0 if kind == "identity" else width * llm_width
@@ -235,5 +235,5 @@ def _table(config: Config) -> int:
 
 
 def _width(config: Config) -> int:
-    """Of the states between the layers."""
+    """The width of the states between the layers."""
     return getattr(config, "hidden_width", config.width)

@@ -8,11 +8,11 @@ from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, InferenceSide, Settings, check_window, start_report
 from mend_jax.scoring import costs
 
-RULES = "release: every option reads the prefix anew; cached: its keys and values are shared by all items and options"
+RULES = "release: every option reads the prefix again; cached: all items and options share its keys and values"
 
 
 def measure_inference(arguments, settings: Settings) -> tuple[dict, str, bool]:
-    """(report, its text, whether cached and re-read scores agree) of one task: MEND against Vanilla ICL."""
+    """(report, its text, whether cached and uncached scores agree) for one task: MEND against Vanilla ICL."""
     longest = max(settings.demos, settings.vectors) + settings.query + arguments.options * settings.target
     check_window("LLM with the prefix, a query and its options", longest, settings.llm)
     check_window("distiller", settings.demos + settings.vectors, settings.distiller)
@@ -59,7 +59,7 @@ def inference_text(report: dict) -> str:
 
 
 def _measure_task(arguments, settings, method: str, reuse: bool, bar: Progress):
-    """(row of figures, scores, device) of one method, in a process of its own; `bar` counts its runs."""
+    """(row of figures, scores, device) of one method, measured in its own process; `bar` counts its runs."""
     row = inference_flops(settings, method, reuse, arguments.items, arguments.options)
     bar.at(row["name"])
 
@@ -81,7 +81,7 @@ def _measure_task(arguments, settings, method: str, reuse: bool, bar: Progress):
     vectors = costs.vector_bytes(settings.llm, settings.vectors, itemsize)
     row |= {"once_seconds": once, "item_seconds": seconds / arguments.items, "task_seconds": once + seconds}
     row |= {"peak_bytes": peak, "cache_bytes": cache}
-    # Without a kept cache the demonstrations' token ids are all there is to keep.
+    # Without a cache, only the demonstrations' token ids are to be stored.
     row["store_bytes"] = 4 * settings.demos if not reuse else cache if method == "icl" else vectors
     return row, timed[-1][1], device
 

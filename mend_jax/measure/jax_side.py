@@ -1,4 +1,4 @@
-"""The benchmark's workload, and our side of it: random weights of known sizes, one train step, one scored task.
+"""The benchmark's workload and our side of it: random weights of known sizes, one train step, one scored task.
 
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D width, V vocabulary.
 """
@@ -43,22 +43,22 @@ class Settings:
     rows: int  # B
     demos: int  # N, no padding
     query: int  # Q, no padding
-    target: int  # tokens of y, the query's last; in `inference` tokens of each option
+    target: int  # tokens of y, the end of the query; in `inference` tokens of each option
     vectors: int  # L
     attention: str = "auto"
     remat: bool = False
-    weights: str = "full"  # of the LLM: in `dtype`, or "int8"
+    weights: str = "full"  # the LLM's: "full" (in `dtype`) or "int8"
 
 
 class Item(NamedTuple):
-    """A test item, as `scoring` reads it."""
+    """A test item, in the form that scoring reads."""
 
     x_tokens: list[int]
     options_tokens: list[list[int]]
 
 
 def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool = False) -> dict:
-    """Random weights (NumPy) of GPT-2's scale, biases and norms too, in a model's tree and in `dtype`, or in 8 bits."""
+    """A model's tree of random weights (NumPy) on GPT-2's scale, including biases and norms, in `dtype` or in 8 bits."""
     random = np.random.default_rng(seed)
 
     def tensor(entry):
@@ -70,7 +70,7 @@ def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool 
 
 
 def distiller_params(settings: Settings) -> dict:
-    """Random weights (numpy) of the distiller: backbone, placeholders, and the projection where the widths differ."""
+    """Random weights (NumPy) of the distiller: backbone, placeholders and, if the widths differ, the projection."""
     kind = resolve_projection("auto", settings.distiller.width, settings.llm.width)
     shapes = DistillerModule(settings.distiller, settings.vectors, settings.llm.width, kind).shapes()
     random = np.random.default_rng(DISTILLER_SEED + 100)
@@ -91,7 +91,7 @@ def batch_tokens(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Side:
-    """What the two workloads share on our side: the models, the device, its memory and its matmul speed."""
+    """What the two workloads on our side share: the models, the device, its memory and its matmul speed."""
 
     def __init__(self, settings: Settings):
         self.settings, self.device = settings, jax.devices()[0]
@@ -103,7 +103,7 @@ class Side:
 
     def _attention(self, config: Config) -> str:
         if not isinstance(config, DecoderConfig):
-            return "xla"  # scores with a bias by distance
+            return "xla"  # its attention scores have a bias
         if self.settings.attention == "auto":
             return "cudnn" if self.device.platform == "gpu" and self.settings.dtype == "bfloat16" else "xla"
         return self.settings.attention
@@ -119,7 +119,7 @@ class Side:
         return {"platform": self.device.platform, "device": self.device.device_kind, "attention": self.llm.attention}
 
     def reset_peak(self) -> int:
-        """Forgets the peak of memory; returns the memory in use now, in bytes."""
+        """Resets the memory peak; returns the memory in use now, in bytes."""
         measure.reset_peak()
         return self.peak_bytes()
 
@@ -143,7 +143,7 @@ class Side:
 
 
 def start_report(arguments, settings: Settings) -> dict:
-    """What a report begins with: what was asked for, and the machine."""
+    """The start of a report: the arguments and the machine."""
     return {
         "arguments": vars(arguments),
         "settings": dataclasses.asdict(settings),
@@ -152,15 +152,15 @@ def start_report(arguments, settings: Settings) -> dict:
 
 
 def check_window(reader: str, tokens: int, config: Config) -> None:
-    """Raises UserError where a workload is longer than a model's window."""
+    """Raises UserError if a workload is longer than a model's window."""
     if tokens > config.window:
         raise UserError(
-            f"The {reader} would read {tokens} tokens, its window is {config.window}: choose smaller sizes."
+            f"The {reader} would read {tokens} tokens, but its window is {config.window}: choose smaller sizes."
         )
 
 
 def step_config() -> ConfigDict:
-    """What the train step reads of a config: finetuning with both losses, Table 5's optimizer."""
+    """The part of a config that the train step reads: finetuning with both losses, Table 5's optimizer."""
     config = ConfigDict()
     config.stage = "finetune"
     config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}
@@ -192,11 +192,11 @@ class StepSide(Side):
         return super().description() | {"counted_flops": self.flops}
 
     def reset_peak(self) -> int:
-        _ = self.compiled  # what compiling takes is not the step's
+        _ = self.compiled  # compilation must not count as the step's memory
         return super().reset_peak()
 
     def run(self) -> dict[str, float]:
-        """One step: seconds, losses and the norm of the gradient."""
+        """Runs one step; returns its seconds, losses and gradient norm."""
         start, cpu = time.perf_counter(), time.process_time()
         self.state, metrics = self.compiled(self.state, self.llm.params, self.batch)
         jax.block_until_ready((self.state, metrics))
@@ -205,10 +205,10 @@ class StepSide(Side):
 
 
 class InferenceSide(Side):
-    """One method on one task: what is done once, then test items with all their options.
+    """One method on one task: the work done once, then test items with all their options.
 
-    `method` is "icl" or "mend". With `reuse` the prefix is made and read once per task and its cache shared; without,
-    as the paper and the release count, every item makes its prefix and every option reads it anew.
+    `method` is "icl" or "mend". With `reuse` the prefix is made and read once per task and its cache is shared. Without it,
+    as the paper and the release count, every item makes its prefix and every option reads it again.
     """
 
     def __init__(self, settings: Settings, method: str, reuse: bool, items: int, options: int):
@@ -227,7 +227,7 @@ class InferenceSide(Side):
         self.cache = None
 
     def once(self) -> float:
-        """Seconds of what a task needs once: the prefix and its keys and values; 0 where nothing is reused."""
+        """Seconds of a task's one-time work: the prefix and its keys and values; 0 without reuse."""
         if not self.reuse:
             return 0.0
         start = time.perf_counter()
@@ -271,7 +271,7 @@ class InferenceSide(Side):
 
 
 def step_batch(settings: Settings) -> Batch:
-    """The batch of `batch_tokens`: every row full, y the last `target` tokens."""
+    """The batch of `batch_tokens`: every row is full, and y is its last `target` tokens."""
     demos, query = batch_tokens(settings)
     full, x = np.full(settings.rows, 1, np.int32), settings.query - settings.target
     apart = (None, None) if isinstance(settings.llm, DecoderConfig) else (x, settings.target)

@@ -1,7 +1,7 @@
-"""How things are measured: each side in a process of its own, asked in turn; peak memory; what machine it was.
+"""How things are measured: each side in its own process, called in turn; peak memory; a description of the machine.
 
-A side is a class whose instances answer calls with plain values. `Worker(Side, settings)` makes one in a fresh process,
-so that its peak memory is its own; sides that wait do not compute, so runs can be interleaved.
+A side is a class whose methods return plain values. `Worker(Side, settings)` makes an instance in a new process, so that
+its peak memory is measured alone; waiting sides do not compute, so runs can be interleaved.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 
-# Large arrays in huge pages, as launch/environment.sh sets it: a step makes and frees gigabytes, page by page. Read by
-# glibc when a process starts; every side gets it.
+# Puts large arrays in huge pages, as launch/environment.sh does: a step allocates and frees gigabytes, page by page. glibc
+# reads it when a process starts; every side gets it.
 TUNABLES = "glibc.malloc.hugetlb=1"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 class Worker:
-    """A side in a process of its own: `worker.call("name", *args)` runs its method there and returns the answer."""
+    """A side in its own process: `worker.call("name", *args)` runs its method there and returns the result."""
 
     def __init__(self, side: Callable, *args):
         os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)
@@ -42,8 +42,8 @@ class Worker:
         except (EOFError, BrokenPipeError):
             self._process.join(10)
             raise UserError(
-                f"A benchmark process ended with exit code {self._process.exitcode} during {name}: if that is -9 it ran"
-                " out of memory, so choose a smaller --batch_size or --llm."
+                f"A benchmark process ended with exit code {self._process.exitcode} during {name}: -9 means that it"
+                " ran out of memory, so choose a smaller --batch_size or --llm."
             ) from None
         if kind == "mistake":
             raise UserError(value)
@@ -72,7 +72,7 @@ def _serve(pipe, side, args) -> None:
         except EOFError:
             return
         try:
-            instance = side(*args) if instance is None else instance  # here, so that its errors have somewhere to go
+            instance = side(*args) if instance is None else instance  # made here, so that its errors are reported
             pipe.send(("value", getattr(instance, name)(*call_args)))
         except UserError as mistake:
             pipe.send(("mistake", str(mistake)))
@@ -81,18 +81,18 @@ def _serve(pipe, side, args) -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reset_peak() -> None:
-    """Forgets this process's peak of resident memory, where the system can (Linux)."""
+    """Resets this process's peak of resident memory, if the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The peak of this process's resident memory, since `reset_peak` where the system can."""
+    """The peak of this process's resident memory in bytes, since `reset_peak` if the system can reset it."""
     peak = _proc_kilobytes("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak * 1024
@@ -103,7 +103,7 @@ def peak_bytes() -> int:
 
 
 def machine() -> dict:
-    """What a figure needs beside it: processor, memory, versions, date, command, and how busy the machine was."""
+    """The context of a figure: processor, memory, versions, date, command, and how busy the machine was."""
     memory = _proc_kilobytes("/proc/meminfo", "MemTotal")
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -125,7 +125,7 @@ def machine() -> dict:
 
 
 def machine_line(report: dict) -> str:
-    """The machine of a report for a terminal: processor or device, cores, load, versions."""
+    """The machine of a report as a line for a terminal: processor or device, cores, load, versions."""
     machine, device = report["machine"], report.get("device") or report["sides"]["MEND-JAX"]
     peak = f", matmul peak {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s" if "matmul_flops" in machine else ""
     name = machine["cpu"] if device["platform"] == "cpu" else device["device"]
@@ -142,7 +142,7 @@ def median(values) -> float:
 
 
 def _started() -> list[str]:
-    """What Python was told to run: a module or a file."""
+    """What Python was started with: a module or a file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return ["-m", spec.name] if spec else sys.argv[:1]
 

@@ -1,4 +1,4 @@
-"""The sizes of published models, as their config.json says them: what is measured or computed needs no download."""
+"""The sizes of published models, as in their config.json, so that measurements and formulas need no download."""
 
 from pathlib import Path
 
@@ -77,12 +77,12 @@ NAMES = tuple(path.split("/")[-1] for path in SIZES)
 
 
 def settings_of(path: str) -> Config:
-    """Those of the model that a config names: from SIZES, others from the config.json of their folder or on the hub."""
+    """The settings of the model that a config names, from SIZES or else from the config.json in its folder or on the hub."""
     return from_hf_config(SIZES[path] if path in SIZES else local_folder(path))
 
 
 def known_or_folder(name: str) -> Config:
-    """A model of SIZES by its name, whole or without whose it is, or that of a folder's config.json. Raises UserError."""
+    """A model of SIZES by its name, with or without its owner, or that of a folder's config.json. UserError for others."""
     known = SIZES | dict(zip(NAMES, SIZES.values(), strict=True))
     if name not in known and not Path(name).expanduser().exists():
         raise UserError(f"{name} is neither one of {', '.join(NAMES)} nor a folder with a config.json.")

@@ -1,4 +1,4 @@
-"""What each objective of L_distill costs beside the forward KL: seconds and peak memory of its value and gradient.
+"""The cost of each objective of L_distill relative to the forward KL: seconds and peak memory of value and gradient.
 
 Axes: B batch, Q query tokens, D width, V vocabulary.
 """
@@ -18,11 +18,11 @@ from mend_jax.measure import machine as measure
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES, Numbers, Objective
 from mend_jax.step import query_losses
 
-BY_JAX = "forward_kl, by JAX"  # the same values, without the gradient that is written by hand
+BY_JAX = "forward_kl, by JAX"  # the same values, without the hand-written gradient
 
 
 class ObjectiveSide:
-    """One objective on random states, in a process of its own."""
+    """One objective on random states, in its own process."""
 
     def __init__(self, name: str, rows: int, query: int, width: int, words: int, chunk: int):
         random = np.random.default_rng(0)
@@ -31,7 +31,7 @@ class ObjectiveSide:
         tokens = jnp.asarray(random.integers(0, words, (rows, query), np.int32))
         targets = Query(tokens, jnp.full(rows, query), jnp.zeros(rows, jnp.int32))
         objective = FORWARD_KL if name == "forward_kl" else Objective(name)
-        if name == BY_JAX:  # a number that it does not read tells it from the one by hand
+        if name == BY_JAX:  # a number that forward_kl ignores makes it differ from the hand-written one
             objective = Objective("forward_kl", Numbers(mix=0.25))
         weights = Weights(1.0, 0.0, 0.0)
 
@@ -41,18 +41,18 @@ class ObjectiveSide:
         self.states, self.step = states, jax.jit(jax.value_and_grad(loss)).lower(states).compile()
 
     def run(self) -> float:
-        """Seconds of the value and the gradient of the states."""
+        """Seconds of computing the value and the gradient of the states."""
         start = time.perf_counter()
         jax.block_until_ready(self.step(self.states))
         return time.perf_counter() - start
 
     def peak(self) -> int:
-        """Bytes of temporary arrays that the compiled program holds at once, beside what it is given and returns."""
+        """Peak bytes of the compiled program's temporary arrays, without its arguments and results."""
         return self.step.memory_analysis().temp_size_in_bytes
 
 
 def measure_objectives(rows: int, query: int, width: int, words: int, chunk: int, repeats: int) -> tuple[dict, str]:
-    """(report, its text): each objective in a process of its own, all in turn, `repeats` times."""
+    """(report, its text): each objective in its own process, taking turns, `repeats` times."""
     names = ["forward_kl", BY_JAX, *(n for n in (*OBJECTIVES, *STATE_OBJECTIVES) if n != "forward_kl")]
     sizes = rows, query, width, words, chunk
     report = {

@@ -1,6 +1,6 @@
 """Scoring after a cached prefix as a plain PyTorch loop: transformers, one item at a time, its options as the rows of a batch.
 
-Kinder than a loop written in haste: the prefix is repeated for the options once per task, not for every item.
+It is faster than a naive loop: the prefix is repeated for the options once per task, not for every item.
 """
 
 import time
@@ -19,7 +19,7 @@ class PyTorchScoring:
     """A side of the benchmark: see `scored_tasks.ScoringSide`."""
 
     def __init__(self, config: Config, llm: str, dtype: str, query_head: bool, tasks: list[ScoredTask]):
-        """`query_head`: the head at the options' tokens alone, not at every token of the input."""
+        """`query_head`: apply the head at the options' tokens only, not at every token of the input."""
         torch.set_num_threads(measure.cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if own_weights(llm):
@@ -74,7 +74,7 @@ class PyTorchScoring:
         return [log_probs[i, torch.arange(len(o)), torch.tensor(o)].mean().item() for i, o in enumerate(options)]
 
     def _cache(self, name, rows: int, length: int):
-        """The keys and values of a task's demonstrations, repeated for so many rows, without what was read after them."""
+        """The keys and values of a task's demonstrations, repeated for `rows` rows, without those of later tokens."""
         kept = self.caches[name]
         if rows not in kept:
             layers = [

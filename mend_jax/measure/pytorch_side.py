@@ -1,6 +1,6 @@
 """The same train step in PyTorch with transformers, the way the public release does it.
 
-Logits at all positions, the teacher under no_grad, autograd through the frozen LLM. Kinder than the release in what
+Logits at all positions, the teacher under no_grad, autograd through the frozen LLM. It is faster than the release where that
 does not change the result: no dropout, no cache of keys and values, transformers' fast attention (sdpa), no padding.
 """
 
@@ -26,10 +26,10 @@ from mend_jax.models.weights import to_tensors
 
 
 class PyTorchStep:
-    """A side of the benchmark: see `benchmark_jax.StepSide`."""
+    """A side of the benchmark: see `jax_side.StepSide`."""
 
     def __init__(self, settings: Settings, query_head: bool):
-        """`query_head`: the head at the query's tokens alone, which the release does not do."""
+        """`query_head`: apply the head at the query's tokens only, which the release does not do."""
         torch.set_num_threads(measure.cores())
         self.settings, self.query_head = settings, query_head
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,7 +80,7 @@ class PyTorchStep:
         return 2 * size**3 / min(times[1:])
 
     def run(self) -> dict[str, float]:
-        """One step: seconds, losses and the norm of the gradient."""
+        """Runs one step; returns its seconds, losses and gradient norm."""
         self._wait()
         start, cpu = time.perf_counter(), time.process_time()
         mixed = self.settings.dtype != "float32"

@@ -1,8 +1,8 @@
-"""What 8 bits cost and change: bytes, logits, and the direction of L_distill's gradient, against float32.
+"""What 8-bit weights save and change: bytes, logits, and the direction of L_distill's gradient, against float32.
 
-Each model is held in three ways (float32, bfloat16, int8) and computed with in float32, so that what differs is the
-weights alone. Teacher and student are both held so, as in training. A folder with weights is measured with them, any
-other model with random ones.
+Each model is held in three ways (float32, bfloat16, int8) and computes in float32, so that only the weights differ.
+Teacher and student are held the same way, as in training. A folder with weights is measured with them, any other model
+with random ones.
 
 Axes: B batch, N demonstration tokens, L vectors, D width.
 """
@@ -39,7 +39,7 @@ FORMATS = ("float32", "bfloat16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The batch of one measurement, in rows and tokens; `target` are those of y, the query's last."""
+    """The batch of one measurement, in rows and tokens; `target` are the tokens of y, the end of the query."""
 
     rows: int
     demos: int
@@ -49,7 +49,7 @@ class Sizes:
 
 
 def measure_models(names: str, sizes: Sizes) -> dict:
-    """The report on models with commas between: as `known_or_folder` takes them."""
+    """The report on models, whose names (see `known_or_folder`) are separated by commas."""
     report: dict[str, Any] = {"machine": measure.machine(), "sizes": dataclasses.asdict(sizes), "models": {}}
     for name in names.split(","):
         report["models"][name] = measure_model(name, sizes)
@@ -61,7 +61,7 @@ def measure_model(name: str, sizes: Sizes) -> dict:
     config, params, weights = _model(name)
     needed = max(sizes.demos, sizes.vectors) + sizes.query
     if needed > config.window:
-        raise UserError(f"{name} would read {needed} tokens, its window is {config.window}: choose smaller sizes.")
+        raise UserError(f"{name} would read {needed} tokens, but its window is {config.window}: choose smaller sizes.")
     batch = _batch(config, sizes)
     rows = np.random.default_rng(BATCH_SEED + 1).integers(0, config.vocab_size, sizes.vectors)
     # A distiller's start: embeddings of the vocabulary.
@@ -80,7 +80,7 @@ def measure_model(name: str, sizes: Sizes) -> dict:
 
 
 def text(report: dict) -> str:
-    """The report for a terminal, a table in Markdown."""
+    """The report for a terminal, with a Markdown table."""
     sizes, machine = report["sizes"], report["machine"]
     lines = [
         "{rows} x ({demos} + {query}) tokens, {vectors} vectors; errors are relative norms, all against float32".format(
@@ -109,7 +109,7 @@ def _model(name: str) -> tuple[Config, dict, str]:
 
 
 def _held(params: dict, kind: str) -> dict:
-    """The params as `kind` holds them, ready for arithmetic in float32."""
+    """The params in the format `kind`, ready for arithmetic in float32."""
     if kind == "int8":
         return int8.quantize_params(params)
     return jax.tree.map(lambda a: jnp.asarray(a.astype(kind), jnp.float32), params)
@@ -125,7 +125,7 @@ def _batch(config: Config, sizes: Sizes) -> Batch:
 
 
 def _outputs(config: Config, name: str, vectors, batch: Batch) -> Callable[[dict], tuple[np.ndarray, np.ndarray]]:
-    """f(params): logits after the demonstrations, at the first row's query; gradient of L_distill for the vectors (L,D)."""
+    """f(params) -> (logits of the first row's query after its demonstrations, gradient of L_distill for the vectors (L,D))."""
     kind = EncoderDecoderLLM if isinstance(config, EncoderDecoderConfig) else LLM
     llm = kind(config, None, None, name, "float32")
     settings = ConfigDict(

@@ -1,15 +1,15 @@
-"""What the train step of a config file needs on a mesh: bytes per device, and what crosses between devices. Nothing is run.
+"""What the train step of a config needs on a mesh: bytes per device, and bytes sent between devices. Nothing is run.
 
     python -m mend_jax.scaling gpt2_large --data=8
     python -m mend_jax.scaling t5_large --stage=pretrain --data=8 --out=t5_large.json
     python -m mend_jax.scaling opt_6_7b --fsdp=8 --topology=v5p:2x2x2    # by the TPU's compiler: pip install libtpu
     python -m mend_jax.scaling all              # by formula alone: the table's configs on 1, 8, 64 and 512 devices
 
-The step of MEND's pretraining or finetuning that configs/NAME.py describes, on the largest batch that it can meet
-(workloads.py), is compiled from the shapes of its arguments: no weight is ever made. It is compiled for simulated
-CPU devices, or with `--topology` for a TPU slice, which need not be there either. Bytes per device are the compiler's; what
-crosses is counted in the program for the CPUs, each loop as often as it runs; beside both stand the formulas
-(formulas.py) that docs/scaling.md goes on with to other numbers of devices.
+The step of MEND's pretraining or finetuning with configs/NAME.py, on the largest batch that it can get (workloads.py), is
+compiled from the shapes of its arguments: no weights are created. It is compiled for simulated CPU devices or, with
+`--topology`, for a TPU slice, which need not exist either. Bytes per device are the compiler's; bytes sent are counted in
+the CPU program, each loop as often as it runs. Beside both are the results of the formulas (formulas.py) that
+docs/scaling.md uses for other numbers of devices.
 """
 
 import math
@@ -57,16 +57,16 @@ def scaling(
     topology="",
     out="",
 ) -> int:
-    """Prints what one train step of a config file needs on each device of a mesh.
+    """Prints what one train step of a config needs on each device of a mesh.
 
     Args:
-        name: the config, configs/NAME.py; "all": the table by formula, of both stages.
+        name: the config, configs/NAME.py; "all": the table by formula, for both stages.
         stage: MEND's pretraining or finetuning.
         data, fsdp, tensor: devices along each axis of the mesh.
-        batch_size: sequences; 0 is for each device that splits the batch what one of 8 devices has of the config's.
+        batch_size: sequences per step; 0: each device that splits the batch gets an eighth of the config's batch.
         dtype: of both models' arithmetic; empty: the config's.
-        weights: "int8" holds the LLM in 8 bits, "full" in its dtype; empty: as the config says.
-        remat: both models recompute their layers, even if the config does not say so.
+        weights: "int8" holds the LLM in 8 bits, "full" in its dtype; empty: as in the config.
+        remat: both models recompute their layers, even if the config does not.
         topology: a TPU slice as libtpu names it, such as "v5p:2x2x2"; empty: simulated CPU devices.
         out: a JSON file for the figures.
     """
@@ -93,7 +93,7 @@ def scaling(
 
 
 def described(work: Workload) -> dict:
-    """What a step computes, for a report."""
+    """A description of a step, for a report."""
     c = work.config
     return {
         "llm": c.llm.path,
@@ -110,15 +110,15 @@ def described(work: Workload) -> dict:
 
 
 def _devices(topology: str, count: int) -> Sequence | None:
-    """The devices of a TPU slice; None: simulated ones, as many, unless the environment says how many there are."""
+    """The devices of a TPU slice; None for `count` simulated CPU devices, unless the environment sets another number."""
     jax.config.update("jax_platforms", "cpu")
     if not topology:
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", count)
         return None
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose surroundings could be asked,
-    jax.config.update("jax_enable_compilation_cache", False)  # and none to read a kept program for
-    hosts = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}  # else a slice is of whole machines
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be queried,
+    jax.config.update("jax_enable_compilation_cache", False)  # and none to load a cached program on
+    hosts = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}  # else a slice has whole machines
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **hosts).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -128,15 +128,15 @@ def _devices(topology: str, count: int) -> Sequence | None:
         ) from None
     if len(devices) != count:
         raise UserError(
-            f"--topology={topology} has {len(devices)} devices, the mesh {count}: give as many to its axes."
+            f"--topology={topology} has {len(devices)} devices, but the mesh has {count}: give its axes as many."
         )
     return devices
 
 
 def compiled(work: Workload, sizes: dict[str, int], devices: Sequence | None = None) -> dict:
-    """The compiler's figures of the step on a mesh: bytes per device, and bytes that each device sends, by operation.
+    """The compiler's figures for the step on a mesh: bytes per device, and bytes that each device sends, by operation.
 
-    `devices` are those to compile for; None: all that JAX has. What is sent is read of CPUs' programs alone.
+    `devices` are those to compile for; None: all that JAX has. Bytes sent are read from CPU programs only.
     """
     for what, config in (("the LLM", work.llm), ("the distiller's backbone", work.backbone)):
         sharding.check_heads(config, sizes[sharding.TENSOR], what)
@@ -149,7 +149,7 @@ def compiled(work: Workload, sizes: dict[str, int], devices: Sequence | None = N
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"The step does not fit such a device: {str(error).splitlines()[0]}") from None
+        raise UserError(f"The step does not fit on such a device: {str(error).splitlines()[0]}") from None
     memory = program.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -163,7 +163,7 @@ def compiled(work: Workload, sizes: dict[str, int], devices: Sequence | None = N
 
 
 def abstract_step(work: Workload, layout: parallel.Layout):
-    """(train step, state, LLM params, batch): the last three as `jax.ShapeDtypeStruct`s that lie as `layout` says."""
+    """(train step, state, LLM params, batch); the last three are `jax.ShapeDtypeStruct`s with the shardings of `layout`."""
     c, backbone = work.config, work.backbone
     llm_params = _shapes(work.llm, c.llm.dtype)
     llm_params = _in_8_bits(llm_params) if c.llm.weights == "int8" else llm_params
@@ -218,7 +218,7 @@ def _shapes(config: Config, dtype: str):
 
 
 def _in_8_bits(tree: dict) -> dict:
-    """The shapes of `int8.quantize_params` of a tree of shapes."""
+    """The shapes that `int8.quantize_params` gives for a tree of shapes."""
     held: dict = {}
     for name, leaf in tree.items():
         if isinstance(leaf, dict):
@@ -237,7 +237,7 @@ def _shape(*shape: int):
 
 
 def _batch(work: Workload) -> Batch:
-    """Numpy zeros of a step's shapes."""
+    """A batch of NumPy zeros with a step's shapes."""
     B, length = work.rows, np.zeros(work.rows, np.int32)
     query = Query(np.zeros((B, work.query), np.int32), length, length, work.inputs, work.targets)
     return Batch(np.zeros((B, work.demos), np.int32), length, query, None)

@@ -1,4 +1,4 @@
-"""Tasks that are scored after a cached prefix: real ones, or random tokens of real ones' shapes; and our side of it.
+"""Tasks to score after a cached prefix (real tasks, or random tokens with the shapes of real ones), and our side of it.
 
 Axes: P prefix, X tokens of an input, V vocabulary.
 """
@@ -27,7 +27,7 @@ from mend_jax.scoring.options import cache_prefix, lay_out, plan, score_rows
 COMPILED = (
     "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
 )
-# Where an input is cut; a context's budget; the lengths to which a context is padded (configs/base.py).
+# The length at which an input is cut, a context's budget, and the padded lengths of contexts (configs/base.py).
 INPUT_TOKENS, DEMO_TOKENS, DEMO_BUCKETS = 256, 900, (256, 384, 512, 640, 768, 900)
 
 # Tokens of the demonstrations, of ten inputs (the middles of tenths) and of the options, which all begin with a line
@@ -42,19 +42,19 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class ScoredTask:
-    """What both sides read."""
+    """A task as both sides read it."""
 
     name: str
     demos: list[int]  # (P,)
     items: list[Item]
 
     def longest(self) -> int:
-        """Positions of the prefix, an input and its longest option together."""
+        """The most positions that the prefix, an input and its longest option take together."""
         return len(self.demos) + max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in self.items)
 
 
 def random_task(name: str, shape, items: int, vocabulary: int) -> ScoredTask:
-    """Random tokens of a shape as in SHAPES; options of two tokens and more begin alike, as after a line break."""
+    """Random tokens of a shape as in SHAPES; options of two or more tokens begin alike, as after a line break."""
     random, (demos, inputs, options) = np.random.default_rng(BATCH_SEED), shape
 
     def draw(count):
@@ -68,7 +68,7 @@ def random_task(name: str, shape, items: int, vocabulary: int) -> ScoredTask:
 
 
 def real_task(folder, name: str, k: int, seed: int, items: int, llm_folder, template: str) -> ScoredTask:
-    """A task of MetaICL's files: as many of `k` demonstrations as fit, and the first test items. Raises UserError."""
+    """A task from MetaICL's files: as many of `k` demonstrations as fit, and the first test items. Raises UserError."""
     tokenizer = load_tokenizer(llm_folder)
     if tokenizer is None:
         raise UserError(f"{llm_folder} has no tokenizer, which --tasks needs: give a folder with one as --llm.")
@@ -88,7 +88,7 @@ def real_task(folder, name: str, k: int, seed: int, items: int, llm_folder, temp
 
 
 class ScoringSide:
-    """Our side: each task's demonstrations are read once, then all its items as `evaluate` reads them."""
+    """Our side: reads each task's demonstrations once, then all its items as `evaluate` does."""
 
     def __init__(self, config: Config, llm: str, dtype: str, attention: str, batch_size: int, tasks: list[ScoredTask]):
         self.events: collections.Counter = collections.Counter()
@@ -130,7 +130,7 @@ class ScoringSide:
         return time.perf_counter() - start, [[float(s) for s in row] for row in scores]
 
     def shapes(self, name: str) -> dict:
-        """What the passes over a task's items look like, and which share of their tokens is padding."""
+        """The shape of the passes over a task's items, and the share of padding among their tokens."""
         rows = [lay_out(item.x_tokens, item.options_tokens) for item in self.tasks[name].items]
         passes = plan(self.llm, self.caches[name], rows, self.batch_size)
         read, used = sum(p.count * p.columns for p in passes), sum(len(row.tokens) for row in rows)
@@ -142,7 +142,7 @@ class ScoringSide:
         }
 
     def compiled(self) -> int:
-        """Programs that were compiled, or read from the compile cache, until now."""
+        """The number of programs compiled, or read from the compile cache, so far."""
         return self.events[COMPILED]
 
 

@@ -1,4 +1,4 @@
-"""Scoring items after a cached prefix against a plain PyTorch loop, task by task: milliseconds an item, and the same scores."""
+"""Scoring items after a cached prefix against a plain PyTorch loop, task by task: milliseconds per item, scores compared."""
 
 import importlib.util
 
@@ -41,7 +41,7 @@ def measure_scoring(arguments, config: Config) -> tuple[dict, str, bool]:
 
 
 def make_tasks(arguments, config: Config) -> list[ScoredTask]:
-    """The tasks of the command line: real ones, those of SHAPES, or one of the lengths given. Raises UserError."""
+    """The tasks that the command line selects: real ones, those of SHAPES, or one with given lengths. Raises UserError."""
     names = [name for name in arguments.names.split(",") if name] or list(SHAPES)
     if arguments.tasks:
         if not own_weights(arguments.llm):
@@ -55,12 +55,14 @@ def make_tasks(arguments, config: Config) -> list[ScoredTask]:
         return [random_task("given lengths", shape, arguments.items, config.vocab_size)]
     wrong = next((name for name in names if name not in SHAPES), None)
     if wrong is not None:
-        raise UserError(f"Without --tasks the shapes of {', '.join(SHAPES)} are known, not of {wrong}: give --tasks.")
+        raise UserError(
+            f"Without --tasks only the shapes of {', '.join(SHAPES)} are known, not of {wrong}: give --tasks."
+        )
     return [random_task(name, SHAPES[name], arguments.items, config.vocab_size) for name in names]
 
 
 def compare_scores(ours, theirs, tolerance: float) -> dict:
-    """Whether two sides scored alike: relative differences, and predictions that differ by more than rounding explains."""
+    """Whether two sides' scores agree: relative differences, and predictions that differ by more than rounding explains."""
     differences, predictions = [], 0
     for a, b in zip(map(np.asarray, ours), map(np.asarray, theirs), strict=True):
         differences.append(float(np.abs(a / b - 1).max()))
@@ -105,7 +107,7 @@ def scoring_text(report: dict) -> str:
 
 
 def _measure_task(sides: dict, task: ScoredTask, arguments, bar: Progress) -> dict:
-    """The figures of one task: the sides take turns, and take turns in going first; a first run of each warms up."""
+    """The figures of one task: the sides alternate, also in which goes first; a first run of each warms up."""
     found = {name: {"runs": [], "prefixes": []} for name in sides}
     before, few = sides["MEND-JAX"].call("compiled"), {"MEND-JAX": arguments.items, "PyTorch": min(2, arguments.items)}
     for name, side in sides.items():

@@ -12,12 +12,12 @@ from mend_jax.scoring import costs
 
 
 def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
-    """(report, its text, whether both sides computed the same) of the train step."""
+    """(report, its text, whether both sides computed the same) for the train step."""
     if settings.weights != "full" and not arguments.no_pytorch:
-        raise UserError(f"PyTorch's side has no {settings.weights} weights to be compared with: give --no_pytorch too.")
+        raise UserError(f"PyTorch's side has no {settings.weights} weights to compare with: give --no_pytorch too.")
     decoders = isinstance(settings.llm, DecoderConfig) and isinstance(settings.distiller, DecoderConfig)
     if not decoders and not arguments.no_pytorch:
-        raise UserError("PyTorch's side has decoder-only models alone: give --no_pytorch too.")
+        raise UserError("PyTorch's side only has decoder-only models: give --no_pytorch too.")
     check_window("teacher", settings.demos + settings.query, settings.llm)
     check_window("student", settings.vectors + settings.query, settings.llm)
     check_window("distiller", settings.demos + settings.vectors, settings.distiller)
@@ -53,7 +53,7 @@ def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
 
 
 def compare_losses(runs: dict, tolerance: float) -> dict:
-    """Whether two sides had the same losses in every step, the first before any update."""
+    """Whether two sides had the same losses in every step, including the first, before any update."""
     if len(runs) < 2:
         return {"yes": True, "largest_difference": None, "tolerance": tolerance}
     ours, theirs = runs.values()
@@ -64,7 +64,7 @@ def compare_losses(runs: dict, tolerance: float) -> dict:
 
 
 def model_flops_utilisation(report: dict, dtype: str) -> dict | None:
-    """Share of a known GPU's dense bfloat16 peak; None elsewhere."""
+    """The share of a known GPU's dense bfloat16 peak that each side reaches; None on other devices."""
     side = report["sides"]["MEND-JAX"]
     peak = costs.peak_flops(side["device"])
     if peak is None or dtype != "bfloat16":
@@ -80,7 +80,7 @@ def step_text(report: dict) -> str:
     rows.append(["seconds per step", *(f"{s['seconds']:.3f}" for s in sides.values())])
     rows.append(["  fastest, slowest", *(f"{min(s['runs']):.3f}, {max(s['runs']):.3f}" for s in sides.values())])
     on_cpu = sides["MEND-JAX"]["platform"] == "cpu"
-    if on_cpu:  # of all threads: what a busy machine does not change
+    if on_cpu:  # over all threads: a busy machine does not change it
         rows.append(["CPU seconds per step", *(f"{s['cpu_seconds']:.3f}" for s in sides.values())])
     rows.append(["tokens/s", *(f"{s['tokens_per_second']:,.0f}" for s in sides.values())])
     rows.append(["TFLOP per step (matrix products)", *(f"{s['model_flops'] / 1e12:.3g}" for s in sides.values())])
@@ -114,7 +114,7 @@ def step_text(report: dict) -> str:
 
 
 def _interleave(sides: dict, repeats: int):
-    """({side: its runs, a warm-up first}, {side: memory}): the sides take turns, and take turns in going first."""
+    """({side: its runs, a warm-up first}, {side: memory}); the sides alternate, also in which goes first."""
     runs, memory = {name: [] for name in sides}, {}
     with Progress(len(sides) * (1 + repeats), "step") as bar:
 

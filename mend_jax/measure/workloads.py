@@ -1,4 +1,4 @@
-"""The train steps that `scaling` computes: a config file, one of its stages, and the largest batch that stage can meet."""
+"""The train steps that `scaling` computes: those of a config's stage, on the largest batch that the stage can get."""
 
 import dataclasses
 
@@ -25,23 +25,23 @@ TABLE = (
     "llama_2_7b",
 )  # whose step is of real size
 STAGES = ("pretrain", "finetune")
-CONFIGS_DEVICES = 8  # what a config's batch is for (the paper's machine, Table 5): with more devices the batch grows
+CONFIGS_DEVICES = 8  # devices that a config's batch is for (the paper's machine, Table 5): with more the batch grows
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """One train step of MEND.
 
-    Axes: B batch, N demonstration tokens, L vectors, Q query tokens, X and Y those of x and y.
+    Axes: B batch, N demonstration tokens, L vectors, Q query tokens, X and Y tokens of x and y.
     """
 
-    config: ConfigDict  # of the stage's run
+    config: ConfigDict  # that of the stage's run
     llm: Config
-    backbone: Config  # of the distiller, without a head
-    rows: int  # B, of the whole step
+    backbone: Config  # the distiller's, without a head
+    rows: int  # B, in the whole step
     demos: int  # N
     query: int  # Q
-    inputs: int | None  # X, where the LLM is an encoder–decoder, which reads x and y apart
+    inputs: int | None  # X, if the LLM is an encoder–decoder, which reads x and y separately
 
     @property
     def vectors(self) -> int:
@@ -58,7 +58,7 @@ class Workload:
 
     @property
     def read(self) -> int:
-        """Tokens that stand behind the prefix: Q, of an encoder X."""
+        """The number of tokens after the prefix: Q, or X for an encoder."""
         return self.inputs if self.separate_targets else self.query
 
 
@@ -68,15 +68,15 @@ def load_workload(
     """The step of a config file's stage, as its training would compute it.
 
     Args:
-        name: of the file in configs/, without ".py".
-        stage: "pretrain" or "finetune", MEND's run of it.
-        over: devices that split the batch; each has what one of 8 devices has of the config's.
-        batch_size: sequences a step instead; 0 is the config's.
-        dtype, weights: instead of the config's, of both models and of the LLM.
+        name: that of the file in configs/, without ".py".
+        stage: "pretrain" or "finetune", for MEND's run of it.
+        over: the number of devices that split the batch; each gets an eighth of the config's batch.
+        batch_size: sequences per step instead; 0 means the config's.
+        dtype, weights: replace the config's, for both models and for the LLM.
         remat: both models recompute their layers, whatever the config says.
     Raises:
-        UserError: a config that cannot be read, several queries of a context or the release's budgets, lengths that the
-            models have no room for, a batch that does not divide.
+        UserError: a config that cannot be read, several queries per context or the release's budgets, lengths that do not fit
+            the models' windows, a batch that cannot be divided.
     """
     config = cli.load_config(str(FOLDER / f"{name}.py"))
     if dtype:
@@ -88,27 +88,27 @@ def load_workload(
     for field, usual in (("queries", 1), ("release_truncation", False)):
         if config.data[field] != usual:
             raise UserError(
-                f"configs/{name}.py sets data.{field}={config.data[field]}: scaling computes steps with {usual} alone."
+                f"configs/{name}.py sets data.{field}={config.data[field]}: scaling only computes steps with {usual}."
             )
     run = dict(stage_configs(config, "mend"))[stage]
     parts = run.train.accumulate
     rows = batch_size or max(parts, run.train.batch_size // CONFIGS_DEVICES) * over
     if rows < 1 or rows % (over * parts):
         raise UserError(
-            f"--batch_size={rows} does not divide over data x fsdp = {over} devices x train.accumulate={parts}: use a multiple"
+            f"--batch_size={rows} cannot be divided by data x fsdp = {over} devices x train.accumulate={parts}: use a multiple"
             f" of {over * parts}."
         )
     return make_workload(run, settings_of(run.llm.path), settings_of(run.prefix.backbone), rows)
 
 
 def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) -> Workload:
-    """The step of a stage's config with these models, on the largest batch that `data/rows/` makes of long enough data:
-    most batches are smaller. Raises UserError where the models have no room for it."""
+    """The step of a stage's config with these models, on the largest batch that `data/rows/` can make: most batches are
+    smaller. Raises UserError if it does not fit the models' windows."""
     check_windows(config, llm, backbone)
     data, vectors = config.data, config.prefix.length
     demos = sampling.demo_budget(data.max_demo_tokens, llm.window, 1, backbone.window, vectors)
     if config.stage == "pretrain":
-        inputs = 0  # all of a text's continuation is said
+        inputs = 0  # the decoder predicts all of a text's continuation
         text = data.max_text_tokens
         _, query = sampling.split_text(text, data.beta, text)
         demos, _ = sampling.split_text(text, data.beta, demos)

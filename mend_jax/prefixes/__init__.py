@@ -1,4 +1,4 @@
-"""What stands before a query: `Prefix`, and one file for each kind of it. `KINDS` names the kinds."""
+"""What precedes a query: `Prefix`, and one file for each kind of prefix. `KINDS` lists the kinds."""
 
 from mend_jax.prefixes.chunked import Chunked
 from mend_jax.prefixes.demonstrations import Demonstrations
@@ -11,5 +11,5 @@ KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Nothing, Demonstrat
 
 
 def kind_of(config) -> type[Kind]:
-    """The kind that a run's config trains (prefix.kind)."""
+    """The kind of prefix that a run's config trains (prefix.kind)."""
     return KINDS[config.prefix.kind]

@@ -1,11 +1,11 @@
-"""Demonstrations of any number: they are packed into chunks that fit the distiller's window, each chunk is distilled, and the
+"""Any number of demonstrations: they are packed into chunks that fit the distiller's window, each chunk is distilled, and the
 chunks' vectors are joined.
 
-    concat   l vectors for each chunk, one chunk after another, as far as the LLM's window goes
+    concat   l vectors per chunk, one chunk after another, as many as the LLM's window holds
     mean     l vectors: the mean over the chunks
 
-A chunk is distilled as if it were alone, so that one can be added or removed without redoing the others (`distill_chunks`,
-`join_chunks`). It needs no training: the parameters are those of a distiller. It can be trained on as one, too.
+A chunk is distilled as if it were alone, so that chunks can be added or removed without redoing the others (`distill_chunks`,
+`join_chunks`). This kind needs no training: its parameters are those of a distiller. It can also be trained further.
 
 Axes: B batch, C chunks, W columns of a chunk, N = C * W, L vectors of a chunk.
 """
@@ -43,25 +43,25 @@ class Chunked(Kind):
     params: Any  # the distiller's
     join: str = "concat"  # or "mean"
     chunk_tokens: int = 0  # W; 0: the distiller's window
-    chunk_demos: int = 16  # demonstrations of a chunk, at most
+    chunk_demos: int = 16  # demonstrations in a chunk, at most
 
     def __post_init__(self):
         if self.join not in JOINS:
-            raise UserError(f'The vectors of chunks are joined by {" or ".join(JOINS)}, not by "{self.join}".')
+            raise UserError(f'The vectors of chunks can be joined by {" or ".join(JOINS)}, not by "{self.join}".')
 
     @classmethod
     def around(
         cls, distiller: Distiller, join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0
     ) -> "Chunked":
-        """`distiller` as it is, reading chunk by chunk.
+        """`distiller` with its parameters unchanged, reading chunk by chunk.
 
         Args:
-            distiller: of `load_distiller`.
+            distiller: from `load_distiller`.
             join: "concat" or "mean".
-            chunk_demos: demonstrations of a chunk, at most; best what the distiller was trained with.
-            chunk_tokens: tokens of a chunk, at most; 0 is the distiller's window.
+            chunk_demos: demonstrations in a chunk, at most; best the number that the distiller was trained with.
+            chunk_tokens: tokens in a chunk, at most; 0 means the distiller's window.
         Raises:
-            UserError: another `join`.
+            UserError: an unknown `join`.
         """
         return cls(distiller, distiller.params, join, chunk_tokens, chunk_demos)
 
@@ -103,7 +103,7 @@ class Chunked(Kind):
         return self.distiller.module
 
     def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens, in which a chunk is W columns and `EMPTY` fills it up, with lengths (B,) of whole chunks ->
+        """(B,N) int32 tokens in chunks of W columns, filled up with `EMPTY`, with lengths (B,) of whole chunks ->
         Prefix((B,C*L,llm_width), (B,)) for "concat", Prefix((B,L,llm_width), (B,)) for "mean"."""
         B, W = demos.shape[0], self.width
         inside = (jnp.arange(demos.shape[1]) < length[:, None]) & (demos != EMPTY)
@@ -120,7 +120,7 @@ class Chunked(Kind):
         Returns:
             Prefix((1, C * l, llm_width) or, for "mean", (1, l, llm_width), (1,) int32).
         Raises:
-            UserError: no demonstrations, one that is longer than a chunk, or what `Distiller.distill` refuses.
+            UserError: no demonstrations, one that is longer than a chunk, or anything that `Distiller.distill` rejects.
         """
         return self.join_chunks(self.distill_chunks(self.chunks(demos)))
 
@@ -131,8 +131,8 @@ class Chunked(Kind):
         placed = packing.chunk_of([len(piece) for piece in pieces])
         if len(placed) < len(pieces):
             raise UserError(
-                f"Demonstration {len(placed)} has {len(pieces[len(placed)])} tokens, a chunk holds {self.width}: shorten it or "
-                "leave it out."
+                f"Demonstration {len(placed)} has {len(pieces[len(placed)])} tokens, but a chunk holds {self.width}: shorten it "
+                "or leave it out."
             )
         return [
             np.concatenate([piece for piece, at in zip(pieces, placed, strict=True) if at == chunk])
@@ -140,14 +140,14 @@ class Chunked(Kind):
         ]
 
     def distill_chunks(self, chunks) -> jax.Array:
-        """(C,L,llm_width): the vectors of each chunk, bit for bit the same whatever the other chunks are."""
+        """The vectors of each chunk, (C,L,llm_width), bit for bit the same whatever the other chunks are."""
         rows = np.zeros((len(chunks), self.width), np.int32)
         for row, chunk in zip(rows, chunks, strict=True):
             row[: len(chunk)] = chunk
         return _distill_rows(self.module, self.params, rows, np.asarray([len(chunk) for chunk in chunks], np.int32))
 
     def join_chunks(self, vectors) -> Prefix:
-        """The prefix of chunks' vectors (C,L,llm_width), of `distill_chunks` or of several calls of it, concatenated."""
+        """The prefix of chunks' vectors (C,L,llm_width), from one call of `distill_chunks` or several, concatenated."""
         return _joined(self.join, jnp.asarray(vectors)[None], jnp.ones((1, len(vectors)), jnp.int32))
 
     def _pieces(self, demos) -> list[np.ndarray]:
@@ -187,7 +187,7 @@ class Chunked(Kind):
         Distiller.check(config, backbone, llm)
         if config.data.release_truncation:
             raise UserError(
-                "data.release_truncation cuts a context anywhere, chunks hold whole demonstrations: set it to false."
+                "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
             )
 
     @classmethod
@@ -195,7 +195,7 @@ class Chunked(Kind):
         return cls.of_trained(Distiller.init(config, llm, seed, place), config, "")
 
     def fit(self, shown, own, limit: int, room: int) -> int:
-        """All that the chunks hold: the LLM reads none of them. `limit` is that of a chunk."""
+        """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit` is that of a chunk."""
         del shown
         return len(self._packing(room).chunk_of([size if size <= limit else 2**30 for size in own]))
 
@@ -268,8 +268,8 @@ class Chunked(Kind):
 
 @partial(jax.jit, static_argnums=0)
 def _distill_rows(module: DistillerModule, params, rows, sizes):
-    """One call, but chunk after chunk: products of more rows would round otherwise, and a chunk's vectors would depend, in their
-    last bits, on how many others there are."""
+    """Distils all rows in one call, but chunk by chunk: products of more rows would round differently, so the last bits of a
+    chunk's vectors would depend on the number of other chunks."""
 
     def one(chunk):
         return module.apply({"params": params}, *(a[None] for a in chunk))[0]
@@ -278,7 +278,7 @@ def _distill_rows(module: DistillerModule, params, rows, sizes):
 
 
 def _joined(join: str, vectors, sizes) -> Prefix:
-    """(B,C,L,D) vectors of chunks of `sizes` (B,C) tokens, 0 where there is no chunk, those last -> the prefix."""
+    """(B,C,L,D) vectors of chunks of `sizes` (B,C) tokens -> the prefix. A size of 0 means no chunk; these come last."""
     B, C, L, D = vectors.shape
     there = (sizes > 0).astype(vectors.dtype)
     count = (sizes > 0).sum(1)

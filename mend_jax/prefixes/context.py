@@ -1,4 +1,4 @@
-"""Demonstrations as a caller gives them, texts or token ids, as padded tokens: what every kind of prefix reads.
+"""Turns the caller's demonstrations, texts or token ids, into padded tokens, which every kind of prefix reads.
 
 Axes: B contexts, N demonstration tokens.
 """
@@ -14,11 +14,11 @@ from mend_jax.models.families import Config
 def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, separator: str = " "):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
     if not hasattr(demos, "__len__"):
-        raise UserError(f"Demonstrations are a list, not {demos!r}: give token ids, or [(input, output), ...].")
+        raise UserError(f"Demonstrations must be a list, not {demos!r}: give token ids, or [(input, output), ...].")
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")
     if isinstance(demos, str) or isinstance(demos[0], str):
-        raise UserError("Demonstrations as texts are a list of (x, y) pairs, not a text: give [(input, output), ...].")
+        raise UserError("Text demonstrations must be a list of (x, y) pairs, not a text: give [(input, output), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
         demos = [pair_tokens(demos, tokenizer, separator)]
     elif not hasattr(demos[0], "__len__") or np.ndim(demos[0]) == 0:
@@ -30,7 +30,8 @@ def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, sepa
         wrong = next((int(token) for token in row if not 0 <= token < config.vocab_size), None)
         if wrong is not None:
             raise UserError(
-                f"The demonstrations hold token {wrong}, the {reader} has {config.vocab_size}: use its own tokenizer."
+                f"The demonstrations hold token {wrong}, but the {reader} knows {config.vocab_size} tokens: use the {reader}'s"
+                " own tokenizer."
             )
     longest = max(len(row) for row in demos)
     if longest > window:
@@ -45,7 +46,7 @@ def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, sepa
 
 
 def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`: at most a third is padding."""
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`; above 16 at most a third is padding."""
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -53,18 +54,18 @@ def bucket(length: int) -> int:
 
 
 def pad_columns(tokens, window: int):
-    """(B,N) tokens with N padded to its bucket, or to the window where that is less."""
+    """(B,N) tokens with N padded to its bucket, or to the window if that is smaller."""
     return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))
 
 
 def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
-    """The context of (x, y) string pairs: each x and y behind the separator, as in training."""
+    """The context of (x, y) string pairs: each x and y with the separator in front, as in training."""
     if tokenizer is None:
-        raise UserError("Demonstrations as texts need a tokenizer: give token ids, or a folder with tokenizer files.")
+        raise UserError("Text demonstrations need a tokenizer: give token ids, or a folder with tokenizer files.")
     wrong = next(
         (p for p in pairs if isinstance(p, str) or len(p) != 2 or not all(isinstance(t, str) for t in p)), None
     )
     if wrong is not None:
-        raise UserError(f"A demonstration is a pair of texts, (input, output), not {wrong!r}.")
+        raise UserError(f"A demonstration must be a pair of texts, (input, output), not {wrong!r}.")
     texts = [separator + text for pair in pairs for text in pair]
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]

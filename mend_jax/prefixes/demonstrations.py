@@ -9,14 +9,14 @@ from mend_jax.prefixes.prefix import Prefix
 
 
 def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
-    """Vanilla ICL: the embedded demonstrations.
+    """The embedded demonstrations as a prefix: Vanilla ICL.
 
     Args:
-        llm: of `load_llm`.
+        llm: from `load_llm`.
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
-        separator: stands before every x and y of texts; that of a distiller is `distiller.separator`.
+        separator: put before every x and y of texts; a distiller's is `distiller.separator`.
     Returns:
-        Prefix((B, P, llm_width), (B,)) in the LLM's dtype, B the number of contexts, P the tokens of the longest.
+        Prefix((B, P, llm_width), (B,)) in the LLM's dtype; B is the number of contexts, P the tokens of the longest.
     Raises:
         UserError: no demonstrations or an empty context, texts without a tokenizer, a token that the LLM does not have, or
             more tokens than its window.

@@ -1,7 +1,7 @@
 """The trainable model from demonstrations to vectors (paper, section 3.1).
 
 A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its states
-there, projected to the LLM's width, are the vectors.
+at the placeholders, projected to the LLM's width, are the vectors.
 
 Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
@@ -36,7 +36,7 @@ from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
 PROJECTIONS = ("tanh", "linear", "identity")
-SETTINGS = "distiller_config.json"  # of an exported folder
+SETTINGS = "distiller_config.json"  # in an exported folder
 TENSORS = "distiller.safetensors"
 MODULE = "mend_distiller.py"
 
@@ -47,19 +47,19 @@ projection to the LLM's width: {projection}. It reads {window} demonstration tok
 
 ## Use
 
-In PyTorch, with `mend_distiller.py` of this folder (torch, transformers, safetensors; nothing else):
+In PyTorch, with this folder's `mend_distiller.py` (needs only torch, transformers and safetensors):
 
 ```python
 import sys
 
 import torch
 
-sys.path.append(folder)  # this one, where mend_distiller.py is
+sys.path.append(folder)  # this folder, which holds mend_distiller.py
 from mend_distiller import MendDistiller
 
 distiller = MendDistiller.from_pretrained(folder)
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
-# llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
+# llm, tokenizer: {llm}, in transformers. Training put {separator} before every x and y, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
@@ -67,17 +67,17 @@ logits = llm(inputs_embeds=embeds).logits
 
 In JAX: `{load}(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
 
-Every x, y and option is tokenised behind {separator}; `distill` does so itself. The backbone alone: `AutoModel.from_pretrained(folder)`. Where there
-is a folder `release/`, it holds the same distiller in the layout of the method's public PyTorch release.
+Every x, y and option is tokenised with {separator} in front; `distill` does so itself. `AutoModel.from_pretrained(folder)`
+loads the backbone alone. If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
 
 
 class DistillerModule(nn.Module):
     """The distiller as a function of its parameters: {"backbone": a model's tree without a head, "placeholders": (L,D)} and,
-    where there is a projection, {"projection": {"kernel": (D,llm_width), "bias": (llm_width,)}}."""
+    if there is a projection, {"projection": {"kernel": (D,llm_width), "bias": (llm_width,)}}."""
 
-    config: Config  # of the backbone
+    config: Config  # the backbone's
     length: int  # L
     llm_width: int
     projection: str  # "tanh", "linear" or "identity"
@@ -88,7 +88,7 @@ class DistillerModule(nn.Module):
     @nn.compact
     def __call__(self, demos, length):
         """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`."""
-        # The backbone's tree is read as a whole, as models/ reads it; only `init` makes a random one.
+        # The backbone's tree is one param, in the form that models/ reads; only `init` makes a random one.
         given = self.has_variable("params", "backbone")
         backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
         own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
@@ -102,7 +102,7 @@ class DistillerModule(nn.Module):
         return init_params(self.config, key)
 
     def _states_at(self, placeholders, backbone, context: Prefix):
-        """The backbone's states at the placeholders (B,L,D), which it reads behind the context."""
+        """The backbone's states at the placeholders (B,L,D), which it reads after the context."""
         dtype = jnp.dtype(self.dtype)
         if isinstance(self.config, EncoderDecoderConfig):
             L = placeholders.shape[1]
@@ -112,13 +112,13 @@ class DistillerModule(nn.Module):
         return continue_after(model, backbone, context, placeholders)
 
     def shapes(self):
-        """The parameter tree as `jax.ShapeDtypeStruct`s: nothing is made."""
+        """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""
         tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
 
 
 class _Projection(nn.Module):
-    """To the LLM's width."""
+    """Projects states to the LLM's width."""
 
     width: int
     dtype: str
@@ -132,7 +132,7 @@ class _Projection(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distiller(Kind):
-    """A distiller with its parameters and its tokenizer: MEND, or HyperTuning (they differ in the losses alone)."""
+    """A distiller with its parameters and its tokenizer: MEND or HyperTuning, which differ only in their losses."""
 
     name, title, reads_demos = "distiller", "a distiller", True
     begins_with = ("distiller",)
@@ -163,7 +163,7 @@ class Distiller(Kind):
 
     @property
     def window(self) -> int:
-        """Demonstration tokens it can read: its positions less one for each vector."""
+        """The number of demonstration tokens that it can read: its positions minus one for each vector."""
         return self.config.window - self.num_vectors
 
     @property
@@ -176,11 +176,11 @@ class Distiller(Kind):
         return DistillerModule(self.config, self.num_vectors, self.llm_width, *settings)
 
     def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, all L)."""
+        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, each L)."""
         return make_vectors(self.module, params, demos, length)
 
     def read(self, demos):
-        """Tokens (B,N) and lengths (B,) of what `distill` takes; N is one of few, because each is compiled."""
+        """Tokens (B,N) and lengths (B,) of the input of `distill`; N is one of few sizes, because each is compiled."""
         reader = (self.tokenizer, self.config, self.window, "distiller", self.separator)
         tokens, length = demo_tokens(demos, *reader)
         return pad_columns(tokens, self.window), length
@@ -190,11 +190,11 @@ class Distiller(Kind):
 
         Args:
             demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs
-                where the distiller came with a tokenizer.
+                if the distiller has a tokenizer.
         Returns:
-            Prefix((B, L, llm_width) in `dtype`, (B,) int32, all L), B the number of contexts (paper, section 3.1).
+            Prefix((B, L, llm_width) in `dtype`, (B,) int32, each L); B is the number of contexts (paper, section 3.1).
         Raises:
-            UserError: no demonstrations, what is neither ids nor pairs of texts, no tokenizer for texts, a token that the
+            UserError: no demonstrations, neither ids nor pairs of texts, no tokenizer for texts, a token that the
                 distiller does not have, or more tokens than its window.
         """
         tokens, length = self.read(demos)
@@ -215,9 +215,9 @@ class Distiller(Kind):
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Distiller":
-        """From the backbone's weights, as the section `prefix` of a run's config says (configs/base.py).
+        """A distiller made from the backbone's weights, by the section `prefix` of a run's config (configs/base.py).
 
-        `place` as in `load_llm`; what is small is wherever it was made.
+        `place` is as in `load_llm`; small parameters stay where they were made.
         """
         prefix = config.prefix
         backbone = load_model(prefix.backbone, place=place)
@@ -247,7 +247,7 @@ class Distiller(Kind):
         return costs.distil(self.config, llm, len(context), self.num_vectors)
 
     def facts(self) -> dict:
-        own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # the usual one is not named
+        own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # the usual dtype is not recorded
         return {"projection": self.projection} | own
 
     def placed(self, put, dtype: str) -> "Distiller":
@@ -281,7 +281,7 @@ class Distiller(Kind):
         return read_folder(folder, place)
 
     def settings(self) -> dict:
-        """What `SETTINGS` of an exported folder holds."""
+        """The content of `SETTINGS` in an exported folder."""
         return {
             "num_vectors": self.num_vectors,
             "width": self.config.width,
@@ -300,7 +300,7 @@ class Distiller(Kind):
         )
 
     def card_text(self, llm: str, shape: str, load: str) -> str:
-        """The card's text, `shape` that of what `distill` returns and `load` the function that reads the folder."""
+        """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder."""
         return CARD.format(
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
@@ -324,16 +324,16 @@ def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:
     return Prefix(vectors, jnp.full((demos.shape[0],), vectors.shape[1], jnp.int32))
 
 
-_distill = partial(jax.jit, static_argnums=0)(make_vectors)  # one for all distillers: each shape is compiled once
+_distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:
-    """What "auto" stands for; `identity` needs equal widths."""
+    """The projection, with "auto" resolved. Raises UserError if `identity` is given for unequal widths."""
     if projection == "auto":
         return "identity" if width == llm_width else "tanh"
     if projection == "identity" and width != llm_width:
         raise UserError(
-            f'prefix.projection="identity" needs a backbone as wide as the LLM, not {width} against {llm_width}: use "tanh" or "linear".'
+            f'prefix.projection="identity" needs a backbone as wide as the LLM ({llm_width}), not {width}: use "tanh" or "linear".'
         )
     return projection
 
@@ -342,7 +342,7 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
 
 
 def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None = None) -> None:
-    """The distiller as a Hugging Face folder, without card and release files; `settings` instead of its own."""
+    """Writes the distiller as a Hugging Face folder, without card and release files; `settings` replace its own."""
     folder, params = Path(folder), distiller.params
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
@@ -360,7 +360,7 @@ def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None
 
 
 def read_folder(folder: Path, place: Place | None = None) -> Distiller:
-    """The distiller that `write_folder` wrote. Raises UserError where a file is damaged or of another model."""
+    """The distiller that `write_folder` wrote. Raises UserError if a file is damaged or belongs to another model."""
     settings = read_settings(folder)
     try:
         projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
@@ -368,7 +368,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         raise _unreadable(folder, error) from None
     if projection not in PROJECTIONS:
         raise UserError(
-            f"{folder / SETTINGS} says projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
+            f"{folder / SETTINGS} has projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
         )
     config, where = from_hf_config(folder), folder / TENSORS
     own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
@@ -386,13 +386,13 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
 
 
 def read_settings(folder: Path) -> dict:
-    """`SETTINGS` of an exported folder. Raises UserError where it is damaged."""
+    """The settings in `SETTINGS` of an exported folder. Raises UserError if the file is damaged."""
     try:
         settings = json.loads((folder / SETTINGS).read_text())
     except ValueError as error:
         raise _unreadable(folder, error) from None
     if not isinstance(settings, dict):
-        raise _unreadable(folder, "it is no JSON object")
+        raise _unreadable(folder, "it is not a JSON object")
     return settings
 
 

@@ -1,9 +1,9 @@
-"""What a kind of prefix is: all that the rest of the program asks about it. Each kind is a file beside this one.
+"""The interface of a kind of prefix: all that the rest of the program asks of it. Each kind is a file beside this one.
 
-A kind is asked three times. Before anything is loaded, its class is: does it read demonstrations, with which backbone, how
-many positions of the LLM does it take. While it trains, its instance is: `apply` makes a prefix from `params`. When it is
-used, its instance is: what it read, what that cost, what an export of it holds. A new kind is a subclass in a file of its
-own, and a line in `KINDS` (prefixes/__init__.py).
+A kind is used in three phases. Before anything is loaded, its class says whether it reads demonstrations, with which
+backbone, and how many positions it takes in the LLM. In training, the `apply` of an instance makes a prefix from `params`.
+In use, the instance says what it read, what that cost and what an export contains. A new kind is a subclass in its own
+file and a line in `KINDS` (prefixes/__init__.py).
 
 Axes: B batch, N demonstration tokens, L vectors, D width.
 """
@@ -26,13 +26,13 @@ from mend_jax.run.sharding import Place
 
 
 class Kind:
-    """A way to make a prefix. The defaults are those of a kind that has nothing to train and reads no demonstrations."""
+    """A way to make a prefix. The defaults suit a kind that has nothing to train and reads no demonstrations."""
 
     name: ClassVar[str]  # its key in `KINDS`, and `prefix.kind` of a run that trains it
-    title: ClassVar[str]  # in a sentence: "a soft prompt"
-    method = ""  # its name in evaluate.methods, where it needs no training
+    title: ClassVar[str]  # its name in a sentence: "a soft prompt"
+    method = ""  # its name in evaluate.methods, if it needs no training
     reads_demos = False
-    # The kinds whose trained parameters it can begin with, and the fields of a config that must then be the same.
+    # The kinds whose trained parameters it can start from, and the fields of a config that must then be the same.
     begins_with: ClassVar[tuple[str, ...]] = ()
     same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "data.bos", "llm.path")
 
@@ -45,23 +45,23 @@ class Kind:
         None  # config.data.bos of its training: what its vectors stand behind; None: nothing is known of it
     )
 
-    # Asked of the class, by a run's config
+    # Asked of the class, given a run's config
 
     @classmethod
     def backbone(cls, config) -> str:
-        """The folder or hub name of the model that it starts from and reads with; "" where there is none."""
+        """The folder or hub name of the model that it starts from and reads with; "" if there is none."""
         return ""
 
     @classmethod
     def positions(cls, config) -> int:
-        """Positions of the LLM that it takes at most while it trains."""
+        """The most positions that it takes in the LLM during training."""
         return config.prefix.length
 
     @classmethod
     def packing(cls, config, window: int) -> sampling.Packing | None:
-        """How contexts are laid out for it in training where it reads them in chunks; None: one after another.
+        """The layout of training contexts if it reads them in chunks; None: demonstrations one after another.
 
-        `window` is of its backbone.
+        `window` is that of its backbone.
         """
         return None
 
@@ -72,95 +72,95 @@ class Kind:
 
     @classmethod
     def check(cls, config, backbone, llm) -> None:
-        """Raises UserError where the settings of the two models (models/config.py) do not go together."""
+        """Raises UserError if the settings of the two models (models/config.py) are incompatible."""
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Kind":
-        """A fresh one for `llm`. `place` as in `load_llm`."""
+        """A new, untrained instance for `llm`. `place` is as in `load_llm`."""
         raise TypeError(f"{cls.title} has nothing to train")
 
     # Asked of an instance
 
     def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens with lengths (B,) -> the B prefixes. Differentiable in `params`."""
+        """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
         raise NotImplementedError
 
     @property
     def reader(self):
-        """The settings of the model that reads the demonstrations (models/config.py); None where none of its own does."""
+        """The settings of its own model that reads the demonstrations (models/config.py); None if it has none."""
         return None
 
     def fit(self, shown: Sequence[int], own: Sequence[int], limit: int, room: int) -> int:
-        """How many demonstrations of these lengths, from the first on, make one context.
+        """How many demonstrations of these lengths, counted from the first, make one context.
 
         Args:
-            shown: tokens of each to the LLM.
-            own: tokens of each to this kind's tokenizer.
+            shown: the length of each in the LLM's tokens.
+            own: the length of each in the tokens of this kind's tokenizer.
             limit: data.max_demo_tokens.
             room: positions that the LLM has left beside the longest query.
         """
         return min(sampling.fit_demos(shown, min(limit, room)), sampling.fit_demos(own, min(limit, self.window)))
 
     def lay_out(self, pairs, room: int) -> np.ndarray:
-        """The context (N,) int32 of the (x, y) pairs of token ids that fit, as `apply` reads it."""
+        """The context (N,) int32 of those (x, y) pairs of token ids that fit, in the form that `apply` reads."""
         return sampling.join_demos(pairs)
 
     def columns(self, length: int, sizes: Sequence[int]) -> int:
-        """Columns that a context of `length` is padded to: one of few, because each is compiled. `sizes` are the config's."""
+        """The padded columns of a context of `length`: one of few sizes, because each is compiled. `sizes` are the config's."""
         return min(self.window, min((size for size in sizes if size >= length), default=bucket(length)))
 
     def flops(self, llm, context: np.ndarray) -> int:
-        """FLOPs of making the prefix of a context (N,), as `lay_out` made it; `llm` are the LLM's settings."""
+        """FLOPs of making the prefix of a context (N,) from `lay_out`; `llm` are the LLM's settings."""
         return 0
 
     def facts(self) -> dict:
-        """What else than its parameters decides its vectors: part of the key of its predictions."""
+        """What decides its vectors besides its parameters: part of the key of its predictions."""
         return {}
 
-    # Used where it was not trained
+    # Used without training, or as another kind than it was trained as
 
     @classmethod
     def beside(cls, llm) -> "Kind":
-        """One that needs no training (`method`), for an LLM."""
+        """An instance that needs no training (`method`), for an LLM."""
         raise TypeError(f"{cls.title} needs training")
 
     @classmethod
     def of_trained(cls, model: "Kind", config, path: str) -> "Kind":
-        """What was trained in `path` as one of the kinds that this one begins with, used as this one, as `config`
-        says. Raises UserError for another kind."""
+        """`model`, trained in `path` as a kind that this one can start from, used as this kind with the settings of
+        `config`. Raises UserError for other kinds."""
         if model.name != cls.name:
             raise UserError(
-                f"{path} holds {model.title}, which cannot be used as {cls.title}: name another workdir, or no kind."
+                f"{path} holds {model.title}, which cannot be used as {cls.title}: name another workdir, or leave the kind out."
             )
         return model
 
     def placed(self, put: Callable[[Any], Any], dtype: str) -> "Kind":
-        """With its parameters where `put` puts a tree, and its arithmetic in `dtype`."""
+        """A copy with its parameters placed by `put`, and its arithmetic in `dtype`."""
         return dataclasses.replace(self, params=put(self.params))
 
-    # Kept in files
+    # Stored in files
 
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Kind":
-        """That of a training workdir: the run's config as nested dicts, its parameters, the folder of its backbone."""
+        """The instance of a training workdir, from the run's config (nested dicts), parameters and backbone folder."""
         raise TypeError(f"{cls.title} is not trained")
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
-        """Whether an exported folder holds one."""
+        """Whether an exported folder holds this kind."""
         return False
 
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Kind":
-        """That of an exported folder."""
+        """The instance in an exported folder."""
         raise TypeError(f"{cls.title} is not exported")
 
     def write(self, folder: Path) -> str:
-        """Writes what `from_folder` reads, and what uses it without this project; returns a sentence on it."""
+        """Writes the files that `from_folder` reads and those to use it without this project; returns a sentence about them."""
         raise TypeError(f"{self.title} is not exported")
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
-        """(title, text) of its model card: what it is, and how it is used with the LLM of that name; data.template of its training."""
+        """(title, text) of its model card: what it is and how to use it with the LLM named `llm`; `template` is data.template."""
         raise TypeError(f"{self.title} is not exported")
 
 

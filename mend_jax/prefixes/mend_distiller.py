@@ -9,8 +9,8 @@
     logits = llm(inputs_embeds=embeds).logits
 
 Needs torch, transformers and safetensors. Axes: B contexts, N demonstration tokens, L vectors, D backbone width.
-A distiller of chunks (`join` in distiller_config.json) packs whole demonstrations, in their order, into chunks that it reads one
-by one; their vectors stand behind each other ("concat") or are averaged ("mean").
+A distiller of chunks (`join` in distiller_config.json) packs whole demonstrations, in order, into chunks that it reads one
+by one; the chunks' vectors are concatenated ("concat") or averaged ("mean").
 MEND: Meta dEmonstratioN Distillation for Efficient and Effective In-Context Learning (Li et al., ICLR 2024), 3.1.
 """
 
@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
 
 class MendDistiller(nn.Module):
-    """A decoder, or T5's encoder, reads the demonstrations and then L placeholders; its states there, projected, are the
-    vectors."""
+    """A decoder, or T5's encoder, that reads the demonstrations and then L placeholders; its states at the placeholders,
+    projected, are the vectors."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class MendDistiller(nn.Module):
         chunks=None,
     ):
         super().__init__()
-        width = backbone.get_input_embeddings().embedding_dim  # of its states too
+        width = backbone.get_input_embeddings().embedding_dim  # also the width of its states
         self.backbone = backbone
         self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
         self.activation = torch.tanh if projection == "tanh" else nn.Identity()
-        self.tokenizer, self.separator = tokenizer, separator  # of texts; the separator stands before every x and y
+        self.tokenizer, self.separator = tokenizer, separator  # for texts; the separator is put before every x and y
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
 
     @classmethod
@@ -66,21 +66,21 @@ class MendDistiller(nn.Module):
 
     @property
     def window(self) -> int:
-        """Demonstration tokens it can read: the backbone's positions (T5 has no last one) less one for each vector."""
+        """Demonstration tokens that it can read: the backbone's positions (T5 has no limit) minus one for each vector."""
         return getattr(self.backbone.config, "max_position_embeddings", 2**30) - len(self.placeholders)
 
     def forward(self, input_ids, lengths=None):
         """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width)."""
         B, N = input_ids.shape
         if self.window < N:
-            raise ValueError(f"the demonstrations have {N} tokens, the distiller reads at most {self.window}")
+            raise ValueError(f"the demonstrations have {N} tokens, but the distiller reads at most {self.window}")
         if lengths is None:
             lengths = torch.full((B,), N, device=input_ids.device)
         embeds = self.backbone.get_input_embeddings()(input_ids)
         L, D = self.placeholders.shape
         embeds = torch.cat([embeds, embeds.new_zeros(B, L, D)], dim=1)
-        # The placeholders stand right behind each row's last token: causal attention then never sees padding, T5's
-        # encoder must be told where it begins.
+        # The placeholders come right after each row's last token: causal attention then never sees padding, but T5's
+        # encoder must be told where the padding begins.
         places = (lengths[:, None] + torch.arange(L, device=input_ids.device))[..., None].expand(B, L, D)
         embeds = embeds.scatter(1, places, self.placeholders.to(embeds.dtype).expand(B, L, D))
         options = {"use_cache": False}
@@ -91,7 +91,7 @@ class MendDistiller(nn.Module):
 
     @torch.no_grad()
     def distill(self, demos):
-        """Vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context.
+        """The vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context.
 
         A distiller of chunks takes the demonstrations of one context: (x, y) string pairs, or the token ids of each.
         """
@@ -99,7 +99,7 @@ class MendDistiller(nn.Module):
             raise ValueError("there are no demonstrations, or an empty context: give at least one token")
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
-                raise ValueError("texts need a tokenizer, this folder has none: give token ids")
+                raise ValueError("texts need a tokenizer, but this folder has none: give token ids")
             texts = [self.separator + text for pair in demos for text in pair]
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             demos = [x + y for x, y in zip(ids[::2], ids[1::2], strict=True)] if self.chunks else [sum(ids, [])]
@@ -116,12 +116,12 @@ class MendDistiller(nn.Module):
         return vectors.flatten(0, 1)[None] if self.chunks[0] == "concat" else vectors.mean(0, keepdim=True)
 
     def _packed(self, demos):
-        """The token ids of each chunk: whole demonstrations, in their order."""
+        """The token ids of each chunk: whole demonstrations, in order."""
         _, most, size = self.chunks
         chunks, counts = [], []
         for number, demo in enumerate(demos):
             if len(demo) > size:
-                raise ValueError(f"demonstration {number} has {len(demo)} tokens, a chunk holds {size}: shorten it")
+                raise ValueError(f"demonstration {number} has {len(demo)} tokens, but a chunk holds {size}: shorten it")
             if not chunks or counts[-1] == most or len(chunks[-1]) + len(demo) > size:
                 chunks.append([])
                 counts.append(0)

@@ -1,4 +1,4 @@
-"""Zero-shot: nothing stands before the query."""
+"""Zero-shot: nothing precedes the query."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from mend_jax.prefixes.prefix import Prefix
 
 
 def no_prefix(batch_size: int, width: int) -> Prefix:
-    """Zero-shot: nothing stands before the query. Prefix((batch_size, 0, width) float32, zeros (batch_size,) int32).
+    """An empty prefix, for zero-shot: Prefix((batch_size, 0, width) float32, zeros (batch_size,) int32).
 
     Args:
         batch_size: rows; `score_options` takes one.
-        width: of the LLM's embeddings, `llm.config.width`.
+        width: that of the LLM's embeddings, `llm.config.width`.
     """
     return Prefix(jnp.zeros((batch_size, 0, width)), jnp.zeros((batch_size,), jnp.int32))
 

@@ -1,7 +1,7 @@
-"""A method is a prefix: what stands before a query, as embeddings with a length. What makes one is beside this file.
+"""A method is a prefix: what precedes a query, as embeddings with a length. The kinds of prefix are beside this file.
 
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D width.
-Every row is right-padded and carries a length; rows are joined contiguously, so positions are 0, 1, 2, ...
+Every row is right-padded and has a length; rows are joined without gaps, so positions are 0, 1, 2, ...
 """
 
 import jax
@@ -13,14 +13,14 @@ from mend_jax.models.decoder import Decoder
 
 @struct.dataclass
 class Prefix:
-    """What stands before a query, in the LLM's embedding space."""
+    """What precedes a query, in the LLM's embedding space."""
 
-    embeds: jax.Array  # (B,P,D) float32 or bfloat16; what reads them converts
+    embeds: jax.Array  # (B,P,D) float32 or bfloat16; the reader converts them
     length: jax.Array  # (B,) int32, at most P
 
 
 def join(prefix: Prefix, embeds, length=None):
-    """Rows of `embeds` (B,Q,D) put right where each prefix ends: ((B,P+Q,D), length (B,))."""
+    """Prefix rows, each followed without a gap by its row of `embeds` (B,Q,D): ((B,P+Q,D), length (B,))."""
     B, Q, D = embeds.shape
     if prefix.embeds.shape[1] == 0:
         return embeds, length
@@ -38,7 +38,7 @@ def continue_after(model: Decoder, params, prefix: Prefix, embeds):
     The LLM reads a query after a prefix, and a decoder distiller its placeholders after the demonstrations: one function.
     """
     joined, _ = join(prefix, embeds)
-    # Padding may reach beyond the window though no row does: it is cut off, and comes back as zeros.
+    # Padding may exceed the window though no row does: it is cut off, and its states are returned as zeros.
     beyond = max(0, joined.shape[1] - model.config.window)
     states = model.apply({"params": params}, joined[:, : joined.shape[1] - beyond])
     states = jnp.pad(states, ((0, 0), (0, beyond), (0, 0)))
@@ -46,6 +46,6 @@ def continue_after(model: Decoder, params, prefix: Prefix, embeds):
 
 
 def take_rows(states, start, count: int):
-    """`count` columns of (B,T,D) from each row's `start` (B,) on: (B,count,D)."""
+    """`count` columns of (B,T,D), starting at each row's `start` (B,): (B,count,D)."""
     shape = count, states.shape[2]
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice(row, (first, 0), shape))(states, start)

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
-# llm, tokenizer: {llm}, in transformers. Training read every x and y behind {separator}, without special tokens.
+# llm, tokenizer: {llm}, in transformers. Training put {separator} before every x and y, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
@@ -60,7 +60,7 @@ class SoftPrompt(Kind):
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
-        """In the LLM's embedding space, started as `prefix.placeholder_init` says."""
+        """A new soft prompt in the LLM's embedding space, initialised by `prefix.placeholder_init`."""
         del place  # it is small
         return cls({"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos)
 

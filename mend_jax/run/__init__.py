@@ -1,1 +1,1 @@
-"""A training run: what it is built of, where it lives, how it is saved and resumed."""
+"""A training run: its parts, its layout over devices, and how it is saved and resumed."""

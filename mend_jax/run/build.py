@@ -1,4 +1,4 @@
-"""What a run is made of, as its config says: the LLM, what is trained, the batches, the evaluation."""
+"""Builds the parts of a run from its config: the LLM, the model that is trained, the batches, the evaluation."""
 
 import dataclasses
 import math
@@ -20,9 +20,9 @@ from mend_jax.step import make_kd_fn
 
 
 def load(config, place=None):
-    """The LLM of a run: from its weights, or, in stage "lm" with a config.json alone, from random ones.
+    """The LLM of a run, with its weights or, in stage "lm" with only a config.json, with random ones.
 
-    `place` as in `load_llm`.
+    `place` is as in `load_llm`.
     """
     c, bos = config.llm, config.data.bos
     if config.stage != "lm":
@@ -47,7 +47,7 @@ def measured(config, llm, workdir):
 
 
 def build(config, llm, begins: bool = True, place=None):
-    """What is trained (prefix.kind); if the run `begins` there, with the params of `prefix.start_from`."""
+    """The model that is trained (prefix.kind); if the run `begins` now, with the params of `prefix.start_from`."""
     model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
@@ -62,13 +62,13 @@ def batches(config, llm, model, split, layout):
 
 
 def readers(config, llm, model) -> Readers:
-    """What the LLM, and the kind of prefix that is trained (None in stage "lm"), are to the data."""
+    """What the data must know about the LLM and the kind of prefix that is trained (None in stage "lm")."""
     own = None if model is None else model.reader
     return _readers(config, llm.tokenizer, llm.config, None if own is None else model.tokenizer, own)
 
 
 def readers_by_folders(config) -> Readers:
-    """As `readers`, before anything is loaded: by the config.json and the tokenizers of the models' folders."""
+    """As `readers`, but before anything is loaded: from the config.json and the tokenizers in the models' folders."""
     llm, backbone = local_folder(config.llm.path), "" if config.stage == "lm" else kind_of(config).backbone(config)
     own = local_folder(backbone) if backbone else None
     models = [None if folder is None else (load_tokenizer(folder), from_hf_config(folder)) for folder in (llm, own)]
@@ -76,7 +76,7 @@ def readers_by_folders(config) -> Readers:
 
 
 def _readers(config, tokenizer, llm, own_tokenizer, own) -> Readers:
-    """`llm`, `own`: the settings of the LLM and of the model that reads demonstrations for it, None where there is none."""
+    """`llm`, `own`: the settings of the LLM and of the model that reads demonstrations for it (None if there is none)."""
     kind = None if config.stage == "lm" else kind_of(config)
     packing = None if own is None else kind.packing(config, own.window)
     bos = bos_token(config.data.bos, tokenizer, config.llm.path)

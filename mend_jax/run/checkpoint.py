@@ -1,8 +1,8 @@
 """Save and restore a run: `<workdir>/checkpoints/<step>/{params,opt_state,meta}` and `<step>/checksums.json`.
 
-Orbax writes a step in the background; when it has finished, the SHA-256 of every file of the step is written beside them.
-A step without its checksums was interrupted, a step that does not agree with them is damaged: neither is ever used.
-Only trainable params, their optimizer state and a few numbers are here; the frozen LLM is always loaded from its source.
+Orbax writes a step in the background; when it has finished, the SHA-256 of every file of the step is written beside the files.
+A step without checksums was interrupted, and a step that does not match them is damaged: neither is ever used.
+Only trainable params, their optimizer state and a few numbers are saved; the frozen LLM is always loaded from its source.
 """
 
 import concurrent.futures
@@ -32,10 +32,10 @@ CONFIG = "config.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run that is training: keeps the newest two and the best.
+    """The checkpoints of one run in training: keeps the newest two and the best.
 
-    `maximize` says whether a higher score is better. Opening removes what an interrupted save left behind, and puts
-    what was damaged since aside.
+    `maximize`: whether a higher score is better. Opening removes the remains of an interrupted save and moves checkpoints
+    that have been damaged aside.
     """
 
     def __init__(self, workdir, maximize):
@@ -59,19 +59,19 @@ class Checkpoints:
 
     @property
     def steps(self):
-        """The whole checkpoints, oldest first."""
+        """The steps of the complete checkpoints, oldest first."""
         return sorted(self.scores)
 
     @property
     def best_step(self):
-        """The step with the best score so far, or None while nothing was evaluated."""
+        """The step with the best score so far, or None before the first evaluation."""
         return _best(self.scores, self.maximize)
 
     def save(self, step, params, opt_state, meta, score=None):
-        """Begins to save trees of which all processes write a part; returns before they are on disk.
+        """Starts to save the trees, of which every process writes a part; returns before they are on disk.
 
-        The trees are numpy, the same on all processes, or arrays split over the devices of all, which nobody will change.
-        `meta` is JSON; `score` that of the evaluation at this step.
+        The trees are numpy arrays, the same on all processes, or arrays sharded over all devices that no one will modify.
+        `meta` is JSON; `score` is that of the evaluation at this step.
         """
         self.wait()
         meta = dict(meta, step=step, score=score, maximize=self.maximize, shapes=shapes_of(params))
@@ -86,7 +86,7 @@ class Checkpoints:
         self.unfinished = step, self.background.submit(self._seal, step)
 
     def wait(self):
-        """Blocks until the last save is whole on disk, or says why it is not."""
+        """Blocks until the last save is complete on disk, or raises the reason why it is not."""
         if self.unfinished is None:
             return
         (step, future), self.unfinished = self.unfinished, None
@@ -94,9 +94,9 @@ class Checkpoints:
             future.result()
 
     def restore(self, params, opt_state):
-        """(step, params, opt_state, meta) of the newest whole checkpoint, or None.
+        """(step, params, opt_state, meta) of the newest complete checkpoint, or None.
 
-        The arguments give the shapes; where these have a sharding, each process reads its parts alone, else all as numpy.
+        The arguments give the shapes. If these have a sharding, each process reads only its parts, else everything as numpy.
         """
         if not self.steps:
             return None
@@ -106,7 +106,7 @@ class Checkpoints:
         return meta["step"], _read_tree(folder / "params", params), _read_tree(folder / "opt_state", opt_state), meta
 
     def close(self):
-        """Waits for the last save and ends the background threads; what went wrong is raised once, here or before."""
+        """Waits for the last save and ends the background threads; an error is raised once, here or earlier."""
         try:
             self.wait()
         finally:
@@ -116,16 +116,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _clear_disk_errors(self, step):
-        """Turns a full disk, however orbax reports it, into one sentence."""
+        """Turns a full disk, however orbax reports it, into a UserError of one sentence."""
         try:
             yield
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            earlier = "the earlier ones are intact" if len(self.steps) > 1 else "it would have been the first"
+            earlier = "earlier checkpoints are intact" if len(self.steps) > 1 else "it would have been the first"
             raise UserError(
-                f"The disk is full: checkpoint {step} could not be written to {self.folder}; {earlier}. Make room and give "
-                "the same command again."
+                f"The disk is full: checkpoint {step} could not be written to {self.folder}; {earlier}. Free some space "
+                "and run the same command again."
             ) from error
 
     def _seal(self, step):
@@ -138,7 +138,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which does not ask whether to stop: the processes agree on that by counting how often each has asked."""
+    """Orbax's manager without its own check for a stop: processes agree on that by counting how often each has checked."""
 
     def reached_preemption(self, step):
         return False
@@ -155,10 +155,10 @@ class _KeepBest:
 
 
 def load_best(workdir, place=None):
-    """(params, meta) of the best whole checkpoint of a training workdir, of the newest where none was evaluated.
+    """(params, meta) of the best complete checkpoint of a training workdir, or of the newest if none was evaluated.
 
-    params: nested dict of numpy arrays, or with `place` of arrays that lie where it says (sharding.py). A damaged checkpoint is named in a warning and the next best is used.
-    Raises UserError where the workdir holds no whole checkpoint.
+    params: nested dict of numpy arrays or, with `place`, of arrays placed by it (sharding.py). If a checkpoint is damaged, a
+    warning names it and the next best is used. Raises UserError if the workdir holds no complete checkpoint.
     """
     folder = Path(workdir).absolute() / FOLDER
     candidates = {}
@@ -169,7 +169,7 @@ def load_best(workdir, place=None):
         else:
             candidates[step] = read_meta(folder / str(step))
     if not candidates:
-        raise UserError(f"{workdir} holds no whole checkpoint: train there first, or name another workdir.")
+        raise UserError(f"{workdir} holds no complete checkpoint: train there first, or name another workdir.")
     maximize = candidates[max(candidates)]["maximize"]
     best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
     step = max(candidates) if best is None else best
@@ -177,19 +177,19 @@ def load_best(workdir, place=None):
 
 
 def has_checkpoint(workdir):
-    """Whether a training workdir holds a whole checkpoint."""
+    """Whether a training workdir holds a complete checkpoint."""
     folder = Path(workdir).expanduser().absolute() / FOLDER
     return any(find_damage(folder / str(step)) is None for step in reversed(_steps(folder)))
 
 
 def whole_steps(workdir):
-    """Steps of the checkpoints that are whole, oldest first."""
+    """The steps of the complete checkpoints, oldest first."""
     folder = Path(workdir).absolute() / FOLDER
     return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
 
 
 def read_step(workdir, step, place=None):
-    """The params of one step, as a nested dict of numpy arrays, or with `place` as in `load_best`."""
+    """The params of one step, as a nested dict of numpy arrays or, with `place`, as in `load_best`."""
     folder = Path(workdir).absolute() / FOLDER / str(step)
     template = _template(read_meta(folder)["shapes"])
     if place is not None:
@@ -200,7 +200,7 @@ def read_step(workdir, step, place=None):
 
 
 def find_damage(folder):
-    """What is wrong with a checkpoint's folder, as a sentence that names it; None where it is whole."""
+    """A sentence that names a checkpoint's folder and what is wrong with it; None if it is complete."""
     if not (folder / CHECKSUMS).exists():
         return f"The checkpoint {folder} was not finished (it has no {CHECKSUMS}) and is not used."
     try:
@@ -220,7 +220,7 @@ def find_damage(folder):
 
 
 def read_meta(folder):
-    """The numbers saved with a checkpoint: step, score, maximize, shapes, and what train.py adds."""
+    """The metadata saved with a checkpoint: step, score, maximize, shapes and whatever train.py adds."""
     return json.loads((folder / "meta" / "metadata").read_text())
 
 
@@ -231,24 +231,24 @@ def shapes_of(params):
 
 
 def check_shapes(saved, wanted, folder):
-    """Raises UserError, naming the first parameter that differs, where a checkpoint belongs to another model."""
+    """Raises UserError, which names the first parameter that differs, if a checkpoint belongs to another model."""
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             there, here = (_describe(s.get(name)) for s in (saved, wanted))
             raise UserError(
-                f"The checkpoint {folder} is of another model: parameter {name} is {there} there and {here} in this "
+                f"The checkpoint {folder} belongs to another model: parameter {name} is {there} there but {here} in this "
                 "configuration; use the configuration it was trained with, or another workdir."
             )
 
 
 def write_config(workdir, config):
-    """Keeps the resolved configuration as <workdir>/config.json."""
+    """Writes the resolved configuration to <workdir>/config.json."""
     content = config.to_dict() if hasattr(config, "to_dict") else config
     write_json(Path(workdir) / CONFIG, content, sort_keys=True)
 
 
 def read_config(workdir):
-    """The resolved configuration (nested dict) of a training workdir. Raises UserError where there is none."""
+    """The resolved configuration (nested dict) of a training workdir. Raises UserError if there is none."""
     path = Path(workdir) / CONFIG
     try:
         return json.loads(path.read_text())
@@ -259,12 +259,12 @@ def read_config(workdir):
 
 
 def _without_orbax_traces(record):
-    """Orbax prints the trace of a failed save from its threads; the error itself reaches us, and is said in one sentence."""
+    """Drops the traces that orbax's threads print for a failed save: the error also reaches us and becomes one sentence."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _WithoutClosedLoops:
-    """After a failed save, TensorStore's threads still report to orbax's event loop, which is closed: that is not news."""
+    """Ignores reports to orbax's closed event loop, which TensorStore's threads still send after a failed save."""
 
     def __init__(self, before):
         self.before = before
@@ -285,7 +285,7 @@ def _remove_unusable(folder):
 
 
 def _put_away(folder, step, damage):
-    """Removes a save that was interrupted; a checkpoint that was whole once stays beside the others, under another name."""
+    """Removes an interrupted save; renames a damaged checkpoint, which stays beside the others."""
     if not (folder / str(step) / CHECKSUMS).exists():
         logging.warning(damage)
         shutil.rmtree(folder / str(step))
@@ -304,13 +304,13 @@ def _best(scores, maximize):
     known = {step: score for step, score in scores.items() if score is not None and score == score}
     if not known:
         return None
-    # The earliest of equals: it was kept when the later one came.
+    # The earliest of equals, which was kept when the later one was saved.
     return min(known, key=lambda step: (-known[step] if maximize else known[step], step))
 
 
 def _read_tree(folder, template):
     types = jax.tree.map(_restore_type, template)
-    alone = ocp.options.MultiprocessingOptions(None, {jax.process_index()})  # a process reads without the others
+    alone = ocp.options.MultiprocessingOptions(None, {jax.process_index()})  # each process reads on its own
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as reader:
         return reader.restore(folder, args=ocp.args.PyTreeRestore(item=template, restore_args=types))
 
@@ -347,9 +347,9 @@ def _describe(shape_and_dtype):
 
 
 def _waiting_beside_the_step():
-    """Options of orbax's manager: its threads wait for other processes through JAX's coordinator, never on the devices.
+    """Options of orbax's manager, whose threads then wait for other processes through JAX's coordinator, not on the devices.
 
-    On the devices they would wait in the midst of the train steps, whose order must be the same on every process.
+    A wait on the devices would fall between train steps, and the order of programs must be the same on every process.
     """
     if jax.process_count() == 1:
         return {}
@@ -358,7 +358,7 @@ def _waiting_beside_the_step():
 
 
 def _spread(tree):
-    """Numpy arrays as one array over the processes, a part on each: orbax lets only process 0 write numpy arrays."""
+    """Numpy arrays as arrays sharded over the processes: orbax would let only process 0 write numpy arrays."""
     count = jax.process_count()
     if count == 1:
         return tree

@@ -1,21 +1,21 @@
-"""All that is verified before work starts, in one place and in the order in which it is asked: what costs least comes first.
+"""All checks before work starts, in one place and in the order in which they run: the cheapest come first.
 
 Each check raises `UserError`: one sentence that says what is wrong, where, and what to do.
 
 | when | what must hold | check |
 | --- | --- | --- |
-| a config is read | fields are known, of their types, in their ranges, and do not exclude each other | `cli.settings.check` |
-| a workdir is opened | the run goes on with the meaning it began with | `resume.check_resume` |
-| | the run it starts from has such a model | `resume.check_start` |
+| a config is read | fields are known, have the right type and range, and do not exclude each other | `cli.settings.check` |
+| a workdir is opened | a resumed run has the settings that it began with | `resume.check_resume` |
+| | the run that it starts from has a model of this kind | `resume.check_start` |
 | only config.json files are read | `CONFIG_CHECKS`, in their order | `check_config` |
-| models are loaded | tokenizers fit their models, and each other | `check_models` |
+| models are loaded | tokenizers fit their models and each other | `check_models` |
 | | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone` |
-| | of an evaluation: heads divide over the mesh | `sharding.check_heads` |
-| | of an evaluation: the LLM is that of the training (a warning) | `resume.check_llm` |
-| data are read | a task has enough examples; options can be told apart | `finetune.check_enough_examples`, `evaluation.check_options` |
+| | in an evaluation: the mesh divides the heads | `sharding.check_heads` |
+| | in an evaluation: the LLM is that of the training (a warning) | `resume.check_llm` |
+| data are read | a task has enough examples; an item has several options | `finetune.check_enough_examples`, `evaluation.check_options` |
 | | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items` |
 | | the data are those that the run began with | `resume.check_data` |
-| hours of several trainings begin | all of the above that needs no weights, for each training | `check_experiment` |
+| an experiment of several trainings begins | all of the above that needs no weights, for each training | `check_experiment` |
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ from mend_jax.scoring.tasks import check_longest, check_truncation
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What the config.json files of a run's models say; no weights."""
+    """The settings in the config.json files of a run's models; no weights."""
 
     llm: object  # settings of the LLM
-    kind: type[Kind] | None  # of the prefix; None in stage "lm"
+    kind: type[Kind] | None  # the kind of prefix; None in stage "lm"
     backbone: object | None  # settings of the model that reads demonstrations
 
     @classmethod
@@ -54,27 +54,27 @@ class Models:
 
 
 def check_lm(config, models: Models) -> None:
-    """Stage "lm" has one sequence to predict: no encoder."""
+    """Stage "lm" predicts one sequence, so its model has no encoder."""
     if config.stage == "lm" and not isinstance(models.llm, DecoderConfig):
         raise UserError(
-            f'Stage "lm" trains decoder-only models, {config.llm.path} is an encoder–decoder: name another llm.path.'
+            f'Stage "lm" trains decoder-only models, but {config.llm.path} is an encoder–decoder: set another llm.path.'
         )
 
 
 def check_kind(config, models: Models) -> None:
-    """The prefix kind can be made for this LLM, with this backbone."""
+    """This LLM and this backbone can have the kind of prefix."""
     if models.kind is not None:
         models.kind.check(config, models.backbone, models.llm)
 
 
 def check_lengths(config, models: Models) -> None:
-    """Prefix, queries and sequences go together in the models' windows."""
+    """Prefix, queries and sequences fit the models' windows."""
     vectors = None if models.kind is None else models.kind.positions(config)
     check_windows(config, models.llm, models.backbone, vectors)
 
 
 def check_mesh(config, models: Models) -> None:
-    """A mesh divides the heads of both models."""
+    """The mesh divides the heads of both models."""
     if config.train.parallel != "mesh":
         return
     tensor = sharding.mesh_sizes(config.mesh, jax.device_count())[sharding.TENSOR]
@@ -84,7 +84,7 @@ def check_mesh(config, models: Models) -> None:
 
 
 def check_files(config, models: Models) -> None:
-    """The texts and the tasks that the stage reads are there."""
+    """The texts and tasks that the stage reads exist."""
     del models
     text = str(config.data.text)
     if config.stage != "finetune" and text and not tfds_folder(text):
@@ -97,9 +97,9 @@ CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_files)
 
 
 def check_config(config, batch_size: str = "train.batch_size") -> None:
-    """A training's config, by its models' config.json files alone; nothing large is read.
+    """Checks a training's config against its models' config.json files alone; reads nothing large.
 
-    `batch_size` names the field that the user set.
+    `batch_size` is the name of the field that the user set.
     """
     check_batch_size(config, batch_size)
     models = Models.of(config)
@@ -108,7 +108,7 @@ def check_config(config, batch_size: str = "train.batch_size") -> None:
 
 
 def check_workdir(workdir, config, resumes: bool, finished: bool) -> None:
-    """A training's workdir goes on with the same meaning; where it is new, the run that it starts from has a fitting model."""
+    """A resumed workdir has the same settings; if it is new, the run that it starts from has a fitting model."""
     if resumes:
         resume.check_resume(workdir, config, finished)
     elif config.stage != "lm" and config.prefix.start_from:
@@ -116,7 +116,7 @@ def check_workdir(workdir, config, resumes: bool, finished: bool) -> None:
 
 
 def check_models(config, llm, model: Kind | None) -> None:
-    """The LLM has a tokenizer that fits it, and so has what reads demonstrations for it (None: stage "lm")."""
+    """The LLM has a tokenizer that fits it, and so has the model that reads demonstrations for it (None: stage "lm")."""
     check_tokenizer(llm.tokenizer, llm.config.vocab_size, config.llm.path)
     if config.data.bos == NONE and bos_token("auto", llm.tokenizer, llm.path) is not None:
         reporting.say(
@@ -128,16 +128,14 @@ def check_models(config, llm, model: Kind | None) -> None:
     check_backbone(llm.tokenizer, model.tokenizer, model.reader.vocab_size, config.prefix.backbone)
     if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
         check_truncation(config)
-        reporting.say(
-            "The distiller has a tokenizer of its own: what it reads is tokenised for it as well as for the LLM."
-        )
+        reporting.say("The distiller has its own tokenizer: contexts are tokenised both for it and for the LLM.")
 
 
 def check_experiment(config, trainings) -> None:
-    """What hours of training lead to: reads all that will be evaluated, and measures what the models can read.
+    """Checks an experiment before hours of training: reads all test data and checks that it fits the models' windows.
 
     Args:
-        config: the experiment's.
+        config: the experiment's config.
         trainings: (config, name of the field of its batch size) of each training.
     """
     for c, batch_size in trainings:

@@ -1,12 +1,12 @@
-"""Several processes of one command: JAX's own distributed runtime, started where this process is one of several.
+"""Several processes of one command: JAX's own distributed runtime, started if this process is one of several.
 
-| where | how JAX learns address, number and index |
+| where | how JAX learns the address, the number of processes and the index |
 | --- | --- |
 | SLURM step (srun), Open MPI | by itself |
 | TPU pod slice, TPU slices on GKE | by itself |
-| anywhere else | JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES, JAX_PROCESS_ID, alike but for the last |
+| anywhere else | JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES, JAX_PROCESS_ID; only the last differs |
 
-A process that is alone starts nothing. All processes run the same command and see the same workdir.
+A single process starts nothing. All processes run the same command and see the same workdir.
 """
 
 import contextlib
@@ -21,19 +21,17 @@ from collections.abc import Iterator
 from mend_jax.cli.errors import UserError
 
 NUMBER, INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-PATIENCE = 10  # seconds that a process which fails waits for the others to fail alike
-HEARD = (
-    5  # seconds that a command told to stop may be deaf to it, in a program of JAX's, before it is ended all the same
-)
+PATIENCE = 10  # seconds that a failing process waits for the others to fail too
+HEARD = 5  # seconds that a command may take to react to SIGTERM while it runs a JAX program, before it is ended
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
-_calls = itertools.count()  # of `told_to_stop` by this process
-_said = threading.Event()  # by a thread that ends the process
+_calls = itertools.count()  # calls of `told_to_stop` in this process
+_said = threading.Event()  # set once a thread that ends the process has said so
 
 
 def start() -> None:
-    """Meets the other processes, if there are any. To be called before anything is computed.
+    """Connects to the other processes, if there are any. To be called before anything is computed.
 
-    Raises UserError where the settings are not whole, or where the others do not come.
+    Raises UserError if the settings are incomplete or the other processes do not connect.
     """
     import jax  # slow, and only now needed
 
@@ -47,13 +45,13 @@ def start() -> None:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"The processes do not meet ({reason}): give all the same JAX_COORDINATOR_ADDRESS=HOST:PORT and {NUMBER}, "
+            f"The processes cannot connect ({reason}): give all the same JAX_COORDINATOR_ADDRESS=HOST:PORT and {NUMBER}, "
             f"and each its own {INDEX}, or start them with a script of launch/."
         ) from error
 
 
 def is_one_of_several(platforms: str = "") -> bool:
-    """Whether the environment says so; `platforms` is jax.config.jax_platforms, "tpu,cpu" on a machine with TPUs."""
+    """Whether the environment sets up several processes; `platforms` is jax.config.jax_platforms ("tpu,cpu" with TPUs)."""
     env = os.environ
     if env.get("JAX_COORDINATOR_ADDRESS"):
         return True
@@ -66,11 +64,11 @@ def is_one_of_several(platforms: str = "") -> bool:
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
     if hosts:
         return "," in hosts
-    return "TPU_SKIP_MDS_QUERY" not in env  # a TPU VM: its metadata server tells JAX how many there are
+    return "TPU_SKIP_MDS_QUERY" not in env  # a TPU VM: its metadata server tells JAX the number of processes
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have reached this call."""
     import jax
 
     if jax.process_count() > 1:
@@ -80,7 +78,7 @@ def wait_for_all(name: str) -> None:
 
 
 def of_first(value: float) -> float:
-    """Process 0's `value`, on all processes: they must decide alike."""
+    """Process 0's `value`, on all processes, so that they decide alike."""
     import jax
 
     if jax.process_count() == 1:
@@ -93,7 +91,7 @@ def of_first(value: float) -> float:
 
 
 def to_host(array):
-    """A whole array as numpy, of parts that other processes hold too; then all processes must ask for it."""
+    """A whole array as numpy. If other processes hold parts of it, all processes must make this call."""
     import jax
     import numpy as np
 
@@ -105,9 +103,9 @@ def to_host(array):
 
 
 def told_to_stop() -> bool:
-    """After SIGTERM to any process: True on all of them in the same call, counted from the start. For several processes.
+    """True on all of several processes in the same call, counted from the start, after SIGTERM to any of them.
 
-    JAX catches the signal, and lets all agree on a call that none has reached yet; so every one must call equally often.
+    JAX catches the signal and lets the processes agree on a call that none has reached yet, so all must call equally often.
     """
     from jax.experimental import multihost_utils
 
@@ -115,15 +113,15 @@ def told_to_stop() -> bool:
 
 
 class Stopped(BaseException):
-    """SIGTERM came: what is finished is on disk, and the same command goes on from there."""
+    """SIGTERM arrived: finished work is on disk, and the same command resumes from there."""
 
 
 @contextlib.contextmanager
 def stops_at_sigterm() -> Iterator[None]:
-    """Within, SIGTERM raises `Stopped`: for what loses nothing when it ends at once. Elsewhere than in the main thread nothing.
+    """Within it, SIGTERM raises `Stopped`: for work that loses nothing if it ends at once. Does nothing outside the main thread.
 
-    A main thread that waits for others, computes or compiles hears of no signal: then another thread ends the process.
-    In several processes it takes the signal from JAX, so `told_to_stop` hears of it no more.
+    A main thread that waits for others, computes or compiles does not see the signal: then another thread ends the process.
+    With several processes the handler replaces JAX's, so `told_to_stop` no longer sees the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -132,7 +130,7 @@ def stops_at_sigterm() -> Iterator[None]:
     def stop(*_):
         raise Stopped
 
-    signals, told = os.pipe()  # the number of each signal, at once
+    signals, told = os.pipe()  # receives the number of each signal at once
     os.set_blocking(told, False)
     threading.Thread(target=_end_deaf, args=(signals, stop), daemon=True).start()
     before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -145,9 +143,9 @@ def stops_at_sigterm() -> Iterator[None]:
 
 
 def _end_deaf(signals: int, stop) -> None:
-    """Ends the process where the main thread does not leave `stops_at_sigterm`, which closes the pipe, soon after SIGTERM.
+    """Ends the process if, soon after SIGTERM, the main thread has not left `stops_at_sigterm`, which closes the pipe.
 
-    Another handler than `stop`, such as a training's, may take its time.
+    Handlers other than `stop`, such as a training's, may take longer.
     """
     with os.fdopen(signals, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
@@ -155,35 +153,35 @@ def _end_deaf(signals: int, stop) -> None:
                 if select.select([pipe], [], [], HEARD)[0]:
                     continue
                 say_stopped()
-                _said.set()  # the main thread may hear yet, when the others have gone
+                _said.set()  # the main thread may still see the signal once the others have gone
                 leave(STOPPED)
                 os._exit(STOPPED)
 
 
 def say_stopped() -> None:
-    """What a person sees last; once."""
+    """Prints the last message that the user sees, once."""
     if not _said.is_set():
-        print(f"{label()}Stopped. The same command goes on where it stopped.", file=sys.stderr, flush=True)
+        print(f"{label()}Stopped. The same command resumes where it stopped.", file=sys.stderr, flush=True)
 
 
 def is_running() -> bool:
-    """Whether this process has met others."""
+    """Whether this process is connected to others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints, and writes what is written once."""
+    """Whether this process is the one that prints, and that writes the files that are written once."""
     return not is_running() or sys.modules["jax"].process_index() == 0
 
 
 def label() -> str:
-    """What stands before a message of a process that is not the first."""
+    """The label in front of a message: empty for the first process."""
     return "" if is_first() else f"process {sys.modules['jax'].process_index()}: "
 
 
 def leave(code: int) -> None:
-    """Ends a process that has failed, without waiting for others that may never come. Returns after a success, or alone."""
+    """Ends a process that failed, without waiting for others that may never come. Returns if `code` is 0 or it is alone."""
     if code == 0 or not is_running():
         return
     together = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all: written beside their place under another name, then renamed.
+"""Files and folders that appear complete or not at all: written beside their place under another name, then renamed.
 
-What is renamed has reached the disk before, so that not even a power cut leaves an empty file under a final name.
+The content reaches the disk before the renaming, so that not even a power cut leaves an empty file under a final name.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from mend_jax.cli.errors import UserError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes or replaces a file of text (UTF-8)."""
+    """Writes or replaces a text file (UTF-8)."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -29,7 +29,7 @@ def write_json(path: str | Path, content, indent: int | None = 1, **options) -> 
 
 
 def write_report(path: str, report: dict) -> None:
-    """A benchmark's report as JSON. Raises UserError where it cannot be written."""
+    """Writes a benchmark's report as JSON. Raises UserError if it cannot be written."""
     target = Path(path).expanduser()
     try:
         write_json(target, report, indent=2)
@@ -39,7 +39,7 @@ def write_report(path: str, report: dict) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write what is to be the file `path`: it is renamed at the end of the block, and removed on an error."""
+    """Where to write the content of the file `path`: renamed to it at the end of the block, or removed on an error."""
     path = Path(path)
     temporary = temporary_for(path)
     with _removed_on_error(temporary):
@@ -50,13 +50,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """A new folder, beside `path`, which is renamed to it at the end of the block, and removed on an error.
+    """A new folder beside `path`, renamed to it at the end of the block, or removed on an error.
 
-    The parents of `path` are made. `sync`: wait until every file has reached the disk, which takes long for thousands.
-    Raises OSError where a folder with something in it is there already at the end.
+    Creates the parents of `path`. `sync`: wait until every file has reached the disk, which is slow for thousands of files.
+    Raises OSError if `path` is a folder with content by the end of the block.
     """
     path = Path(path)
-    temporary = temporary_for(path, secrets.token_hex(4))  # threads of one process may write the same
+    temporary = temporary_for(path, secrets.token_hex(4))  # threads of one process may write the same path
     temporary.mkdir(parents=True)
     with _removed_on_error(temporary):
         yield temporary
@@ -67,9 +67,9 @@ def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 def temporary_for(path: Path, word: str = "") -> Path:
-    """Where this process writes what is renamed to `path`: `.<name>.<machine>.<process>[.<word>].tmp`, in the same folder.
+    """Where this process writes before renaming to `path`: `.<name>.<machine>.<process>[.<word>].tmp` in the same folder.
 
-    What processes of this machine that were killed left there is removed; of those that live, and of others, it stays.
+    Removes what killed processes of this machine left there; leaves the files of live processes and of other machines.
     """
     mine = f".{path.name}.{socket.gethostname()}."
     for other in path.parent.glob(f"{glob.escape(mine)}*.tmp"):
@@ -80,7 +80,7 @@ def temporary_for(path: Path, word: str = "") -> Path:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that caused it, says that no space is left on the device."""
+    """Whether an exception, or one of its causes, says that no space is left on the device."""
     while error is not None:
         text = str(error)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -101,7 +101,7 @@ def _removed_on_error(temporary: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or folder; one that stays is litter, and no reason to stop."""
+    """Removes a file or folder; if that fails, the rest is harmless and no reason to stop."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -122,6 +122,6 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         pass
     return True

@@ -1,8 +1,8 @@
 """How the one train step is compiled over devices: "pmap" (data parallel) or "mesh" (jit over named shardings).
 
-Both take the same host batch of this process's rows and give the update of the whole global batch. In "pmap" the state
-and the batch carry a leading axis of local devices, and the LLM is whole on each. In "mesh" the rows of the batch and the
-weights of both models are split over the axes of config.mesh (sharding.py), so that a model too large for one device fits.
+Both take the same host batch of this process's rows and compute the update of the whole global batch. In "pmap" the state
+and the batch have a leading axis of local devices, and each device holds the whole LLM. In "mesh" the rows of the batch and
+the weights of both models are split over the axes of config.mesh (sharding.py), so that models too large for one device fit.
 """
 
 import dataclasses
@@ -20,41 +20,41 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.run import sharding
 
-AXIS = "data"  # of pmap: the devices, over which the batch is split
+AXIS = "data"  # pmap's axis of devices, over which the batch is split
 MODES = CHOICES["train.parallel"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where trees live, and how functions of them are compiled. Made by `make_layout`."""
+    """How trees are placed and functions of them compiled. Made by `make_layout`."""
 
-    init: Callable  # (f, tree) -> f(tree), a train state, on the devices
+    init: Callable  # (f, tree) -> the train state f(tree) on the devices
     place_state: Callable  # host or device tree -> devices (train state)
-    place_frozen: Callable  # tree -> devices (LLM params); may share memory with it
+    place_frozen: Callable  # tree -> devices (LLM params); may share the tree's memory
     split: Callable  # host batch of this process -> its rows over the devices
-    fetch: Callable  # a tree that is the same everywhere -> numpy, freshly copied; of one process: any tree
-    kept: Callable  # train state -> a copy that the next step leaves alone, as `Checkpoints.save` takes it
-    scored: Callable  # trainable params on the devices -> as an evaluation takes them
-    shaped: Callable  # tree of shapes -> what `Checkpoints.restore` is to give
+    fetch: Callable  # a tree that is equal everywhere -> a fresh numpy copy; with one process any tree
+    kept: Callable  # train state -> a copy for `Checkpoints.save`, which the next step does not overwrite
+    scored: Callable  # trainable params on the devices -> in the form that an evaluation takes
+    shaped: Callable  # tree of shapes -> the shapes that `Checkpoints.restore` takes
     compile_step: (
         Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
     )
-    compile_loss: Callable  # f(params, llm_params, batch) -> the same, compiled; means over the devices
+    compile_loss: Callable  # f(params, llm_params, batch) -> f compiled, with means over the devices
     place: (
         sharding.Place | None
-    )  # where a parameter lives that is read or made on the devices; None: whole on the first
+    )  # the place of a parameter that is loaded or made on the devices; None: whole on the first
     share: tuple[int, int]  # (i, n): this process reads part i of n of every batch
-    average: Callable  # inside a step: tree -> its means over the devices that each saw a part of the batch
-    mesh: Mesh | None  # of "mesh"
+    average: Callable  # inside a step: tree -> its means over the devices, each of which saw a part of the batch
+    mesh: Mesh | None  # the mesh of "mesh"
 
 
 def make_layout(mode: str, mesh: Any = None, devices: Sequence | None = None) -> Layout:
     """The layout over all devices of all processes.
 
     Args:
-        mode: `config.train.parallel`. Raises UserError for another.
-        mesh: `config.mesh`, the sizes of the axes, for mode "mesh". Raises UserError where they do not fit the devices.
-        devices: of the mesh, where they are others: those that a step is compiled for and not run on.
+        mode: `config.train.parallel`. Raises UserError for an unknown mode.
+        mesh: `config.mesh`, the sizes of the axes, for mode "mesh". Raises UserError if they do not fit the devices.
+        devices: other devices for the mesh: those that a step is compiled for but not run on.
     """
     if mode == "pmap":
         return _pmap_layout()
@@ -64,9 +64,9 @@ def make_layout(mode: str, mesh: Any = None, devices: Sequence | None = None) ->
 
 
 def check_batch_size(config: Any, name: str = "train.batch_size") -> None:
-    """Raises UserError where a global batch does not divide over the devices that split it and the accumulation steps.
+    """Raises UserError if a global batch cannot be divided by the devices that split it times the accumulation steps.
 
-    `name` is of the field that the user set.
+    `name` is that of the field that the user set.
     """
     size, accumulate, parts = config.train.batch_size, config.train.accumulate, jax.device_count()
     over = f"{parts} device{'s' * (parts > 1)}"
@@ -76,13 +76,13 @@ def check_batch_size(config: Any, name: str = "train.batch_size") -> None:
         over = " x ".join(f"mesh.{name}={sizes[name]}" for name in sharding.ROWS)
     if size < 1 or accumulate < 1 or size % (parts * accumulate):
         raise UserError(
-            f"{name}={size} does not divide over {over} x train.accumulate={accumulate}: use a multiple of"
+            f"{name}={size} cannot be divided by {over} x train.accumulate={accumulate}: use a multiple of"
             f" {parts * max(accumulate, 1)}."
         )
 
 
 def is_finite(tree: Any) -> bool:
-    """Whether every number is, in a tree on the host or on the devices of all processes, who then all must ask."""
+    """Whether every number of a tree is finite. If the tree is on the devices of several processes, all must make this call."""
     leaves = jax.tree.leaves(tree)
     if all(isinstance(leaf, np.ndarray) for leaf in leaves):
         return all(np.isfinite(leaf).all() for leaf in leaves)
@@ -99,7 +99,7 @@ def _pmap_layout() -> Layout:
     mesh = Mesh(np.array(devices), (AXIS,))
     everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def place_frozen(tree):  # without an axis of devices: the first device keeps the arrays it has
+    def place_frozen(tree):  # no axis of devices, so that the first device keeps its arrays
         return jax.device_put(tree, everywhere)
 
     def place_state(tree):
@@ -145,7 +145,7 @@ def _mesh_layout(mesh: Mesh) -> Layout:
     rows = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
 
     def init(function, tree):
-        def copied(tree):  # the first step takes the state's memory, which must not be the tree's
+        def copied(tree):  # the first step reuses the state's memory, which must not be the tree's
             return function(jax.tree.map(jnp.copy, tree))
 
         return jax.jit(copied, out_shardings=sharding.shardings(jax.eval_shape(function, tree), mesh))(place(tree))
@@ -201,7 +201,7 @@ def _put(array, placed):
 
 
 def _share(rows: NamedSharding) -> tuple[int, int]:
-    """(i, n): which part of n of every batch this process reads. Those whose devices hold the same rows read the same."""
+    """(i, n): this process reads part i of n of every batch. Processes whose devices hold the same rows read the same part."""
     parts = {device.process_index: set() for device in rows.mesh.devices.flat}
     count = math.prod(rows.mesh.shape[name] for name in sharding.ROWS)
     for device, (part,) in rows.devices_indices_map((count,)).items():

@@ -1,4 +1,4 @@
-"""The loop of a training run: steps, lines of metrics, evaluations and checkpoints, until the end or until SIGTERM."""
+"""The loop of a training run: steps, metrics, evaluations and checkpoints, until the last step or SIGTERM."""
 
 import collections
 import contextlib
@@ -24,13 +24,13 @@ from mend_jax.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What an evaluation measures, and so what the best checkpoint is best in. `lines` are those of metrics.jsonl."""
+    """What an evaluation measures, by which the best checkpoint is chosen. `lines` are those of metrics.jsonl."""
 
     name: str
     maximize: bool
 
     def bad_evaluations(self, lines) -> int:
-        """Evaluations since the best one."""
+        """The number of evaluations since the best one."""
         values = [line[self.name] for line in lines if self.name in line]
         best = (max if self.maximize else min)(values, default=None)
         return 0 if best is None else len(values) - 1 - values.index(best)
@@ -42,7 +42,7 @@ class Score:
             return "never evaluated"
         best = (max if self.maximize else min)(
             evaluated, key=lambda line: line[self.name]
-        )  # the first of equals, as kept
+        )  # the first of equals, as in the checkpoints
         return f"best {self.name} {best[self.name]:.4f} at step {best['step']}"
 
 
@@ -53,14 +53,14 @@ def score_of(config) -> Score:
 
 @dataclasses.dataclass
 class Loop:
-    """All that the loop needs, and what it changes: the state, and what is still to be read from the devices."""
+    """All that the loop needs, and what it changes: the state and the metrics still to be read from the devices."""
 
     config: Any
     workdir: Path
     checkpoints: Checkpoints
     score: Score
     layout: Layout
-    start: int  # the step that the state stands at
+    start: int  # the number of steps in the state
     state: TrainState  # on the devices
     window: reporting.Window  # the metrics since the last line
     frozen: Any  # the params that are not trained, on the devices
@@ -69,7 +69,7 @@ class Loop:
     batches: Batches
 
     def run(self) -> int:
-        """Trains to the end (0) or until SIGTERM (75), which may come at the end too: then nothing that takes long may follow."""
+        """Trains to the end (returns 0) or until SIGTERM (75). SIGTERM may come at the end too: then nothing slow may follow."""
         self.pending = collections.deque()  # steps in flight
         self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps)
         with _sigterm() as told_to_stop, contextlib.closing(self.report):
@@ -95,11 +95,11 @@ class Loop:
                     return 0
                 if stops:
                     self.checkpoints.wait()
-                    reporting.say(f"Stopped at step {step}, which is saved: the same command goes on from there.")
+                    reporting.say(f"Stopped at step {step}, which is saved: the same command resumes from there.")
                     return STOPPED
 
     def _next(self, source, step):
-        """The batch of a step on its way to the devices, with what the host must know of the batch of all processes."""
+        """A step's batch, being sent to the devices, with what the host must know of the global batch."""
         began = time.monotonic()
         batch = next(source)
         self.report.waited += time.monotonic() - began
@@ -117,11 +117,11 @@ class Loop:
         self.pending.append((step + 1, metrics, facts, ids))
 
     def _absorb(self):
-        """Reads the metrics of the oldest step in flight; a line is written every train.log_every steps."""
+        """Reads the metrics of the oldest step in flight; writes a line every train.log_every steps."""
         step, metrics, facts, ids = self.pending.popleft()
         row = {name: float(value) for name, value in sorted(self.layout.fetch(metrics).items())}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            self._stop_not_finite(f"the loss is {row['loss']}, the gradient's norm {row['grad_norm']}", step, ids)
+            self._stop_not_finite(f"the loss is {row['loss']}, the gradient norm {row['grad_norm']}", step, ids)
         self.window.add(row | facts)
         self.report.tokens += facts["tokens"]
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
@@ -135,12 +135,12 @@ class Loop:
         kept = f"checkpoint {steps[-1]} in {self.workdir} is intact" if steps else "no checkpoint was written yet"
         first = "; ".join(self.batches.describe(row) for row in ids[:3])
         raise UserError(
-            f"Step {step} is not finite ({what}) on the batch of rows {', '.join(str(row) for row in ids)} (they begin with "
-            f"{first}): look at them, or lower optimizer.learning_rate; {kept}."
+            f"Step {step} is not finite ({what}) on the batch of rows {', '.join(str(row) for row in ids)} (the first is "
+            f"{first}): check these rows, or lower optimizer.learning_rate; {kept}."
         )
 
     def _save(self, step, evaluates):
-        """A checkpoint, with the evaluation's score where one is due. All steps before it were seen to be finite."""
+        """Saves a checkpoint, with the evaluation's score if one is due. All steps before it have been checked to be finite."""
         ids = self.pending[-1][-1]
         while self.pending:
             self._absorb()
@@ -168,8 +168,8 @@ class Loop:
 
 @contextlib.contextmanager
 def _sigterm():
-    """A function of the step: whether the machine is about to be taken away, and all processes are to stop there."""
-    if jax.process_count() > 1:  # JAX catches the signal on each and has them agree on a step
+    """A function of the step: whether SIGTERM has arrived and all processes are to stop at this step."""
+    if jax.process_count() > 1:  # JAX catches the signal in each process and has them agree on a step
         yield lambda step: distributed.told_to_stop()
         return
     stopped = threading.Event()

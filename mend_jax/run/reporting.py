@@ -1,7 +1,7 @@
-"""What a training run says: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar and the table of parameters.
+"""The reports of a training run: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar and the table of parameters.
 
-metrics.jsonl holds only what is a function of the configuration, so that a run that was killed and went on ends with the
-very file of an unbroken one. Times are in speed.jsonl.
+metrics.jsonl holds only functions of the configuration, so that a run that was killed and resumed ends with exactly the file
+of an uninterrupted run. Times are in speed.jsonl.
 """
 
 import contextlib
@@ -26,29 +26,29 @@ METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 PARAMS = "params.txt"
 BOARD = "tensorboard"
-QUIET_SECONDS = 15  # between lines where the output is not a terminal
+QUIET_SECONDS = 15  # between progress lines if the output is not a terminal
 
 
 class Reporter:
-    """Writes a run's files; on processes other than 0 it writes nothing."""
+    """Writes a run's files; only process 0 writes."""
 
     def __init__(self, workdir, start, steps):
         self.writes = jax.process_index() == 0
         self.workdir, self.start, self.steps = Path(workdir), start, steps
         self.clock = self.last_line = time.monotonic()
         self.since = start
-        self.waited = self.paused = 0.0  # seconds for data; seconds of compiling, evaluations, saves: not training
+        self.waited = self.paused = 0.0  # seconds spent waiting for data; seconds of compiling, evaluations and saves
         self.tokens = 0
         self.lines = [line for line in read_lines(self.workdir / METRICS) if line["step"] <= start]
         if not self.writes:
             return
         cut(self.workdir / METRICS, start)
         cut(self.workdir / SPEED, start)
-        self.files = contextlib.ExitStack()  # closes all of them, even where one cannot be written to its end
+        self.files = contextlib.ExitStack()  # closes all files, even if one cannot be written completely
         self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))  # noqa: SIM115
         self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))  # noqa: SIM115
         (self.workdir / BOARD).mkdir(exist_ok=True)
-        # Not SummaryWriter: it writes from a thread, whose errors (a full disk) would reach nobody but the terminal.
+        # Not SummaryWriter, which writes from a thread: its errors (a full disk) would only be printed.
         self.board = self.files.enter_context(contextlib.closing(EventsWriter(str(self.workdir / BOARD / "events"))))
         self.board.write_event(
             Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
@@ -59,7 +59,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def compiling(self):
-        """Around the first step: says that it is compiled, and then how long that took, which is no time of training."""
+        """Around the first step: says that the step is being compiled, then how long it took; not counted as training time."""
         say("Compiling the train step ...")
         began = time.monotonic()
         yield
@@ -68,7 +68,7 @@ class Reporter:
         say(f"Compiled in {seconds:.1f} s.")
 
     def write(self, line):
-        """One line {"step": int, name: float, ...} of metrics.jsonl, and the same to TensorBoard."""
+        """Writes one line {"step": int, name: float, ...} to metrics.jsonl, and the same to TensorBoard."""
         self.lines.append(line)
         if not self.writes:
             return
@@ -79,7 +79,7 @@ class Reporter:
                 self._plot(name, value, line["step"])
 
     def progress(self, line):
-        """The speed since the last call, to speed.jsonl and, with `line`'s loss and padding, to the person who waits."""
+        """Writes the speed since the last call to speed.jsonl and shows it to the user with `line`'s loss and padding."""
         now = time.monotonic()
         seconds, done = now - self.clock - self.paused, line["step"] - self.since
         compiled = self.since == self.start
@@ -113,26 +113,26 @@ class Reporter:
         elif time.monotonic() - self.last_line > QUIET_SECONDS or line["step"] == self.steps:
             self.last_line = time.monotonic()
             texts = [f"step {line['step']}/{self.steps}", *(f"{name} {text}" for name, text in shown.items())]
-            if line["step"] < self.steps and not compiled:  # compiling is done once: it says nothing about the rest
+            if line["step"] < self.steps and not compiled:  # compilation happens once and would distort the estimate
                 texts.append(f"{clock((self.steps - line['step']) * speed['seconds_per_step'])} left")
             say("  ".join(texts))
 
     def sync(self):
-        """Everything written so far is on disk: called before a checkpoint that stands after it."""
+        """Forces everything written so far to disk; called before each checkpoint."""
         if self.writes:
             self.metrics_file.flush()
             os.fsync(self.metrics_file.fileno())
             self.board.flush()
 
     def close(self):
-        """Closes the files; what was written reaches the disk."""
+        """Closes the files, with everything written on disk."""
         if self.writes:
             with self.files:
                 self.sync()
 
 
 def say(text):
-    """A line for the person who waits, on process 0, without breaking the bar."""
+    """Prints a line for the user, on process 0, without breaking the progress bar."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stderr)
 
@@ -147,7 +147,7 @@ class Window:
         self.rows.append(row)
 
     def line(self, step):
-        """{"step", name: mean, ..., "tokens": sum} of the rows, which are dropped."""
+        """{"step", name: mean, ..., "tokens": sum} of the rows, which are then dropped."""
         line = {"step": step}
         for name in self.rows[0]:
             total = math.fsum(row[name] for row in self.rows)
@@ -158,7 +158,7 @@ class Window:
 
 
 def read_lines(path):
-    """The whole lines of a .jsonl file; a last one that was cut off is left out."""
+    """The complete lines of a .jsonl file; a truncated last line is left out."""
     try:
         texts = Path(path).read_text().splitlines()
     except FileNotFoundError:
@@ -173,14 +173,14 @@ def read_lines(path):
 
 
 def cut(path, step):
-    """Drops the lines after `step` from a .jsonl file, all at once, and returns the others."""
+    """Drops the lines after `step` from a .jsonl file, in one atomic write, and returns the others."""
     lines = [line for line in read_lines(path) if line["step"] <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
 def parameter_table(trainable, frozen):
-    """Text: every trainable parameter with its shape and size, then the counts of both trees and their ratio."""
+    """A table, as text, of every trainable parameter with its shape and size, then both trees' counts and their ratio."""
     rows = [
         [jax.tree_util.keystr(path, simple=True, separator="/"), str(tuple(x.shape)), str(x.dtype), f"{x.size:,}"]
         for path, x in jax.tree_util.tree_leaves_with_path(trainable)
@@ -189,13 +189,13 @@ def parameter_table(trainable, frozen):
 
 
 def parameter_summary(trainable, frozen):
-    """One line: how much is trained, how much is frozen."""
+    """One line on how many parameters are trained and how many are frozen."""
     train, fixed = count(trainable), count(frozen)
     share = f"{train / (train + fixed):.1%} of all" if train + fixed else ""
     return f"{train:,} trainable parameters, {fixed:,} frozen ({share} are trained)"
 
 
 def count(tree):
-    """Number of parameters of all leaves; scales of weights in 8 bits are none."""
+    """The number of parameters in all leaves; the scales of int8 weights do not count."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return sum(x.size for path, x in leaves if not jax.tree_util.keystr(path, simple=True).endswith(SCALE))

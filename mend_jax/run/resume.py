@@ -1,7 +1,7 @@
-"""What a run's config means: whether the run may go on with it, and whether another run's result may be its start.
+"""Whether a run may resume with a config, and whether it may start from another run's result.
 
-Beside config.json lies sources.json: where the folders were that the config names, and a fingerprint of what they held. So a
-run goes on where its folders have moved, and not where another model or other data lie under an old name.
+Beside config.json is sources.json: where the folders that the config names were, and fingerprints of their contents. So a
+run resumes if its folders have moved, but not if another model or other data have taken an old path.
 """
 
 import functools
@@ -36,9 +36,9 @@ FREE_FIELDS = (
 
 
 def check_resume(workdir, config, finished: bool) -> None:
-    """Raises UserError, naming the field and both values, where a run would go on with another meaning.
+    """Raises UserError, which names the field and both values, if a run would resume with other settings that matter.
 
-    A field that the saved config has not had the default of configs/base.py. `finished`: nothing will be computed.
+    A field that the saved config lacks had the default of configs/base.py. `finished`: nothing will be computed.
     """
     saved, wanted = dotted_fields(checkpoint.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = _defaults() | saved, read_sources(workdir)
@@ -50,14 +50,14 @@ def check_resume(workdir, config, finished: bool) -> None:
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
         if name in DATA and there and here and not finished and "fingerprint" in recorded.get(name, {}):
-            continue  # wherever they lie: `check_data` looks at what they are
+            continue  # their path does not matter: `check_data` checks their content
         if name not in wanted and finished:
             continue
         there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
         if name not in wanted:
             raise UserError(
-                f"{workdir} was trained with {name}={there}, which this version has no more: go on with the version that "
-                "began it, or use another workdir."
+                f"{workdir} was trained with {name}={there}, which this version no longer has: use the version that "
+                "began the run, or another workdir."
             )
         raise UserError(
             f"{workdir} was trained with {name}={there}, now it is {here}: set it back, or use another workdir."
@@ -65,14 +65,14 @@ def check_resume(workdir, config, finished: bool) -> None:
 
 
 def check_start(config) -> None:
-    """Raises UserError where config.prefix.start_from is no run whose result can go on as this run's model."""
+    """Raises UserError unless config.prefix.start_from is a run whose result can be the start of this run's model."""
     given = config.prefix.start_from
     folder = Path(given).expanduser()
     if not (folder / checkpoint.CONFIG).is_file():
         what = "is not a training workdir: it has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"{START}={given} {what}; name the workdir of the earlier training.")
     if not checkpoint.has_checkpoint(folder):
-        raise UserError(f"{START}={given} holds no whole checkpoint: train there first, or name another workdir.")
+        raise UserError(f"{START}={given} holds no complete checkpoint: train there first, or name another workdir.")
     saved, wanted = dotted_fields(checkpoint.read_config(folder)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = _defaults() | saved, read_sources(folder)
     if saved["stage"] == "lm":
@@ -94,17 +94,17 @@ def check_start(config) -> None:
         if not same:
             there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
             raise UserError(
-                f"{START}={given} was trained with {name}={there}, now it is {here}: set it as it was, or start from "
+                f"{START}={given} was trained with {name}={there}, now it is {here}: set it back, or start from "
                 "another workdir."
             )
 
 
 def check_llm(workdir, path) -> None:
-    """Warns where the LLM at `path` is not the one that the run of a workdir was trained for; of other folders nothing is known."""
+    """Warns if the LLM at `path` is not the one that a workdir's run was trained for; other folders do not record theirs."""
     known = read_sources(workdir).get("llm.path", {}) if Path(workdir).is_dir() else {}
     if known.get("fingerprint", (here := fingerprint(path))) != here:
         logging.warning(
-            "What was trained in %s is for the LLM in %s, not for that in %s, to which its vectors may say nothing.",
+            "The model in %s was trained for the LLM in %s, not for that in %s, to which its vectors may mean nothing.",
             workdir,
             known["folder"],
             path,
@@ -112,22 +112,22 @@ def check_llm(workdir, path) -> None:
 
 
 def check_data(workdir, config, contents: dict[str, str]) -> None:
-    """Raises UserError where a run would go on with other texts or examples than it began with.
+    """Raises UserError if a run would resume with other texts or examples than it began with.
 
-    `contents` as `Batches` has it. Nothing is known of a run of an earlier version of this program.
+    `contents` is that of `Batches`. Runs of earlier versions of this program recorded nothing and are not checked.
     """
     recorded, fields = read_sources(workdir), dotted_fields(config.to_dict())
     for name, content in contents.items():
         if recorded.get(name, {}).get("fingerprint", content) != content:
             raise UserError(
-                f"{name}={fields[name]} does not hold what {workdir} was trained with ({recorded[name]['folder']}, as it was then):"
-                " put the files back, or use another workdir."
+                f"{name}={fields[name]} does not hold the data that {workdir} was trained with (then in"
+                f" {recorded[name]['folder']}): put the files back, or use another workdir."
             )
 
 
 def write_sources(workdir, config, contents: dict[str, str], start_hash: str | None = None) -> None:
-    """Writes sources.json; `contents` as `Batches` has it, `start_hash` is the `tree_hash` of what the run began with, None
-    where it goes on."""
+    """Writes sources.json. `contents` is that of `Batches`; `start_hash` is the `tree_hash` of the params that the run began
+    with, or None if it resumes."""
     fields, before = dotted_fields(config.to_dict()), read_sources(workdir)
     sources = {}
     for name in _paths_read(config):
@@ -144,7 +144,7 @@ def write_sources(workdir, config, contents: dict[str, str], start_hash: str | N
 
 
 def read_sources(workdir) -> dict:
-    """{field: {"folder", "fingerprint" of a model or of data}}; {} where an earlier version of this program trained."""
+    """{field: {"folder", "fingerprint" of a model or of data}}; {} if an earlier version of this program wrote the workdir."""
     try:
         return json.loads((Path(workdir) / SOURCES).read_text())
     except FileNotFoundError:
@@ -157,7 +157,7 @@ _PATHS = (*MODELS, START, *DATA)
 
 
 def _paths_read(config) -> list[str]:
-    """The fields of folders that a run of this config reads."""
+    """The names of the fields whose folders a run of this config reads."""
     distils = config.stage != "lm" and bool(kind_of(config).backbone(config))
     reads = {
         "llm.path": True,
@@ -170,7 +170,7 @@ def _paths_read(config) -> list[str]:
 
 
 def _matters(name: str, config, finished: bool) -> bool:
-    """Whether another value of a field changes the rest of a run; of evaluate.*, only what validation reads."""
+    """Whether another value of a field changes the rest of a run; in evaluate.* only the fields that validation reads do."""
     if name.startswith(FREE_FIELDS):
         return False
     if not name.startswith("evaluate."):
@@ -185,7 +185,7 @@ def _matters(name: str, config, finished: bool) -> bool:
 
 
 def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
-    """Whether a path of a saved config and one of today name the same."""
+    """Whether a path of the saved config and one of the current config name the same source."""
     if not there or not here:
         return there == here
     folder = recorded.get("folder", _absolute(there))
@@ -200,8 +200,8 @@ def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
 
 
 def _describe(name: str, fields: dict, recorded: dict) -> str:
-    """A field's value as JSON; of a model with its fingerprint, because the path may be the same."""
-    if name not in fields:  # a field of ours, where the package is installed without configs/base.py
+    """A field's value as JSON; a model's has its fingerprint too, because the paths may be equal."""
+    if name not in fields:  # one of our fields, if the package is installed without configs/base.py
         return "absent"
     value = json.dumps(fields[name])
     if name not in MODELS:

@@ -1,4 +1,4 @@
-"""What things cost, by formula: FLOPs of matrix products, bytes of prefixes. And a count of any function's products.
+"""Costs by formula (FLOPs of matrix products, bytes of prefixes), and a counter of the products in any function.
 
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, T any sequence, S keys, D width,
 W width inside the layers, V vocabulary. A FLOP is a multiplication or an addition: a product (m,k) x (k,n) counts 2mkn. Attention counts all pairs
@@ -20,14 +20,14 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
-}  # dense bfloat16, data sheets; a part of the device's name
+}  # dense bfloat16, from data sheets; keyed by a part of the device's name
 
 
 class Products(NamedTuple):
-    """FLOPs of one reading of a row, apart because their gradients cost differently."""
+    """FLOPs of one pass over a row, in two parts because their gradients cost differently."""
 
     linear: int  # products with weights
-    attention: int  # queries with keys, and shares with values
+    attention: int  # queries with keys, and attention weights with values
 
     @property
     def forward(self) -> int:
@@ -35,24 +35,24 @@ class Products(NamedTuple):
 
     @property
     def input_gradient(self) -> int:
-        """Backward through frozen weights: one product per linear layer, two per product of attention."""
+        """Backward through frozen weights: one product per linear layer, two per attention product."""
         return self.linear + 2 * self.attention
 
     @property
     def gradient(self) -> int:
-        """Backward with weights that are trained."""
+        """Backward with trained weights."""
         return 2 * self.linear + 2 * self.attention
 
 
 def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
-    """The model on one row of T tokens that attend to S keys each (None: to one another); no embedding, no head.
+    """The model on one row of T tokens that attend to S keys each (None: to one another), without embedding and head.
 
-    Of an encoder–decoder this is the encoder, whose tokens always attend to one another.
+    For an encoder–decoder this is the encoder, whose tokens always attend to one another.
     """
     if isinstance(config, EncoderDecoderConfig):
         return _encoder_decoder(config, tokens, 0)
     W, keys = config.hidden_width, tokens if keys is None else keys
-    heads = 2 * (config.heads + config.kv_heads) * config.head_width  # of queries and output, of keys and values
+    heads = 2 * (config.heads + config.kv_heads) * config.head_width  # queries and output, keys and values
     layer = W * heads + (3 if config.gated else 2) * W * config.mlp_width
     ends = 2 * config.width * W if config.width != W else 0  # embeddings and states are projected
     slide = sum(config.sliding)
@@ -62,7 +62,7 @@ def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
 
 
 def query_reading(llm: Config, before: int, query: int, targets: int) -> Products:
-    """The LLM on a query behind a prefix of `before` positions; an encoder–decoder says the last `targets` of its tokens."""
+    """The LLM on a query after a prefix of `before` positions; an encoder–decoder decodes the query's last `targets` tokens."""
     if isinstance(llm, EncoderDecoderConfig):
         return _encoder_decoder(llm, before + query - targets, targets)
     return reading(llm, before + query)
@@ -86,7 +86,7 @@ def head(config: Config, tokens: int) -> int:
 
 
 def projection(width: int, llm_width: int, vectors: int) -> int:
-    """FLOPs of taking L vectors to the LLM's width; 0 where the widths are equal (identity)."""
+    """FLOPs of projecting L vectors to the LLM's width; 0 if the widths are equal (identity)."""
     return 0 if width == llm_width else 2 * vectors * width * llm_width
 
 
@@ -95,9 +95,9 @@ def step(
 ) -> dict[str, int]:
     """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
 
-    Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the
-    teacher's forward, and the head at the query's tokens: both logits and one gradient. `targets` are the tokens of y, which
-    only an encoder–decoder tells from x; it has the head at these.
+    Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the teacher's
+    forward, and the head at the query's tokens: both logits and one gradient. `targets` is the number of tokens of y; only an
+    encoder–decoder treats them differently from x, and applies the head to them alone.
     """
     own = reading(distiller, demos + vectors)
     student = query_reading(llm, vectors, query, targets)
@@ -113,7 +113,7 @@ def step(
 
 
 def release_step(llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int) -> int:
-    """FLOPs of the same step with the public release's head: logits, and the student's gradient, at every position."""
+    """FLOPs of the same step with the head as in the public release: logits and the student's gradient at every position."""
     ours = step(llm, distiller, rows, demos, query, vectors)
     return ours["total"] - ours["head"] + rows * (head(llm, demos + query) + 2 * head(llm, vectors + query))
 
@@ -124,10 +124,10 @@ def distil(distiller: Config, llm: Config, demos: int, vectors: int) -> int:
 
 
 def score_cached(llm: Config, prefix: int, query: int, options: list[int]) -> int:
-    """FLOPs of scoring one item after a prefix whose keys and values are at hand: x and all options in one pass.
+    """FLOPs of scoring one item after a prefix whose keys and values are cached: x and all options in one pass.
 
     `options` are lengths in tokens. An option's last token is predicted, not read. An encoder–decoder reads the prefix
-    with every item (its states there depend on x), once for all options.
+    with every item (the prefix's states depend on x), once for all options.
     """
     if isinstance(llm, EncoderDecoderConfig):
         targets = sum(options)
@@ -137,9 +137,9 @@ def score_cached(llm: Config, prefix: int, query: int, options: list[int]) -> in
 
 
 def score_rereading(llm: Config, prefix: int, query: int, options: list[int]) -> int:
-    """FLOPs of scoring one item where every option reads the prefix and x anew, as the paper and the release do.
+    """FLOPs of scoring one item if the LLM reads the prefix and x again for every option, as in the paper and the release.
 
-    The head is applied at the option's tokens alone (the release applies it everywhere).
+    The head is applied at the option's tokens only (the release applies it everywhere).
     """
     if isinstance(llm, EncoderDecoderConfig):
         return sum(_encoder_decoder(llm, prefix + query, n).forward + head(llm, n) for n in options)
@@ -147,12 +147,12 @@ def score_rereading(llm: Config, prefix: int, query: int, options: list[int]) ->
 
 
 def read_prefix(llm: Config, positions: int) -> int:
-    """FLOPs of what is kept of a prefix for all items: its keys and values; an encoder–decoder keeps it as it is."""
+    """FLOPs of a prefix's keys and values, which are kept for all items; 0 for an encoder–decoder, which keeps embeddings."""
     return 0 if isinstance(llm, EncoderDecoderConfig) else reading(llm, positions).forward
 
 
 def cache_bytes(llm: Config, positions: int, itemsize: int) -> int:
-    """Bytes of the keys and values of one row; of an encoder–decoder, of the embeddings that stand in their place."""
+    """Bytes of the keys and values of one row; for an encoder–decoder, of the embeddings that it keeps instead."""
     if isinstance(llm, EncoderDecoderConfig):
         return vector_bytes(llm, positions, itemsize)
     return 2 * llm.layers * positions * llm.kv_heads * llm.head_width * itemsize
@@ -164,7 +164,7 @@ def vector_bytes(llm: Config, vectors: int, itemsize: int) -> int:
 
 
 def weight_bytes(config: Config, itemsize: int, int8: bool = False) -> int:
-    """Bytes of a model's weights; with `int8` its kernels and token tables in 8 bits, with their scales (models/int8.py)."""
+    """Bytes of a model's weights; with `int8` its kernels and token tables are 8-bit, with scales (models/int8.py)."""
     total = 0
     for entry in key_table(config).values():
         size, summed = math.prod(entry.shape), SUMMED.get(entry.path[-1])
@@ -173,19 +173,19 @@ def weight_bytes(config: Config, itemsize: int, int8: bool = False) -> int:
 
 
 def count_products(function: Callable, *args, while_trips: int = 1) -> int:
-    """FLOPs of all matrix products in `function(*args)`, counted in its jaxpr: a scan's body as often as it runs.
+    """FLOPs of all matrix products in `function(*args)`, counted in its jaxpr; a scan's body counts once per iteration.
 
-    (XLA's own cost analysis counts a scan's body once.)
+    (XLA's own cost analysis counts a scan's body once in all.)
 
     Args:
         function: traced, not run; `args` may be `jax.ShapeDtypeStruct`s.
-        while_trips: how often the bodies of while loops run, which a jaxpr does not say.
+        while_trips: the number of iterations of each while loop, which a jaxpr does not contain.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The dense bfloat16 FLOP/s of a known GPU, from its name; None for others."""
+    """The dense bfloat16 FLOP/s of a known GPU, found by its name; None for other devices."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
 
 

@@ -14,13 +14,13 @@ TITLES = {"accuracy": "accuracy", "macro_f1": "Macro-F1"}
 
 
 def accuracy(predictions: Sequence[str], golds: Sequence[str]) -> float:
-    """Share of items whose predicted text is the gold text (surrounding spaces do not count)."""
+    """Share of items whose predicted text equals the gold text (surrounding spaces are ignored)."""
     pairs = _pairs(predictions, golds)
     return sum(prediction == gold for prediction, gold in pairs) / len(pairs)
 
 
 def macro_f1(predictions: Sequence[str], golds: Sequence[str]) -> float:
-    """Mean over the classes *that occur among the golds* of each class's F1, 2 TP / (2 TP + FP + FN).
+    """Mean F1, 2 TP / (2 TP + FP + FN), over the classes *that occur among the golds*.
 
     This is MetaICL's rule (and the MEND release's). A class that is predicted but never gold lowers the scores of the
     classes it is taken for, but adds no zero of its own; scikit-learn's `average="macro"` would add one.
@@ -32,12 +32,12 @@ def macro_f1(predictions: Sequence[str], golds: Sequence[str]) -> float:
 
 
 def primary_metric(classification: bool) -> str:
-    """The metric a task counts with: Macro-F1 for classification, accuracy for the rest (as MetaICL)."""
+    """A task's primary metric: Macro-F1 for classification, accuracy for the rest (as in MetaICL)."""
     return "macro_f1" if classification else "accuracy"
 
 
 def task_scores(predictions: Sequence[str], golds: Sequence[str], classification: bool) -> dict[str, float | str]:
-    """Both metrics of one task and seed, the name of the one that counts, and its value as "score"."""
+    """Both metrics of one task and seed, the name of the primary one, and its value as "score"."""
     scores = {"accuracy": accuracy(predictions, golds), "macro_f1": macro_f1(predictions, golds)}
     primary = primary_metric(classification)
     return {**scores, "primary": primary, "score": scores[primary]}
@@ -46,7 +46,7 @@ def task_scores(predictions: Sequence[str], golds: Sequence[str], classification
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and *sample* standard deviation (n - 1): the seeds are a sample of all draws of demonstrations.
 
-    The paper does not say which it prints; for five seeds the population's is 0.89 times as large. One value has none.
+    The paper does not say which one it prints; with five seeds the population's is 0.89 times as large. One value has no std.
     """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
@@ -55,7 +55,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def aggregate(scores: Mapping[str, Mapping[int, Mapping]]) -> dict:
-    """Task -> seed -> `task_scores`, over all tasks and seeds.
+    """Aggregates `task_scores`, given as task -> seed -> scores, over tasks and seeds.
 
     The score of a seed is the mean over tasks, each by its own primary metric; mean and std are over seeds.
 
@@ -63,7 +63,7 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping]]) -> dict:
         {"score": {"mean", "std", "per_seed": {seed: value}}, "accuracy": {...}, "macro_f1": {...},
         "per_task": {task: {"primary", "score": {...}, "accuracy": {...}, "macro_f1": {...}}}}.
     Raises:
-        UserError: no task, or a task without one of the other tasks' seeds.
+        UserError: no task, or a task that lacks a seed of the other tasks.
     """
     if not scores:
         raise UserError("There is nothing to aggregate: no task was evaluated.")
@@ -72,7 +72,7 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping]]) -> dict:
         lacking = [seed for seed in seeds if seed not in by_seed]
         if lacking:
             raise UserError(
-                f"Task {task} has no scores for seed {lacking[0]}, other tasks have: evaluate all with the same seeds."
+                f"Task {task} has no scores for seed {lacking[0]}, but other tasks do: evaluate all with the same seeds."
             )
     kinds = ("score", *METRICS)
     per_seed = {kind: {seed: _mean([scores[task][seed][kind] for task in scores]) for seed in seeds} for kind in kinds}
@@ -85,7 +85,7 @@ def aggregate(scores: Mapping[str, Mapping[int, Mapping]]) -> dict:
 
 
 def percent(spread: Mapping) -> str:
-    """`43.35 ± 2.17`, as the paper prints it; without the ± where there is one seed."""
+    """`43.35 ± 2.17`, as the paper prints it; without the ± if there is only one seed."""
     text = f"{100 * spread['mean']:.2f}"
     return text if spread["std"] is None else f"{text} ± {100 * spread['std']:.2f}"
 

@@ -1,13 +1,13 @@
 """Scores of answer options: mean log-probability per token, all options in one pass after a shared prefix.
 
-Axes: R rows of one pass, X tokens of the encoder, T a row's tokens, U states that predict something, K targets of one
+Axes: R rows of one pass, X tokens of the encoder, T a row's tokens, U states that predict a target, K targets of one
 state, P prefix, D width, V vocabulary.
 
-An item is laid out as x and behind it every option, each continuing x's positions and seeing the prefix, x and itself
-(`LLM.cached_states`). What all options begin with is read once, behind x. An option's last token is predicted but never
-read. The last state that all options share predicts the next token of every one. A row of a pass holds as many items as fit
-into it, one behind the other, so that little is padding, and all passes over a task have one shape. Of an encoder–decoder the encoder reads x, and the row holds the options alone, each behind the
-start token, whose state predicts the first token.
+An item is laid out as x followed by all options; each option continues x's positions and attends to the prefix, x and itself
+(`LLM.cached_states`). The tokens that all options begin with are read once, after x. An option's last token is predicted but
+never read. The last state that all options share predicts the next token of each of them. A row of a pass holds as many items
+as fit, one after another, so that there is little padding, and all passes over a task have one shape. In an encoder–decoder
+the encoder reads x and the row holds only the options, each after the start token, whose state predicts the first token.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,42 +25,48 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import mesh_of, row_parts, sharding_rows_on
 
-ATTENTION_BYTES = 2**30  # of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
-CPU_TOKENS = 1152  # of one pass: products are as quick as they get, and a layer's states stay in the processor's cache
-ROW = 128  # tokens of a row that holds several items, as a block of attention
+ATTENTION_BYTES = (
+    2**30
+)  # limit of one layer's float32 attention scores: longer rows go through the LLM in smaller batches
+CPU_TOKENS = (
+    1152  # tokens of one pass: enough for full speed, few enough that a layer's states stay in the processor's cache
+)
+ROW = 128  # tokens of a row that holds several items: one block of attention
 
 
 class Row(NamedTuple):
     """One item laid out for a pass."""
 
-    inputs: np.ndarray  # (X,) what an encoder reads: x; empty for a decoder-only LLM
-    tokens: np.ndarray  # (T,) x and what all options begin with (or nothing), then the rest of each but its last token
-    positions: np.ndarray  # (T,) from the end of the prefix
-    segments: np.ndarray  # (T,) 0 for what all options share, j for option j from 1
-    sources: np.ndarray  # (U,) columns whose states predict
+    inputs: np.ndarray  # (X,) x, for an encoder; empty for a decoder-only LLM
+    tokens: (
+        np.ndarray
+    )  # (T,) x, the options' common beginning (may be empty), then the rest of each without its last token
+    positions: np.ndarray  # (T,) counted from the end of the prefix
+    segments: np.ndarray  # (T,) 0 for tokens that all options share, j for option j, counted from 1
+    sources: np.ndarray  # (U,) columns whose states predict a target
     targets: np.ndarray  # (U,K) the tokens they predict
     options: np.ndarray  # (U,K) the option a target belongs to, -1: none
     lengths: np.ndarray  # tokens of each option
 
 
 class Pass(NamedTuple):
-    """What the LLM reads at once."""
+    """What the LLM reads in one pass."""
 
-    rows: list[list[int]]  # the items of each row, one behind the other; at most `count`
+    rows: list[list[int]]  # the items of each row, one after another; at most `count` rows
     count: int  # R, padded
     inputs: int  # X, padded
     columns: int  # T, padded
 
 
 def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> list[float]:
-    """How well each option continues the prefix and the query (paper, section 4.1; MetaICL's protocol).
+    """Scores how well each option continues the prefix and the query (paper, section 4.1; MetaICL's protocol).
 
     Args:
-        llm: of `load_llm`.
-        prefix: with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...
-        query: the input x: token ids, or a text where the LLM has a tokenizer.
-        options: the answers, likewise: lists of token ids, or texts.
-        separator: stands before the query and every option of texts, as in training; that of a distiller is
+        llm: from `load_llm`.
+        prefix: a prefix with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...
+        query: the input x: token ids, or a text if the LLM has a tokenizer.
+        options: the answers: lists of token ids or, likewise, texts.
+        separator: put before a text query and every text option, as in training; a distiller's is
             `distiller.separator`.
     Returns:
         The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain.
@@ -69,7 +75,7 @@ def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> 
             prefix of another width, or more tokens than the LLM's window.
     """
     if isinstance(options, str) or not hasattr(options, "__len__"):
-        raise UserError(f"The options are a list of texts or of lists of token ids, not {options!r}.")
+        raise UserError(f"The options must be a list of texts or of lists of token ids, not {options!r}.")
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
     x = query_tokens(llm, query, "query", separator)
@@ -88,17 +94,17 @@ def score_items(
 ) -> list[np.ndarray]:
     """Option scores of many items after one prefix, in the items' order.
 
-    Short items share a row, and all passes have one shape, so that little is compiled and little is padding.
+    Short items share a row, and all passes have one shape, so that there is little to compile and little padding.
 
     Args:
-        llm: of `load_llm`.
-        cache: of `cache_prefix`.
+        llm: from `load_llm`.
+        cache: from `cache_prefix`.
         items: each with `.x_tokens` and `.options_tokens`.
-        batch_size: rows in one pass of the LLM, each as long as the longest item; several short items share a row. There
-            are fewer where they are long.
-        params: of the LLM; None is `llm.params`.
+        batch_size: rows in one pass of the LLM, each as long as the longest item; several short items share a row. Passes
+            with long rows have fewer of them.
+        params: the LLM's; None means `llm.params`.
         chunk: states whose (chunk, V) float32 logits exist at one time.
-        progress: called with the number of items that were finished.
+        progress: called with the number of items finished since the last call.
     Returns:
         For each item the mean log-probability per token of its options, float64.
     Raises:
@@ -109,7 +115,7 @@ def score_items(
 
 
 def check_items(llm, prefix_length: int, items) -> None:
-    """Raises the UserErrors that `score_items` would after a prefix of this length, without reading anything."""
+    """Raises the UserErrors that `score_items` would raise after a prefix of this length, without running the LLM."""
     _check_rows(llm, prefix_length, [lay_out(item.x_tokens, item.options_tokens) for item in items])
 
 
@@ -117,10 +123,10 @@ def cache_prefix(llm, prefix: Prefix, params=None):
     """Keys and values of a prefix of one row (see `LLM.prefix_cache`), compiled once per padded length."""
     rows, _, width = prefix.embeds.shape
     if rows != 1:
-        raise UserError(f"The prefix has {rows} rows, options are scored after one: distil one context at a time.")
+        raise UserError(f"The prefix has {rows} rows, but options are scored after one: distil one context at a time.")
     if width != llm.config.width:
         raise UserError(
-            f"The prefix has width {width}, the LLM reads {llm.config.width}: take the LLM it was made for."
+            f"The prefix has width {width}, but the LLM's is {llm.config.width}: use the LLM that the prefix was made for."
         )
     length = int(to_host(prefix.length)[0])
     if length > llm.window:
@@ -164,7 +170,7 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]], start_token: int
 
 
 def _shared(options) -> int:
-    """How many tokens all options begin with that are also read: the last of the longest one is not."""
+    """The number of tokens that all options begin with and that are read: an option's last token is not."""
     most = min(min(map(len, options)), max(map(len, options)) - 1)
     return next((i for i in range(most) if any(option[i] != options[0][i] for option in options)), most)
 
@@ -185,7 +191,7 @@ def _lay_out_apart(x, options, start_token: int) -> Row:
 def score_rows(
     llm, cache, rows: Sequence[Row], batch_size: int, params=None, chunk=512, progress=None
 ) -> list[np.ndarray]:
-    """`score_items` for rows that are laid out."""
+    """`score_items` for rows that are already laid out."""
     params = llm.params if params is None else params
     _check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
@@ -202,7 +208,7 @@ def score_rows(
 
 
 def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pass]:
-    """The passes over all items, long items first. Those of a decoder-only LLM have one shape."""
+    """The passes over all items, long items first. The passes of a decoder-only LLM have one shape."""
     if llm.start_token is not None:
         return list(_plan_apart(llm, cache, rows, batch_size))
     if not rows:
@@ -214,7 +220,7 @@ def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pa
         if jax.default_backend() == "cpu":
             most = min(most, max(1, CPU_TOKENS // columns))
         count = row_count(len(bins), min(most, batch_size), ways)
-        # A token's other products cost about as much as attention to so many more keys.
+        # A token's other products cost about as much as attention to this many more keys.
         cost = len(bins) + -len(bins) % count, 3 * llm.config.width + P + columns / 2
         found.append((cost[0] * columns * cost[1], columns, count, bins))
     _, columns, count, bins = min(found, key=lambda one: one[0])
@@ -222,27 +228,27 @@ def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pa
 
 
 def row_columns(longest: int, total: int) -> list[int]:
-    """Tokens that a row may have, few of them: the more, the fewer stay empty, and the more a token's row is to be masked.
+    """The few row lengths to choose from: longer rows leave fewer columns empty, but more of a token's row is masked.
 
-    `total` tokens are read by each device.
+    Each device reads `total` tokens.
     """
     if longest <= ROW:
         least = max(bucket(longest), min(ROW, bucket(total)))
         return [least, *(columns for columns in (160, 192, 256, 384) if least >= ROW and columns <= total)]
-    step = max(8, 1 << (longest.bit_length() - 6))  # at most a thirty-second is padding
+    step = max(8, 1 << (longest.bit_length() - 6))  # at most 1/32 of a row is padding
     least = longest + -longest % step
     return [least, *(columns for columns in (least * 5 // 4, least * 3 // 2, 2 * least) if columns <= total)]
 
 
 def row_count(needed: int, most: int, ways: int) -> int:
-    """Rows of each of the passes over so many, at most `most`: what leaves the fewest empty, of which the largest."""
+    """Rows per pass for `needed` rows, at most about `most`: of the numbers that leave the fewest rows empty, the largest."""
     counts = range(min(most, needed), max(1, most // 2) - 1, -1) if needed > most // 2 else [needed]
     count = min(counts, key=lambda count: needed + -needed % count)
     return count + -count % ways if ways <= most else count
 
 
 def fill(lengths: Sequence[int], columns: int) -> list[list[int]]:
-    """Indices of items for each row of so many columns: the longest first, each into the first row that has room for it."""
+    """The indices of the items in each row of `columns` tokens: longest first, each in the first row that has room for it."""
     rows, room, first = [], [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((j for j in range(first, len(rows)) if room[j] >= lengths[i]), len(rows))
@@ -257,7 +263,7 @@ def fill(lengths: Sequence[int], columns: int) -> list[list[int]]:
 
 
 def _plan_apart(llm, cache, rows, batch_size):
-    """The passes of an encoder–decoder, whose rows are one item each, in powers of two of rows and in buckets."""
+    """The passes of an encoder–decoder: one item per row, a power of two of rows, and lengths padded to buckets."""
     P, order = cache.columns, sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs) - len(rows[i].tokens))
     most = min(batch_size, 1 << (len(rows) - 1).bit_length()) if rows else batch_size
     while order:
@@ -269,7 +275,7 @@ def _plan_apart(llm, cache, rows, batch_size):
 
 
 def _start(llm, params, cache, rows, batch: Pass, chunk):
-    """Dispatches one pass: a list of (log-probabilities (C,K) on the device, how many of them count)."""
+    """Dispatches one pass; returns a list of (log-probabilities (C,K) on the device, how many of the C rows count)."""
     tokens, positions = np.zeros((2, batch.count, batch.columns), np.int32)
     inputs, input_length = np.zeros((batch.count, batch.inputs), np.int32), np.zeros(batch.count, np.int32)
     segments, items = np.full((2, batch.count, batch.columns), -1, np.int32)
@@ -302,7 +308,7 @@ def _start(llm, params, cache, rows, batch: Pass, chunk):
 
 
 def _states_padded(count: int) -> int:
-    """The states that go through the head together: few numbers, because each is compiled."""
+    """The padded number of states that go through the head together: one of few sizes, because each is compiled."""
     return bucket(count) if count <= 64 else count + -count % 32
 
 
@@ -335,12 +341,12 @@ def _check_rows(llm, prefix_length: int, rows) -> None:
         wrong = least if least < 0 else largest
         if least < 0 or largest >= llm.config.vocab_size:
             raise UserError(
-                f"A query holds token {wrong}, the LLM in {llm.path} has {llm.config.vocab_size}: use the LLM's own"
-                " tokenizer."
+                f"A query holds token {wrong}, but the LLM in {llm.path} knows {llm.config.vocab_size} tokens: use the LLM's"
+                " own tokenizer."
             )
 
 
-# The LLM is a static argument (it hashes by identity) and its params a traced one: each shape is compiled once.
+# The LLM is a static argument (hashed by identity) and its params are traced: each shape is compiled once.
 @partial(jax.jit, static_argnums=0)
 def _cache(llm, params, prefix):
     return llm.prefix_cache(params, prefix)

@@ -1,12 +1,12 @@
-"""What an evaluation leaves in its workdir: predictions that are never computed twice, scores.json and table.md.
+"""The files of an evaluation's workdir: predictions, which are never computed twice, scores.json and table.md.
 
-    config.json                                           the settings it was made with
-    predictions/<method>-<key>/made_of.json               what the key stands for
+    config.json                                           the settings of the evaluation
+    predictions/<method>-<key>/made_of.json               what the key is a hash of
     predictions/<method>-<key>/<task>_<seed>.jsonl        every item: scores of all options, prediction, gold
     predictions/<method>-<key>/<task>_<seed>.cost.json    prefix length, FLOPs, seconds, and what was read
 
-The key is of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
-is of the very tokens that were read. A file appears whole or not at all, the predictions last.
+The key is a hash of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
+is that of the tokens that were read. A file appears complete or not at all, the predictions last.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from mend_jax.run.distributed import to_host
 from mend_jax.run.files import is_disk_full, write_text
 from mend_jax.scoring.metrics import TITLES, percent
 
-FORMAT = 2  # of the prediction files: raised when older ones must not be used
+FORMAT = 2  # of the prediction files: a new number makes older files invalid
 
 
 class Store:
@@ -36,7 +36,7 @@ class Store:
         _write(self.folder / "made_of.json", json.dumps(facts, indent=1) + "\n")
 
     def read(self, task: str, seed: int, content: str, count: int) -> tuple[list[dict], dict] | None:
-        """(lines, cost) of a task and seed that was evaluated whole on the same content, else None."""
+        """(lines, cost) of a task and seed if it was completely evaluated on the same content, else None."""
         try:
             lines = [json.loads(line) for line in self._predictions(task, seed).read_text().splitlines()]
             cost = json.loads(self._cost(task, seed).read_text())
@@ -45,7 +45,7 @@ class Store:
         return (lines, cost) if cost.get("content") == content and len(lines) == count else None
 
     def write(self, task: str, seed: int, lines: list[dict], cost: dict) -> None:
-        """Keeps a whole task and seed; `cost` must hold its "content"."""
+        """Stores a complete task and seed; `cost` must have its "content"."""
         self._predictions(task, seed).unlink(missing_ok=True)  # never old predictions beside a new cost
         _write(self._cost(task, seed), json.dumps(cost) + "\n")
         _write(self._predictions(task, seed), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -59,7 +59,7 @@ class Store:
 
 
 def write_config(workdir, config) -> None:
-    """Keeps the resolved configuration as <workdir>/config.json; that of a training or of a model's folder stays."""
+    """Writes the resolved configuration to <workdir>/config.json, unless that file belongs to a training or a model."""
     workdir = Path(workdir)
     if not (workdir / checkpoint.FOLDER).exists() and not _is_models(workdir / checkpoint.CONFIG):
         _write(workdir / checkpoint.CONFIG, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
@@ -82,7 +82,7 @@ def write_results(workdir, results: dict) -> str:
 
 
 def method_table(results: dict) -> str:
-    """A row for each method: score, both metrics, prefix length and cost. Markdown, aligned for a terminal."""
+    """A Markdown table, aligned for a terminal, with a row per method: score, both metrics, prefix length and cost."""
     header = ["method", "score", *TITLES.values(), "prefix length", "KV cache", "GFLOPs/item", "uncached", "ms/item"]
     rows = []
     for name, method in results["methods"].items():
@@ -100,7 +100,7 @@ def method_table(results: dict) -> str:
 
 
 def task_table(results: dict) -> str:
-    """A row for each task: its metric and every method's score."""
+    """A table with a row per task: its metric and every method's score."""
     methods = results["methods"]
     tasks = next(iter(methods.values()))["per_task"]
     rows = [
@@ -133,8 +133,8 @@ def _notes(results: dict) -> str:
         f" k = {results['k']}."
         " The score is the mean over tasks of Macro-F1 for classification and accuracy for the rest; ± is the sample"
         " standard deviation over seeds. All scores x 100. Prefix length is in positions of the LLM; GFLOPs/item"
-        " score all options of one item after a cached prefix, *uncached* makes and reads the prefix anew for every"
-        " item; ms/item is the median over the tasks and seeds for which no program had to be compiled (– where there are"
+        " is the cost of scoring all options of one item after a cached prefix; *uncached* makes and reads the prefix again"
+        " for every item; ms/item is the median over the tasks and seeds for which nothing had to be compiled (– if there are"
         " none), with the cache, on the machine that ran it."
     )
     if results["missing_tasks"]:
@@ -153,6 +153,6 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         if is_disk_full(error):
             raise UserError(
-                f"The disk of {path.parent} is full: make room and give the same command again, it goes on."
+                f"The disk of {path.parent} is full: free some space and run the same command again to resume."
             ) from error
         raise UserError(f"{path} cannot be written ({error.strerror}): check the workdir.") from error

@@ -1,6 +1,6 @@
 """A method's scores on a task: from a task's demonstrations to a prefix, and from its items to predictions and scores.
 
-The test (evaluate.py) and the dev set that chooses the best checkpoint in training (train.py) are scored by this same code.
+The same code scores the test set (evaluate.py) and the dev set that selects the best checkpoint in training (train.py).
 """
 
 import collections
@@ -26,14 +26,14 @@ from mend_jax.run.distributed import to_host
 from mend_jax.scoring.metrics import aggregate, task_scores
 from mend_jax.scoring.options import cache_prefix, check_items, score_items
 
-_events = collections.Counter()  # of JAX in this process
+_events = collections.Counter()  # JAX's events in this process
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _events.update([event]))
-COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the compile cache
+COMPILED = "/jax/core/compile/backend_compile_duration"  # a program was compiled, or read from the compile cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """A name in a table, the kind of prefix behind it, and where that was trained."""
+    """A row of a results table: its name, its kind of prefix, and the path it was trained in."""
 
     name: str
     model: Kind
@@ -44,10 +44,10 @@ def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[...,
     """prefix_of(task, order=None) -> Prefix (B == 1): a method's prefix of an `EvalTask`'s demonstrations.
 
     Args:
-        config: a whole run's config.
-        llm: the LLM that will read it.
-        method: how it is made.
-        params: of the method's model; None is its own. (Training gives the current ones.)
+        config: the config of a whole run.
+        llm: the LLM that will read the prefix.
+        method: the method that makes the prefix.
+        params: params for the method's model; None means its own. (Training passes the current ones.)
     """
 
     def prefix_of(task: EvalTask, order=None) -> Prefix:
@@ -62,11 +62,11 @@ def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[...,
 
 
 def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> np.ndarray:
-    """The context (N,) of a task's demonstrations, in the tokens of who reads it, in the file's order or `order`; none for
-    a kind that reads no demonstrations.
+    """The context (N,) of a task's demonstrations, in the tokens of the model that reads it, in the file's order or in `order`;
+    empty for a kind that reads no demonstrations.
 
     Examples that do not fit beside the task's longest query are left out; with data.release_truncation the last one is cut, as
-    the release does.
+    in the release.
     """
     return make_contexts(config, llm, model, task, order)[0] if model.reads_demos else np.zeros(0, np.int32)
 
@@ -92,7 +92,7 @@ def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> 
 
 
 def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[list, list]:
-    """The demonstrations (x, y) in the LLM's tokens and in those of the kind's own tokenizer, which mostly is the LLM's."""
+    """The demonstrations (x, y) in the LLM's tokens and in those of the kind's own tokenizer, usually the LLM's."""
     tokenizer = other_tokenizer(llm.tokenizer, model.tokenizer)
     both = task.demos, task.demos
     if tokenizer is not None:  # each x is cut where it is the same text to both, as in training
@@ -102,11 +102,11 @@ def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[lis
 
 
 def check_truncation(config) -> None:
-    """Raises UserError where the release's truncation is asked for beside a distiller with a tokenizer of its own."""
+    """Raises UserError if the release's truncation is combined with a distiller that has its own tokenizer."""
     if config.data.release_truncation:
         raise UserError(
-            "data.release_truncation cuts contexts after so many tokens, which are other texts to a distiller with another "
-            "tokenizer than the LLM's: set it to false."
+            "data.release_truncation cuts contexts after a number of tokens, which is another text for a distiller whose "
+            "tokenizer is not the LLM's: set it to false."
         )
 
 
@@ -132,15 +132,15 @@ def evaluate_task(
 
     Args:
         llm: the LLM.
-        prefix_of: of `prefix_maker`.
-        task: demonstrations and items.
-        batch_size: items in one pass of the LLM.
-        shuffle_demos: a fresh order of the demonstrations, and so a new prefix, for every item.
-        params: of the LLM; None is `llm.params`.
+        prefix_of: from `prefix_maker`.
+        task: the demonstrations and the items.
+        batch_size: rows in one pass of the LLM, see `score_items`.
+        shuffle_demos: whether every item gets its own order of the demonstrations, and so its own prefix.
+        params: the LLM's; None means `llm.params`.
         chunk: see `score_items`.
-        progress: called with the number of items finished.
+        progress: called with the number of items finished since the last call.
     Raises:
-        UserError: a demonstration set or an item that does not fit, or scores that are not finite.
+        UserError: demonstrations or an item that do not fit, or scores that are not finite.
     """
     where, groups = f"{task.task}, seed {task.seed}", [(None, task.items)]
     if shuffle_demos:
@@ -162,7 +162,7 @@ def evaluate_task(
         "prefix_length": positions / len(groups),
         "prefix_seconds": prefix_seconds / len(groups),
         "item_seconds": seconds / len(task.items),
-        "compiled": _events[COMPILED] > before,  # so the seconds are not those of the work alone
+        "compiled": _events[COMPILED] > before,  # then the seconds include compilation
     }
     return TaskResult(lines, cost)
 
@@ -175,14 +175,14 @@ def evaluate_prefix(
     model: Kind | None = None,
     **options,
 ) -> dict:
-    """`metrics.aggregate` of one way to make prefixes, over tasks and seeds; nothing is written.
+    """`metrics.aggregate` of one method's scores over tasks and seeds; writes nothing.
 
     Args:
         llm: the LLM.
-        prefix_of: of `prefix_maker`.
+        prefix_of: from `prefix_maker`.
         tasks: one for each task and seed.
         batch_size: as in `evaluate_task`; so are `options`.
-        model: of the prefixes; where it reads no demonstrations, seeds that ask the same are scored once.
+        model: the kind that makes the prefixes; if it reads no demonstrations, seeds with the same items are scored once.
     """
     scores: dict[str, dict[int, dict]] = {}
     known: dict[str, list[dict]] = {}
@@ -198,8 +198,8 @@ def evaluate_prefix(
 
 
 def content_of(task: EvalTask, demos: bool = False, context: Iterable[int] = ()) -> list:
-    """What decides a task's predictions, JSON-like: what is read of it (its demonstrations too where they are, with the context
-    that was made of them), and which option is right."""
+    """What decides a task's predictions, JSON-like: the tokens read (with `demos` also the demonstrations and the `context`
+    made of them) and the correct options."""
     shown = [[_ints(x), _ints(y)] for x, y in task.demos] if demos else []
     items = [[_ints(i.x_tokens), [_ints(o) for o in i.options_tokens], i.label, list(i.options)] for i in task.items]
     return [shown, _ints(context), items, task.classification]
@@ -210,10 +210,10 @@ def _ints(ids) -> list[int]:
 
 
 def dev_tasks(config, llm: LLM, model: Kind) -> list[EvalTask]:
-    """The meta-test *validation* examples, for `dev_score`, after everything was checked that the scoring of them checks.
+    """The meta-test *validation* examples for `dev_score`, with every check that scoring them would make.
 
     Raises:
-        UserError: files that are missing or bad, demonstrations or an item that do not fit beside the model's vectors.
+        UserError: missing or bad files, demonstrations or an item that do not fit beside the model's vectors.
     """
     tasks, _ = load_tasks(config, llm, "dev")
     for task in tasks:
@@ -223,7 +223,7 @@ def dev_tasks(config, llm: LLM, model: Kind) -> list[EvalTask]:
 
 
 def check_longest(llm: LLM, prefix_length: int, tasks: list[EvalTask], split: str) -> None:
-    """Raises UserError for the first task whose longest item does not fit the LLM's window behind a prefix; cheap."""
+    """Raises UserError for the first task whose longest item does not fit the LLM's window after a prefix; cheap."""
     for task in tasks:
         longest = max(task.items, key=lambda item: len(item.x_tokens) + max(map(len, item.options_tokens)))
         _check_task(llm, prefix_length, task, [longest], split)
@@ -240,20 +240,20 @@ def dev_score(config, llm: LLM, model: Kind, params, tasks: list[EvalTask]) -> f
     """The score (0 to 1) of a model in training.
 
     Args:
-        config: a whole run's config, paths resolved.
+        config: the config of a whole run, with resolved paths.
         llm: the run's LLM.
         model: a kind of prefix; always the same object, so that nothing is compiled again.
         params: its current params.
-        tasks: of `dev_tasks`.
+        tasks: from `dev_tasks`.
     """
     method = Method("model in training", model)
-    params = jax.tree.map(jnp.asarray, params)  # what is on devices, of several processes too, stays where it is
+    params = jax.tree.map(jnp.asarray, params)  # arrays on devices, of several processes too, stay where they are
     prefix_of, options = prefix_maker(config, llm, method, params), scoring_options(config, method)
     return evaluate_prefix(llm, prefix_of, tasks, model=model, **options)["score"]["mean"]
 
 
 def scoring_options(config, method: Method) -> dict:
-    """What a config says about `evaluate_task`, for validation and for test alike."""
+    """The options of `evaluate_task` that a config sets, for validation and test alike."""
     return {
         "batch_size": config.evaluate.batch_size,
         "shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos,

@@ -1,10 +1,10 @@
-"""What each row of training data is: a pure function of (seed, row number), one class per stage.
+"""The rows of training data, each a pure function of (seed, row number); one class per stage.
 
-Each has `lengths(row) -> (context tokens, tokens of each query)`, cheap, for planning; `tokens(row) -> (demos, queries,
-teacher_demos or None)`, a query being (tokens, target_start); `describe(row)`, where it came from; the padded sizes
-`demo_buckets`, `query_buckets`; and for LLMs that read x and y apart `input_columns`, the longest x, and
+Each class has `lengths(row) -> (context tokens, tokens of each query)`, which is cheap, for planning; `tokens(row) -> (demos,
+queries, teacher_demos or None)`, where a query is (tokens, target_start); `describe(row)`, where the row came from; the padded
+sizes `demo_buckets` and `query_buckets`; and, for LLMs that read x and y separately, `input_columns`, the longest x, and
 `target_length(row)`.
 
-Where the distiller has another tokenizer than the LLM, or reads in chunks (`separate_teacher`), `demos` are as the distiller reads
-them and `teacher_demos` the LLM's tokens of the very same text, `teacher_length(row)` many; everything else is in the LLM's tokens.
+If the distiller has another tokenizer than the LLM, or reads in chunks (`separate_teacher`), `demos` are as the distiller reads
+them, and `teacher_demos` are the `teacher_length(row)` LLM tokens of the same text; everything else is in the LLM's tokens.
 """

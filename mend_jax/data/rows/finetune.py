@@ -14,14 +14,14 @@ from mend_jax.data.stores import TaskStore
 class TaskRows:
     """Finetuning: K demonstrations and a query of one task, drawn uniformly at random (paper, section 3.3).
 
-    With data.queries > 1, more queries of the same task stand behind the same demonstrations.
+    With data.queries > 1, several queries of the same task follow the same demonstrations.
     """
 
     def __init__(self, config, stores: list[TaskStore], readers: Readers):
         windows = readers.windows
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
         self.input_columns = config.data.max_input_tokens
-        self.contexts = readers.reads_demos or bool(config.loss.kd)  # else nobody reads them
+        self.contexts = readers.reads_demos or bool(config.loss.kd)  # else no model reads them
         self.packing = readers.packing
         self.draw = functools.lru_cache(KEPT)(self.draw)
         check_enough_examples(stores, self.config.k, self.config.queries)
@@ -31,7 +31,7 @@ class TaskRows:
         limit = min(max(self.config.query_buckets), windows[0] - readers.positions(config))
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
         self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
-        self.shown = [  # tokens of each example as a demonstration, for each tokenizer
+        self.shown = [  # length of each example as a demonstration, for each tokenizer
             kept + np.stack([own.lengths[:, 1] for own in store.readings], axis=1)
             for store, kept in zip(stores, self.kept, strict=True)
         ]
@@ -40,7 +40,7 @@ class TaskRows:
             if not len(queries):
                 raise UserError(
                     f"No example of task {store.task!r} fits {limit} tokens, the largest of config.data.query_buckets "
-                    f"that the LLM's window of {windows[0]} allows: leave the task out or raise it."
+                    f"that the LLM's window of {windows[0]} allows: leave the task out or raise that bucket."
                 )
         self.query_buckets = buckets(self.config.query_buckets, limit)
         self.demo_buckets = (
@@ -54,7 +54,7 @@ class TaskRows:
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
 
     def draw(self, row: int):
-        """(task number, demonstrations' numbers, queries' numbers, budget) of a row."""
+        """(task number, demonstration numbers, query numbers, budget) of a row."""
         rng = sampling.row_rng(self.seed, 1, row)
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
@@ -68,7 +68,7 @@ class TaskRows:
             if self.config.release_truncation or not self.contexts:
                 return task, chosen, queries, budget
             fitting = min(map(sampling.fit_demos, self.shown[task][chosen].T, allowed))
-            if self.packing is not None:  # what has no place in a chunk is not shown to the teacher either
+            if self.packing is not None:  # the teacher does not see what fits no chunk either
                 fitting = len(self.packing.chunk_of(self.shown[task][chosen[:fitting], -1]))
             if fitting:
                 return task, chosen[:fitting], queries, budget
@@ -78,9 +78,9 @@ class TaskRows:
         )
 
     def _with_others(self, row: int, task: int, chosen, query: int) -> np.ndarray:
-        """The query and data.queries - 1 others of its task, none a demonstration, none twice while there are enough."""
+        """The query and data.queries - 1 others of its task: no demonstration, and none twice if there are enough examples."""
         count = self.config.queries - 1
-        if not count:  # rows of one query do not depend on this
+        if not count:  # rows with one query do not depend on this
             return np.asarray([query])
         left = np.setdiff1d(self.queries[task], [*chosen, query])
         left = left if len(left) else np.asarray([query])  # all others are too long
@@ -132,11 +132,11 @@ class TaskRows:
 
 
 def check_enough_examples(stores: list[TaskStore], k: int, queries: int = 1) -> None:
-    """Raises UserError for the first task with fewer examples than K demonstrations and a row's queries take."""
+    """Raises UserError for the first task that has fewer examples than K demonstrations and a row's queries need."""
     needed, asked = k + queries, "a query" if queries == 1 else f"config.data.queries = {queries}"
     for store in stores:
         if len(store) < needed:
             raise UserError(
                 f"Task {store.task!r} has {len(store)} examples, but config.data.k = {k} demonstrations and {asked} "
-                f"take {needed}: lower {'k' if queries == 1 else 'k or queries'}, or leave the task out."
+                f"need {needed}: lower {'k' if queries == 1 else 'k or queries'}, or leave the task out."
             )

@@ -1,4 +1,4 @@
-"""Stage "lm"'s rows: plain text, and in-context sequences."""
+"""The rows of stage "lm": plain text and in-context sequences."""
 
 import functools
 
@@ -13,7 +13,7 @@ from mend_jax.data.stores import TaskStore
 
 
 class SequenceRows:
-    """An ordinary LM's rows: plain text cut or packed to the sequence length, and in-context sequences of one task."""
+    """The rows of an ordinary LM: plain text cut or packed to the sequence length, and in-context sequences of one task."""
 
     separate_teacher, packing = False, None  # no distiller
 
@@ -30,13 +30,13 @@ class SequenceRows:
         self.draw = functools.lru_cache(KEPT)(self.draw)
 
     def text_number(self, row: int) -> int | None:
-        """Which plain text this row is, counted from the first; None for an in-context sequence."""
+        """The number of this row's plain text, counted from 0; None for an in-context sequence."""
         batch, place = divmod(row, self.rows)
         before, after = int(place * self.share + 1e-9), int((place + 1) * self.share + 1e-9)
         return batch * int(self.rows * self.share + 1e-9) + before if after > before else None
 
     def draw(self, row: int):
-        """(task number, examples' numbers) of an in-context sequence: half have K+1 or all that fit, half fewer."""
+        """(task number, example numbers) of an in-context sequence; half have K+1 or as many as fit, half have fewer."""
         rng = sampling.row_rng(self.seed, 3, row)
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
@@ -65,7 +65,7 @@ class SequenceRows:
         return np.zeros(0, np.int32), [(sampling.join_demos(examples), 0)], None
 
     def text(self, row: int, number: int) -> np.ndarray:
-        """A piece of one long document, or several short ones with the end-of-text token between them: (T,) int32."""
+        """A piece of one long document, or several short documents separated by the end-of-text token: (T,) int32."""
         rng = sampling.row_rng(self.seed, 4, row)
         ids = self.store[int(self.documents[number])]
         if len(ids) >= self.size:
@@ -82,6 +82,6 @@ class SequenceRows:
     def describe(self, row: int) -> str:
         number = self.text_number(row)
         if number is not None:
-            return f"a text beginning in number {int(self.documents[number])} of {self.config.text}"
+            return f"a text that begins in document {int(self.documents[number])} of {self.config.text}"
         task, chosen = self.draw(row)
         return f"task {self.stores[task].task}: examples {chosen.tolist()} (from 0)"

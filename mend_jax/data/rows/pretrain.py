@@ -1,4 +1,4 @@
-"""Pretraining's rows: a text, of which the first share is the context and the rest the query."""
+"""The rows of pretraining: the first share of a text is the context, the rest is the query."""
 
 import functools
 
@@ -11,9 +11,9 @@ from mend_jax.data.stores import TextStore
 
 
 class TextRows:
-    """Meta-distillation pretraining: the share beta of a text is the context, the rest the query."""
+    """Meta-distillation pretraining: the share beta of a text is the context, the rest is the query."""
 
-    input_columns = 0  # all of a query is said, there is no x
+    input_columns = 0  # the whole query is target: there is no x
 
     def __init__(self, config, store: TextStore, documents: range, shuffle: bool, readers: Readers):
         self.config, self.store, self.windows = config.data, store, readers.windows
@@ -55,11 +55,11 @@ class TextRows:
         )
 
     def split(self, document: int) -> tuple[int, int, int]:
-        """(context tokens of the distiller, query tokens, context tokens of the LLM) of a document."""
+        """(the distiller's context tokens, query tokens, the LLM's context tokens) of a document."""
         length = min(int(self.store.lengths[document]), self.config.max_text_tokens)
         _, query = sampling.split_text(length, self.config.beta, length)
         budget, *others = self.budgets(query)
-        if self.packing is not None:  # what has no place in a chunk is not shown to the teacher either
+        if self.packing is not None:  # the teacher does not see what fits no chunk either
             room = self.packing.columns * self.packing.chunks
             budget, others = min(budget, room), [min(other, room) for other in others]
         context, query = sampling.split_text(length, self.config.beta, budget)

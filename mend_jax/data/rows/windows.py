@@ -1,4 +1,4 @@
-"""What fits: the sizes that rows are padded to, the tokens that a context may have, and whether a run's lengths go together."""
+"""What fits: the sizes that rows are padded to, the tokens a context may have, and whether a run's lengths fit the windows."""
 
 import logging
 
@@ -11,12 +11,12 @@ KEPT = 1 << 14  # rows remembered between planning a window and making its batch
 
 
 def check_windows(config, llm, backbone=None, vectors: int | None = None) -> None:
-    """Raises UserError where the lengths that a run's config asks for cannot fit together: before anything is loaded or read.
+    """Raises UserError if the lengths of a run's config cannot fit the windows, before anything is loaded or read.
 
     Args:
-        config: a whole run's config.
+        config: the config of a whole run.
         llm, backbone: settings of the LLM and of the distiller's backbone (None: there is no distiller), each with a `window`.
-        vectors: positions of the LLM that the prefix takes at most; None: prefix.length.
+        vectors: the most positions that the prefix takes in the LLM; None: prefix.length.
     """
     data, stage = config.data, config.stage
     vectors = config.prefix.length if vectors is None else vectors
@@ -24,21 +24,21 @@ def check_windows(config, llm, backbone=None, vectors: int | None = None) -> Non
     if stage == "lm":
         check_sequence_length(data.sequence_length, llm.window)
         return
-    behind = _beside("behind", vectors, config.prefix.length)
+    behind = _beside("after", vectors, config.prefix.length)
     room = llm.window - vectors
     if room < 2:
         raise UserError(
             f"The LLM's window of {llm.window} tokens has no room for a query {behind}: lower prefix.length."
         )
-    [budget] = largest_budgets(config, windows, two_readings=False)  # two have no more room than this either
+    [budget] = largest_budgets(config, windows, two_readings=False)  # two readings have no more room
     _, continued = sampling.split_text(data.max_text_tokens, data.beta, data.max_text_tokens)
     if stage == "pretrain" and continued > room:
         fitting = (n for n in range(data.max_text_tokens, MIN_TEXT_TOKENS - 1, -1))
         most = next((n for n in fitting if sampling.split_text(n, data.beta, n)[1] <= room), None)
         lower = "lower prefix.length" if most is None else f"lower data.max_text_tokens to {most}, or prefix.length"
         raise UserError(
-            f"A text of data.max_text_tokens = {data.max_text_tokens} is continued for {continued} tokens, which do not fit the "
-            f"LLM's window of {llm.window} {behind}: {lower}."
+            f"A text of data.max_text_tokens = {data.max_text_tokens} has a continuation of {continued} tokens, which does not "
+            f"fit the LLM's window of {llm.window} {behind}: {lower}."
         )
     if stage == "finetune" and data.max_input_tokens >= room:
         raise UserError(
@@ -53,14 +53,14 @@ def check_windows(config, llm, backbone=None, vectors: int | None = None) -> Non
 
 
 def buckets(configured, largest: int) -> tuple[int, ...]:
-    """The configured sizes below `largest`, then `largest`: every length up to it has a bucket."""
+    """The configured sizes below `largest`, then `largest` itself: every length up to it has a bucket."""
     return (*sorted({size for size in configured if size < largest}), largest)
 
 
 def budgets(config, windows, query: int, two_readings: bool) -> tuple[int, ...]:
-    """Tokens a context may have beside a query of so many: (those that both models can read,), or (the LLM's, the distiller's).
+    """The most context tokens beside a query of `query` tokens: (that both models can read,), or (the LLM's, the distiller's).
 
-    The distiller reads a context and prefix.length placeholders, however many positions of the LLM the prefix takes.
+    The distiller reads a context and prefix.length placeholders, however many positions the prefix takes in the LLM.
     """
     data, placeholders = config.data, config.prefix.length
     if not two_readings:
@@ -69,12 +69,12 @@ def budgets(config, windows, query: int, two_readings: bool) -> tuple[int, ...]:
 
 
 def largest_budgets(config, windows, two_readings: bool) -> tuple[int, ...]:
-    """The most tokens a context can have, as `budgets`. Raises UserError where there is no room for any."""
+    """The most tokens a context can have beside any query, as `budgets`. Raises UserError if there is no room for any."""
     found = budgets(config, windows, 1, two_readings)
     if min(found) < 1:
         raise UserError(
             f"The distiller's window of {windows[1]} tokens has no room for demonstrations beside "
-            f"config.prefix.length = {config.prefix.length} vectors: lower it or take another backbone."
+            f"config.prefix.length = {config.prefix.length} vectors: lower that length or use another backbone."
         )
     if config.data.release_truncation:
         return tuple(min(budget, sampling.RELEASE_DISTILLER_TOKENS) for budget in found)
@@ -84,12 +84,12 @@ def largest_budgets(config, windows, two_readings: bool) -> tuple[int, ...]:
 def check_sequence_length(length: int, window: int) -> None:
     if length > window:
         raise UserError(
-            f"config.data.sequence_length is {length}, but the LLM's window is {window} tokens: lower it to that at most."
+            f"config.data.sequence_length is {length}, but the LLM's window is {window} tokens: lower the length to at most {window}."
         )
 
 
 def check_window(what: str, query: int, vectors: int, length: int, window: int) -> None:
-    """Raises UserError where a query and a prefix of `vectors` positions do not fit; `length` is prefix.length."""
+    """Raises UserError if a query and a prefix of `vectors` positions do not fit; `length` is prefix.length."""
     if query + vectors > window:
         raise UserError(
             f"{what} of {query} tokens does not fit the LLM's window of {window} "
