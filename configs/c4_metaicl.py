@@ -1,18 +1,18 @@
 """Real text and real tasks at a size that two CPU cores can train: C4 and MetaICL's class_to_class, GPT-2's tokenizer.
 
-First the LLM, from random weights (its folder holds configs/gpt2_tiny/config.json and the tokenizer's files):
+First the LLM, from random weights (a folder with configs/gpt2_tiny/config.json and the tokenizer's files beside it):
 
     python -m mend_jax.train --config=configs/c4_metaicl.py:llm --workdir=runs/real/llm \\
         --config.llm.path=runs/gpt2_tiny --config.data.text=C4 --config.data.tasks=METAICL
 
-Then all five methods on this LLM, and the table:
+Then all five methods on it, and the table:
 
     python -m mend_jax.experiments.methods --config=configs/c4_metaicl.py --workdir=runs/real/methods \\
         --config.data.text=C4 --config.data.tasks=METAICL
 
 Hardware: one of two busy cores of an Intel Xeon.
 Time: the LLM 87 minutes, the trainings of the methods 72, the evaluation 58.
-Expected: zero-shot 26.3, PromptTuning 28.3, Vanilla ICL 26.2, HyperTuning 25.9, MEND 25.4, which is guessing: such a small LLM
+Expected: zero-shot 26.3, PromptTuning 28.3, Vanilla ICL 26.2, HyperTuning 25.9, MEND 25.4, which is guessing: so small an LLM
 does not learn in context from real text (docs/results.md).
 """
 
@@ -40,10 +40,7 @@ def get_config(name: str = "methods"):
         c.optimizer.weight_decay = 0.01
         return c
     # 30,000 steps a stage in the paper; the rate is higher because so few steps must do.
-    c.data.demo_buckets, c.data.query_buckets = (
-        (256, 512, 900),
-        (64, 272),
-    )  # few shapes: compiling counts in a short run
+    c.data.demo_buckets, c.data.query_buckets = (256, 512, 900), (64, 272)  # few shapes: compiling counts in a short run
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 300
     c.optimizer.learning_rate = 5e-4
     c.optimizer.warmup_steps = 20

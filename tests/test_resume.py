@@ -73,15 +73,9 @@ def test_field_of_an_older_version(tmp_path):
     older = get_config().to_dict()
     older["prefix"]["gone"] = 1
     (tmp_path / "config.json").write_text(json.dumps(older))
-<<<<<<< HEAD:tests/test_resume.py
     with says(tmp_path, "prefix.gone=1", "this version"):
         resume.check_resume(tmp_path, get_config(), False)
     resume.check_resume(tmp_path, get_config(), True)
-=======
-    with pytest.raises(UserError, match="prefix.gone=1, which this version no longer has: use the version that"):
-        meaning.check_resume(tmp_path, get_config(), False)
-    meaning.check_resume(tmp_path, get_config(), True)
->>>>>>> 88966d130556e6a2d6fa81afa95efb97a9cd2e01:tests/test_meaning.py
 
 
 EVALUATION = {"seeds": (1, 2), "tasks": ("t",), "limit": 3, "shuffle_demos": True, "batch_size": 7, "split": "dev"}
@@ -157,14 +151,9 @@ def test_an_llm_that_a_run_was_not_trained_for_is_said(models, tmp_path, caplog)
     run = written(tmp_path / "run", config(models / "one"))
     resume.check_llm(run, models / "one")
     assert not caplog.messages
-<<<<<<< HEAD:tests/test_resume.py
     resume.check_llm(run, models / "other")
     [said] = caplog.messages
     states(said, run, f"for the LLM in {models / 'one'}", f"not for that in {models / 'other'}")
-=======
-    meaning.check_llm(run, models / "other")
-    assert f"for the LLM in {models / 'one'}, not for that in {models / 'other'}" in caplog.text
->>>>>>> 88966d130556e6a2d6fa81afa95efb97a9cd2e01:tests/test_meaning.py
 
 
 def test_another_tokenizer_beside_the_same_weights(models, tmp_path):
@@ -218,14 +207,9 @@ def test_start_of_another_meaning_is_refused(field, value, facts, models, tmp_pa
     start = written(tmp_path / "start", config(models / "one"), 1.0)
     value = str(models / value) if value == "other" else value
     c = config(models / "one", stage="finetune", **{"prefix.start_from": str(start), field: value})
-<<<<<<< HEAD:tests/test_resume.py
     both = {name: of_model(models / name) for name in ("one", "other")}
     with says(f"prefix.start_from={start}", *(str(fact).format(**both) for fact in facts)):
         resume.check_start(c)
-=======
-    with pytest.raises(UserError, match=f"prefix.start_from={start} was trained with {said}.*set it back"):
-        meaning.check_start(c)
->>>>>>> 88966d130556e6a2d6fa81afa95efb97a9cd2e01:tests/test_meaning.py
 
 
 def test_start_that_is_none(models, tmp_path):
@@ -235,14 +219,8 @@ def test_start_that_is_none(models, tmp_path):
 
     start_from(tmp_path / "nothing", "not a folder")
     (tmp_path / "empty").mkdir()
-<<<<<<< HEAD:tests/test_resume.py
     start_from(tmp_path / "empty", "config.json")
     start_from(written(tmp_path / "new", config(models / "one")), "no whole checkpoint")
     start_from(
         written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'stage="lm"', "llm.path", "prefix.backbone"
     )
-=======
-    start_from(tmp_path / "empty", "is not a training workdir: it has no config.json")
-    start_from(written(tmp_path / "new", config(models / "one")), "holds no complete checkpoint")
-    start_from(written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'was trained with stage="lm"')
->>>>>>> 88966d130556e6a2d6fa81afa95efb97a9cd2e01:tests/test_meaning.py
