@@ -111,7 +111,7 @@ def test_a_mesh_that_does_not_divide(command, flags, facts, said):
         (["--config.train.batch_size=12"], ["train.batch_size=12", "8 devices", "multiple of 8"]),
         (
             ["--config.prefix.projection=identity"],
-            ['prefix.projection="identity"', "24 against 32", '"tanh"', '"linear"'],
+            ['prefix.projection="identity"', 24, 32, '"tanh"', '"linear"'],
         ),
         (["--config.prefix.length=95"], ["96 tokens", "no room", "prefix.length = 95"]),
         (["--config.data.max_text_tokens=600"], ["data.max_text_tokens = 600", 96, "prefix.length = 4"]),
@@ -137,8 +137,8 @@ def distiller(world, folder, shape):
 @pytest.mark.parametrize(
     ("make", "shape", "facts"),
     [
-        (distiller, (4, 24), ["width 24", "reads 32"]),
-        (soft_prompt, (4, 24), ["width 24", "reads 32"]),
+        (distiller, (4, 24), ["width 24", 32]),
+        (soft_prompt, (4, 24), ["width 24", 32]),
         (soft_prompt, (100, 32), ["103 positions", "100 of them the prefix", "at most 96"]),
     ],
 )

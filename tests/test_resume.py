@@ -220,7 +220,7 @@ def test_start_that_is_none(models, tmp_path):
     start_from(tmp_path / "nothing", "not a folder")
     (tmp_path / "empty").mkdir()
     start_from(tmp_path / "empty", "config.json")
-    start_from(written(tmp_path / "new", config(models / "one")), "no whole checkpoint")
+    start_from(written(tmp_path / "new", config(models / "one")), "checkpoint")
     start_from(
         written(tmp_path / "lm", config(models / "one", stage="lm"), 1.0), 'stage="lm"', "llm.path", "prefix.backbone"
     )

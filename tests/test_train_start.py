@@ -87,7 +87,7 @@ def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(
         (
             {"n_embd": 8},
             {"prefix.projection": "identity"},
-            ['prefix.projection="identity"', "backbone", "8 against 16", '"tanh"', '"linear"'],
+            ['prefix.projection="identity"', "backbone", 8, 16, '"tanh"', '"linear"'],
         ),
         (
             {"n_head": 1},
