@@ -45,24 +45,24 @@ def no_models(monkeypatch):
 @pytest.mark.parametrize(
     "stage, fields, said",
     [
-        ("pretrain", {"prefix.length": 47}, "window of 48 tokens has no room for a query behind prefix.length = 47"),
-        ("finetune", {"prefix.length": 48}, "window of 48 tokens has no room for a query behind prefix.length = 48"),
+        ("pretrain", {"prefix.length": 47}, "window of 48 tokens has no room for a query after prefix.length = 47"),
+        ("finetune", {"prefix.length": 48}, "window of 48 tokens has no room for a query after prefix.length = 48"),
         (
             "pretrain",
             {"data.max_text_tokens": 1024},
-            "continued for 205 tokens, .* window of 48 .* 4 vectors: lower data.max_text_tokens to 220, or prefix.length",
+            "continuation of 205 tokens, .* window of 48 .* 4 vectors: lower data.max_text_tokens to 220, or prefix.length",
         ),
         (
             "pretrain",
             {"prefix.length": 44},
-            "continued for 8 tokens, .* behind prefix.length = 44 vectors: lower prefix.length",
+            "continuation of 8 tokens, .* after prefix.length = 44 vectors: lower prefix.length",
         ),
         (
             "finetune",
             {"data.max_input_tokens": 44},
             "max_input_tokens = 44 and its output .* lower .* to less than 44, or",
         ),
-        ("lm", {"data.sequence_length": 49}, "sequence_length is 49, but the LLM's window is 48 tokens: lower it"),
+        ("lm", {"data.sequence_length": 49}, "sequence_length is 49, but the LLM's window is 48 tokens: lower"),
     ],
 )
 def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(stage, fields, said, model, tmp_path, no_models):
@@ -74,7 +74,7 @@ def test_lengths_that_do_not_fit_are_said_before_the_models_are_loaded(stage, fi
     ("change", "fields", "said"),
     [
         ({"n_positions": 4}, {}, "distiller's window of 4 tokens has no room for demonstrations beside"),
-        ({"n_embd": 8}, {"prefix.projection": "identity"}, "as wide as the LLM, not 8 against 16: use"),
+        ({"n_embd": 8}, {"prefix.projection": "identity"}, "as wide as the LLM .16., not 8: use"),
         (
             {"n_head": 1},
             {"train.parallel": "mesh", "mesh.tensor": 2},
