@@ -180,7 +180,9 @@ def test_run_goes_on_with_the_same_examples_wherever_they_lie_and_with_no_others
         path = tmp_path / "moved" / "metaicl" / "data" / file
         before = path.read_text()
         path.write_text(before.replace("w2", "w3"))  # no length changes
-        with pytest.raises(UserError, match="data.tasks=.*moved/metaicl does not hold what .*/run was trained with"):
+        with pytest.raises(
+            UserError, match="data.tasks=.*moved/metaicl does not hold the data that .*/run was trained with"
+        ):
             train.train(finetuning, tmp_path / "run")
         path.write_text(before)
     assert train.train(finetuning, tmp_path / "run") == 0
