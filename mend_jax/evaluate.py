@@ -28,15 +28,13 @@ from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.folders import fingerprint
 from mend_jax.prefixes import KINDS, Kind
-from mend_jax.run import distributed, sharding
+from mend_jax.run import checks, distributed, sharding
 from mend_jax.run.layout import Layout, make_layout
 from mend_jax.run.reporting import say
-from mend_jax.run.resume import check_llm
 from mend_jax.scoring import costs, results
 from mend_jax.scoring.metrics import aggregate
 from mend_jax.scoring.tasks import (
     Method,
-    check_longest,
     content_of,
     evaluate_task,
     make_context,
@@ -54,13 +52,12 @@ def evaluate(config, workdir) -> dict:
     Raises:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = Path(workdir)
     layout = evaluation_layout(config)
     llm, methods = load_models(config, layout)
     results.write_config(workdir, config)
     tasks, missing = load_tasks(config, llm, config.evaluate.split)
-    for method in methods:
-        check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
+    checks.check_evaluation(config, llm, methods, tasks, layout.mesh)
     read_from, found = fingerprint(config.llm.path), {}
     stores = [results.Store(workdir, method.name, prediction_facts(config, method, read_from)) for method in methods]
     items = sum(len(task.items) for task in tasks)
@@ -125,17 +122,10 @@ def evaluation_layout(config) -> Layout:
 
 
 def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
-    """The LLM and the methods of a config, placed by `layout`. Raises UserError if the mesh does not divide their heads."""
+    """The LLM and the methods of a config, placed by `layout`."""
     c = config.llm
     llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place, bos=config.data.bos)
-    methods = load_methods(config, llm, layout)
-    if layout.mesh is not None:
-        tensor = layout.mesh.shape[sharding.TENSOR]
-        sharding.check_heads(llm.config, tensor, c.path)
-        for method in methods:
-            if method.model.reader is not None:
-                sharding.check_heads(method.model.reader, tensor, method.path)
-    return llm, methods
+    return llm, load_methods(config, llm, layout)
 
 
 def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
@@ -169,7 +159,6 @@ def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
     kind, colon, path = spec.partition(":")
     kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
     model = load_trained(path, llm, place=layout.place)
-    check_llm(path, llm.path)
     put = jax.device_put if layout.mesh is None else layout.place_frozen
     model = model.placed(put, config.prefix.dtype)
     return KINDS[kind].of_trained(model, config, path) if kind else model

@@ -44,7 +44,7 @@ def train(config, workdir) -> int:
     Raises:
         UserError: a configuration that cannot run, a workdir of another run, a loss that is not finite, a full disk.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = Path(workdir).absolute()
     try:
         with _alone_in(workdir):
             return _train(config, workdir)

@@ -342,3 +342,12 @@ def test_help_says_what_each_flag_is(capsys):
     said = capsys.readouterr().out
     assert "--repeats=int   (default 5)\n      timed runs of each side." in said
     assert said.count("the name of a published model (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...)") == 2
+
+
+def test_home_is_resolved_in_the_command_line(parsed, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = ["--config.llm.path=~/llm", "--config.data.tasks=~/tasks", "--config.evaluate.methods=icl,a=~/run,b=chunked:~/run"]
+    config = parsed(*given)
+    assert (config.llm.path, config.data.tasks) == ("/home/someone/llm", "/home/someone/tasks")
+    assert config.evaluate.methods == ("icl", "a=/home/someone/run", "b=chunked:/home/someone/run")
+    assert config.data.cache == "/home/someone/.cache/mend_jax"

@@ -197,3 +197,12 @@ def test_run_goes_on_with_the_same_examples_wherever_they_lie_and_with_no_others
             train.train(finetuning, tmp_path / "run")
         path.write_text(before)
     assert train.train(finetuning, tmp_path / "run") == 0
+
+
+def test_a_contrast_with_nothing_is_refused(model):
+    """Of a single query info_nce is 0, and so is its gradient: nothing would be trained."""
+    fields = {"loss.objective": "info_nce", "train.batch_size": 2 * jax.device_count(), "train.accumulate": 2}
+    with says("info_nce", "train.batch_size", "train.accumulate=2", "data.queries"):
+        checks.check_config(config(model, **fields))
+    checks.check_config(config(model, stage="finetune", **fields | {"data.queries": 2}))
+    checks.check_config(config(model, **fields | {"loss.kd": 0.0, "loss.clm": 1.0}))

@@ -27,7 +27,7 @@ from ml_collections.config_flags import config_flags
 
 from mend_jax.cli import compile_cache
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.settings import check, check_choice, dotted_fields, nearest
+from mend_jax.cli.settings import PATHS, check, check_choice, dotted_fields, nearest
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.files import is_disk_full
@@ -298,11 +298,18 @@ def _arguments(main, values, words: list[str]) -> list:
 
 
 def _resolved(config: ConfigDict) -> ConfigDict:
+    """The config as a run reads it: checked, and its paths resolved, here and nowhere later."""
     from mend_jax.data.small_world import resolve
 
     check(config)
     for key, names in _named().items():
         check_choice(key, dotted_fields(config)[key], names)
+    for key in PATHS:
+        section, name = key.split(".")
+        config[section][name] = os.path.expanduser(config[section][name])
+    config.evaluate.methods = tuple(
+        re.sub(r"(?<=[=:])~", os.path.expanduser("~"), spec) for spec in config.evaluate.methods
+    )
     return resolve(config).lock()
 
 

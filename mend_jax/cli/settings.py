@@ -23,6 +23,7 @@ CHOICES = {
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),
 }
+PATHS = ("llm.path", "prefix.backbone", "prefix.start_from", "data.text", "data.tasks", "data.cache")
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # for experiment.methods
 # (lowest, highest) of a number; those not listed are at least 1. A bound in NOT_REACHED is itself not allowed.
 RANGES = {
@@ -42,6 +43,7 @@ RANGES = {
     "optimizer.clip": (0, math.inf),
     "llm.layers": (0, math.inf),
     "prefix.layers": (0, math.inf),
+    "loss.top_k": (2, math.inf),  # of one word, which has all of the mass, the KL is always 0
     "prefix.rms": (-1, math.inf),
     "evaluate.limit": (0, math.inf),
     "experiment.pretrain_batch_size": (0, math.inf),

@@ -117,6 +117,9 @@ class DistillerModule(nn.Module):
         return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
 
 
+PROJECTION_START = {"kernel": nn.initializers.normal(0.02), "bias": nn.initializers.zeros}  # as the release
+
+
 class _Projection(nn.Module):
     """Projects states to the LLM's width."""
 
@@ -125,8 +128,8 @@ class _Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.width))  # as the release
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        start = {name: partial(self.param, name, init) for name, init in PROJECTION_START.items()}
+        kernel, bias = start["kernel"]((x.shape[-1], self.width)), start["bias"]((self.width,))
         return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -228,9 +231,9 @@ class Distiller(Kind):
         }
         projection = resolve_projection(prefix.projection, settings.width, llm.config.width)
         if projection != "identity":
-            shape = settings.width, llm.config.width
-            kernel = 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)  # as the release
-            params["projection"] = {"kernel": kernel, "bias": jnp.zeros(llm.config.width)}
+            shapes = {"kernel": (settings.width, llm.config.width), "bias": (llm.config.width,)}
+            key = jax.random.key(seed + 1)
+            params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
         made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, bos=config.data.bos)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made

@@ -50,7 +50,7 @@ def build(config, llm, begins: bool = True, place=None):
     """The model that is trained (prefix.kind); if the run `begins` now, with the params of `prefix.start_from`."""
     model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
-        params, meta = checkpoint.load_best(Path(config.prefix.start_from).expanduser(), place)
+        params, meta = checkpoint.load_best(config.prefix.start_from, place)
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
         model = dataclasses.replace(model, params=params)
     return model

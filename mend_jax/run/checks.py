@@ -10,11 +10,10 @@ Each check raises `UserError`: one sentence that says what is wrong, where, and 
 | only config.json files are read | `CONFIG_CHECKS`, in their order | `check_config` |
 | models are loaded | tokenizers fit their models and each other | `check_models` |
 | | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone` |
-| | in an evaluation: the mesh divides the heads | `sharding.check_heads` |
-| | in an evaluation: the LLM is that of the training (a warning) | `resume.check_llm` |
 | data are read | a task has enough examples; an item has several options | `finetune.check_enough_examples`, `evaluation.check_options` |
 | | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items` |
 | | the data are those that the run began with | `resume.check_data` |
+| an evaluation has its models and tasks | `EVALUATION_CHECKS`, in their order, for each method | `check_evaluation` |
 | an experiment of several trainings begins | all of the above that needs no weights, for each training | `check_experiment` |
 """
 
@@ -32,9 +31,9 @@ from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokeni
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
-from mend_jax.prefixes import Kind, kind_of
+from mend_jax.prefixes import KINDS, Kind, kind_of
 from mend_jax.run import reporting, resume, sharding
-from mend_jax.run.layout import check_batch_size
+from mend_jax.run.layout import batch_parts, check_batch_size
 from mend_jax.scoring.tasks import check_longest, check_truncation
 
 
@@ -83,6 +82,20 @@ def check_mesh(config, models: Models) -> None:
         sharding.check_heads(models.backbone, tensor, config.prefix.backbone)
 
 
+def check_contrast(config, models: Models) -> None:
+    """The objective info_nce has a query to contrast with: of a single one the loss is 0, whatever it is."""
+    del models
+    if config.stage == "lm" or config.loss.objective != "info_nce" or not config.loss.kd:
+        return
+    parts, over = batch_parts(config)
+    queries = config.data.queries if config.stage == "finetune" else 1
+    if config.train.batch_size // (parts * config.train.accumulate) * queries < 2:
+        raise UserError(
+            f'loss.objective="info_nce" contrasts the queries that a device reads at a time, but train.batch_size={config.train.batch_size}'
+            f" over {over} x train.accumulate={config.train.accumulate} is a single one: raise train.batch_size or data.queries."
+        )
+
+
 def check_files(config, models: Models) -> None:
     """The texts and tasks that the stage reads exist."""
     del models
@@ -93,7 +106,7 @@ def check_files(config, models: Models) -> None:
         find_tasks(config, "train")
 
 
-CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_files)
+CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_contrast, check_files)
 
 
 def check_config(config, batch_size: str = "train.batch_size") -> None:
@@ -129,6 +142,41 @@ def check_models(config, llm, model: Kind | None) -> None:
     if other_tokenizer(llm.tokenizer, model.tokenizer) is not None:
         check_truncation(config)
         reporting.say("The distiller has its own tokenizer: contexts are tokenised both for it and for the LLM.")
+
+
+def check_method_heads(config, llm, method, tasks, mesh) -> None:
+    """The mesh divides the heads of the LLM and of the model that reads demonstrations."""
+    del tasks
+    if mesh is None:
+        return
+    sharding.check_heads(llm.config, mesh.shape[sharding.TENSOR], config.llm.path)
+    if method.model.reader is not None:
+        sharding.check_heads(method.model.reader, mesh.shape[sharding.TENSOR], method.path)
+
+
+def check_method_llm(config, llm, method, tasks, mesh) -> None:
+    """What was trained was trained for this LLM (a warning)."""
+    del config, tasks, mesh
+    if not method.path:
+        return
+    kind, colon, path = method.path.partition(":")
+    resume.check_llm(path if colon and kind in KINDS else method.path, llm.path)
+
+
+def check_method_items(config, llm, method, tasks, mesh) -> None:
+    """The longest item of each task fits the LLM's window after the method's prefix."""
+    del mesh
+    check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
+
+
+EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_items)
+
+
+def check_evaluation(config, llm, methods, tasks, mesh) -> None:
+    """Checks each method of an evaluation, loaded, with the tasks that it will answer."""
+    for method in methods:
+        for check in EVALUATION_CHECKS:
+            check(config, llm, method, tasks, mesh)
 
 
 def check_experiment(config, trainings) -> None:

@@ -68,17 +68,23 @@ def check_batch_size(config: Any, name: str = "train.batch_size") -> None:
 
     `name` is that of the field that the user set.
     """
-    size, accumulate, parts = config.train.batch_size, config.train.accumulate, jax.device_count()
-    over = f"{parts} device{'s' * (parts > 1)}"
-    if config.train.parallel == "mesh":
-        sizes = sharding.mesh_sizes(config.mesh, parts)
-        parts = math.prod(sizes[name] for name in sharding.ROWS)
-        over = " x ".join(f"mesh.{name}={sizes[name]}" for name in sharding.ROWS)
+    size, accumulate, (parts, over) = config.train.batch_size, config.train.accumulate, batch_parts(config)
     if size < 1 or accumulate < 1 or size % (parts * accumulate):
         raise UserError(
             f"{name}={size} cannot be divided by {over} x train.accumulate={accumulate}: use a multiple of"
             f" {parts * max(accumulate, 1)}."
         )
+
+
+def batch_parts(config: Any) -> tuple[int, str]:
+    """The number of parts that the devices split a batch into, and what makes them, in words."""
+    count = jax.device_count()
+    if config.train.parallel != "mesh":
+        return count, f"{count} device{'s' * (count > 1)}"
+    sizes = sharding.mesh_sizes(config.mesh, count)
+    return math.prod(sizes[name] for name in sharding.ROWS), " x ".join(
+        f"mesh.{name}={sizes[name]}" for name in sharding.ROWS
+    )
 
 
 def is_finite(tree: Any) -> bool:

@@ -67,7 +67,7 @@ def check_resume(workdir, config, finished: bool) -> None:
 def check_start(config) -> None:
     """Raises UserError unless config.prefix.start_from is a run whose result can be the start of this run's model."""
     given = config.prefix.start_from
-    folder = Path(given).expanduser()
+    folder = Path(given)
     if not (folder / checkpoint.CONFIG).is_file():
         what = "is not a training workdir: it has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"{START}={given} {what}; name the workdir of the earlier training.")
@@ -195,7 +195,7 @@ def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
             known = fingerprint(folder)
         return same_place if known is None else fingerprint(here) == known
     if name == START and known is not None and not same_place and checkpoint.has_checkpoint(here):
-        return tree_hash(checkpoint.load_best(Path(here).expanduser())[0]) == known
+        return tree_hash(checkpoint.load_best(here)[0]) == known
     return same_place
 
 
