@@ -346,7 +346,11 @@ def test_help_says_what_each_flag_is(capsys):
 
 def test_home_is_resolved_in_the_command_line(parsed, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    given = ["--config.llm.path=~/llm", "--config.data.tasks=~/tasks", "--config.evaluate.methods=icl,a=~/run,b=chunked:~/run"]
+    given = [
+        "--config.llm.path=~/llm",
+        "--config.data.tasks=~/tasks",
+        "--config.evaluate.methods=icl,a=~/run,b=chunked:~/run",
+    ]
     config = parsed(*given)
     assert (config.llm.path, config.data.tasks) == ("/home/someone/llm", "/home/someone/tasks")
     assert config.evaluate.methods == ("icl", "a=/home/someone/run", "b=chunked:/home/someone/run")

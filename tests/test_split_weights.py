@@ -15,7 +15,7 @@ from tiny_training import RandomBatches, config
 from mend_jax.cli.errors import UserError
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
-from mend_jax.models.families import from_hf_config
+from mend_jax.models.families import FAMILIES, from_hf_config
 from mend_jax.models.folders import init_model, init_params, load_model, save_model
 from mend_jax.models.split_weights import read_split
 from mend_jax.prefixes.distiller import Distiller
@@ -108,7 +108,7 @@ def test_mistakes_in_the_files_are_those_of_reading_whole(tmp_path, folder):
             read()
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    states(messages[0], tmp_path, name, "1 keys missing")
+    states(messages[0], tmp_path, FAMILIES[config.family].bare(name), "1 keys missing")
 
 
 @pytest.mark.parametrize("folder", ["qwen3", "t5"], indirect=True)

@@ -245,7 +245,7 @@ def test_the_distiller_is_the_encoder_with_placeholders_behind_the_demonstration
     from configs.base import get_config
 
     config = get_config()
-    config.prefix.backbone, config.prefix.length = str(row.folder), 4
+    config.prefix.backbone, config.prefix.length, config.prefix.rms = str(row.folder), 4, 0.0
     distiller = Distiller.init(config, row.llm, 0)
     assert set(distiller.params["backbone"]) == {"embed", "encoder"} and distiller.projection == "identity"
     rows = [tokens(12).tolist(), tokens(5).tolist()]

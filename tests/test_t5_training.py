@@ -31,7 +31,7 @@ from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.distiller import Distiller, write_folder
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.soft_prompt import SoftPrompt
-from mend_jax.run.build import load
+from mend_jax.run.checks import check_config
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import cache_prefix, score_items, score_options
 from mend_jax.scoring.tasks import Method, evaluate_task, prefix_maker
@@ -234,7 +234,7 @@ def test_the_cost_of_a_step_counts_its_products(pair):
 def test_what_t5_cannot_do_is_said(pair):
     c = settings(pair, stage="lm")
     with says('"lm"', "decoder-only", "llm.path"):
-        load(c)
+        check_config(c)
     with says("empty"):
         distiller = Distiller.init(c, pair.llm, 0)
         training_losses(pair.llm, distiller, [1, 2], [], [3])

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import dotted_fields
 from mend_jax.data import sampling
 from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
@@ -85,11 +86,9 @@ def load_workload(
         config.llm.weights = weights
     if remat:
         config.llm.remat = config.prefix.remat = True
-    for field, usual in (("queries", 1), ("release_truncation", False)):
-        if config.data[field] != usual:
-            raise UserError(
-                f"configs/{name}.py sets data.{field}={config.data[field]}: scaling only computes steps with {usual}."
-            )
+    for field, usual in (("data.queries", 1), ("data.release_truncation", False), ("prefix.kind", "distiller")):
+        if (value := dotted_fields(config)[field]) != usual:
+            raise UserError(f"configs/{name}.py sets {field}={value}: scaling only computes steps with {usual}.")
     run = dict(stage_configs(config, "mend"))[stage]
     parts = run.train.accumulate
     rows = batch_size or max(parts, run.train.batch_size // CONFIGS_DEVICES) * over
