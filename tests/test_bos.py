@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 from tiny_training import VOCAB, RandomBatches, config, model_folder
 
 import mend_jax
@@ -70,7 +71,7 @@ def test_what_the_setting_means(tokenizer, auto, true):
     assert bos_token("false", tokenizer, "folder") is None
     assert bos_token("auto", tokenizer, "folder") == auto
     if true is UserError:
-        with pytest.raises(UserError, match="folder has no tokenizer with a BOS token: set --config.data.bos=false"):
+        with says("folder", "BOS", "--config.data.bos=false"):
             bos_token("true", tokenizer, "folder")
     else:
         assert bos_token("true", tokenizer, "folder") == true
@@ -85,7 +86,7 @@ def behind_bos(plain, prefix):
 def test_it_is_off_unless_asked_for_and_takes_a_position(plain, llm, folder):
     assert plain.bos is None and llm.bos == BOS == mend_jax.load_llm(folder, bos="true").bos
     assert llm.window == plain.window - 1
-    with pytest.raises(UserError, match="bos is 'yes': it must be one of auto, true, false"):
+    with says("bos", "yes", "auto, true, false"):
         mend_jax.load_llm(folder, bos="yes")
 
 
@@ -114,7 +115,7 @@ def test_scores_of_options(plain, llm, demos):
     assert int(cache_prefix(llm, of(llm)).length) == len(demos) + 1
     room = llm.window - len(demos)
     mend_jax.score_options(llm, of(llm), [1] * room, [[2], [3]])
-    with pytest.raises(UserError, match=f"reads at most {llm.window}: shorten"):
+    with says(llm.window + 1, f"at most {llm.window}"):
         mend_jax.score_options(llm, of(llm), [1] * (room + 1), [[2], [3]])
 
 
@@ -134,7 +135,7 @@ def test_a_run_of_before_goes_on_without_it(folder, tmp_path):
     (tmp_path / checkpoint.CONFIG).write_text(json.dumps(saved))
     resume.check_resume(tmp_path, c, finished=False)
     c.data.bos = "auto"
-    with pytest.raises(UserError, match='was trained with data.bos="false", now it is "auto"'):
+    with says(tmp_path, 'data.bos="false"', '"auto"'):
         resume.check_resume(tmp_path, c, finished=False)
 
 

@@ -147,7 +147,7 @@ def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp
     }
     run = make_workdir(tmp_path / "run", llm, *folders, **fields)
     export.export(run, tmp_path / "out")
-    model, theirs = trained.read_trained(run), torch_module(tmp_path / "out")
+    model, theirs = trained.read_trained(run), exported_module(tmp_path / "out")
     assert isinstance(model, Chunked)
     pairs = [(f"w{i}" * (i % 3), "w12") for i in range(9)]
     ids = [np.random.randint(0, 261, size).tolist() for size in (3, 12, 1, 1, 9, 2, 5, 5, 7)]
@@ -159,7 +159,7 @@ def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp
         theirs.distill([[1], [2] * 95])
 
 
-def torch_module(folder):
+def exported_module(folder):
     names = {"__name__": "mend_distiller"}
     exec((folder / "mend_distiller.py").read_text(), names)
     return names["MendDistiller"].from_pretrained(folder)

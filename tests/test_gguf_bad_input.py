@@ -1,5 +1,6 @@
 """GGUF files that are damaged or that cannot be read: one sentence each, at once, whatever their headers claim."""
 
+import re
 import struct
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 
 gguf_package = pytest.importorskip("gguf")
 
-from mend_jax.cli.errors import UserError  # noqa: E402
+from facts import says  # noqa: E402
+
 from mend_jax.models.folders import load_model, load_tokenizer, local_folder  # noqa: E402
 from mend_jax.models.gguf.header import read_model  # noqa: E402
 
@@ -70,7 +72,7 @@ CLAIMS = {
 def test_a_header_that_cannot_be_right(name, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(CLAIMS[name])
-    with pytest.raises(UserError, match=r"m.gguf is cut or damaged \(.*\): copy it again.$"):
+    with says(path, "damaged", "copy"):
         read_model(path)
 
 
@@ -80,7 +82,7 @@ def test_a_long_list_of_nothing_is_not_read(tmp_path):
     with open(path, "wb") as file:
         file.write(header([entry("x", ARRAY, array(STRING, count))], end=b""))
         file.truncate(9 * count)
-    with pytest.raises(UserError, match="claims 8388608 texts in one list"):
+    with says(path, count, "texts"):
         read_model(path)
 
 
@@ -120,34 +122,33 @@ def test_the_file_that_is_changed_below_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "facts"),
     [
+        ({"architecture": "falcon"}, ["architecture", "falcon", "gpt2", "llama", "qwen2"]),
+        ({"metadata": {"block_count": None}}, ["llama.block_count", "metadata"]),
+        ({"metadata": {"block_count": 1 << 31}}, [1 << 31, "layers", 11, "tensors"]),
+        ({"metadata": {"attention.head_count": 1 << 30}}, []),
+        ({"metadata": {"feed_forward_length": 1 << 31}}, [f"({1 << 31}, 32)"]),
+        ({"metadata": {"expert_count": 8}}, ["experts"]),
+        ({"metadata": {"rope.dimension_count": 8}}, ["partial_rotary_factor=0.5"]),
+        ({"tensors": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, ["Llama 3"]),
+        ({"tensors": {"blk.0.ffn_up.weight": None}}, ["layers.0.mlp.up_proj.weight"]),
+        ({"tensors": {"blk.0.strange.weight": np.ones(4, np.float32)}}, ["blk.0.strange.weight"]),
+        ({"tensors": {"token_embd.weight": None}}, ["token_embd.weight"]),
         (
-            {"architecture": "falcon"},
-            "the architecture 'falcon', which is not supported: use one of gpt2, llama, qwen2",
+            {"tensors": {"blk.0.attn_q.weight": np.ones((D, 8), np.float32)}},
+            [re.compile(r"\bq_proj\.weight "), "(32, 8)"],
         ),
-        ({"metadata": {"block_count": None}}, "lacks llama.block_count in its metadata"),
-        ({"metadata": {"block_count": 1 << 31}}, "says that it has 2147483648 layers and holds 11 tensors"),
-        ({"metadata": {"attention.head_count": 1 << 30}}, "m.gguf"),
-        ({"metadata": {"feed_forward_length": 1 << 31}}, r"asks for \(2147483648, 32\)"),
-        ({"metadata": {"expert_count": 8}}, "a mixture of experts"),
-        ({"metadata": {"rope.dimension_count": 8}}, "partial_rotary_factor=0.5"),
-        ({"tensors": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "in another way than Llama 3 does"),
-        ({"tensors": {"blk.0.ffn_up.weight": None}}, "lacks layers.0.mlp.up_proj.weight"),
-        ({"tensors": {"blk.0.strange.weight": np.ones(4, np.float32)}}, "holds blk.0.strange.weight"),
-        ({"tensors": {"token_embd.weight": None}}, "lacks token_embd.weight"),
-        ({"tensors": {"blk.0.attn_q.weight": np.ones((D, 8), np.float32)}}, r"q_proj.weight has shape \(32, 8\)"),
-        ({"tensors": {"blk.0.attn_q.weight": np.ones((D, D), np.int32)}}, r"ggml's type 26 \(I32\), which the package"),
-        ({"tokenizer": False}, "holds no tokenizer"),
-        ({"tokenizer": "t5"}, "a tokenizer of the kind 't5', which is not supported: only gpt2, llama"),
-        ({"tokenizer": "gpt2"}, "divides texts as 'chameleon' does"),
+        ({"tensors": {"blk.0.attn_q.weight": np.ones((D, D), np.int32)}}, ["blk.0.attn_q.weight", 26, "I32"]),
+        ({"tokenizer": False}, ["no tokenizer"]),
+        ({"tokenizer": "t5"}, ["tokenizer", "t5", "gpt2", "llama"]),
+        ({"tokenizer": "gpt2"}, ["chameleon"]),
     ],
 )
-def test_what_a_file_may_not_hold(change, said, tmp_path):
+def test_what_a_file_may_not_hold(change, facts, tmp_path):
     path = write(tmp_path / "m.gguf", **change)
-    with pytest.raises(UserError, match=said) as caught:
+    with says(re.compile(r"\bm\.gguf\b"), *facts):
         load_model(path)
-    assert "m.gguf" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_cut_file(tmp_path):
@@ -155,36 +156,36 @@ def test_a_cut_file(tmp_path):
     whole = path.read_bytes()
     for length in (0, 3, 30, 200, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="m.gguf is cut or damaged|m.gguf is no GGUF file"):
+        with says(path, re.compile("damaged|no GGUF file")):
             load_model(path)
 
 
 def test_an_unknown_type_of_blocks(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(header([LLAMA], [("blk.0.x", (4,), 99, 0)]))
-    with pytest.raises(UserError, match="holds blk.0.x in ggml's type 99, which the package gguf cannot dequantise"):
+    with says(path, "blk.0.x", 99):
         read_model(path)
 
 
 def test_other_files(tmp_path):
     path = tmp_path / "m.gguf"
-    with pytest.raises(UserError, match="m.gguf is not there: give a GGUF file"):
+    with says(path, "not there"):
         local_folder(path)
     write(path)
-    with pytest.raises(UserError, match=f"config.json is not there: name the GGUF file beside it, {path}"):
+    with says(tmp_path / "config.json", "not there", path):
         load_model(tmp_path)
     path.write_bytes(b"PK\3\4" + b"\0" * 100)
-    with pytest.raises(UserError, match="is no GGUF file"):
+    with says(path, "no GGUF file"):
         load_model(path)
     for version in (1, 3 << 24):
         path.write_bytes(header(version=version))
-        with pytest.raises(UserError, match="only 2 and 3, lowest byte first"):
+        with says(path, "only 2 and 3", "lowest byte first"):
             load_model(path)
     path.write_bytes(header([entry("split.count", UINT32, 4)]))
-    with pytest.raises(UserError, match="is one of 4 parts, but its name does not say so"):
+    with says(path, 4, "parts", "name"):
         load_model(path)
     path.write_bytes(header([struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<II", UINT32, 1)]))
-    with pytest.raises(UserError, match="a name in it is not text"):
+    with says(path, "name", "not text"):
         load_model(path)
 
 
@@ -196,12 +197,12 @@ def test_merges_of_tokens_that_are_not_there(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UserError, match="The tokenizer in .*m.gguf cannot be read"):
+    with says("tokenizer", tmp_path / "m.gguf"):
         load_tokenizer(tmp_path / "m.gguf")
 
 
 def test_the_package_is_not_installed(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match="need the package gguf to be read: pip install gguf"):
+    with says("pip install gguf"):
         load_model(path)

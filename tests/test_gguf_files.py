@@ -9,13 +9,13 @@ import pytest
 gguf_package = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
+from facts import says  # noqa: E402
 from gguf_files import MODELS, WORD_VOCABULARY, copy_part, write_with_words  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_gguf import logits, theirs  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from mend_jax import export  # noqa: E402
-from mend_jax.cli.errors import UserError  # noqa: E402
 from mend_jax.llm.decoder_only import load_llm  # noqa: E402
 from mend_jax.models import weights  # noqa: E402
 from mend_jax.models.folders import fingerprint, local_folder  # noqa: E402
@@ -53,13 +53,13 @@ def test_a_single_file_is_written_where_the_weights_are_small(file, tmp_path):
     export.main(str(tmp_path / "out"), llm=str(file))
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == len(read_model(file).tensors)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
-    with pytest.raises(UserError, match="is there already"):
+    with says(tmp_path / "out", "already"):
         export.main(str(tmp_path / "out"), llm=str(file))
-    with pytest.raises(UserError, match="is a Hugging Face folder already"):
+    with says(tmp_path / "out", "Hugging Face folder"):
         export.main(str(tmp_path / "again"), llm=str(tmp_path / "out"))
     assert not (tmp_path / "again").exists()
     for flags in ({}, {"workdir": "w", "llm": "m.gguf"}):
-        with pytest.raises(UserError, match="Give --workdir, .* or --llm"):
+        with says("--workdir", "--llm"):
             export.main(str(tmp_path / "again"), **flags)
 
 
@@ -72,7 +72,7 @@ def test_parts_are_one_model(file, tmp_path):
     tokens = np.random.randint(0, WORD_VOCABULARY, (1, 20)).astype(np.int32)
     assert np.array_equal(logits(load_llm(names[0]), tokens), logits(ours, tokens))
     names[1].unlink()
-    with pytest.raises(UserError, match="m-00002-of-00003.gguf is not there: it is a part of the split model m-00001"):
+    with says(names[1], "not there", names[0].name):
         load_llm(names[0])
 
 
@@ -122,14 +122,12 @@ def test_a_packaged_file_is_found_by_its_name(package, tmp_path, monkeypatch):
     assert local_folder("first") == tmp_path / "mend_jax_test_part0" / "x.part"
     path.unlink()
     (tmp_path / "mend_jax_test_part1" / "x.part").write_bytes(b"other")
-    with pytest.raises(UserError, match="The pieces of mine are not whole: pip install x --force-reinstall"):
+    with says("mine", "pip install x --force-reinstall"):
         local_folder("mine")
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "mend_jax_test_part1" / "x.part").unlink()
-    with pytest.raises(UserError, match="holds no x.part: pip install x"):
+    with says("x.part", "pip install x"):
         local_folder("mine")
     monkeypatch.setitem(packaged.PACKAGED, "mine", entry._replace(modules=("mend_jax_no_such",) * 2))
-    with pytest.raises(
-        UserError, match="mine is not there, it comes with a package that is not installed: pip install x"
-    ):
+    with says("mine", "not installed", "pip install x"):
         local_folder("mine")

@@ -7,11 +7,11 @@ pytest.importorskip("gguf")
 pytest.importorskip("torch")
 
 from data_files import make_world, tiny_config  # noqa: E402
+from facts import says  # noqa: E402
 from gguf_files import write_with_words  # noqa: E402
 from test_family_training import predicted  # noqa: E402
 
 from mend_jax import evaluate, train  # noqa: E402
-from mend_jax.cli.errors import UserError  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
 
@@ -35,7 +35,7 @@ def test_it_is_trained_from_resumed_and_evaluated(file, tmp_path):
     c.llm.path = str(moved)
     assert train.train(c, tmp_path / "run") == 0  # the same bytes
     write_with_words(moved, kind="Q4_0")
-    with pytest.raises(UserError, match="was trained with llm.path"):
+    with says(tmp_path / "run", "llm.path"):
         train.train(c, tmp_path / "run")
     c.evaluate.methods = ("icl", f"mend={tmp_path / 'run'}")
     c.llm.path = str(file)

@@ -152,11 +152,11 @@ def test_objectives_on_states_are_their_definitions(arrays):
 @pytest.mark.parametrize("name", STATE_OBJECTIVES)
 def test_gradients_on_states_are_right_and_padding_has_none(arrays, name):
     states, teacher, head, targets, *_ = arrays
-    said = Query(targets, jnp.asarray([11, 6, 4]), jnp.asarray([3, 5, 1]))
+    query = Query(targets, jnp.asarray([11, 6, 4]), jnp.asarray([3, 5, 1]))
 
     def loss(states, teacher):
         weights = Weights(1.0, 0.5, 0.0)
-        return query_losses(states, teacher, head, said, weights, 8, objective=Objective(name, NUMBERS))[0]
+        return query_losses(states, teacher, head, query, weights, 8, objective=Objective(name, NUMBERS))[0]
 
     gradient, to_teacher = jax.grad(loss, (0, 1))(states, teacher)
     assert not np.any(to_teacher)

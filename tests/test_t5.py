@@ -117,9 +117,9 @@ def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, inp
             wanted = theirs.grad[0].numpy()
             assert np.abs(gradient[i, :before] - wanted).max() < 1e-3 * np.abs(wanted).max()
         assert not np.any(gradient[i, before:])
-    said = llm.targets(query)
-    np.testing.assert_array_equal(said.length, lengths - starts)
-    np.testing.assert_array_equal(said.tokens[1, :9], ids[1, 7:])
+    target = llm.targets(query)
+    np.testing.assert_array_equal(target.length, lengths - starts)
+    np.testing.assert_array_equal(target.tokens[1, :9], ids[1, 7:])
 
 
 def test_padding_changes_no_number(row):

@@ -114,16 +114,16 @@ def test_queries_say_how_many_columns_x_and_y_have(tmp_path, stage):
         queries = [part[step].query for part in parts]
         [size] = {(query.input_columns, query.target_columns) for query in queries}
         for query in queries:
-            said = query.length - query.target_start
-            assert said.max() <= size[1] <= query.tokens.shape[1] and query.target_start.max() <= size[0]
+            targets = query.length - query.target_start
+            assert targets.max() <= size[1] <= query.tokens.shape[1] and query.target_start.max() <= size[0]
         sizes.add(size)
     assert {columns for columns, _ in sizes} == ({0} if stage == "pretrain" else {c.data.max_input_tokens})
 
 
 def test_the_losses_cover_what_the_decoder_says():
-    said = Query(jnp.asarray([[5, 6, 7, 0], [8, 0, 0, 0]]), jnp.asarray([3, 1]), jnp.zeros(2, jnp.int32))
-    targets, weights = token_weights(said, shift=0)
-    np.testing.assert_array_equal(targets, said.tokens)
+    query = Query(jnp.asarray([[5, 6, 7, 0], [8, 0, 0, 0]]), jnp.asarray([3, 1]), jnp.zeros(2, jnp.int32))
+    targets, weights = token_weights(query, shift=0)
+    np.testing.assert_array_equal(targets, query.tokens)
     for loss in weights:
         np.testing.assert_allclose(loss, [[1 / 6, 1 / 6, 1 / 6, 0], [1 / 2, 0, 0, 0]])
 
@@ -204,9 +204,9 @@ def test_the_cost_formulas_count_the_products(pair):
     assert costs.read_prefix(config, P) == 0
     assert costs.cache_bytes(config, P, 4) == cache.embeds.nbytes
 
-    def reread(inputs, said):
+    def reread(inputs, targets):
         encoded = encode(config, params, llm.embed(params, inputs), jnp.full(1, P + X))
-        return llm.logits(params, decode(config, params, llm.embed(params, said), encoded, jnp.full(1, P + X)))
+        return llm.logits(params, decode(config, params, llm.embed(params, targets), encoded, jnp.full(1, P + X)))
 
     ids = [(jnp.zeros((1, P + X), jnp.int32), jnp.zeros((1, n), jnp.int32)) for n in options]
     counted = sum(costs.count_products(reread, *one) for one in ids)

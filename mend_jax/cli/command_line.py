@@ -94,9 +94,9 @@ def _code_of(main, argv: list[str], several: bool) -> int:
 
 def _plain_warnings() -> None:
     """Prints warnings as "warning: SENTENCE", each once: two stages of one command may give the same warning."""
-    handler, said = StreamHandler(), set()
+    handler, printed = StreamHandler(), set()
     handler.setFormatter(Formatter("warning: %(message)s"))
-    handler.addFilter(lambda record: not (record.getMessage() in said or said.add(record.getMessage())))
+    handler.addFilter(lambda record: not (record.getMessage() in printed or printed.add(record.getMessage())))
     root = getLogger()
     for other in list(root.handlers):  # a library may have called logging.basicConfig, whose format is for programmers
         if getattr(other.formatter, "_fmt", "") == BASIC_FORMAT:

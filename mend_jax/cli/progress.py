@@ -1,26 +1,36 @@
 """The progress of long work, for the user: a bar on a terminal, an occasional line in a log."""
 
 import sys
-import time
+import threading
+from time import monotonic
 
 from tqdm import tqdm
 
 from mend_jax.cli.text import clock, size
 from mend_jax.run import distributed
 
-QUIET_SECONDS = 30  # the least time between lines if the output is not a terminal
+QUIET_SECONDS = 20  # the least time between lines if the output is not a terminal
+BAR_SECONDS = 1  # a bar's clock moves at least this often, and a missing line is noticed as soon
 
 
 class Progress:
-    """Counts finished units of `total`; only the first process of a command shows it."""
+    """Counts finished units of `total`; only the first process of a command shows it.
 
-    def __init__(self, total: int, unit: str, scale: bool = False):
-        self.total, self.unit, self.scale, self.done, self.what, self.more = total, unit, scale, 0, "", ""
+    A unit may take minutes: within `with`, a thread keeps the bar's clock moving and prints the lines that are due. With `leave`
+    false the work is a part of something that reports its end itself: the bar goes away, and there is no last line.
+    """
+
+    def __init__(self, total: int, unit: str, scale: bool = False, what: str = "", leave: bool = True):
+        self.total, self.unit, self.scale, self.leave = total, unit, scale, leave
+        self.done, self.what, self.more = 0, what, ""
         self.shown = distributed.is_first()
-        self.began = self.last_line = time.monotonic()
+        self.began = self.last_line = monotonic()
+        self.lock, self.over = threading.Lock(), threading.Event()
         self.bar = None
         if self.shown and sys.stderr.isatty():
-            self.bar = tqdm(total=total, unit=unit, unit_scale=scale, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, unit=unit, unit_scale=scale, desc=what or None, leave=leave, dynamic_ncols=True
+            )
 
     def at(self, what: str) -> None:
         """Names the current piece of work."""
@@ -37,35 +47,64 @@ class Progress:
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self.began
+        return monotonic() - self.began
 
     def update(self, count: int = 1) -> None:
         """Counts `count` more units as finished."""
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.shown and (time.monotonic() - self.last_line > QUIET_SECONDS or self.done == self.total):
-            self._line()
+        with self.lock:
+            self.done += count
+            if self.bar is not None:
+                self.bar.update(count)
+            else:
+                self._line_if_due(ends=self.done == self.total and self.leave)
 
     def skip(self, count: int) -> None:
         """Takes `count` units that need no work out of the estimate of the time left."""
-        self.total -= count
-        if self.bar is not None:
-            self.bar.total -= count
+        with self.lock:
+            self.total -= count
+            if self.bar is not None:
+                self.bar.total -= count
+
+    def tick(self) -> None:
+        """Shows that the work goes on, between two updates."""
+        with self.lock:
+            if self.bar is not None:
+                self.bar.refresh()
+            else:
+                self._line_if_due()
+
+    def _line_if_due(self, ends: bool = False) -> None:
+        if self.shown and (ends or monotonic() - self.last_line >= QUIET_SECONDS):
+            self._line()
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
+        self.last_line = monotonic()
         passed = self.last_line - self.began
-        left = passed / max(self.done, 1) * (self.total - self.done)
-        rest = f", {clock(left)} left" if self.done < self.total else f" in {clock(passed)}"
+        rest = f" in {clock(passed)}"
+        if self.done < self.total:
+            rest = (
+                f", {clock(passed / self.done * (self.total - self.done))} left"
+                if self.done
+                else f" after {clock(passed)}"
+            )
         what = f"{self.what}: " if self.what else ""
         amounts = [size(count) if self.scale else f"{count:,}" for count in (self.done, self.total)]
-        unit = "" if self.scale else f" {self.unit}s"
+        unit = "" if self.scale else f" {self.unit}{'' if self.total == 1 else 's'}"
         print(f"{what}{amounts[0]} of {amounts[1]}{unit}{self.more}{rest}", file=sys.stderr, flush=True)
 
+    def _keep_ticking(self) -> None:
+        while not self.over.wait(BAR_SECONDS):
+            self.tick()
+
     def __enter__(self) -> "Progress":
+        if self.shown:
+            self.thread = threading.Thread(target=self._keep_ticking, daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self.over.set()
+        if self.shown:
+            self.thread.join()
         if self.bar is not None:
             self.bar.close()

@@ -38,8 +38,8 @@ def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = N
     out = _new(out)
     config, model, meta = read_workdir(workdir, backbone)
     with _written(out) as folder:
-        said = _write(folder, workdir, config, model, meta, backbone)
-    return f"{said} Step {meta['step']} of {workdir} is in {out}."
+        sentence = _write(folder, workdir, config, model, meta, backbone)
+    return f"{sentence} Step {meta['step']} of {workdir} is in {out}."
 
 
 def export_llm(llm: str | Path, out: str | Path) -> str:
@@ -131,9 +131,9 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
         save_model(folder, settings, model, source)
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
-    said = model.write(folder)
+    sentence = model.write(folder)
     card.write_text(prefix_card(config, meta, workdir, model))
-    return f"{said} {_write_releases(model, folder / 'release')}".strip()
+    return f"{sentence} {_write_releases(model, folder / 'release')}".strip()
 
 
 def _write_releases(distiller, folder) -> str:

@@ -274,6 +274,6 @@ def step_batch(settings: Settings) -> Batch:
     """The batch of `batch_tokens`: every row is full, and y is its last `target` tokens."""
     demos, query = batch_tokens(settings)
     full, x = np.full(settings.rows, 1, np.int32), settings.query - settings.target
-    apart = (None, None) if isinstance(settings.llm, DecoderConfig) else (x, settings.target)
-    query = Query(query, full * settings.query, full * x, *apart)
+    separate = (None, None) if isinstance(settings.llm, DecoderConfig) else (x, settings.target)
+    query = Query(query, full * settings.query, full * x, *separate)
     return Batch(demos, full * settings.demos, query, np.arange(settings.rows))

@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
@@ -51,13 +52,16 @@ class Sizes:
 def measure_models(names: str, sizes: Sizes) -> dict:
     """The report on models, whose names (see `known_or_folder`) are separated by commas."""
     report: dict[str, Any] = {"machine": measure.machine(), "sizes": dataclasses.asdict(sizes), "models": {}}
-    for name in names.split(","):
-        report["models"][name] = measure_model(name, sizes)
+    names = names.split(",")
+    with Progress(len(names) * len(FORMATS), "format") as bar:
+        for name in names:
+            bar.at(name)
+            report["models"][name] = measure_model(name, sizes, bar.update)
     return report
 
 
-def measure_model(name: str, sizes: Sizes) -> dict:
-    """{"weights", "parameters", "formats": {format: figures}} of one model."""
+def measure_model(name: str, sizes: Sizes, progress: Callable[[], None] = lambda: None) -> dict:
+    """{"weights", "parameters", "formats": {format: figures}} of one model; `progress` is called after each format."""
     config, params, weights = _model(name)
     needed = max(sizes.demos, sizes.vectors) + sizes.query
     if needed > config.window:
@@ -76,6 +80,7 @@ def measure_model(name: str, sizes: Sizes) -> dict:
             "gradient_error": float(np.linalg.norm(gradient - wanted[1]) / np.linalg.norm(wanted[1])),
             "gradient_cosine": _cosine(gradient, wanted[1]),
         }
+        progress()
     return {"weights": weights, "parameters": costs.weight_bytes(config, 1), "formats": figures}
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
@@ -81,11 +82,12 @@ def scaling(
     work = load_workload(name, stage, data * fsdp, batch_size, **fields)
     devices = _devices(topology, math.prod(sizes.values()))
     report = {"config": name, "stage": stage, "mesh": sizes, "topology": topology} | described(work)
-    report |= {
-        "machine": measure.machine(),
-        "formula": by_formula(work, sizes),
-        "compiled": compiled(work, sizes, devices),
-    }
+    with Progress(1, "step", what=f"compiling {name}, {stage}", leave=False):
+        report |= {
+            "machine": measure.machine(),
+            "formula": by_formula(work, sizes),
+            "compiled": compiled(work, sizes, devices),
+        }
     print(as_text(report))
     if out:
         write_report(out, report)

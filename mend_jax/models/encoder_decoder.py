@@ -43,8 +43,8 @@ class Attention(nn.Module):
         )
         scores = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
         if bias is not None:
-            apart = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
-            scores = (apart + bias[:, None]).reshape(scores.shape)
+            separate = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
+            scores = (separate + bias[:, None]).reshape(scores.shape)
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED)).astype(v.dtype)
         out = checkpoint_name(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
         return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], width))

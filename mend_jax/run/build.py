@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from mend_jax.cli.progress import Progress
 from mend_jax.data.batches import make_batches
 from mend_jax.data.bos import bos_token
 from mend_jax.data.readers import Readers
@@ -104,7 +105,8 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
         }
     held_out = batches(config, llm, model, "validation", layout)
     parts = [held_out[i].replace(ids=None) for i in range(held_out.steps)]
-    loss = _values_of(layout.compile_loss(lambda *args: loss_fn(*args)[0]), layout, frozen, parts)
+    compiled = layout.compile_loss(lambda *args: loss_fn(*args)[0])
+    loss = _values_of("validation_loss", compiled, layout, frozen, parts)
     recovered = None if model is None else _recovered(config, llm, model, layout, frozen, parts)
 
     def validation(params):
@@ -119,14 +121,21 @@ def _recovered(config, llm, model, layout, frozen, parts):
     of_prefix, of_nothing = (
         layout.compile_loss(make_kd_fn(llm, made, config.loss.chunk, layout.mesh)) for made in (model, None)
     )
-    return make_recovered(*(_values_of(kd, layout, frozen, parts) for kd in (of_prefix, of_nothing)))
+    return make_recovered(*(_values_of("recovered", kd, layout, frozen, parts) for kd in (of_prefix, of_nothing)))
 
 
-def _values_of(function, layout, frozen, parts):
-    """values(params on the devices) -> [float]: of a compiled function of (params, frozen params, batch), for each batch."""
+def _values_of(name, function, layout, frozen, parts):
+    """values(params on the devices) -> [float]: of a compiled function of (params, frozen params, batch), for each batch.
+
+    The user sees the progress under `name`.
+    """
 
     def values(params):
-        found = [function(params, frozen, layout.split(part)) for part in parts]
-        return [float(layout.fetch(value)) for value in found]
+        numbers = []
+        with Progress(len(parts), "part", what=name, leave=False) as bar:
+            for value in [function(params, frozen, layout.split(part)) for part in parts]:
+                numbers.append(float(layout.fetch(value)))
+                bar.update()
+        return numbers
 
     return values

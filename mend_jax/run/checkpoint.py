@@ -281,10 +281,10 @@ def _remove_unusable(folder):
     for step in _steps(folder):
         damage = find_damage(folder / str(step))
         if damage:
-            _put_away(folder, step, damage)
+            _set_aside(folder, step, damage)
 
 
-def _put_away(folder, step, damage):
+def _set_aside(folder, step, damage):
     """Removes an interrupted save; renames a damaged checkpoint, which stays beside the others."""
     if not (folder / str(step) / CHECKSUMS).exists():
         logging.warning(damage)

@@ -25,7 +25,7 @@ PATIENCE = 10  # seconds that a failing process waits for the others to fail too
 HEARD = 5  # seconds that a command may take to react to SIGTERM while it runs a JAX program, before it is ended
 STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL, "try again"
 _calls = itertools.count()  # calls of `told_to_stop` in this process
-_said = threading.Event()  # set once a thread that ends the process has said so
+_stop_printed = threading.Event()  # set once a thread that ends the process has printed the last message
 
 
 def start() -> None:
@@ -153,14 +153,14 @@ def _end_deaf(signals: int, stop) -> None:
                 if select.select([pipe], [], [], HEARD)[0]:
                     continue
                 say_stopped()
-                _said.set()  # the main thread may still see the signal once the others have gone
+                _stop_printed.set()  # the main thread may still see the signal once the others have gone
                 leave(STOPPED)
                 os._exit(STOPPED)
 
 
 def say_stopped() -> None:
     """Prints the last message that the user sees, once."""
-    if not _said.is_set():
+    if not _stop_printed.is_set():
         print(f"{label()}Stopped. The same command resumes where it stopped.", file=sys.stderr, flush=True)
 
 

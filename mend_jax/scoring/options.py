@@ -143,7 +143,7 @@ def lay_out(x: Sequence[int], options: Sequence[Sequence[int]], start_token: int
     if len(options) == 0 or min(len(option) for option in options) == 0:
         raise UserError("An item has no option, or an empty one: every option needs at least one token.")
     if start_token is not None:
-        return _lay_out_apart(x, options, start_token)
+        return _lay_out_separate(x, options, start_token)
     shared = _shared(options)
     x, rest, first = [*x, *options[0][:shared]], [option[shared:] for option in options], len(x) - 1
     tokens, positions, segments = [x], [np.arange(len(x))], [np.zeros(len(x))]
@@ -175,7 +175,7 @@ def _shared(options) -> int:
     return next((i for i in range(most) if any(option[i] != options[0][i] for option in options)), most)
 
 
-def _lay_out_apart(x, options, start_token: int) -> Row:
+def _lay_out_separate(x, options, start_token: int) -> Row:
     """The row of an encoder–decoder: every column predicts one token of its own option."""
     lengths = np.asarray([len(option) for option in options])
     owner = np.repeat(np.arange(len(options)), lengths)
@@ -210,7 +210,7 @@ def score_rows(
 def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pass]:
     """The passes over all items, long items first. The passes of a decoder-only LLM have one shape."""
     if llm.start_token is not None:
-        return list(_plan_apart(llm, cache, rows, batch_size))
+        return list(_plan_separate(llm, cache, rows, batch_size))
     if not rows:
         return []
     lengths, ways, P = [len(row.tokens) for row in rows], row_parts(mesh), cache.columns
@@ -262,7 +262,7 @@ def fill(lengths: Sequence[int], columns: int) -> list[list[int]]:
     return rows
 
 
-def _plan_apart(llm, cache, rows, batch_size):
+def _plan_separate(llm, cache, rows, batch_size):
     """The passes of an encoder–decoder: one item per row, a power of two of rows, and lengths padded to buckets."""
     P, order = cache.columns, sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs) - len(rows[i].tokens))
     most = min(batch_size, 1 << (len(rows) - 1).bit_length()) if rows else batch_size

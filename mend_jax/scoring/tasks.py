@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
 from mend_jax.data.sampling import join_demos, release_truncation, row_rng
 from mend_jax.data.tokenize import other_tokenizer
@@ -173,6 +174,7 @@ def evaluate_prefix(
     tasks: Iterable[EvalTask],
     batch_size: int,
     model: Kind | None = None,
+    bar: Progress | None = None,
     **options,
 ) -> dict:
     """`metrics.aggregate` of one method's scores over tasks and seeds; writes nothing.
@@ -183,6 +185,7 @@ def evaluate_prefix(
         tasks: one for each task and seed.
         batch_size: as in `evaluate_task`; so are `options`.
         model: the kind that makes the prefixes; if it reads no demonstrations, seeds with the same items are scored once.
+        bar: counts the items.
     """
     scores: dict[str, dict[int, dict]] = {}
     known: dict[str, list[dict]] = {}
@@ -190,9 +193,12 @@ def evaluate_prefix(
         same = json.dumps(content_of(task)) if model is not None and not model.reads_demos else None
         lines = known.get(same) if same else None
         if lines is None:
-            lines = evaluate_task(llm, prefix_of, task, batch_size, **options).lines
+            count = None if bar is None else bar.update
+            lines = evaluate_task(llm, prefix_of, task, batch_size, progress=count, **options).lines
             if same:
                 known[same] = lines
+        elif bar is not None:
+            bar.skip(len(task.items))
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, lines)
     return aggregate(scores)
 
@@ -249,7 +255,8 @@ def dev_score(config, llm: LLM, model: Kind, params, tasks: list[EvalTask]) -> f
     method = Method("model in training", model)
     params = jax.tree.map(jnp.asarray, params)  # arrays on devices, of several processes too, stay where they are
     prefix_of, options = prefix_maker(config, llm, method, params), scoring_options(config, method)
-    return evaluate_prefix(llm, prefix_of, tasks, model=model, **options)["score"]["mean"]
+    with Progress(sum(len(task.items) for task in tasks), "item", what="dev_score", leave=False) as bar:
+        return evaluate_prefix(llm, prefix_of, tasks, model=model, bar=bar, **options)["score"]["mean"]
 
 
 def scoring_options(config, method: Method) -> dict:

@@ -37,9 +37,9 @@ class _Metadata:
     def need(self, name: str):
         value = self.get(name)
         if not isinstance(value, (int, float)):
-            said = "lacks" if value is None else "has no single number for"
+            fault = "lacks" if value is None else "has no single number for"
             raise UserError(
-                f"{self.path} {said} {self.architecture}.{name} in its metadata: take another file of the model."
+                f"{self.path} {fault} {self.architecture}.{name} in its metadata: take another file of the model."
             )
         return value
 
