@@ -115,6 +115,10 @@ def write(path, architecture="llama", kind=None, tokenizer=True, metadata=(), te
     return path
 
 
+def of_gemma(**metadata):
+    return {"architecture": "gemma3", "metadata": {"attention.sliding_window": 4, "rope.freq_base": 10, **metadata}}
+
+
 def test_the_file_that_is_changed_below_is_whole(tmp_path):
     assert load_model(write(tmp_path / "m.gguf")).config.layers == 1
 
@@ -124,7 +128,7 @@ def test_the_file_that_is_changed_below_is_whole(tmp_path):
     [
         (
             {"architecture": "falcon"},
-            "the architecture 'falcon', which is not supported: use one of gpt2, llama, qwen2",
+            "the architecture 'falcon', which is not supported: use one of gpt2, llama, qwen2, qwen3, gemma3",
         ),
         ({"metadata": {"block_count": None}}, "lacks llama.block_count in its metadata"),
         ({"metadata": {"block_count": 1 << 31}}, "says that it has 2147483648 layers and holds 11 tensors"),
@@ -138,6 +142,13 @@ def test_the_file_that_is_changed_below_is_whole(tmp_path):
         ({"tensors": {"token_embd.weight": None}}, "lacks token_embd.weight"),
         ({"tensors": {"blk.0.attn_q.weight": np.ones((D, 8), np.float32)}}, r"q_proj.weight has shape \(32, 8\)"),
         ({"tensors": {"blk.0.attn_q.weight": np.ones((D, D), np.int32)}}, r"ggml's type 26 \(I32\), which the package"),
+        ({"architecture": "gemma3"}, "lacks gemma3.attention.sliding_window in its metadata"),
+        (
+            {"architecture": "gemma3", "metadata": {"attention.sliding_window": 4}},
+            "lacks gemma3.rope.freq_base in its metadata",
+        ),
+        (of_gemma(final_logit_softcapping=30), "final_logit_softcapping=30"),
+        (of_gemma(**{"rope.dimension_count": 8}), "partial_rotary_factor=0.5"),
         ({"tokenizer": False}, "holds no tokenizer"),
         ({"tokenizer": "t5"}, "a tokenizer of the kind 't5', which is not supported: only gpt2, llama"),
         ({"tokenizer": "gpt2"}, "divides texts as 'chameleon' does"),
