@@ -115,9 +115,10 @@ def test_gemma_is_what_transformers_reads(gemma, llm, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_gemma_goes_on_with_a_text(llm):
-    """Read behind its BOS; without it it is of no use."""
+    """As llama.cpp does from the same file. Without its BOS it writes "France. The The The"."""
     assert llm.bos == llm.tokenizer.bos_token_id == 2
-    assert greedy(llm, "The capital of France is", 2).strip().startswith("Paris")
+    assert greedy(llm, "The capital of France is", 8) == " the capital of the country of France."
+    assert greedy(llm, "Question: What is the capital of France?\nAnswer:", 2) == " Paris\n"
 
 
 def greedy(llm, text, count):
