@@ -17,7 +17,7 @@ from mend_jax.models.split_weights import read_split  # noqa: E402
 from mend_jax.run import sharding  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=["gpt2", "smollm2"])
+@pytest.fixture(scope="module", params=["gpt2", "smollm2", "gemma3"])
 def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "model.gguf"
     write(path, MODELS[request.param], "Q4_0")
