@@ -28,7 +28,19 @@ MODELS = {  # what config.json says, beside the vocabulary
     "mistral": {"model_type": "mistral", "sliding_window": 48, **LLAMA},
     "qwen2": {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, **LLAMA, **TIED},
     "qwen3": {"model_type": "qwen3", "head_dim": HEAD_WIDTH, **LLAMA},
+    "gemma3": {
+        **LLAMA,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,  # the last alone does not slide
+        "sliding_window": 16,
+        "head_dim": 2 * HEAD_WIDTH,
+        "query_pre_attn_scalar": 2 * HEAD_WIDTH,
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        **TIED,
+    },
 }
+NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # of architectures, where they are not a config.json's
 VOCABULARY = 64
 
 
@@ -54,13 +66,13 @@ def write(path, fields, kind="F32", model=None, tokenizer=None, vocabulary=VOCAB
     import torch
 
     model = model or torch_model(fields, vocabulary)
-    architecture = {"mistral": "llama"}.get(fields["model_type"], fields["model_type"])
+    architecture, layers = NAMES.get(fields["model_type"], fields["model_type"]), model.config.num_hidden_layers
     writer = gguf.GGUFWriter(path, architecture)
     _settings(writer, architecture, fields, vocabulary)
     if tokenizer:
         tokenizer(writer)
     rng = np.random.default_rng(1)
-    named = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture), 2)
+    named = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture), layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             theirs = named.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -100,8 +112,12 @@ def _settings(writer, architecture, fields, vocabulary):
         writer.add_rope_dimension_count(HEAD_WIDTH)
     if "sliding_window" in fields:
         writer.add_sliding_window(fields["sliding_window"])
-    if "rope_scaling" in fields:
+    stretched = fields.get("rope_scaling", {})
+    if stretched.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(fields["rope_theta"], **LLAMA3))
+    elif stretched:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(stretched["rope_type"]))
+        writer.add_rope_scaling_factor(stretched["factor"])
 
 
 def divisors(theta, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
@@ -116,9 +132,12 @@ def divisors(theta, factor, low_freq_factor, high_freq_factor, original_max_posi
 
 
 def _rearranged(architecture, name):
-    """(to the file's layout, back) of a tensor: Llama's queries and keys in pairs, GPT-2's kernels turned over."""
+    """(to the file's layout, back) of a tensor: Llama's queries and keys in pairs, GPT-2's kernels turned over, Gemma's w
+    of its norms as 1 + w."""
     if architecture == "gpt2" and ".weight" in name and ("attn." in name or "mlp." in name):
         return np.transpose, np.transpose
+    if architecture == "gemma3" and "norm.weight" in name:
+        return (lambda a: a + 1), (lambda a: a - 1)
     if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
         heads = HEADS if "q_proj" in name else KV_HEADS
 
@@ -185,12 +204,14 @@ def write_with_words(path, name="smollm2", kind="Q8_0"):
 
 
 def copy_part(file, path, tensors=slice(None), numbers=(), tokenizer=False):
-    """A GGUF file with some of the tensors of a Llama's, without its tokenizer, which transformers reads for half a minute."""
-    whole, writer = gguf.GGUFReader(file), gguf.GGUFWriter(path, "llama")
+    """A GGUF file with some of the tensors of another, without its tokenizer, which transformers reads for half a minute."""
+    whole = gguf.GGUFReader(file)
+    architecture = whole.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
     for name, number in dict(numbers).items():
-        writer.add_uint16(name, number)
+        writer.add_uint32(name, number)
     for key, field in whole.fields.items():
-        if key.startswith("llama.") or (tokenizer and key.startswith("tokenizer.")):
+        if key.startswith(f"{architecture}.") or (tokenizer and key.startswith("tokenizer.")):
             writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:][-1:])
     for tensor in whole.tensors[tensors]:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)

@@ -117,6 +117,10 @@ def write(path, architecture="llama", kind=None, tokenizer=True, metadata=(), te
     return path
 
 
+def of_gemma(**metadata):
+    return {"architecture": "gemma3", "metadata": {"attention.sliding_window": 4, "rope.freq_base": 10, **metadata}}
+
+
 def test_the_file_that_is_changed_below_is_whole(tmp_path):
     assert load_model(write(tmp_path / "m.gguf")).config.layers == 1
 

@@ -17,7 +17,7 @@ from mend_jax.models.split_weights import read_split  # noqa: E402
 from mend_jax.run import sharding  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=["gpt2", "smollm2"])
+@pytest.fixture(scope="module", params=["gpt2", "smollm2", "gemma3"])
 def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "model.gguf"
     write(path, MODELS[request.param], "Q4_0")
@@ -70,7 +70,7 @@ def test_every_kind_of_blocks_is_read_in_slices(kind, tmp_path):
     expected = gguf_package.quants.dequantize(blocks, kind)
     order, mapped = np.array([3, 1, 0, 2, 5, 4]), tensors.Mapped(stored.file)
     for rows, columns in ((slice(None), slice(None)), (slice(1, 5), slice(None)), (slice(2, 3), slice(70, 300))):
-        read = [tensors.Tensor(mapped, stored, *how) for how in ((None, False), (order, False), (None, True))]
+        read = [tensors.Tensor(mapped, stored, tensors.Layout(*how)) for how in ((), (order,), (None, True))]
         found = read[0][rows, columns], read[1][rows, columns], read[2][columns, rows]
         wanted = expected[rows, columns], expected[order][rows, columns], expected.T[columns, rows]
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, wanted, strict=True))

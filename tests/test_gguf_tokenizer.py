@@ -95,19 +95,27 @@ def test_tokens_that_only_fill_the_table_are_left_out(tmp_path):
     assert ours.tokenize("a<think>b") == ["a", "<think>", "b"] and ours.all_special_tokens == []
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen2", "gpt2", "gemma3"])
 def test_an_exported_folder_has_the_same(name, tmp_path):
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
-    pre = {"smollm2": "smollm", "gpt2": "gpt-2"}.get(name, name)
-    vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED[pre]), size=400)
-    described = {"tokenizer": lambda writer: describe_bytes(writer, vocab, merges, pre), "vocabulary": len(vocab)}
-    write(tmp_path / "model.gguf", MODELS[name], "Q8_0", **described)
+    describe, size = described(name)
+    write(tmp_path / "model.gguf", MODELS[name], "Q8_0", tokenizer=describe, vocabulary=size)
     export_llm(tmp_path / "model.gguf", tmp_path / "folder")
     ours = load_tokenizer(tmp_path / "model.gguf")
     assert ids(load_tokenizer(tmp_path / "folder")) == ids(ours)
     assert ids(AutoTokenizer.from_pretrained(tmp_path / "folder")) == ids(ours)
+
+
+def described(name):
+    """(what writes a tokenizer's metadata, of so many tokens) of the kind that the model has."""
+    if name == "gemma3":
+        scores = trained_pieces()
+        return (lambda writer: describe_pieces(writer, scores)), len(scores)
+    pre = {"smollm2": "smollm", "gpt2": "gpt-2"}.get(name, name)
+    vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED[pre]), size=400)
+    return (lambda writer: describe_bytes(writer, vocab, merges, pre)), len(vocab)
 
 
 def test_gpt2s_own_vocabulary(shared, tmp_path):

@@ -26,6 +26,7 @@ def read(hf: dict) -> DecoderConfig:
         "attention_bias": (False,),
         "final_logit_softcapping": (None,),
         "attn_logit_softcapping": (None,),
+        "partial_rotary_factor": (1.0, None),
         "use_bidirectional_attention": (False, None),
     }
     check(hf, expected)

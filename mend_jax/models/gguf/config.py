@@ -85,6 +85,23 @@ def _qwen3(of: _Metadata) -> dict:
     return _like_llama(of) | {"model_type": "qwen3"} | _span(of)
 
 
+def _gemma3(of: _Metadata) -> dict:
+    """What its files leave out has the values that llama.cpp's code gives it; `rope` is of the layers that do not slide."""
+    fields = _like_llama(of)
+    # The 27B alone divides scores by another width than its heads', and no file says so.
+    score_width = fields["hidden_size"] // fields["num_attention_heads"] if of.layers() == 62 else fields["head_dim"]
+    every = "attention.sliding_window_pattern"
+    return fields | {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": score_width,
+        "sliding_window": of.need("attention.sliding_window"),
+        "sliding_window_pattern": 6 if of.get(every) is None else of.need(every),
+        "rope_theta": of.need("rope.freq_base"),
+        "rope_local_base_freq": of.get("rope.freq_base_swa") or 1e4,
+        "final_logit_softcapping": of.get("final_logit_softcapping"),
+    }
+
+
 def _span(of: _Metadata) -> dict:
     span = of.get("attention.sliding_window")
     return {"use_sliding_window": True, "sliding_window": span, "max_window_layers": 0} if span else {}
@@ -104,7 +121,6 @@ def _like_llama(of: _Metadata) -> dict:
         "intermediate_size": of.need("feed_forward_length"),
         "max_position_embeddings": of.need("context_length"),
         "rms_norm_eps": of.need("attention.layer_norm_rms_epsilon"),
-        "hidden_act": "silu",
         **_rope(of, head_width),
     }
 
@@ -146,6 +162,7 @@ class Architecture(NamedTuple):
     fields: Callable[[_Metadata], dict]  # of config.json
     paired: bool = False  # rows of queries and keys: the two numbers that are turned together stand side by side
     transposed: tuple[str, ...] = ()  # tensors that Hugging Face's file has as (in, out), this one as (out, in)
+    one_added: bool = False  # to the scales of norms: Hugging Face's file has w where 1 + w is multiplied by
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -155,6 +172,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, paired=True),
     "qwen2": Architecture(_qwen2),
     "qwen3": Architecture(_qwen3),
+    "gemma3": Architecture(_gemma3, one_added=True),
 }
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def open_part(path: Path) -> Iterator[tuple[str, "Tensor"]]:
     names, made_as, mapped = _names(architecture, config), ARCHITECTURES[architecture], Mapped(path)
     for name, stored in read_header(path).tensors.items():
         if name != FREQUENCIES:  # is part of the settings
-            yield names.get(name, name), Tensor(mapped, stored, *_layout(name, stored, made_as, config))
+            yield names.get(name, name), Tensor(mapped, stored, _layout(name, stored, made_as, config))
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,15 +33,23 @@ def _names(architecture: str, config: Config) -> dict[str, str]:
     return {known.get_name(name, try_suffixes=(".weight", ".bias")): name for name in theirs}
 
 
-def _layout(name: str, stored: Stored, architecture: Architecture, config: Config) -> tuple[np.ndarray | None, bool]:
-    """(the file's row of each row, None where they are the same; whether its axes are swapped)."""
+class Layout(NamedTuple):
+    """In what the file's numbers differ from Hugging Face's."""
+
+    order: np.ndarray | None = None  # the file's row of each row; None: the same
+    swapped: bool = False  # whether its axes are
+    added: float = 0.0  # to every number of the file; of tensors with one axis alone
+
+
+def _layout(name: str, stored: Stored, architecture: Architecture, config: Config) -> Layout:
     part = name.split(".", 2)[-1]
     if architecture.paired and part in PAIRED:
         heads = config.heads if part.startswith("attn_q") else config.kv_heads
         if stored.shape[0] == heads * config.head_width:  # else it is refused for its shape
             rows = np.arange(stored.shape[0]).reshape(heads, config.head_width // 2, 2)
-            return rows.swapaxes(1, 2).ravel(), False
-    return None, part in architecture.transposed
+            return Layout(rows.swapaxes(1, 2).ravel())
+    one = architecture.one_added and name.endswith("norm.weight") and len(stored.shape) == 1
+    return Layout(swapped=part in architecture.transposed, added=float(one))
 
 
 class Mapped:
@@ -64,19 +73,20 @@ class Mapped:
 class Tensor:
     """One tensor, of which slices are read: `tensor[:]`, `tensor[2:4, :]`, float32."""
 
-    def __init__(self, mapped: Mapped, stored: Stored, order: np.ndarray | None, swapped: bool):
-        self._mapped, self._stored, self._order, self._swapped = mapped, stored, order, swapped
-        self.shape = stored.shape[::-1] if swapped else stored.shape
+    def __init__(self, mapped: Mapped, stored: Stored, layout: Layout):
+        self._mapped, self._stored, self._layout = mapped, stored, layout
+        self.shape = stored.shape[::-1] if layout.swapped else stored.shape
 
     def __getitem__(self, index) -> np.ndarray:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        if self._swapped:  # a few of its rows are of every row in the file
+        order, swapped, added = self._layout
+        if swapped:  # a few of its rows are of every row in the file
             return self._mapped.whole(self._stored).T[(first, *rest)]
         rows = self._mapped.rows(self._stored)
         if len(self.shape) == 1:
-            values = dequantize(rows, self._stored)[0]
-            return (values if self._order is None else values[self._order])[first]
-        rows = rows[first] if self._order is None else rows[self._order[first]]
+            values = dequantize(rows, self._stored)[0] - np.float32(added)
+            return (values if order is None else values[order])[first]
+        rows = rows[first] if order is None else rows[order[first]]
         return self._columns(rows, *rest)
 
     def _columns(self, rows: np.ndarray, columns: slice = slice(None)) -> np.ndarray:
