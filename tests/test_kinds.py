@@ -15,6 +15,7 @@ from tiny_training import RandomBatches, config, model_folder
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.readers import Readers
 from mend_jax.evaluate import evaluate
+from mend_jax.interchange import export
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Distiller, Kind
 from mend_jax.prefixes.kind import initial_rows
@@ -76,14 +77,30 @@ def test_a_new_kind_of_ten_lines_trains_is_evaluated_and_costed(folder, tmp_path
     assert moved["grad_norm"] > 0
 
 
+def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkeypatch):
+    def write_release(self, new):
+        new.mkdir()
+        (new / "mean.txt").write_text("means")
+        return "For others in release/."
+
+    monkeypatch.setattr(Mean, "write", lambda self, new: "Written.")
+    monkeypatch.setattr(Mean, "write_release", write_release)
+    monkeypatch.setattr(Mean, "card", lambda self, llm, template: ("A mean", "of demonstrations"))
+    c = config(folder, **{"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1})
+    assert train(c, tmp_path / "run") == 0
+    said = export.export(tmp_path / "run", tmp_path / "out")
+    assert said.startswith("Written. For others in release/.")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["README.md", "mean.txt"]
+
+
 def test_the_methods_without_training():
     assert [kind.method for kind in KINDS.values() if kind.method] == ["zero_shot", "icl"]
 
 
 def test_nobody_asks_which_kind_it_is():
-    """The kinds answer: outside prefixes/ no code tells them apart by class or by name, but the release's layout (of a
-    distiller alone) and what must have a distiller."""
-    allowed = {"interchange/trained.py", "interchange/export.py", "experiments/methods.py"}
+    """The kinds answer: outside prefixes/ no code tells them apart by class or by name, but `load_distiller` and the
+    experiment of the paper's methods."""
+    allowed = {"interchange/trained.py", "experiments/methods.py"}
     found = set()
     for path in sorted((ROOT / "mend_jax").rglob("*.py")):
         name = str(path.relative_to(ROOT / "mend_jax"))

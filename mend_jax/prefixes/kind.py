@@ -159,6 +159,11 @@ class Kind:
         """Writes the files that `from_folder` reads and those to use it without this project; returns a sentence about them."""
         raise TypeError(f"{self.title} is not exported")
 
+    def write_release(self, folder: Path) -> str:
+        """Writes the layouts of other programs that can hold it into the new `folder`; returns a sentence about them, "" if
+        there are none."""
+        return ""
+
     def card(self, llm: str, template: str) -> tuple[str, str]:
         """(title, text) of its model card: what it is and how to use it with the LLM named `llm`; `template` is data.template."""
         raise TypeError(f"{self.title} is not exported")
