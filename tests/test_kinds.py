@@ -20,7 +20,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Distiller, Kind
 from mend_jax.prefixes.kind import initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.run import build
+from mend_jax.run import build, checkpoint
 from mend_jax.scoring import costs, tasks
 from mend_jax.train import train
 
@@ -75,6 +75,17 @@ def test_a_new_kind_of_ten_lines_trains_is_evaluated_and_costed(folder, tmp_path
     assert cost["prefix_flops"] == read + 12 * 12_345  # what making it takes is not free
     moved = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert moved["grad_norm"] > 0
+
+
+def test_a_new_kind_trains_on_a_mesh(folder, tmp_path):
+    """Its own parameters have no rule (run/sharding.py): they are whole on each of the 8 devices."""
+    assert jax.device_count() == 8
+    fields = {"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1}
+    runs = {"pmap": {}, "mesh": {"train.parallel": "mesh", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}}
+    for name, mesh in runs.items():
+        assert train(config(folder, **fields, **mesh), tmp_path / name) == 0
+    pmap, mesh = (checkpoint.load_best(tmp_path / name)[0] for name in runs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), pmap, mesh)
 
 
 def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkeypatch):
