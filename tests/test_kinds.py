@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax.data.evaluation import EvalTask, Item
@@ -22,6 +23,7 @@ from mend_jax.prefixes.kind import initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run import build, checkpoint
 from mend_jax.scoring import costs, tasks
+from mend_jax.step import training_losses
 from mend_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,13 @@ def test_a_new_kind_of_ten_lines_trains_is_evaluated_and_costed(folder, tmp_path
     assert cost["prefix_flops"] == read + 12 * 12_345  # what making it takes is not free
     moved = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert moved["grad_norm"] > 0
+
+
+def test_what_a_new_kind_cannot_read_is_one_sentence(folder):
+    llm = load_llm(str(folder))
+    made = Mean.init(config(folder), llm, 0)
+    with says("a mean", "Mean.distill"):
+        training_losses(llm, made, [3, 4], [5], [6])
 
 
 def test_a_new_kind_trains_on_a_mesh(folder, tmp_path):
