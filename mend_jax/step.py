@@ -22,7 +22,6 @@ from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.losses import FORWARD_KL, Weights, head_loss, state_loss, token_weights
 from mend_jax.objectives import Objective
 from mend_jax.prefixes.context import bucket, demo_tokens, pad_columns
-from mend_jax.prefixes.distiller import make_vectors
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import ROWS
@@ -190,7 +189,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
 
     Args:
         llm: from `load_llm`.
-        distiller: from `load_distiller`.
+        distiller: from `load_distiller`, or another kind of prefix (prefixes/kind.py).
         demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), if one
             tokenizer serves both.
         x, y: the input and the output: each a text, which gets the distiller's separator in front, or token ids (list of
@@ -203,11 +202,8 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         UserError: several contexts, texts but an LLM without a tokenizer, token ids but tokenizers that differ, an empty x or
             y, a token that the LLM does not have, or more tokens than one of the windows.
     """
-    context = distiller.read(demos)
-    if len(context[1]) != 1:
-        raise UserError(
-            f"The losses are those of one example with one context, not {len(context[1])}: call this once per context."
-        )
+    prefix = distiller.distill(demos)
+    _check_one(prefix.length)
     texts = np.ndim(demos[0]) == 1 and isinstance(demos[0][0], str)
     if not texts and other_tokenizer(llm.tokenizer, distiller.tokenizer) is not None:
         raise UserError(
@@ -216,20 +212,21 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         )
     reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
     shown, shown_length = demo_tokens(demos, *reader)
+    _check_one(shown_length)
     x, y = (query_tokens(llm, part, what, distiller.separator) for part, what in ((x, "query"), (y, "output")))
-    _check_query(llm, x, y, max(shown.shape[1], distiller.num_vectors))
+    _check_query(llm, x, y, max(shown.shape[1], prefix.embeds.shape[1]))
     ids = [*x, *y]
     tokens = jnp.asarray([ids + [0] * (bucket(len(ids)) - len(ids))], jnp.int32)
     query = Query(tokens, jnp.asarray([len(ids)], jnp.int32), jnp.asarray([len(x)], jnp.int32))
     teacher = (pad_columns(shown, llm.window), shown_length)
-    values = _example_losses(llm, distiller.module, distiller.params, llm.params, context, teacher, query)
+    values = _example_losses(llm, llm.params, prefix, teacher, query)
     return {name: float(value) for name, value in values.items()}
 
 
-# The LLM (hashed by identity) and the distiller's module are static: each shape compiles once.
-@partial(jax.jit, static_argnums=(0, 1))
-def _example_losses(llm, module, params, llm_params, context, teacher, query):
-    student = llm.states(llm_params, make_vectors(module, params, *context), query)
+# The LLM (hashed by identity) is static: each shape compiles once.
+@partial(jax.jit, static_argnums=0)
+def _example_losses(llm, llm_params, prefix, teacher, query):
+    student = llm.states(llm_params, prefix, query)
     tokens, length = teacher
     taught = llm.states(llm_params, Prefix(llm.embed(llm_params, tokens), length), query)
     ones, targets, head = Weights(1.0, 1.0, 1.0), llm.targets(query), llm.head(llm_params)
@@ -239,6 +236,13 @@ def _example_losses(llm, module, params, llm_params, context, teacher, query):
 def _shift(llm) -> int:
     """How far ahead of its own token a state predicts (`token_weights`)."""
     return 1 if llm.start_token is None else 0
+
+
+def _check_one(lengths) -> None:
+    if len(lengths) != 1:
+        raise UserError(
+            f"The losses are those of one example with one context, not {len(lengths)}: call this once per context."
+        )
 
 
 def _check_query(llm, x, y, prefix_length: int) -> None:

@@ -12,6 +12,7 @@ from facts import says
 
 import mend_jax
 from configs import base
+from mend_jax.prefixes import KINDS
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.soft_prompt import SoftPrompt
 
@@ -81,6 +82,34 @@ def test_training_losses_of_one_example(llm, distiller):
     assert losses == mend_jax.training_losses(llm, distiller, [("w1", "w2"), ("w3", "w4")], "w5 w6", "w7")
     longer = mend_jax.training_losses(llm, distiller, [3, 4, 5, 6], [7], [8, 9])
     assert longer["clm"] == pytest.approx(longer["pred"], abs=1e-6)  # the first token of the query carries no loss
+
+
+@pytest.mark.parametrize("join", ["concat", "mean"])
+def test_training_losses_of_chunks(llm, distiller, join):
+    """With "concat" the prefix is as long as its chunks are many, longer here than the demonstrations' 7 tokens."""
+    chunked = mend_jax.Chunked.around(distiller, join, chunk_demos=1)
+    demos = [("w1", "w2"), ("w3 w4", "w5"), ("w6", "w7")]
+    losses = mend_jax.training_losses(llm, chunked, demos, "w5 w6", "w7")
+    option = mend_jax.score_options(llm, chunked.distill(demos), "w5 w6", ["w7"])
+    assert losses["pred"] == pytest.approx(-option[0], abs=1e-5) and losses["kd"] > 0
+    length = 3 * 5 if join == "concat" else 7
+    with says(f"{length + 96} positions", f"{length} of them"):
+        mend_jax.training_losses(llm, chunked, demos, [4] * 95, [5])
+    with says("one context", 2):
+        mend_jax.training_losses(llm, chunked, [[1, 2], [3]], [4], [5])
+
+
+def test_training_losses_of_the_other_kinds(llm):
+    config = base.get_config()
+    config.prefix.length, config.data.template = 4, "newline"
+    prompt = SoftPrompt.init(config, llm, seed=0)
+    assert prompt.separator == "\n"
+    nothing, shown = KINDS["nothing"].beside(llm), KINDS["demonstrations"].beside(llm)
+    for model in (prompt, nothing, shown):
+        losses = mend_jax.training_losses(llm, model, [3, 4, 5, 6], [7, 8], [9])
+        option = mend_jax.score_options(llm, model.distill([3, 4, 5, 6]), [7, 8], [[9]])
+        assert losses["pred"] == pytest.approx(-option[0], abs=1e-5)
+        assert losses["kd"] > 1e-4 if model is not shown else losses["kd"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_bfloat16_llm(tiny_llm, distiller):

@@ -16,7 +16,7 @@ import mend_jax
 from configs import base
 from mend_jax.interchange import export, trained
 from mend_jax.models import weights
-from mend_jax.prefixes import kind_of
+from mend_jax.prefixes import kind_of, release
 from mend_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +284,7 @@ def test_a_file_that_cannot_grow_is_one_sentence(workdir, tmp_path, kilobytes):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
         with pytest.raises(OSError, match="File too large"):
-            export.write_release(model, tmp_path / "big.safetensors")
+            release.write_release(model, tmp_path / "big.safetensors")
         with says(tmp_path / "out", "File too large"):
             export.export(workdir, tmp_path / "out")
     finally:

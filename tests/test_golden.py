@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 import mend_jax
 from configs import base
 from mend_jax.data.batches import Batch
-from mend_jax.interchange.trained import PLACEHOLDERS, PROJECTION
 from mend_jax.models.weights import key_table
+from mend_jax.prefixes.release import PLACEHOLDERS, PROJECTION
 from mend_jax.step import make_loss_fn
 
 

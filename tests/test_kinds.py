@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import says
 from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.readers import Readers
 from mend_jax.evaluate import evaluate
+from mend_jax.interchange import export
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Distiller, Kind
 from mend_jax.prefixes.kind import initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.run import build
+from mend_jax.run import build, checkpoint
 from mend_jax.scoring import costs, tasks
+from mend_jax.step import training_losses
 from mend_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -76,14 +79,48 @@ def test_a_new_kind_of_ten_lines_trains_is_evaluated_and_costed(folder, tmp_path
     assert moved["grad_norm"] > 0
 
 
+def test_what_a_new_kind_cannot_read_is_one_sentence(folder):
+    llm = load_llm(str(folder))
+    made = Mean.init(config(folder), llm, 0)
+    with says("a mean", "Mean.distill"):
+        training_losses(llm, made, [3, 4], [5], [6])
+
+
+def test_a_new_kind_trains_on_a_mesh(folder, tmp_path):
+    """Its own parameters have no rule (run/sharding.py): they are whole on each of the 8 devices."""
+    assert jax.device_count() == 8
+    fields = {"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1}
+    runs = {"pmap": {}, "mesh": {"train.parallel": "mesh", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}}
+    for name, mesh in runs.items():
+        assert train(config(folder, **fields, **mesh), tmp_path / name) == 0
+    pmap, mesh = (checkpoint.load_best(tmp_path / name)[0] for name in runs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), pmap, mesh)
+
+
+def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkeypatch):
+    def write_release(self, new):
+        new.mkdir()
+        (new / "mean.txt").write_text("means")
+        return "For others in release/."
+
+    monkeypatch.setattr(Mean, "write", lambda self, new: "Written.")
+    monkeypatch.setattr(Mean, "write_release", write_release)
+    monkeypatch.setattr(Mean, "card", lambda self, llm, template: ("A mean", "of demonstrations"))
+    c = config(folder, **{"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1})
+    assert train(c, tmp_path / "run") == 0
+    said = export.export(tmp_path / "run", tmp_path / "out")
+    assert said.startswith("Written. For others in release/.")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["README.md", "mean.txt"]
+
+
 def test_the_methods_without_training():
     assert [kind.method for kind in KINDS.values() if kind.method] == ["zero_shot", "icl"]
 
 
 def test_nobody_asks_which_kind_it_is():
-    """The kinds answer: outside prefixes/ no code tells them apart by class or by name, but the release's layout (of a
-    distiller alone) and what must have a distiller."""
-    allowed = {"interchange/trained.py", "interchange/export.py", "experiments/methods.py"}
+    """The kinds answer: outside prefixes/ no code tells them apart by class or by name, but `load_distiller` and the
+    experiment of the paper's methods."""
+    allowed = {"interchange/trained.py", "experiments/methods.py"}
     found = set()
     for path in sorted((ROOT / "mend_jax").rglob("*.py")):
         name = str(path.relative_to(ROOT / "mend_jax"))

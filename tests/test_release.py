@@ -6,7 +6,8 @@ import pytest
 from facts import says
 from safetensors.numpy import load_file, save_file
 
-from mend_jax.interchange import export, trained
+from mend_jax.interchange import trained
+from mend_jax.prefixes import release
 from mend_jax.prefixes.distiller import write_folder
 
 
@@ -14,14 +15,14 @@ from mend_jax.prefixes.distiller import write_folder
 def test_safetensors_of_the_release_survive_byte_for_byte(golden, tmp_path, name):
     original = golden / name / "distiller_official.safetensors"
     distiller = trained.read_release(original, golden / name / "distiller_backbone")
-    export.write_release(distiller, tmp_path / original.name)
+    release.write_release(distiller, tmp_path / original.name)
     assert (tmp_path / original.name).read_bytes() == original.read_bytes()
 
 
 def test_bin_of_the_release_survives_byte_for_byte(golden, tmp_path):
     torch = pytest.importorskip("torch")
     original, written = golden / "gpt2" / "distiller_official.bin", tmp_path / "distiller_official.bin"
-    export.write_release(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), written)
+    release.write_release(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), written)
     wanted, found = (torch.load(path, weights_only=True) for path in (original, written))
     assert list(wanted) == list(found)
     assert all(wanted[name].dtype == found[name].dtype for name in wanted)
@@ -46,7 +47,7 @@ def test_the_golden_distillers_survive_the_folder_too(golden, tmp_path):
     """Release file -> Hugging Face folder -> release file, byte for byte."""
     original = golden / "gpt2" / "distiller_official.safetensors"
     write_folder(trained.read_release(original, golden / "gpt2" / "distiller_backbone"), tmp_path / "folder")
-    export.write_release(trained.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
+    release.write_release(trained.read_distiller(tmp_path / "folder"), tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == original.read_bytes()
 
 

@@ -41,15 +41,18 @@ def test_every_parameter_has_a_rule_and_almost_all_bytes_are_split(name):
         ("encoder/layers/self/q/kernel", (12, 768, 768), (None, "fsdp", "tensor")),
         ("embed/tokens_scale", (50257,), (None,)),
         ("step", (), ()),
+        ("opt_state/1/0/mu/placeholders", (100, 768), (None, None)),
+        ("table", (50257, 12), (None, None)),  # of a prefix: no rule names it
     ],
 )
 def test_rules(path, shape, spec):
     assert tuple(sharding.spec_of(path, shape, EIGHT)) == spec
 
 
-def test_a_path_without_a_rule_is_one_sentence():
-    with says("layers/router/kernel", "(2, 8, 8)", "mend_jax/run/sharding.py", "train.parallel=pmap"):
-        sharding.spec_of("layers/router/kernel", (2, 8, 8), EIGHT)
+@pytest.mark.parametrize("path", ["layers/router/kernel", "backbone/router/kernel", "opt_state/1/0/mu/encoder/router"])
+def test_a_models_path_without_a_rule_is_one_sentence(path):
+    with says(path, "(2, 8, 8)", "mend_jax/run/sharding.py", "train.parallel=pmap"):
+        sharding.spec_of(path, (2, 8, 8), EIGHT)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_one_sentence():

@@ -1,27 +1,18 @@
 """Exports a trained model as files that need nothing from this project (listed in mend_jax/export.py). trained.py reads them."""
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.model_card import llm_card, prefix_card
 from mend_jax.interchange.trained import (
-    HYPERNET,
-    PLACEHOLDERS,
-    PROJECTION,
     check_backbone,
     lm_settings,
     read_workdir,
     source_folder,
 )
-from mend_jax.models import weights
 from mend_jax.models.folders import convert_model, save_model
-from mend_jax.prefixes import Distiller
-from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run.files import whole_folder
 
 
@@ -72,53 +63,6 @@ def _written(out: Path) -> Iterator[Path]:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): free some space, or name another folder."
         ) from error
-
-
-# The release's layout
-
-
-def release_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
-    """The distiller's parameters under the release's names, in its order: placeholders, backbone, projection.
-
-    Raises:
-        UserError: a projection that the release does not have (its code adds tanh, and only where the widths differ).
-    """
-    if distiller.config.family != "gpt2":
-        raise UserError(
-            f"The release's layout only has GPT-2 backbones: it cannot hold this one ({distiller.config.family})."
-        )
-    if distiller.projection != resolve_projection("auto", distiller.config.width, distiller.llm_width):
-        raise UserError(
-            f'The release\'s layout has no "{distiller.projection}" projection from width {distiller.config.width} to '
-            f"{distiller.llm_width}: it cannot hold this distiller."
-        )
-    params = distiller.params
-    tensors = {HYPERNET + PLACEHOLDERS: np.asarray(params["placeholders"])}
-    tensors |= weights.to_tensors(distiller.config, params["backbone"], HYPERNET)
-    if "projection" in params:
-        tensors[HYPERNET + PROJECTION["kernel"]] = np.asarray(params["projection"]["kernel"]).T
-        tensors[HYPERNET + PROJECTION["bias"]] = np.asarray(params["projection"]["bias"])
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-
-
-def write_release(distiller: Distiller, path: str | Path) -> None:
-    """Writes the distiller as the release's own file; `path` ends in .safetensors, or in .bin (needs PyTorch)."""
-    tensors, path = release_tensors(distiller), Path(path)
-    if path.suffix == ".safetensors":
-        weights.write_file(tensors, path, metadata=None)
-        return
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"Writing {path.name} needs PyTorch: pip install torch, or use the .safetensors.") from None
-    content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # PyTorch's error for a full disk, among others
-        raise OSError(errno.EIO, f"PyTorch: {str(error).splitlines()[0]}", str(path)) from error
-
-
-# A whole export
 
 
 def _write(folder, workdir, config, model, meta, backbone) -> str:

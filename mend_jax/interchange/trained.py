@@ -1,30 +1,20 @@
-"""Reads trained models from wherever they are stored: a training workdir, an exported folder, the release's file.
-
-The names in the release's file are GPT2Model's after `hypernet.`, with `hypernet.init_prompt_weight` (l, width) and,
-if the widths differ, `hypernet.adap_pooler.dense.{weight,bias}`, a Linear followed by tanh. export.py writes that file
-and the exported folder.
-"""
+"""Reads trained models from wherever they are stored: a training workdir, an exported folder, the release's file
+(prefixes/release.py). export.py writes the exported folder."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import bos_token
-from mend_jax.models import weights
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
-from mend_jax.prefixes import KINDS, Distiller, Kind
+from mend_jax.prefixes import KINDS, Distiller, Kind, release
 from mend_jax.run import checkpoint
 from mend_jax.run.sharding import Place
-
-HYPERNET = "hypernet."
-PLACEHOLDERS = "init_prompt_weight"
-PROJECTION = {"kernel": "adap_pooler.dense.weight", "bias": "adap_pooler.dense.bias"}
 
 
 def load_distiller(path, llm, backbone=None) -> Distiller:
@@ -113,26 +103,7 @@ def read_release(path: str | Path, backbone: str | Path) -> Distiller:
         raise UserError(f"{path} is neither .safetensors nor .bin: give the release's file, or a folder.")
     folder = local_folder(backbone)
     config = from_hf_config(folder)
-    own = {}
-
-    def backbone_tensors():  # one after another: the file is open only during the iteration
-        for raw_name, tensor in weights.read_file(path):
-            name = raw_name.removeprefix(HYPERNET)
-            if name == raw_name:
-                raise UserError(
-                    f"{path} holds {raw_name}, which is not part of a distiller (its names start with {HYPERNET})."
-                )
-            if name == PLACEHOLDERS or name in PROJECTION.values():
-                own[name] = np.asarray(tensor[:], np.float32)
-            else:
-                yield name, tensor
-
-    params = {"backbone": weights.from_tensors(backbone_tensors(), config, where=str(path))}
-    params["placeholders"] = weights.take(own, PLACEHOLDERS, (None, config.width), path)
-    if own:
-        kernel = weights.take(own, PROJECTION["kernel"], (None, config.width), path).T
-        bias = weights.take(own, PROJECTION["bias"], (kernel.shape[1],), path)
-        params["projection"] = {"kernel": np.ascontiguousarray(kernel), "bias": bias}
+    params = release.read_params(path, config)
     projection = "tanh" if "projection" in params else "identity"
     return Distiller.of(config, params, projection, load_tokenizer(folder))
 

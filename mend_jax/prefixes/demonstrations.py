@@ -49,5 +49,8 @@ class Demonstrations(Kind):
     def llm_width(self) -> int:
         return self.llm.config.width
 
+    def distill(self, demos) -> Prefix:
+        return demonstrations_prefix(self.llm, demos)
+
     def apply(self, params, demos, length) -> Prefix:
         return Prefix(self.llm.embed(params, demos), length)

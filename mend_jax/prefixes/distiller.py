@@ -28,6 +28,7 @@ from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import headless_params, init_params, load_model, load_tokenizer, read_weights
 from mend_jax.models.int8 import rows
+from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
@@ -296,6 +297,9 @@ class Distiller(Kind):
     def write(self, folder: Path) -> str:
         write_folder(self, folder)
         return f"{self.title[0].upper()}{self.title[1:]} as a Hugging Face folder, with {MODULE} for PyTorch."
+
+    def write_release(self, folder: Path) -> str:
+        return release.write_both(self, folder)
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
         return "A MEND distiller", self.card_text(

@@ -41,6 +41,7 @@ class Kind:
     num_vectors = 0  # positions of the LLM that it takes at least, whatever the demonstrations
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
+    separator = " "  # stands before every x and y of texts: that of config.data.template of its training
     bos: str | None = (
         None  # config.data.bos of its training: what its vectors stand behind; None: nothing is known of it
     )
@@ -84,6 +85,17 @@ class Kind:
     def apply(self, params, demos, length) -> Prefix:
         """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
         raise NotImplementedError
+
+    def distill(self, demos) -> Prefix:
+        """The prefix of demonstrations, texts or token ids as `Distiller.distill` reads them, with its own parameters.
+
+        Raises UserError for demonstrations that it cannot read.
+        """
+        if self.reads_demos:
+            raise UserError(
+                f"{self.title} reads no demonstrations but those of a run: train or evaluate it, or write {type(self).__name__}.distill."
+            )
+        return self.apply(self.params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
 
     @property
     def reader(self):
@@ -158,6 +170,11 @@ class Kind:
     def write(self, folder: Path) -> str:
         """Writes the files that `from_folder` reads and those to use it without this project; returns a sentence about them."""
         raise TypeError(f"{self.title} is not exported")
+
+    def write_release(self, folder: Path) -> str:
+        """Writes the layouts of other programs that can hold it into the new `folder`; returns a sentence about them, "" if
+        there are none."""
+        return ""
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
         """(title, text) of its model card: what it is and how to use it with the LLM named `llm`; `template` is data.template."""

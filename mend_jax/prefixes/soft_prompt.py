@@ -49,6 +49,7 @@ class SoftPrompt(Kind):
 
     params: Any  # {"vectors": (L, llm_width)}
     bos: str = NONE  # what they stand behind: config.data.bos of their training
+    separator: str = " "  # stands before every x and y of texts: that of config.data.template of their training
 
     @property
     def num_vectors(self) -> int:
@@ -62,7 +63,9 @@ class SoftPrompt(Kind):
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
         """A new soft prompt in the LLM's embedding space, initialised by `prefix.placeholder_init`."""
         del place  # it is small
-        return cls({"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos)
+        return cls(
+            {"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos, separator(config.data.template)
+        )
 
     def apply(self, params, demos, length) -> Prefix:
         """The same L vectors for every row; `demos` (B,N) and `length` are not read."""
@@ -74,7 +77,8 @@ class SoftPrompt(Kind):
 
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "SoftPrompt":
-        return cls._of(params, "the checkpoint", config["data"].get("bos", NONE))
+        data = config["data"]
+        return cls._of(params, "the checkpoint", data.get("bos", NONE), separator(data["template"]))
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -83,10 +87,12 @@ class SoftPrompt(Kind):
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
         tensors = {name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}
-        return cls._of(tensors, folder / FILE, weights.read_metadata(folder / FILE).get("bos", NONE))
+        said = weights.read_metadata(folder / FILE)
+        return cls._of(tensors, folder / FILE, said.get("bos", NONE), said.get("separator", " "))
 
     def write(self, folder: Path) -> str:
         metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
+        metadata |= {} if self.separator == " " else {"separator": self.separator}
         weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
@@ -103,6 +109,6 @@ class SoftPrompt(Kind):
         return "A soft prompt", text
 
     @classmethod
-    def _of(cls, params, where, bos: str) -> "SoftPrompt":
+    def _of(cls, params, where, bos: str, before: str) -> "SoftPrompt":
         vectors = np.asarray(weights.take(dict(params), "vectors", (None, None), where), np.float32)
-        return cls({"vectors": jnp.asarray(vectors)}, bos)
+        return cls({"vectors": jnp.asarray(vectors)}, bos, before)

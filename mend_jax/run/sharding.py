@@ -45,11 +45,11 @@ RULES = tuple(
         (r"distance_bias", WHOLE),
         (r"(project_in|project_out|projection)/kernel", (FSDP, None)),
         (r"(project_in|project_out)/kernel_scale", WHOLE),
-        (r"projection/bias", WHOLE),
-        (r"placeholders|vectors", WHOLE),
-        (r"step|count", WHOLE),  # in the train state
     )
 )
+# Where a model's parameters stand, each of which needs a rule. All others, such as a prefix's own and the train state's
+# numbers, are few: without a rule they are whole on each device.
+MODEL = re.compile(r"(^|/)(backbone|embed|layers|encoder|decoder)/")
 
 
 def mesh_sizes(wanted: Any, devices: int) -> dict[str, int]:
@@ -81,9 +81,9 @@ def make_mesh(wanted: Any, devices: Sequence | None = None) -> Mesh:
 def spec_of(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     """How the parameter at path "a/b/c" is split.
 
-    Raises UserError if no rule matches the path or the mesh does not divide the parameter.
+    Raises UserError if no rule matches the path of a model's parameter or the mesh does not divide the parameter.
     """
-    rule = next((spec for pattern, spec in RULES if pattern.search(path)), None)
+    rule = next((spec for pattern, spec in RULES if pattern.search(path)), None if MODEL.search(path) else WHOLE)
     if rule is None:
         raise UserError(
             f"No rule says how to shard the parameter {path} {shape}: add one to mend_jax/run/sharding.py, or use"
