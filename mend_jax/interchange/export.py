@@ -77,19 +77,4 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
     sentence = model.write(folder)
     card.write_text(prefix_card(config, meta, workdir, model))
-    return f"{sentence} {_write_releases(model, folder / 'release')}".strip()
-
-
-def _write_releases(distiller, folder) -> str:
-    """Writes those of the release's two files that can be written; returns a sentence about them."""
-    if not isinstance(distiller, Distiller):
-        return ""
-    folder.mkdir()
-    try:
-        write_release(distiller, folder / "distiller.safetensors")
-        write_release(distiller, folder / "distiller.bin")
-    except UserError as error:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        return str(error)
-    return "The public release's layout is in release/."
+    return f"{sentence} {model.write_release(folder / 'release')}".strip()
