@@ -136,7 +136,7 @@ def test_bad_methods_are_one_sentence(config, tmp_path, methods, facts):
 def test_a_model_for_another_llm_is_refused(config, models, distiller, tmp_path):
     models["a/distiller"] = dataclasses.replace(distiller, llm_width=48)
     config.evaluate.methods = ("mend=a/distiller",)
-    with says("width 48", "reads 32"):
+    with says("width 48", "LLM", 32):
         ev.evaluate(config, tmp_path)
 
 

@@ -66,6 +66,8 @@ def test_sizes_of_the_models():
     published |= {"google/flan-t5-base": 247_577_856, "google/flan-t5-xl": 2_849_757_184}
     published |= {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384}
     published |= {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
+    published |= {"Qwen/Qwen3-0.6B-Base": 596_049_920}
+    published |= {"google/gemma-3-270m": 268_098_176, "google/gemma-3-1b-pt": 999_885_952}
     assert {path: count(settings_of(path)) for path in SIZES} == published
 
 
@@ -196,7 +198,7 @@ def test_what_a_program_sends_counts_loops_in_full():
         "all-reduce": 2 * 30 * 4 * 7 / 8 + 2 * 10 * 4 * 1 / 2,
         "collective-permute": 24,
     }
-    with pytest.raises(ValueError, match="No groups of devices are found in %r = "):
+    with pytest.raises(ValueError, match="%r = .*replica_groups={}"):
         sent(ADD + PROGRAM.replace("replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", "replica_groups={}"))
 
 
@@ -259,11 +261,11 @@ def test_meshes_of_the_table_divide_every_model():
 
 
 def test_the_table_has_a_row_of_each_config_stage_and_number_of_devices():
-    rows = [line.split(" | ") for line in formula_table().splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in formula_table().splitlines()[2:]]
     assert [tuple(row[:3]) for row in rows] == [
-        (f"| {name}", stage, str(devices)) for name in TABLE for stage in STAGES for devices in (1, 8, 64, 512)
+        (name, stage, str(devices)) for name in TABLE for stage in STAGES for devices in (1, 8, 64, 512)
     ]
-    t5_large = [row[3:] for row in rows if row[0] == "| t5_large"]
+    t5_large = [row[3:] for row in rows if row[0] == "t5_large"]
     assert [row[0] for row in t5_large] == ["8", "64", "512", "4096", "1", "8", "64", "512"]
     assert all(len(row) == 11 for row in rows) and t5_large[1][4] == "–"  # T5's small one has 6 heads
 
