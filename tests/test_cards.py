@@ -13,7 +13,7 @@ from test_export import make_workdir
 
 import mend_jax
 from mend_jax.cli.errors import UserError
-from mend_jax.data.tokenize import SEPARATORS
+from mend_jax.cli.settings import SEPARATORS
 from mend_jax.interchange import export, trained
 from mend_jax.prefixes import Chunked
 

@@ -2,13 +2,9 @@
 
 import sys
 
-import jax
 import pytest
-from data_files import make_world, tiny_config
 from facts import states
-from family_rows import COMMON, ROWS, save_random
 
-from mend_jax import train
 from mend_jax.cli import progress
 from mend_jax.cli.progress import QUIET_SECONDS, Progress
 
@@ -101,20 +97,3 @@ def test_a_bar_on_a_terminal(leave, capsys, monkeypatch):
         bar.tick()
     shown = capsys.readouterr().err
     assert "emo 13" in shown and "2/2" in shown and ("emo 13" in shown.split("\r")[-1]) == leave
-
-
-def test_a_validation_in_training_is_shown(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
-    c = tiny_config(make_world(tmp_path / "world"), "finetune", max_demo_tokens=24)
-    c.llm.path = c.prefix.backbone = save_random(tmp_path / "llm", COMMON | ROWS["gpt2"], 0)
-    c.optimizer.learning_rate, c.loss.chunk = 1e-3, 32
-    c.train.batch_size, c.train.steps, c.train.eval_every = (
-        4 * jax.device_count(),
-        2,
-        1,
-    )  # compiled for test_recovered.py
-    for stage, names in (("finetune", ("dev_score", "recovered")), ("pretrain", ("validation_loss", "recovered"))):
-        c.stage = stage
-        assert train.train(c, tmp_path / stage) == 0
-        found = lines(capsys)
-        assert all(any(line.startswith(f"{name}: ") and " of " in line for line in found) for name in names)

@@ -1,11 +1,14 @@
 """What a prefix recovers: all where it is the demonstrations, nothing where it is empty, in the values that a run writes."""
 
+import re
+
 import jax
 import pytest
 from data_files import make_world, tiny_config
 from family_rows import COMMON, ROWS, save_random
 
 from mend_jax import train
+from mend_jax.cli import progress
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS
 from mend_jax.run import reporting
@@ -63,7 +66,9 @@ def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):
     ("stage", "kind"),
     [("pretrain", "distiller"), ("finetune", "distiller"), ("finetune", "soft_prompt"), ("finetune", "chunked")],
 )
-def test_a_run_writes_it(run, stage, kind, tmp_path, capsys):
+def test_a_run_writes_it(run, stage, kind, tmp_path, capsys, monkeypatch):
+    """And shows how far each number of a validation is, here at every part of it."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
     c = run.copy_and_resolve_references().unlock()
     c.stage, c.prefix.kind = stage, kind
     assert train.train(c, tmp_path / "run") == 0
@@ -71,4 +76,7 @@ def test_a_run_writes_it(run, stage, kind, tmp_path, capsys):
         line["recovered"] for line in reporting.read_lines(tmp_path / "run" / "metrics.jsonl") if "recovered" in line
     ]
     assert len(found) == 2 and all(value < 1 for value in found) and found[0] != found[1]
-    assert f"recovered {found[-1]:.4f}" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"recovered {found[-1]:.4f}" in shown
+    for name in ("recovered", "dev_score" if stage == "finetune" else "validation_loss"):
+        assert re.search(rf"^{name}: (\d+) of \1 \w+", shown, re.MULTILINE)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
 
+SEPARATORS = {"space": " ", "newline": "\n"}  # of data.template: put before every input and every output
 CHOICES = {
     "stage": ("pretrain", "finetune", "lm"),
     "llm.dtype": ("float32", "bfloat16"),
@@ -17,7 +18,7 @@ CHOICES = {
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
-    "data.template": ("space", "newline"),
+    "data.template": tuple(SEPARATORS),
     "data.bos": ("auto", "true", "false"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES, check_choice
 from mend_jax.data import metaicl, prepared, sampling
 from mend_jax.data.query import Query
 from mend_jax.data.readers import Readers
@@ -175,8 +176,7 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
     """
     tokenizer, distiller_tokenizer = readers.tokenizer, readers.distiller_tokenizer
     train, stage = split == "train", config.stage
-    if stage not in ("pretrain", "finetune", "lm"):
-        raise UserError(f"config.stage is {stage!r}: choose pretrain, finetune or lm.")
+    check_choice("stage", stage, CHOICES["stage"])
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}")
     store, documents, tasks, contents = None, range(0), [], {}

@@ -20,19 +20,18 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tokenizers import Tokenizer
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import SEPARATORS, check_choice
 from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
 from mend_jax.run.files import whole_file
 
-SEPARATORS = {"space": " ", "newline": "\n"}  # config.data.template: put before every input and every output
 BLOCK = 1024  # examples in one record of a task's shard
 BATCH = 256  # documents tokenised together
 
 
 def separator(template: str) -> str:
     """The text before every x and y. Raises UserError for an unknown template."""
-    if template not in SEPARATORS:
-        raise UserError(f"config.data.template is {template!r}: choose one of {', '.join(SEPARATORS)}.")
+    check_choice("data.template", template, SEPARATORS)
     return SEPARATORS[template]
 
 

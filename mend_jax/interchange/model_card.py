@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from mend_jax.cli.text import markdown
 from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.tokenize import separator, separator_name
 
@@ -89,7 +90,7 @@ def _measured(workdir, step) -> dict[str, str]:
 
 
 def _table(rows) -> str:
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return markdown(["", ""], [[name, str(value)] for name, value in rows.items()]) + "\n"
 
 
 def _name(path: str) -> str:

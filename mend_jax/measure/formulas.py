@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mend_jax.cli.text import markdown
 from mend_jax.measure.collectives import ring
 from mend_jax.measure.workloads import STAGES, TABLE, Workload, load_workload
 from mend_jax.models.attention import BLOCK
@@ -72,10 +73,8 @@ def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
 
 def formula_table(**fields) -> str:
     """A Markdown table of the configs, both stages, on 1, 8, 64 and 512 devices; `fields` are as in `load_workload`."""
-    lines = [
-        "| config | stage | devices | sequences | TFLOP a step | GB, data | GB, fsdp | GB, tensor | sent, data | sent, fsdp | sent, tensor |",
-        "| --- " * 11 + "|",
-    ]
+    header, rows = ["config", "stage", "devices", "sequences", "TFLOP a step"], []
+    header += [f"{what}, {axis}" for what in ("GB", "sent") for axis in sharding.AXES]
     for name in TABLE:
         for stage in STAGES:
             for devices in (1, 8, 64, 512):
@@ -84,8 +83,8 @@ def formula_table(**fields) -> str:
                 moved = [f"{sum(cell['sent_bytes'].values()) / 1e9:.2f}" if cell else "–" for cell in cells]
                 work = load_workload(name, stage, devices, **fields)
                 first = [name, stage, str(devices), str(work.rows), tera(flops(work))]
-                lines.append(f"| {' | '.join(first + held + moved)} |")
-    return "\n".join(lines)
+                rows.append(first + held + moved)
+    return markdown(header, rows)
 
 
 def _cell(name: str, stage: str, sizes: dict[str, int], fields: dict) -> dict | None:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.cli.text import markdown
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
@@ -93,15 +94,15 @@ def text(report: dict) -> str:
         ),
         f"{machine['cpu']}, {machine['cores']} cores, jax {machine['versions']['jax']}, {machine['date']}",
         "",
-        "| model | weights | parameters | held as | MB | logits, error | gradient of L_distill, error | its cosine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    header = ["model", "weights", "parameters", "held as", "MB", "logits, error", "gradient of L_distill, error"]
+    rows = []
     for name, model in report["models"].items():
         for kind, of in model["formats"].items():
             cells = [name, model["weights"], f"{model['parameters'] / 1e6:.1f} M", kind, f"{of['bytes'] / 1e6:.1f}"]
             cells += [f"{of['logit_error']:.2%}", f"{of['gradient_error']:.2%}", f"{of['gradient_cosine']:.6f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return "\n".join([*lines, markdown([*header, "its cosine"], rows)])
 
 
 def _model(name: str) -> tuple[Config, dict, str]:

@@ -23,10 +23,8 @@ from mend_jax.models.folders import has_weights, load_tokenizer
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring.options import cache_prefix, lay_out, plan, score_rows
+from mend_jax.scoring.tasks import COMPILED
 
-COMPILED = (
-    "/jax/core/compile/backend_compile_duration"  # an event of JAX: a program was compiled or read from the cache
-)
 # The length at which an input is cut, a context's budget, and the padded lengths of contexts (configs/base.py).
 INPUT_TOKENS, DEMO_TOKENS, DEMO_BUCKETS = 256, 900, (256, 384, 512, 640, 768, 900)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.prefixes.context import demo_tokens, pair_tokens
 from mend_jax.prefixes.distiller import Distiller, DistillerModule, read_folder, read_settings, write_folder
@@ -28,7 +29,7 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
-JOINS = ("concat", "mean")
+JOINS = CHOICES["prefix.join"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
@@ -36,7 +37,7 @@ from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, wi
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
-PROJECTIONS = ("tanh", "linear", "identity")
+PROJECTIONS = tuple(name for name in CHOICES["prefix.projection"] if name != "auto")  # which a distiller has
 SETTINGS = "distiller_config.json"  # in an exported folder
 TENSORS = "distiller.safetensors"
 MODULE = "mend_distiller.py"
