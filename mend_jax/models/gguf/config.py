@@ -86,7 +86,7 @@ def _qwen3(of: _Metadata) -> dict:
 
 
 def _gemma3(of: _Metadata) -> dict:
-    """What its files leave out has the values that llama.cpp's code gives it; `rope` is of the layers that do not slide."""
+    """What its files leave out is as in llama.cpp's code. Their rotary base, stretched or not, is that of the full layers."""
     fields = _like_llama(of)
     # The 27B alone divides scores by another width than its heads', and no file says so.
     score_width = fields["hidden_size"] // fields["num_attention_heads"] if of.layers() == 62 else fields["head_dim"]
