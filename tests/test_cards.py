@@ -163,3 +163,31 @@ def torch_module(folder):
     names = {"__name__": "mend_distiller"}
     exec((folder / "mend_distiller.py").read_text(), names)
     return names["MendDistiller"].from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, ["| began with | backbone |", "| loss | 1.0 L_pred + 1.0 L_distill |"]),
+        ({"loss.mix": 0.3}, ["L_distill |"]),  # which the paper's objective does not read
+        ({"loss.temperature": 2.0}, ["L_distill (loss.objective=forward_kl, loss.temperature=2.0, loss.mix=0.5, "]),
+        (
+            {"stage": "pretrain", "loss.objective": "skewed_kl", "loss.mix": 0.1},
+            [
+                "1.0 L_distill (loss.objective=skewed_kl, loss.temperature=1.0, loss.mix=0.1, loss.top_k=64) + 0.0 L_CLM |"
+            ],
+        ),
+        ({"loss.kd": 0.0, "loss.objective": "skewed_kl"}, ["| loss | 1.0 L_pred + 0.0 L_distill |"]),
+        ({"prefix.start_from": "/home/me/runs/first", **KINDS["soft prompt"]}, ["| began with | first |"]),
+    ],
+)
+def test_the_card_names_start_and_objective(fields, rows, llm, folders, tmp_path):
+    run = make_workdir(tmp_path / "run", llm, *folders, **fields)
+    export.export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(row in card for row in rows)
+
+
+def test_a_soft_prompt_began_with_no_backbone(llm, folders, tmp_path):
+    export.export(make_workdir(tmp_path / "run", llm, *folders, **KINDS["soft prompt"]), tmp_path / "out")
+    assert "began with" not in (tmp_path / "out" / "README.md").read_text()
