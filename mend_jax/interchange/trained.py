@@ -34,6 +34,12 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
 
+def load_prefix(path, llm, backbone=None) -> Kind:
+    """As `load_distiller`, for a prefix of any kind: a soft prompt and a distiller of chunks too. Its `distill` makes the
+    vectors."""
+    return load_trained(path, llm, backbone)
+
+
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
     """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
     model = read_trained(path, backbone, place)

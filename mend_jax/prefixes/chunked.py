@@ -252,9 +252,7 @@ class Chunked(Kind):
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = self.distiller.card_text(
-            llm, f"(1, {count}, {self.llm_width})", "mend_jax.interchange.trained.load_trained"
-        )
+        text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.bos import NONE, first_lines
+from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder
@@ -66,7 +66,7 @@ query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").in
 logits = llm(inputs_embeds=embeds).logits
 ```
 
-In JAX: `{load}(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
+In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 
 Every x, y and option is tokenised with {separator} in front; `distill` does so itself. `AutoModel.from_pretrained(folder)`
 loads the backbone alone. If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
@@ -319,6 +319,7 @@ class Distiller(Kind):
             **first_lines(self.bos),
             shape=shape,
             load=load,
+            bos=argument(self.bos),
         )
 
 

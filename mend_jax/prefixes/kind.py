@@ -86,7 +86,7 @@ class Kind:
         """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
         raise NotImplementedError
 
-    def distill(self, demos) -> Prefix:
+    def distill(self, demos=()) -> Prefix:
         """The prefix of demonstrations, texts or token ids as `Distiller.distill` reads them, with its own parameters.
 
         Raises UserError for demonstrations that it cannot read.
