@@ -128,8 +128,9 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
         return config, params, meta
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
     folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
-    if folder is not None:
-        check_backbone(params["backbone"], kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
+    own = kind.backbone_params(params)
+    if folder is not None and own is not None:
+        check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
 
 

@@ -183,6 +183,10 @@ class Chunked(Kind):
         return Distiller.reader_settings(config, backbone)
 
     @classmethod
+    def meaning(cls, name: str, value, backbone, llm):
+        return Distiller.meaning(name, value, backbone, llm)
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         Distiller.check(config, backbone, llm)
         if config.data.release_truncation:
@@ -231,6 +235,10 @@ class Chunked(Kind):
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Chunked":
         made, prefix = Distiller.from_run(config, params, backbone), config["prefix"]
         return cls.around(made, prefix["join"], prefix["chunk_demos"], config["data"]["max_demo_tokens"])
+
+    @classmethod
+    def backbone_params(cls, params):
+        return Distiller.backbone_params(params)
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:

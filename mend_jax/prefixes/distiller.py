@@ -210,6 +210,12 @@ class Distiller(Kind):
         return first_layers(backbone.headless, config["prefix"].get("layers", 0), config["prefix"]["backbone"])
 
     @classmethod
+    def meaning(cls, name: str, value, backbone: Config, llm):
+        if name == "prefix.projection":
+            return resolve_projection(value, backbone.width, llm.width)
+        return value
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         cls.reader_settings(config, backbone)
         resolve_projection(config.prefix.projection, backbone.width, llm.width)
@@ -262,6 +268,10 @@ class Distiller(Kind):
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, tokenizer = config["data"], load_tokenizer(backbone)
         return cls.of(settings, params, projection, tokenizer, separator(data["template"]), data.get("bos", NONE))
+
+    @classmethod
+    def backbone_params(cls, params):
+        return params["backbone"]
 
     @classmethod
     def of(
