@@ -27,6 +27,7 @@ _HOMES = {
     "SoftPrompt": "mend_jax.prefixes.soft_prompt",
     "Chunked": "mend_jax.prefixes.chunked",
     "load_distiller": "mend_jax.interchange.trained",
+    "load_prefix": "mend_jax.interchange.trained",
     "demonstrations_prefix": "mend_jax.prefixes.demonstrations",
     "no_prefix": "mend_jax.prefixes.nothing",
     "score_options": "mend_jax.scoring.options",

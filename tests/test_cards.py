@@ -4,6 +4,7 @@ The tokenizer is of GPT-2's kind, where " I" and "I" differ, and begins texts wi
 """
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -75,6 +76,12 @@ def run_card(folder, llm_folder):
     return names
 
 
+def run_line(folder, llm_folder):
+    """The prefix that the card's line for JAX makes."""
+    [line] = re.findall(r"^In JAX: `(.+)`\.$", (folder / "README.md").read_text(), re.MULTILINE)
+    return eval(line, {"mend_jax": mend_jax, "folder": folder, "llm_folder": llm_folder, "demos": DEMOS})
+
+
 def assert_same_scores(llm, prefix, separator, logits):
     """Of every token as an answer of its own, behind the query that the cards show."""
     answers = [[token] for token in range(llm.config.vocab_size)]
@@ -88,14 +95,14 @@ def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, fol
     run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
     export.export(run, tmp_path / "out")
     names, model = run_card(tmp_path / "out", folders[0]), trained.load_trained(run, llm)
-    if kind == "soft prompt":
-        prefix = model.apply(model.params, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
-    else:
-        prefix = model.distill(DEMOS)
+    prefix = model.distill(DEMOS)
+    assert model.separator == trained.read_trained(tmp_path / "out").separator == SEPARATORS[template]
     assert names["vectors"].shape == prefix.embeds.shape
     assert prefix.embeds.shape[1] == (12 if kind == "one chunk a demonstration" else 6)
     np.testing.assert_allclose(names["vectors"], prefix.embeds, atol=1e-5)
     assert_same_scores(llm, prefix, SEPARATORS[template], names["logits"])
+    line = run_line(tmp_path / "out", folders[0])
+    np.testing.assert_allclose(line.embeds, prefix.embeds, atol=1e-6)
 
 
 @pytest.mark.parametrize("template", SEPARATORS)
@@ -127,12 +134,11 @@ def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, fo
         ):
             trained.load_trained(path, llm)
         model = trained.load_trained(path, reads)
-        prefix = (
-            model.apply(model.params, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
-            if kind == "soft prompt"
-            else model.distill(DEMOS)
-        )
+        prefix = model.distill(DEMOS)
         assert_same_scores(reads, prefix, " ", logits)
+    assert_same_scores(reads, run_line(tmp_path / "out", folders[0]), " ", logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert kind != "soft prompt" or f"FOLDER --config.data.bos={bos}` scores" in card
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])
@@ -163,3 +169,31 @@ def exported_module(folder):
     names = {"__name__": "mend_distiller"}
     exec((folder / "mend_distiller.py").read_text(), names)
     return names["MendDistiller"].from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, ["| began with | backbone |", "| loss | 1.0 L_pred + 1.0 L_distill |"]),
+        ({"loss.mix": 0.3}, ["L_distill |"]),  # which the paper's objective does not read
+        ({"loss.temperature": 2.0}, ["L_distill (loss.objective=forward_kl, loss.temperature=2.0, loss.mix=0.5, "]),
+        (
+            {"stage": "pretrain", "loss.objective": "skewed_kl", "loss.mix": 0.1},
+            [
+                "1.0 L_distill (loss.objective=skewed_kl, loss.temperature=1.0, loss.mix=0.1, loss.top_k=64) + 0.0 L_CLM |"
+            ],
+        ),
+        ({"loss.kd": 0.0, "loss.objective": "skewed_kl"}, ["| loss | 1.0 L_pred + 0.0 L_distill |"]),
+        ({"prefix.start_from": "/home/me/runs/first", **KINDS["soft prompt"]}, ["| began with | first |"]),
+    ],
+)
+def test_the_card_names_start_and_objective(fields, rows, llm, folders, tmp_path):
+    run = make_workdir(tmp_path / "run", llm, *folders, **fields)
+    export.export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(row in card for row in rows)
+
+
+def test_a_soft_prompt_began_with_no_backbone(llm, folders, tmp_path):
+    export.export(make_workdir(tmp_path / "run", llm, *folders, **KINDS["soft prompt"]), tmp_path / "out")
+    assert "began with" not in (tmp_path / "out" / "README.md").read_text()

@@ -16,12 +16,12 @@ from tiny_training import RandomBatches, config, model_folder
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.readers import Readers
 from mend_jax.evaluate import evaluate
-from mend_jax.interchange import export
+from mend_jax.interchange import export, trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Distiller, Kind
 from mend_jax.prefixes.kind import initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.run import build, checkpoint
+from mend_jax.run import build, checkpoint, resume
 from mend_jax.scoring import costs, tasks
 from mend_jax.step import training_losses
 from mend_jax.train import train
@@ -111,6 +111,20 @@ def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkey
     said = export.export(tmp_path / "run", tmp_path / "out")
     assert said.startswith("Written. For others in release/.")
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["README.md", "mean.txt"]
+
+
+def test_a_new_kind_says_what_its_fields_mean_and_where_its_backbone_is(folder, tmp_path, monkeypatch):
+    """To it, "auto" is "linear"; it reads a backbone's folder, but has no parameters of that model."""
+    monkeypatch.setattr(Mean, "same_fields", ("prefix.projection",))
+    monkeypatch.setattr(Mean, "meaning", classmethod(lambda cls, name, value, *_: value.replace("auto", "linear")))
+    monkeypatch.setattr(Mean, "backbone", classmethod(lambda cls, c: c.prefix.backbone))
+    fields = {"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1}
+    assert train(config(folder, **fields), tmp_path / "run") == 0
+    assert isinstance(trained.read_trained(tmp_path / "run"), Mean)
+    fields["prefix.start_from"] = str(tmp_path / "run")
+    resume.check_start(config(folder, **fields, **{"prefix.projection": "linear"}))
+    with says("prefix.projection", "tanh"):
+        resume.check_start(config(folder, **fields, **{"prefix.projection": "tanh"}))
 
 
 def test_the_methods_without_training():

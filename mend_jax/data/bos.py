@@ -45,3 +45,8 @@ def in_python(setting: str) -> str:
     always = "[tokenizer.bos_token_id]"
     choices = {NONE: "[]", "true": always, "auto": f'{always} if tokenizer("{TEXT}").input_ids[:1] == {always} else []'}
     return choices[setting]
+
+
+def argument(bos: str) -> str:
+    """What `load_llm` must be given besides a folder for an LLM that reads with this `bos`: "" or ', bos="auto"'."""
+    return "" if bos == NONE else f', bos="{bos}"'

@@ -6,8 +6,10 @@ from pathlib import Path
 from mend_jax.cli.text import markdown
 from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.tokenize import separator, separator_name
+from mend_jax.objectives import Numbers, Objective
 
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # fields of a line of metrics.jsonl
+FORWARD_KL = Objective().name  # the paper's
 
 _HEAD = """---
 library_name: transformers
@@ -40,7 +42,7 @@ logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 def prefix_card(config: dict, meta: dict, workdir, model) -> str:
     """The card of a trained `Kind`; config and meta are those of its workdir."""
     title, text = model.card(_name(config["llm"]["path"]), config["data"]["template"])
-    return _HEAD.format(title=title) + text + _training(config, meta, workdir)
+    return _HEAD.format(title=title) + text + _training(config, meta, workdir, type(model).backbone(ConfigDict(config)))
 
 
 def llm_card(config: dict, meta: dict, workdir) -> str:
@@ -53,19 +55,20 @@ def llm_card(config: dict, meta: dict, workdir) -> str:
     return _HEAD.format(title="A language model") + use + _training(config, meta, workdir)
 
 
-def _training(config, meta, workdir) -> str:
-    """Tables of the training's settings and of what was measured."""
+def _training(config, meta, workdir, backbone: str = "") -> str:
+    """Tables of the training's settings and of what was measured; `backbone` is that of the kind of prefix, if it has one."""
     data, loss, optimizer, train = (config[part] for part in ("data", "loss", "optimizer", "train"))
     rows = {"stage": config["stage"], "checkpoint": f"step {meta['step']} of {train['steps']}, the best of the run"}
     if config["stage"] != "lm":
         rows["LLM"] = _name(config["llm"]["path"])
-        rows["began with"] = _name(config["prefix"]["start_from"] or config["prefix"]["backbone"])
+        if began := config["prefix"]["start_from"] or backbone:
+            rows["began with"] = _name(began)
     if config["stage"] == "finetune":
         rows["tasks"] = f"{_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context"
-        rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill"
+        rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill{_objective(loss)}"
     elif config["stage"] == "pretrain":
         rows["text"] = f"{_name(data['text'])}, {data['beta']:.0%} of each text distilled"
-        rows["loss"] = f"{loss['kd']} L_distill + {loss['clm']} L_CLM"
+        rows["loss"] = f"{loss['kd']} L_distill{_objective(loss)} + {loss['clm']} L_CLM"
     else:
         rows["data"] = (
             f"{data['text_share']:.0%} text of {_name(data['text'])}, the rest tasks of {_name(data['tasks'])}"
@@ -77,6 +80,15 @@ def _training(config, meta, workdir) -> str:
     measured = _measured(workdir, meta["step"])
     text = "## Training\n\n" + _table(rows)
     return text + ("\n## Measured at this checkpoint\n\n" + _table(measured) if measured else "")
+
+
+def _objective(loss: dict) -> str:
+    """The settings of L_distill, if it is not the paper's; runs of earlier versions of this program have the paper's."""
+    name, numbers = loss.get("objective", FORWARD_KL), {key: loss[key] for key in Numbers._fields if key in loss}
+    paper = name == FORWARD_KL and numbers.get("temperature", 1.0) == 1.0
+    if paper or not loss["kd"]:
+        return ""
+    return " (" + ", ".join(f"loss.{key}={value}" for key, value in ({"objective": name} | numbers).items()) + ")"
 
 
 def _measured(workdir, step) -> dict[str, str]:

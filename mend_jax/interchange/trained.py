@@ -34,6 +34,12 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
 
+def load_prefix(path, llm, backbone=None) -> Kind:
+    """As `load_distiller`, for a prefix of any kind: a soft prompt and a distiller of chunks too. Its `distill` makes the
+    vectors."""
+    return load_trained(path, llm, backbone)
+
+
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
     """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
     model = read_trained(path, backbone, place)
@@ -122,8 +128,9 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
         return config, params, meta
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
     folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
-    if folder is not None:
-        check_backbone(params["backbone"], kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
+    own = kind.backbone_params(params)
+    if folder is not None and own is not None:
+        check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
 
 

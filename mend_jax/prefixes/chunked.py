@@ -184,6 +184,10 @@ class Chunked(Kind):
         return Distiller.reader_settings(config, backbone)
 
     @classmethod
+    def meaning(cls, name: str, value, backbone, llm):
+        return Distiller.meaning(name, value, backbone, llm)
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         Distiller.check(config, backbone, llm)
         if config.data.release_truncation:
@@ -234,6 +238,10 @@ class Chunked(Kind):
         return cls.around(made, prefix["join"], prefix["chunk_demos"], config["data"]["max_demo_tokens"])
 
     @classmethod
+    def backbone_params(cls, params):
+        return Distiller.backbone_params(params)
+
+    @classmethod
     def is_in(cls, folder: Path) -> bool:
         return Distiller.is_in.__func__(cls, folder)
 
@@ -253,9 +261,7 @@ class Chunked(Kind):
 
     def card(self, llm: str, template: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = self.distiller.card_text(
-            llm, f"(1, {count}, {self.llm_width})", "mend_jax.interchange.trained.load_trained"
-        )
+        text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",

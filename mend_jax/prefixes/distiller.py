@@ -67,7 +67,7 @@ query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").in
 logits = llm(inputs_embeds=embeds).logits
 ```
 
-In JAX: `{load}(folder, mend_jax.load_llm(llm_folder)).distill(demos)`.
+In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 
 Every x, y and option is tokenised with {separator} in front; `distill` does so itself. `AutoModel.from_pretrained(folder)`
 loads the backbone alone. If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
@@ -214,6 +214,12 @@ class Distiller(Kind):
         return first_layers(backbone.headless, config["prefix"].get("layers", 0), config["prefix"]["backbone"])
 
     @classmethod
+    def meaning(cls, name: str, value, backbone: Config, llm):
+        if name == "prefix.projection":
+            return resolve_projection(value, backbone.width, llm.width)
+        return value
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         cls.reader_settings(config, backbone)
         resolve_projection(config.prefix.projection, backbone.width, llm.width)
@@ -266,6 +272,10 @@ class Distiller(Kind):
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, tokenizer = config["data"], load_tokenizer(backbone)
         return cls.of(settings, params, projection, tokenizer, separator(data["template"]), data.get("bos", NONE))
+
+    @classmethod
+    def backbone_params(cls, params):
+        return params["backbone"]
 
     @classmethod
     def of(
@@ -323,6 +333,7 @@ class Distiller(Kind):
             **first_lines(self.bos),
             shape=shape,
             load=load,
+            bos=argument(self.bos),
         )
 
 

@@ -72,6 +72,11 @@ class Kind:
         return backbone.headless
 
     @classmethod
+    def meaning(cls, name: str, value, backbone, llm):
+        """What the `value` of a field of `same_fields` means for the settings of the two models: "auto" decided."""
+        return value
+
+    @classmethod
     def check(cls, config, backbone, llm) -> None:
         """Raises UserError if the settings of the two models (models/config.py) are incompatible."""
 
@@ -86,7 +91,7 @@ class Kind:
         """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
         raise NotImplementedError
 
-    def distill(self, demos) -> Prefix:
+    def distill(self, demos=()) -> Prefix:
         """The prefix of demonstrations, texts or token ids as `Distiller.distill` reads them, with its own parameters.
 
         Raises UserError for demonstrations that it cannot read.
@@ -156,6 +161,11 @@ class Kind:
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Kind":
         """The instance of a training workdir, from the run's config (nested dicts), parameters and backbone folder."""
         raise TypeError(f"{cls.title} is not trained")
+
+    @classmethod
+    def backbone_params(cls, params):
+        """The part of the trained `params` that has the form of `reader_settings`' model; None if there is none."""
+        return None
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:

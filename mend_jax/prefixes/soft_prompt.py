@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mend_jax.data.bos import NONE, first_lines
+from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.prefixes.kind import Kind, initial_rows
@@ -36,7 +36,10 @@ query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").in
 logits = llm(inputs_embeds=embeds).logits
 ```
 
-`python -m mend_jax.evaluate --config.evaluate.methods=NAME=FOLDER` scores it.
+In JAX: `mend_jax.load_prefix(folder, mend_jax.load_llm(llm_folder{bos})).distill()`.
+
+`python -m mend_jax.evaluate --config=CONFIG --workdir=WORKDIR --config.evaluate.methods=NAME=FOLDER{field}` scores it, with the
+config of its training.
 
 """
 
@@ -105,6 +108,8 @@ class SoftPrompt(Kind):
             separator=separator_name(before),
             query=json.dumps(before + "I loved it"),
             **first_lines(self.bos),
+            bos=argument(self.bos),
+            field="" if self.bos == NONE else f" --config.data.bos={self.bos}",
         )
         return "A soft prompt", text
 

@@ -16,7 +16,6 @@ from mend_jax.data.bos import NONE
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
-from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import checkpoint
 from mend_jax.run.files import write_json
 from mend_jax.scoring.results import tree_hash
@@ -85,11 +84,10 @@ def check_start(config) -> None:
         there, here = saved[name], wanted[name]
         if name == "prefix.kind" and there in kind.begins_with:
             continue
-        if name == "prefix.projection":
-            there, here = (_projection(config, value) for value in (there, here))
         if name in MODELS:
             same = _same_source(name, there, here, recorded.get(name, {}))
         else:
+            there, here = _meanings(config, name, there, here)
             same = there == here
         if not same:
             there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
@@ -210,9 +208,14 @@ def _describe(name: str, fields: dict, recorded: dict) -> str:
     return f"{value} (content {known})" if known else value
 
 
-def _projection(config, value: str) -> str:
-    widths = [from_hf_config(local_folder(path)).width for path in (config.prefix.backbone, config.llm.path)]
-    return resolve_projection(value, *widths)
+def _meanings(config, name: str, *values) -> tuple:
+    """What values of a field mean to the kind of prefix; the models' settings are read only if the values differ."""
+    if all(value == values[0] for value in values):
+        return values
+    kind = kind_of(config)
+    paths = kind.backbone(config), config.llm.path
+    models = [from_hf_config(local_folder(path)) if path else None for path in paths]
+    return tuple(kind.meaning(name, value, *models) for value in values)
 
 
 def _is_folder(path: str) -> bool:
