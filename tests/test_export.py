@@ -319,7 +319,7 @@ def test_a_backbone_that_has_moved_is_named_and_can_be_given(llm, tiny_llm, tiny
 
 
 def test_a_distiller_for_another_llm_is_refused(exported, tiny_backbone):
-    with says("width 32", "reads 24"):
+    with says("width 32", 24):
         mend_jax.load_distiller(exported, mend_jax.load_llm(tiny_backbone))
 
 
@@ -360,4 +360,4 @@ def test_the_command(workdir, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "mend_distiller.py" in done.stdout, done.stderr
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "already exists" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "already" in done.stderr and "Traceback" not in done.stderr

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from mend_jax.cli.text import markdown
 from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.tokenize import separator, separator_name

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
-from mend_jax.data.bos import NONE, first_lines
+from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
 from mend_jax.models.decoder import Decoder
