@@ -104,7 +104,9 @@ def test_gemma_is_what_transformers_reads(gemma, llm, tmp_path, monkeypatch):
     # transformers makes this table anew for each of the model's modules.
     monkeypatch.setattr(gguf_package, "get_tensor_name_map", functools.cache(gguf_package.get_tensor_name_map))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
-    assert from_hf_config(model.config.to_dict()) == llm.config
+    fields = model.config.to_dict()
+    epsilon = float(str(np.float32(fields["rms_norm_eps"])))  # float32's in float64: 9.999999974752427e-07
+    assert from_hf_config(fields | {"quantization_config": None, "rms_norm_eps": epsilon}) == llm.config
     expected = model.state_dict()
     for name, ours in weights.to_tensors(llm.config, llm.params).items():
         assert np.array_equal(ours, expected[name].numpy()), name
