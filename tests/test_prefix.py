@@ -150,6 +150,7 @@ def test_placeholders_are_rows_of_the_vocabulary_or_normal(config, llm, backbone
 
 
 def test_a_random_projection_has_the_releases_size(config, llm):
+    config.prefix.rms = 0.0
     projection = Distiller.init(config, llm, 0).params["projection"]
     assert projection["kernel"].shape == (16, 24) and not projection["bias"].any()
     assert 0.017 < np.std(projection["kernel"]) < 0.023 and abs(np.mean(projection["kernel"])) < 0.004

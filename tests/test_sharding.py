@@ -80,8 +80,8 @@ def test_sizes_of_the_mesh(wanted, found):
         ((3, -1, 1), ["mesh.data=3 x mesh.fsdp=-1 x mesh.tensor=1", "8 devices", "product"]),
         ((2, 2, 1), ["mesh.data=2 x mesh.fsdp=2 x mesh.tensor=1", "8 devices", "product"]),
         ((16, -1, 1), ["mesh.data=16 x mesh.fsdp=-1 x mesh.tensor=1", "8 devices", "product"]),
-        ((-1, -1, 1), ["mesh.data=-1 x mesh.fsdp=-1 x mesh.tensor=1", "number of devices", "one of them"]),
-        ((0, 8, 1), ["mesh.data=0 x mesh.fsdp=8 x mesh.tensor=1", "number of devices", "one of them"]),
+        ((-1, -1, 1), ["mesh.data=-1 x mesh.fsdp=-1 x mesh.tensor=1", "number of devices", -1]),
+        ((0, 8, 1), ["mesh.data=0 x mesh.fsdp=8 x mesh.tensor=1", "number of devices", -1]),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_one_sentence(sizes, facts):
