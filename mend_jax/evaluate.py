@@ -1,7 +1,7 @@
 """Evaluate: every method on the test tasks of a partition, by MetaICL's protocol (paper, section 4).
 
     python -m mend_jax.evaluate --config=configs/small_world.py --workdir=runs/table \\
-        --config.evaluate.methods="('zero_shot', 'icl', 'mend=runs/mend')"
+        --config.evaluate.methods=zero_shot,icl,mend=runs/mend
 
 For each task and seed, the seed's k examples are the demonstrations. Their prefix is made once and the LLM reads it once; all
 items and options share its keys and values. The prediction is the option with the highest mean log-probability per token.
