@@ -110,7 +110,7 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
     def kd(params, llm_params, batch):
         query = _one_after_another(batch.query)
         if model is None:
-            prefix = no_prefix(len(query.tokens), llm.config.width)
+            prefix = _nothing(llm, llm_params, query)
         else:
             prefix = model.apply(params, batch.demos, batch.demos_length)
         states = llm.states(llm_params, prefix, query), _teacher_states(llm, llm_params, batch, query)
@@ -118,6 +118,15 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
         return query_losses(*states, *rest, mesh=mesh, shift=_shift(llm))[1]["kd"]
 
     return kd
+
+
+def _nothing(llm, llm_params, query: Query) -> Prefix:
+    """No prefix; an encoder that would then have no token at all to read, as in pretraining, gets the start token (T5's padding)."""
+    rows = len(query.tokens)
+    if llm.start_token is None or query.input_columns != 0:
+        return no_prefix(rows, llm.config.width)
+    first = llm.embed(llm_params, jnp.full((rows, 1), llm.start_token))
+    return Prefix(first, jnp.ones(rows, jnp.int32))
 
 
 def query_losses(
