@@ -21,7 +21,8 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.measure import machine as measure
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
-from mend_jax.prefixes.distiller import Distiller, DistillerModule, resolve_projection
+from mend_jax.prefixes.distiller import Distiller, resolve_projection
+from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import cache_prefix, score_items

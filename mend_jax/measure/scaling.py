@@ -37,7 +37,8 @@ from mend_jax.measure.workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.models import int8
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes.distiller import Distiller, DistillerModule, resolve_projection
+from mend_jax.prefixes.distiller import Distiller, resolve_projection
+from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.run.files import write_report

@@ -23,7 +23,8 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.prefixes.context import demo_tokens, pair_tokens
-from mend_jax.prefixes.distiller import Distiller, DistillerModule, read_folder, read_settings, write_folder
+from mend_jax.prefixes.distiller import Distiller, read_folder, read_settings, write_folder
+from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import Place

@@ -1,7 +1,4 @@
-"""The trainable model from demonstrations to vectors (paper, section 3.1).
-
-A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its states
-at the placeholders, projected to the LLM's width, are the vectors.
+"""The distiller as a kind of prefix: how it begins, reads demonstrations, is kept in files. Its network is distiller_module.py.
 
 Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
@@ -17,22 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.tokenize import separator, separator_name
 from mend_jax.models import weights
-from mend_jax.models.decoder import Decoder
-from mend_jax.models.encoder_decoder import encode
-from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
-from mend_jax.models.folders import headless_params, init_params, load_model, load_tokenizer, read_weights
-from mend_jax.models.int8 import rows
+from mend_jax.models.families import Config, from_hf_config, to_hf_config
+from mend_jax.models.folders import headless_params, load_model, load_tokenizer, read_weights
 from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
+from mend_jax.prefixes.distiller_module import PROJECTION_START, DistillerModule, make_vectors
 from mend_jax.prefixes.kind import Kind, initial_rows
-from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
+from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
@@ -73,66 +67,6 @@ Every x, y and option is tokenised with {separator} in front; `distill` does so 
 loads the backbone alone. If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
-
-
-class DistillerModule(nn.Module):
-    """The distiller as a function of its parameters: {"backbone": a model's tree without a head, "placeholders": (L,D)} and,
-    if there is a projection, {"projection": {"kernel": (D,llm_width), "bias": (llm_width,)}}."""
-
-    config: Config  # the backbone's
-    length: int  # L
-    llm_width: int
-    projection: str  # "tanh", "linear" or "identity"
-    dtype: str = "float32"  # of the arithmetic
-    attention: str = "xla"
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, demos, length):
-        """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`."""
-        # The backbone's tree is one param, in the form that models/ reads; only `init` makes a random one.
-        given = self.has_variable("params", "backbone")
-        backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
-        own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
-        context = Prefix(rows(backbone["embed"]["tokens"], demos, self.dtype, self.config.embed_scale), length)
-        vectors = self._states_at(jnp.broadcast_to(own, (demos.shape[0], *own.shape)), backbone, context)
-        if self.projection != "identity":
-            vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
-        return jnp.tanh(vectors) if self.projection == "tanh" else vectors
-
-    def _random_backbone(self, key):
-        return init_params(self.config, key)
-
-    def _states_at(self, placeholders, backbone, context: Prefix):
-        """The backbone's states at the placeholders (B,L,D), which it reads after the context."""
-        dtype = jnp.dtype(self.dtype)
-        if isinstance(self.config, EncoderDecoderConfig):
-            L = placeholders.shape[1]
-            joined, length = join(context, placeholders, jnp.full_like(context.length, L))
-            return take_rows(encode(self.config, backbone, joined, length, dtype, self.remat), context.length, L)
-        model = Decoder(self.config, dtype, self.attention, self.remat)
-        return continue_after(model, backbone, context, placeholders)
-
-    def shapes(self):
-        """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""
-        tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
-
-
-PROJECTION_START = {"kernel": nn.initializers.normal(0.02), "bias": nn.initializers.zeros}  # as the release
-
-
-class _Projection(nn.Module):
-    """Projects states to the LLM's width."""
-
-    width: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x):
-        start = {name: partial(self.param, name, init) for name, init in PROJECTION_START.items()}
-        kernel, bias = start["kernel"]((x.shape[-1], self.width)), start["bias"]((self.width,))
-        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -335,12 +269,6 @@ class Distiller(Kind):
             load=load,
             bos=argument(self.bos),
         )
-
-
-def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:
-    """`Distiller.apply` as a function of its module."""
-    vectors = module.apply({"params": params}, demos, length)
-    return Prefix(vectors, jnp.full((demos.shape[0],), vectors.shape[1], jnp.int32))
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once

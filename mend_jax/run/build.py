@@ -36,8 +36,14 @@ def load(config, place=None):
 
 
 def measured(config, llm, workdir):
-    """The config with what a run measures when it begins: `prefix.rms` of the LLM's embeddings. One that goes on keeps its own."""
-    if config.stage == "lm" or config.prefix.rms >= 0 or not kind_of(config).backbone(config):
+    """The config with what a run measures when it begins: `prefix.rms` of the LLM's embeddings. A run that resumes keeps its own,
+    and one that starts from another's params measures nothing."""
+    if (
+        config.stage == "lm"
+        or config.prefix.rms >= 0
+        or config.prefix.start_from
+        or not kind_of(config).backbone(config)
+    ):
         return config
     config = config.copy_and_resolve_references()
     begun = (Path(workdir) / checkpoint.CONFIG).is_file()
@@ -49,6 +55,10 @@ def measured(config, llm, workdir):
 
 def build(config, llm, begins: bool = True, place=None):
     """The model that is trained (prefix.kind); if the run `begins` now, with the params of `prefix.start_from`."""
+    if not begins or config.prefix.start_from:  # a checkpoint's params take the place of these: they need no scaling
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.prefix.rms = 0.0
     model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(config.prefix.start_from, place)

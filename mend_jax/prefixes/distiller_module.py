@@ -1,0 +1,84 @@
+"""The distiller's network (paper, section 3.1).
+
+A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its states
+there, projected to the LLM's width, are the vectors.
+
+Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mend_jax.models.decoder import Decoder
+from mend_jax.models.encoder_decoder import encode
+from mend_jax.models.families import Config, EncoderDecoderConfig
+from mend_jax.models.folders import init_params
+from mend_jax.models.int8 import rows
+from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
+
+
+class DistillerModule(nn.Module):
+    """The distiller as a function of its parameters: {"backbone": a model's tree without a head, "placeholders": (L,D)} and,
+    if there is a projection, {"projection": {"kernel": (D,llm_width), "bias": (llm_width,)}}."""
+
+    config: Config  # the backbone's
+    length: int  # L
+    llm_width: int
+    projection: str  # "tanh", "linear" or "identity"
+    dtype: str = "float32"  # of the arithmetic
+    attention: str = "xla"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, demos, length):
+        """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`."""
+        # The backbone's tree is one param, in the form that models/ reads; only `init` makes a random one.
+        given = self.has_variable("params", "backbone")
+        backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
+        own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
+        context = Prefix(rows(backbone["embed"]["tokens"], demos, self.dtype, self.config.embed_scale), length)
+        vectors = self._states_at(jnp.broadcast_to(own, (demos.shape[0], *own.shape)), backbone, context)
+        if self.projection != "identity":
+            vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
+        return jnp.tanh(vectors) if self.projection == "tanh" else vectors
+
+    def _random_backbone(self, key):
+        return init_params(self.config, key)
+
+    def _states_at(self, placeholders, backbone, context: Prefix):
+        """The backbone's states at the placeholders (B,L,D), which it reads after the context."""
+        dtype = jnp.dtype(self.dtype)
+        if isinstance(self.config, EncoderDecoderConfig):
+            L = placeholders.shape[1]
+            joined, length = join(context, placeholders, jnp.full_like(context.length, L))
+            return take_rows(encode(self.config, backbone, joined, length, dtype, self.remat), context.length, L)
+        model = Decoder(self.config, dtype, self.attention, self.remat)
+        return continue_after(model, backbone, context, placeholders)
+
+    def shapes(self):
+        """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""
+        tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
+
+
+PROJECTION_START = {"kernel": nn.initializers.normal(0.02), "bias": nn.initializers.zeros}  # as the release
+
+
+class _Projection(nn.Module):
+    """Projects states to the LLM's width."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", PROJECTION_START["kernel"], (x.shape[-1], self.width))
+        bias = self.param("bias", PROJECTION_START["bias"], (self.width,))
+        return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:
+    """`Distiller.apply` as a function of its module."""
+    vectors = module.apply({"params": params}, demos, length)
+    return Prefix(vectors, jnp.full((demos.shape[0],), vectors.shape[1], jnp.int32))
