@@ -44,9 +44,10 @@ def compiled_quickly():
     """For files whose time is almost all XLA's: without most of its optimisations, which are not what they test."""
     import jax
 
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
