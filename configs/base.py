@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     prefix.length = 100  # l, the number of vectors
     prefix.backbone = "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
     prefix.layers = 0  # of the backbone: its first so many layers alone; 0: all
+    prefix.train_embeddings = True  # False: the backbone's token embeddings stay as they are, and out of checkpoints, optimiser and, where they are the LLM's own, exports
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
     prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json; 0: as backbone and projection give them

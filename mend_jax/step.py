@@ -91,7 +91,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         if lm:
             prefix, llm_params = no_prefix(len(query.tokens), llm.config.width), params
         else:
-            prefix = model.apply(params, batch.demos, batch.demos_length)
+            prefix = _prefix(model, params, llm_params, batch)
         student = llm.states(llm_params, prefix, query)
         teacher = _teacher_states(llm, llm_params, batch, query) if weights.kd else None
         targets, head = llm.targets(query), llm.head(llm_params)
@@ -112,12 +112,16 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
         if model is None:
             prefix = _nothing(llm, llm_params, query)
         else:
-            prefix = model.apply(params, batch.demos, batch.demos_length)
+            prefix = _prefix(model, params, llm_params, batch)
         states = llm.states(llm_params, prefix, query), _teacher_states(llm, llm_params, batch, query)
         rest = llm.head(llm_params), llm.targets(query), Weights(1.0, 0.0, 0.0), chunk
         return query_losses(*states, *rest, mesh=mesh, shift=_shift(llm))[1]["kd"]
 
     return kd
+
+
+def _prefix(model, params, frozen, batch) -> Prefix:
+    return model.apply(model.whole(params, frozen), batch.demos, batch.demos_length)
 
 
 def _nothing(llm, llm_params, query: Query) -> Prefix:

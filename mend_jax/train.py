@@ -94,7 +94,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
 
     # 3. What is trained: the model that makes the prefix, or (None) the LLM itself.
     model = None if config.stage == "lm" else build.build(config, llm, not resumes, layout.place)
-    params, frozen = (llm.params, {}) if model is None else (model.params, llm.params)
+    params, frozen = build.split(llm, model)
 
     # 4. Checks that need both models.
     checks.check_models(config, llm, model)

@@ -9,13 +9,15 @@ import pytest
 import test_t5
 from facts import says
 from family_rows import COMMON, ROWS, save_random, tokens
+from safetensors import safe_open
 from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import train
 from mend_jax.interchange.export import export
-from mend_jax.interchange.trained import read_distiller
+from mend_jax.interchange.trained import load_distiller, read_distiller
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.embeddings import without_tokens
 from mend_jax.prefixes.start import TANH_RMS, embeddings_rms
 from mend_jax.run import build, checkpoint
 
@@ -104,3 +106,77 @@ def test_what_was_measured_is_kept_where_a_run_goes_on(tmp_path):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "config.json").write_text(json.dumps({"prefix": saved}))
         assert build.measured(c, llm, tmp_path / "run").prefix.rms == wanted
+
+
+FROZEN = {"prefix.train_embeddings": False, "train.eval_every": 2, "train.save_every": 2, "train.steps": 4}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "tinyllama", "gemma3", "t5"])
+def test_embeddings_that_are_not_trained_are_left_to_the_llm(family, tmp_path, monkeypatch):
+    folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    assert train.train(config(folder, **FROZEN), tmp_path / "run") == 0
+    params, meta = checkpoint.load_best(tmp_path / "run")
+    assert "tokens" not in params["backbone"].get("embed", {}) and not [n for n in meta["shapes"] if "tokens" in n]
+    found, llm = read_distiller(tmp_path / "run"), load_llm(folder)
+    np.testing.assert_array_equal(found.params["backbone"]["embed"]["tokens"], llm.params["embed"]["tokens"])
+    export(tmp_path / "run", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+        assert not [
+            name for name in file.keys() if name.endswith(("wte.weight", "embed_tokens.weight", "shared.weight"))
+        ]  # noqa: SIM118
+    again, context = load_distiller(tmp_path / "out", llm), [5, 3, 9, 2]
+    wanted = found.distill(context).embeds
+    np.testing.assert_array_equal(again.distill(context).embeds, wanted)
+    _in_pytorch(tmp_path / "out", folder, context, wanted)
+
+
+def _in_pytorch(out, folder, context, wanted):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from mend_jax.prefixes.mend_distiller import MendDistiller
+
+    with pytest.raises(ValueError, match="llm=model"):
+        MendDistiller.from_pretrained(out)
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
+    theirs = MendDistiller.from_pretrained(out, llm=kind.from_pretrained(folder, dtype=torch.float32))
+    np.testing.assert_allclose(theirs.distill(context).numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_embeddings_train_the_rest_as_with_a_table_of_gradient_0(tmp_path, monkeypatch):
+    """The first step's loss and the others' gradients do not depend on whether the table is trained."""
+    folder = model_folder(tmp_path / "llm")
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    runs = {frozen: tmp_path / f"run{frozen}" for frozen in (False, True)}
+    for frozen, run in runs.items():
+        # A clip that is never reached, and one step: AdamW's first moment is then 0.1 times the gradient of each parameter.
+        fields = {"train.steps": 1, "optimizer.clip": 1e9, "prefix.train_embeddings": not frozen}
+        assert train.train(config(folder, **fields), run) == 0
+    saved = {frozen: checkpoint.load_best(run)[0] for frozen, run in runs.items()}
+    shared = without_tokens(saved[False]["backbone"])[0]
+    jax.tree.map(np.testing.assert_array_equal, saved[True], {**saved[False], "backbone": shared})
+
+
+def test_a_frozen_table_of_another_backbone_is_exported(tmp_path, monkeypatch):
+    folder, other = model_folder(tmp_path / "llm"), model_folder(tmp_path / "other")
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    assert train.train(config(folder, **FROZEN, **{"prefix.backbone": str(other)}), tmp_path / "run") == 0
+    export(tmp_path / "run", tmp_path / "out")
+    alone, trained = read_distiller(tmp_path / "out"), read_distiller(tmp_path / "run")
+    np.testing.assert_array_equal(alone.distill([1, 2]).embeds, trained.distill([1, 2]).embeds)
+
+
+def test_a_distiller_with_frozen_embeddings_goes_on_and_is_bound_to_its_llm(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "llm")
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    assert train.train(config(folder, **FROZEN), tmp_path / "run") == 0
+    later = config(folder, **FROZEN | {"prefix.start_from": str(tmp_path / "run"), "train.steps": 2})
+    assert train.train(later, tmp_path / "next") == 0
+    with says("prefix.train_embeddings", "false", "true"):
+        later.prefix.train_embeddings = True
+        train.train(later, tmp_path / "third")
+    export(tmp_path / "next", tmp_path / "out")
+    other = load_llm(save_random(tmp_path / "other", FAMILIES["gpt2"] | {"vocab_size": 90}, 0))
+    with says("token embeddings", 90):
+        load_distiller(tmp_path / "out", other)

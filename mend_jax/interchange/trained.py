@@ -42,7 +42,7 @@ def load_prefix(path, llm, backbone=None) -> Kind:
 
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
     """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
-    model = read_trained(path, backbone, place)
+    model = read_trained(path, backbone, place).read_by(llm)
     if model.llm_width != llm.config.width:
         raise UserError(
             f"The model in {path} makes vectors of width {model.llm_width}, but the LLM's width is {llm.config.width}: use the"
@@ -128,6 +128,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
         return config, params, meta
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
     folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
+    params = kind.restored(config, params, folder)
     own = kind.backbone_params(params)
     if folder is not None and own is not None:
         check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)

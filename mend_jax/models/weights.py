@@ -112,6 +112,11 @@ def as_read(config: Config, params: Mapping) -> Config:
     return dataclasses.replace(config, tied_head="head" not in params["embed"])
 
 
+def tokens_name(config: Config) -> str:
+    """The name of the token embeddings, without the prefix of a model with a head."""
+    return next(name for name, entry in key_table(config).items() if entry.path == ("embed", "tokens"))
+
+
 def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> dict[str, np.ndarray]:
     """The inverse: their names -> arrays, in the order of the model.
 

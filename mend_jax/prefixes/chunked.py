@@ -104,6 +104,17 @@ class Chunked(Kind):
     def module(self) -> DistillerModule:
         return self.distiller.module
 
+    def split_params(self):
+        return dataclasses.replace(self.distiller, params=self.params).split_params()
+
+    @classmethod
+    def whole(cls, params, frozen):
+        return Distiller.whole(params, frozen)
+
+    def read_by(self, llm) -> "Chunked":
+        read = dataclasses.replace(self.distiller, params=self.params).read_by(llm)
+        return dataclasses.replace(self, distiller=read, params=read.params)
+
     def apply(self, params, demos, length) -> Prefix:
         """(B,N) int32 tokens in chunks of W columns, filled up with `EMPTY`, with lengths (B,) of whole chunks ->
         Prefix((B,C*L,llm_width), (B,)) for "concat", Prefix((B,L,llm_width), (B,)) for "mean"."""
@@ -237,6 +248,10 @@ class Chunked(Kind):
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Chunked":
         made, prefix = Distiller.from_run(config, params, backbone), config["prefix"]
         return cls.around(made, prefix["join"], prefix["chunk_demos"], config["data"]["max_demo_tokens"])
+
+    @classmethod
+    def restored(cls, config: dict, params, backbone: Path | None):
+        return Distiller.restored(config, params, backbone)
 
     @classmethod
     def backbone_params(cls, params):

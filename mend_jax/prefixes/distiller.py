@@ -4,6 +4,7 @@ Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,8 @@ from mend_jax.models.folders import headless_params, load_model, load_tokenizer,
 from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.distiller_module import PROJECTION_START, DistillerModule, make_vectors
-from mend_jax.prefixes.kind import Kind, initial_rows
+from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
+from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
 from mend_jax.run.sharding import Place
@@ -53,7 +55,7 @@ import torch
 sys.path.append(folder)  # this folder, which holds mend_distiller.py
 from mend_distiller import MendDistiller
 
-distiller = MendDistiller.from_pretrained(folder)
+distiller = MendDistiller.from_pretrained(folder{given})
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
 # llm, tokenizer: {llm}, in transformers. Training put {separator} before every x and y, without special tokens.
 query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
@@ -63,10 +65,10 @@ logits = llm(inputs_embeds=embeds).logits
 
 In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 
-Every x, y and option is tokenised with {separator} in front; `distill` does so itself. `AutoModel.from_pretrained(folder)`
-loads the backbone alone. If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
+Every x, y and option is tokenised with {separator} in front; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
+WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings, which this folder does not hold."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ class Distiller(Kind):
         "llm.path",
         "prefix.backbone",
         "prefix.layers",
+        "prefix.train_embeddings",
         "prefix.projection",
     )
 
@@ -95,6 +98,7 @@ class Distiller(Kind):
     remat: bool = False
     separator: str = " "  # stands before every x and y of texts: config.data.template of its training
     bos: str = NONE  # what its vectors stand behind: config.data.bos of its training
+    embeddings: str = TRAINED  # what its backbone reads with (embeddings.py)
 
     @property
     def num_vectors(self) -> int:
@@ -139,6 +143,19 @@ class Distiller(Kind):
         tokens, length = self.read(demos)
         return _distill(self.module, self.params, tokens, length)
 
+    def split_params(self) -> tuple[Any, Any]:
+        if self.embeddings == TRAINED:
+            return self.params, {}
+        rest, tokens = without_tokens(self.params["backbone"])
+        return {**self.params, "backbone": rest}, {"backbone": with_tokens({}, tokens.astype(self.dtype))}
+
+    @classmethod
+    def whole(cls, params, frozen):
+        if FROZEN not in frozen:
+            return params
+        tokens = frozen[FROZEN]["backbone"]["embed"]["tokens"]
+        return {**params, "backbone": with_tokens(params["backbone"], tokens)}
+
     @classmethod
     def backbone(cls, config) -> str:
         return config.prefix.backbone
@@ -177,7 +194,8 @@ class Distiller(Kind):
             key = jax.random.key(seed + 1)
             params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
-        made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, bos=config.data.bos)
+        rest = {"bos": config.data.bos, "embeddings": whose(config)}
+        made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
 
     def _with_rms(self, rms: float) -> "Distiller":
@@ -205,21 +223,42 @@ class Distiller(Kind):
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, tokenizer = config["data"], load_tokenizer(backbone)
-        return cls.of(settings, params, projection, tokenizer, separator(data["template"]), data.get("bos", NONE))
+        rest = separator(data["template"]), data.get("bos", NONE), whose(config)
+        return cls.of(settings, params, projection, tokenizer, *rest)
+
+    @classmethod
+    def restored(cls, config: dict, params, backbone: Path | None):
+        if whose(config) == TRAINED:
+            return params
+        tokens = read_weights(backbone, from_hf_config(backbone))["embed"]["tokens"]
+        return {**params, "backbone": with_tokens(params["backbone"], tokens)}
 
     @classmethod
     def backbone_params(cls, params):
         return params["backbone"]
 
+    def read_by(self, llm) -> "Distiller":
+        backbone = self.params["backbone"]
+        if self.embeddings != LLM or has_tokens(backbone):
+            return self
+        whole = with_tokens(backbone, of_llm(llm, self.config))
+        return dataclasses.replace(self, params={**self.params, "backbone": whole})
+
     @classmethod
     def of(
-        cls, config: Config, params: Mapping, projection: str, tokenizer, before: str = " ", bos: str = NONE
+        cls,
+        config: Config,
+        params: Mapping,
+        projection: str,
+        tokenizer,
+        before: str = " ",
+        bos: str = NONE,
+        embeddings: str = TRAINED,
     ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        return cls(
-            config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, separator=before, bos=bos
-        )
+        rest = {"separator": before, "bos": bos, "embeddings": embeddings}
+        return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, **rest)
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -231,13 +270,15 @@ class Distiller(Kind):
 
     def settings(self) -> dict:
         """The content of `SETTINGS` in an exported folder."""
+        rest = {"bos": self.bos, "embeddings": self.embeddings}
+        usual = {"bos": NONE, "embeddings": TRAINED}  # not written, so that older files say the same
         return {
             "num_vectors": self.num_vectors,
             "width": self.config.width,
             "llm_width": self.llm_width,
             "projection": self.projection,
             "separator": self.separator,
-        } | ({} if self.bos == NONE else {"bos": self.bos})
+        } | {name: value for name, value in rest.items() if value != usual[name]}
 
     def write(self, folder: Path) -> str:
         write_folder(self, folder)
@@ -265,6 +306,10 @@ class Distiller(Kind):
             separator=separator_name(self.separator),
             query=json.dumps(self.separator + "I loved it"),
             **first_lines(self.bos),
+            given=", llm=llm" if self.embeddings == LLM else "",
+            alone=WITHOUT_TOKENS
+            if self.embeddings == LLM
+            else "`AutoModel.from_pretrained(folder)`\nloads the backbone alone.",
             shape=shape,
             load=load,
             bos=argument(self.bos),
@@ -293,8 +338,7 @@ def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None
     folder, params = Path(folder), distiller.params
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
-    backbone = weights.to_tensors(distiller.config, params["backbone"], prefix="")
-    weights.write_file(_contiguous(backbone), folder / "model.safetensors")
+    weights.write_file(_contiguous(_backbone_tensors(distiller)), folder / "model.safetensors")
     tensors = {"placeholders": np.asarray(params["placeholders"])}
     if "projection" in params:
         tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
@@ -319,7 +363,11 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         )
     config, where = from_hf_config(folder), folder / TENSORS
     own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
-    params = {"backbone": read_weights(folder, config, place=place)}
+    embeddings = settings.get("embeddings", TRAINED)
+    if embeddings == LLM:
+        params = {"backbone": _read_without_tokens(folder, config)}
+    else:
+        params = {"backbone": read_weights(folder, config, place=place)}
     params["placeholders"] = weights.take(own, "placeholders", (None, config.width), where)
     if projection != "identity":
         kernel = weights.take(own, "projection.weight", (llm_width, config.width), where).T
@@ -329,7 +377,24 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    return Distiller.of(config, params, projection, load_tokenizer(folder), before, settings.get("bos", NONE))
+    rest = before, settings.get("bos", NONE), embeddings
+    return Distiller.of(config, params, projection, load_tokenizer(folder), *rest)
+
+
+def _backbone_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
+    """The backbone's tensors in an exported folder, which has no token embeddings if they are the LLM's."""
+    config, backbone = distiller.config, distiller.params["backbone"]
+    if distiller.embeddings != LLM:
+        return weights.to_tensors(config, backbone, prefix="")
+    tensors = weights.to_tensors(config, with_tokens(backbone, np.zeros(0)), prefix="")
+    return {name: tensor for name, tensor in tensors.items() if name != weights.tokens_name(config)}
+
+
+def _read_without_tokens(folder: Path, config: Config) -> dict:
+    """The tree of the backbone in a folder that has no token embeddings."""
+    none = (weights.tokens_name(config), np.broadcast_to(np.float32(0), (config.vocab_size, config.width)))
+    tensors = itertools.chain(weights.read_file(folder / "model.safetensors"), [none])
+    return without_tokens(weights.from_tensors(tensors, config, where=str(folder)))[0]
 
 
 def read_settings(folder: Path) -> dict:

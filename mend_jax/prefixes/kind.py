@@ -24,6 +24,8 @@ from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import Place
 
+FROZEN = "prefix"  # under this name a kind's own frozen parameters stand beside those of the frozen LLM
+
 
 class Kind:
     """A way to make a prefix. The defaults suit a kind that has nothing to train and reads no demonstrations."""
@@ -102,6 +104,15 @@ class Kind:
             )
         return self.apply(self.params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))
 
+    def split_params(self) -> tuple[Any, Any]:
+        """(`params` that are trained, those that are not): the second are no part of the optimiser or of checkpoints."""
+        return self.params, {}
+
+    @classmethod
+    def whole(cls, params, frozen):
+        """The `params` that `apply` takes: trained ones with those that are not, under `FROZEN` of the step's frozen tree."""
+        return params
+
     @property
     def reader(self):
         """The settings of its own model that reads the demonstrations (models/config.py); None if it has none."""
@@ -163,6 +174,11 @@ class Kind:
         raise TypeError(f"{cls.title} is not trained")
 
     @classmethod
+    def restored(cls, config: dict, params, backbone: Path | None):
+        """The whole parameters of a checkpoint's, which has only those of `split_params` that are trained."""
+        return params
+
+    @classmethod
     def backbone_params(cls, params):
         """The part of the trained `params` that has the form of `reader_settings`' model; None if there is none."""
         return None
@@ -171,6 +187,10 @@ class Kind:
     def is_in(cls, folder: Path) -> bool:
         """Whether an exported folder holds this kind."""
         return False
+
+    def read_by(self, llm) -> "Kind":
+        """The instance for an LLM that reads its prefix, with what its files leave to the LLM."""
+        return self
 
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Kind":

@@ -47,14 +47,21 @@ class MendDistiller(nn.Module):
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "MendDistiller":
-        """The distiller of an exported folder, in evaluation mode on the CPU."""
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None) -> "MendDistiller":
+        """The distiller of an exported folder, in evaluation mode on the CPU.
+
+        `llm` is the transformers model whose token embeddings it reads with, where distiller_config.json says
+        `"embeddings": "llm"`.
+        """
         folder = Path(folder)
         settings = json.loads((folder / "distiller_config.json").read_text())
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-        is_t5 = AutoConfig.from_pretrained(folder).model_type == "t5"
-        backbone = (T5EncoderModel if is_t5 else AutoModel).from_pretrained(folder, dtype=dtype)
+        kind = T5EncoderModel if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
+        if settings.get("embeddings") == "llm":
+            backbone = _with_embeddings_of(llm, folder, kind, dtype)
+        else:
+            backbone = kind.from_pretrained(folder, dtype=dtype)
         names = ("num_vectors", "llm_width", "projection")
         chunks = [settings[name] for name in ("join", "chunk_demos", "chunk_tokens")] if "join" in settings else None
         model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"], chunks)
@@ -128,3 +135,22 @@ class MendDistiller(nn.Module):
             chunks[-1] = chunks[-1] + list(demo)
             counts[-1] += 1
         return chunks
+
+
+def _with_embeddings_of(llm, folder, kind, dtype):
+    """The backbone of a folder without token embeddings, with those of `llm`."""
+    if llm is None:
+        raise ValueError(f"{folder} reads with the LLM's token embeddings: give from_pretrained(..., llm=model)")
+    config = AutoConfig.from_pretrained(folder)
+    table = llm.get_input_embeddings().weight.detach()
+    if tuple(table.shape) != (config.vocab_size, config.hidden_size):
+        raise ValueError(f"{folder} was trained for another LLM: its embeddings are not {tuple(table.shape)}")
+    backbone = kind(config) if kind is T5EncoderModel else kind.from_config(config)
+    backbone.get_input_embeddings().weight = nn.Parameter(table.clone())
+    found = backbone.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    missing = [
+        name for name in found.missing_keys if not name.endswith(("wte.weight", "embed_tokens.weight", "shared.weight"))
+    ]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"{folder}: model.safetensors lacks {missing} and has unknown {found.unexpected_keys}")
+    return backbone.to(dtype)

@@ -13,6 +13,7 @@ from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
 from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
 from mend_jax.prefixes import kind_of
+from mend_jax.prefixes.kind import FROZEN
 from mend_jax.prefixes.start import embeddings_rms
 from mend_jax.run import checkpoint
 from mend_jax.scoring.recovered import dev_batches, make_recovered
@@ -62,9 +63,18 @@ def build(config, llm, begins: bool = True, place=None):
     model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
         params, meta = checkpoint.load_best(config.prefix.start_from, place)
-        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(model.params), config.prefix.start_from)
-        model = dataclasses.replace(model, params=params)
+        wanted, own = model.split_params()
+        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(wanted), config.prefix.start_from)
+        model = dataclasses.replace(model, params=model.whole(params, {FROZEN: own} if own else {}))
     return model
+
+
+def split(llm, model):
+    """(the params that are trained, those that are not): the step's two trees."""
+    if model is None:
+        return llm.params, {}
+    params, own = model.split_params()
+    return params, llm.params | ({FROZEN: own} if own else {})
 
 
 def batches(config, llm, model, split, layout):
@@ -109,8 +119,9 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
     if config.stage == "finetune":
         tasks = dev_tasks(config, llm, model)
         recovered = _recovered(config, llm, model, layout, frozen, dev_batches(config, llm, model, tasks, layout.share))
+        own = {FROZEN: frozen[FROZEN]} if FROZEN in frozen else {}
         return lambda params: {
-            "dev_score": dev_score(config, llm, model, layout.scored(params), tasks),
+            "dev_score": dev_score(config, llm, model, model.whole(layout.scored(params), own), tasks),
             "recovered": recovered(params),
         }
     held_out = batches(config, llm, model, "validation", layout)
