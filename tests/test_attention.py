@@ -19,6 +19,8 @@ from mend_jax.models.attention import (
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def plain(q, k, v, span=0):
     length = q.shape[1]
@@ -35,6 +37,7 @@ def inputs(length, dtype=jnp.float32):
     return [2 * jax.random.normal(key, (2, length, 3, 8)).astype(dtype) for key in keys]
 
 
+@partial(jax.jit, static_argnums=0)  # operation by operation it takes ten times as long
 def with_gradients(attention, q, k, v, out_grad):
     out, pull = jax.vjp(attention, q, k, v)
     return out, *pull(out_grad)
@@ -157,8 +160,12 @@ def test_values_and_gradients_after_a_prefix(shared, T, P, span):
     )
 
     def of(attention):
-        out, pull = jax.vjp(lambda *a: attention(*a, within, length, reach), *arrays)
-        return out, *pull(out_grad)
+        @jax.jit
+        def both(arrays, out_grad):
+            out, pull = jax.vjp(lambda *a: attention(*a, within, length, reach), *arrays)
+            return out, *pull(out_grad)
+
+        return both(arrays, out_grad)
 
     wanted = of(dense_after)
     for after in (attention_after, lambda *a: fused_attention_after(*a, implementation="xla")):

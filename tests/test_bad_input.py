@@ -17,7 +17,7 @@ from mend_jax.cli import command_line as cli
 
 COMMANDS = {"train": train.train, "evaluate": evaluate.main}
 MESH = ["--config.train.parallel=mesh"]
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

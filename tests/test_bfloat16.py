@@ -13,7 +13,7 @@ from mend_jax.run import build, checkpoint, reporting
 from mend_jax.run.loop import Loop
 from mend_jax.step import make_loss_fn
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 STAGES = ("pretrain", "finetune")
 DTYPES = ("bfloat16", "float32")

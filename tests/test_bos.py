@@ -141,7 +141,6 @@ def test_a_run_of_before_goes_on_without_it(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])
-@pytest.mark.usefixtures("compiled_quickly")
 def test_training_reads_behind_it(folder, plain, llm, tmp_path, monkeypatch, parallel):
     """On several devices; the first step's loss is that of the LLM with its BOS."""
     monkeypatch.setattr(build, "make_batches", RandomBatches)

@@ -14,8 +14,6 @@ from test_export import make_workdir
 import mend_jax
 from mend_jax.cli.settings import check
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = {
     str(path.relative_to(ROOT)): blocks

@@ -19,7 +19,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.distiller import Distiller, write_folder
 from mend_jax.run import build, checkpoint, reporting
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 TINY_LLAMA = (COMMON | ROWS["tinyllama"], COMMON | smaller(ROWS["tinyllama"]))
 T5 = test_t5.COMMON | {"model_type": "t5"}
 LM_ADAPT = (T5 | test_t5.ROWS["t5-large-lm-adapt"] | {"d_model": 32}, T5 | test_t5.ROWS["t5-small-lm-adapt"])

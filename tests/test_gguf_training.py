@@ -13,7 +13,7 @@ from test_family_training import predicted  # noqa: E402
 
 from mend_jax import evaluate, train  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

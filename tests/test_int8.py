@@ -34,7 +34,7 @@ from mend_jax.scoring import costs
 from mend_jax.scoring.options import score_options
 from mend_jax.step import make_loss_fn
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 ROWS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},

@@ -20,6 +20,8 @@ from mend_jax.models.families import DecoderConfig
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, query_losses
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, Q, D, V = 3, 11, 16, 57
 LENGTHS, STARTS = [11, 6, 4], [3, 5, 1]
 

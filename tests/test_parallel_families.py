@@ -31,7 +31,7 @@ CASES = {  # stage, meshes (data, fsdp, tensor), config.json's fields of LLM and
     "t5": ("finetune", ((2, 2, 2),), (T5, T5 | {"d_model": 16})),
 }
 B, N, Q = 8, 12, 10
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def rows(stage):

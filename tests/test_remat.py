@@ -21,7 +21,7 @@ SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 LLAMA = LLAMA | {"num_hidden_layers": LAYERS}
 T5 = T5 | {"num_layers": LAYERS, "num_decoder_layers": LAYERS}
 MODELS = {"llama": (LLAMA, smaller(LLAMA)), "t5": (T5, T5 | {"d_model": 16})}
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=MODELS)

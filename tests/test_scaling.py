@@ -25,7 +25,7 @@ from mend_jax.run import sharding
 from mend_jax.scoring import costs
 
 # Compiled quickly: bytes are settled before what it leaves out.
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def sizes(data=1, fsdp=1, tensor=1):

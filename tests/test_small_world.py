@@ -287,7 +287,8 @@ def test_packaged_models_read_this_world(name, world):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.slow
 def test_configs_resolve_to_files(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(small_world, "World", lambda: TINY)
+    monkeypatch.setattr(small_world, "WORLD", TINY)
+    monkeypatch.setattr(small_world, "WORLD_OF_WRONG_LABELS", dataclasses.replace(TINY, wrong_labels=0.5))
     config = get_config(name)
     config.data.cache = str(tmp_path)
     before = config.to_dict()

@@ -37,7 +37,7 @@ from mend_jax.scoring.options import cache_prefix, score_items, score_options
 from mend_jax.scoring.tasks import Method, evaluate_task, prefix_maker
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, training_losses
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 PAIRS = {  # the LLM, its distiller's backbone
     "t5-small-lm-adapt to t5-large-lm-adapt": (V11 | {"d_model": 32, "num_layers": 3, "num_decoder_layers": 3}, V11),

@@ -25,7 +25,7 @@ from mend_jax.run import build, reporting
 from mend_jax.run import layout as parallel
 from mend_jax.scoring.tasks import make_context
 
-pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 PAIRS = [("word", "byte"), ("piece", "byte"), ("byte", "piece"), ("byte", "word")]  # the LLM's, the distiller's
 WINDOWS = 110, 100

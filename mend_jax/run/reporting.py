@@ -13,9 +13,13 @@ import time
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+
+from mend_jax.cli.imports import without_pytorch
+
+with without_pytorch():  # tensorboardX imports it wherever it is installed: two seconds of every start
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from mend_jax.cli.text import clock, columns
