@@ -17,6 +17,7 @@ again. Files in the workdir: config.json, sources.json, params.txt, checkpoints/
 
 import contextlib
 import fcntl
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +32,12 @@ from mend_jax.run import build, checkpoint, checks, distributed, reporting, resu
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.run.layout import make_layout
-from mend_jax.run.loop import Loop, score_of
+from mend_jax.run.loop import Loop, is_finished, score_of
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 
 LLM_FOLDER = "llm"
+LOCK = ".lock"
 
 
 def train(config, workdir) -> int:
@@ -61,11 +63,12 @@ def _train(config, workdir):
     checkpoints = Checkpoints(workdir, score.maximize)
     try:
         start = checkpoints.steps[-1] if checkpoints.steps else 0
-        lines = [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= start]
-        finished = start >= config.train.steps or score.bad_evaluations(lines) >= config.train.patience
+        finished = is_finished(config, workdir, start)
         checks.check_workdir(workdir, config, bool(checkpoints.steps), finished)
         if finished:
-            reporting.say(f"This run is finished: {start} steps, {score.best_text(lines)}. Nothing to do in {workdir}.")
+            reporting.say(
+                f"This run is finished: {start} steps, {score.best_text(_lines(workdir, start))}. Nothing to do in {workdir}."
+            )
         else:
             checks.check_config(config)
             code = _prepare_loop(config, workdir, checkpoints, score).run()
@@ -79,6 +82,11 @@ def _train(config, workdir):
         return 0
     finally:
         checkpoints.close()
+
+
+def _lines(workdir, step: int) -> list[dict]:
+    """The metrics up to a step."""
+    return [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= step]
 
 
 def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
@@ -165,10 +173,11 @@ def _write_llm(config, workdir):
 
 @contextlib.contextmanager
 def _alone_in(workdir):
-    """Locks the workdir, so that two runs never write the same files."""
+    """Locks the workdir, so that two runs never write the same files. One that is new goes again if nothing is written there."""
+    new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a")  # noqa: SIM115
+        file = open(workdir / LOCK, "a")  # noqa: SIM115
     except OSError as error:
         if is_disk_full(error):
             raise
@@ -181,7 +190,18 @@ def _alone_in(workdir):
                 raise UserError(
                     f"Another run is training in {workdir}: wait for it, or name another workdir."
                 ) from None
-        yield
+        try:
+            yield
+        except UserError:
+            if new and jax.process_index() == 0:
+                _remove_unused(workdir)
+            raise
+
+
+def _remove_unused(workdir):
+    """Removes a workdir that holds nothing but the lock and empty folders."""
+    if all(path.is_dir() or path.name == LOCK for path in workdir.rglob("*")):
+        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":

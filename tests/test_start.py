@@ -78,9 +78,10 @@ def test_more_layers_than_there_are(tmp_path):
     folder = model_folder(tmp_path / "llm")
     with says("prefix.layers", 3, "2 layers", folder):
         train.train(config(folder, **{"prefix.layers": 3}), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
 
 
-def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypatch):
+def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypatch, caplog):
     folder = model_folder(tmp_path / "llm")
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     fields = {"prefix.layers": 1, "train.eval_every": 2, "train.save_every": 2, "train.steps": 4}
@@ -88,13 +89,18 @@ def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypa
     kept = checkpoint.read_config(tmp_path / "run")["prefix"]
     assert kept["rms"] == embeddings_rms(load_llm(folder)) and kept["layers"] == 1
     found = read_distiller(tmp_path / "run")
-    assert found.config.layers == 1
+    assert found.config.layers == 1 and "has not ended" not in caplog.text
     export(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 1
     again = read_distiller(tmp_path / "out")
     np.testing.assert_array_equal(again.distill([1, 2, 3]).embeds, found.distill([1, 2, 3]).embeds)
     with says("prefix.layers", 1, 2):
         train.train(config(folder, **fields | {"prefix.layers": 2, "train.steps": 6}), tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["train"]["steps"] = 9
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    read_distiller(tmp_path / "run")
+    assert "step 4 of 9" in caplog.text
 
 
 def test_what_was_measured_is_kept_where_a_run_goes_on(tmp_path):

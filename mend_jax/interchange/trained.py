@@ -2,6 +2,7 @@
 (prefixes/release.py). export.py writes the exported folder."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS, Distiller, Kind, release
 from mend_jax.run import checkpoint
+from mend_jax.run.loop import is_finished
 from mend_jax.run.sharding import Place
 
 
@@ -124,6 +126,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
         raise UserError(f"{workdir} is not a folder: name a training workdir.")
     config = checkpoint.read_config(workdir)
     params, meta = checkpoint.load_best(workdir, place)
+    _warn_if_unfinished(config, workdir, meta)
     if config["stage"] == "lm":
         return config, params, meta
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
@@ -133,6 +136,18 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     if folder is not None and own is not None:
         check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
+
+
+def _warn_if_unfinished(config: dict, workdir, meta: dict) -> None:
+    newest = checkpoint.whole_steps(workdir)[-1]
+    if not is_finished(ConfigDict(config), workdir, newest):
+        logging.warning(
+            "The training in %s has not ended (step %d of %d): its best checkpoint so far, of step %d, is taken.",
+            workdir,
+            newest,
+            config["train"]["steps"],
+            meta["step"],
+        )
 
 
 def lm_settings(config, folder) -> Config:

@@ -91,11 +91,13 @@ def write_release(distiller, path: str | Path) -> None:
 def write_both(distiller, folder: Path) -> str:
     """Writes those of the release's two files that can be written into the new `folder`; returns a sentence about them."""
     folder.mkdir()
+    where = f"The public release's layout is in {folder.name}/"
     try:
         write_release(distiller, folder / "distiller.safetensors")
         write_release(distiller, folder / "distiller.bin")
     except UserError as error:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if any(folder.iterdir()):
+            return f"{where}, without distiller.bin, which only PyTorch writes (pip install torch)."
+        folder.rmdir()
         return str(error)
-    return f"The public release's layout is in {folder.name}/."
+    return f"{where}."

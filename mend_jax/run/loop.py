@@ -51,6 +51,12 @@ def score_of(config) -> Score:
     return Score("dev_score", True) if config.stage == "finetune" else Score("validation_loss", False)
 
 
+def is_finished(config, workdir, step: int) -> bool:
+    """Whether a run whose newest checkpoint is that of `step` has nothing left to do: all steps, or no patience left."""
+    lines = [line for line in reporting.read_lines(Path(workdir) / reporting.METRICS) if line["step"] <= step]
+    return step >= config.train.steps or score_of(config).bad_evaluations(lines) >= config.train.patience
+
+
 @dataclasses.dataclass
 class Loop:
     """All that the loop needs, and what it changes: the state and the metrics still to be read from the devices."""
