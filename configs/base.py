@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     data.tasks = ""  # MetaICL: the folder that holds data/<task>/<task>_<k>_<seed>_<split>.jsonl
     data.partition = "class_to_class"  # one of MetaICL's seven settings, or one of <tasks>/partitions.json
     data.cache = "~/.cache/mend_jax"  # prepared tokens are kept here, keyed by tokenizer and source
-    data.template = "space"  # between input, output and examples: "space" or "newline" (Table 7)
+    data.template = "space"  # the texts around every input and output (docs/protocol.md): "space", "newline" (Table 7), "qa" ("Input: x", "Output: y"), "question" ("Question: x", "Answer: y")
     data.bos = "false"  # whether the LLM's BOS token stands before every prefix: "true", "false", or "auto", as its tokenizer does before a text (docs/protocol.md); Gemma needs it
     data.k = 16  # demonstrations per context
     data.queries = 1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
+from mend_jax.data.templates import TEMPLATES
 from mend_jax.measure import quantization as benchmark_quantization
 from mend_jax.measure.inference import measure_inference
 from mend_jax.measure.jax_side import CHUNK, Settings
@@ -60,7 +61,7 @@ def benchmark(
     names="",
     seed=13,
     rows=32,
-    template: Literal["space", "newline"] = "newline",
+    template: Literal[*TEMPLATES] = "newline",
     out="",
 ) -> int:
     """Prints a workload's figures; returns the exit code: 1 if two computations that must agree do not, else 0.
@@ -91,7 +92,7 @@ def benchmark(
         names: task names, separated by commas; empty: emo, ethos-religion, wiki_qa and yelp_polarity.
         seed: the seed of the tasks' 16 demonstrations.
         rows: inference against pytorch: rows in one pass of our side, as evaluate.batch_size.
-        template: the separator between the tasks' texts.
+        template: the texts around the tasks' inputs and outputs, as data.template.
         out: a JSON file for the figures.
     """
     arguments = SimpleNamespace(**locals(), lengths_given=bool(query))

@@ -205,7 +205,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
         distiller: from `load_distiller`, or another kind of prefix (prefixes/kind.py).
         demos: (x, y) string pairs, read by both models' tokenizers; or token ids of one context (list of int), if one
             tokenizer serves both.
-        x, y: the input and the output: each a text, which gets the distiller's separator in front, or token ids (list of
+        x, y: the input and the output: each a text, which gets the distiller's template around it, or token ids (list of
             int).
     Returns:
         {"kd": KL(teacher || student), "pred": cross-entropy of y, "clm": cross-entropy of x (except its first token) and y},
@@ -223,10 +223,11 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
             "The distiller and the LLM have different tokenizers, so token ids cannot be demonstrations for both: give "
             "the demonstrations as texts, [(input, output), ...]."
         )
-    reader = (llm.tokenizer, llm.config, llm.window, "LLM", distiller.separator)
+    template = distiller.template
+    reader = (llm.tokenizer, llm.config, llm.window, "LLM", template)
     shown, shown_length = demo_tokens(demos, *reader)
     _check_one(shown_length)
-    x, y = (query_tokens(llm, part, what, distiller.separator) for part, what in ((x, "query"), (y, "output")))
+    x, y = query_tokens(llm, x, "query", template.query), query_tokens(llm, y, "output", template.output)
     _check_query(llm, x, y, max(shown.shape[1], prefix.embeds.shape[1]))
     ids = [*x, *y]
     tokens = jnp.asarray([ids + [0] * (bucket(len(ids)) - len(ids))], jnp.int32)

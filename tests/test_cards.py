@@ -14,7 +14,7 @@ from test_export import make_workdir
 
 import mend_jax
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.settings import SEPARATORS
+from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange import export, trained
 from mend_jax.prefixes import Chunked
 
@@ -82,36 +82,36 @@ def run_line(folder, llm_folder):
     return eval(line, {"mend_jax": mend_jax, "folder": folder, "llm_folder": llm_folder, "demos": DEMOS})
 
 
-def assert_same_scores(llm, prefix, separator, logits):
+def assert_same_scores(llm, prefix, template, logits):
     """Of every token as an answer of its own, behind the query that the cards show."""
     answers = [[token] for token in range(llm.config.vocab_size)]
-    ours = mend_jax.score_options(llm, prefix, "I loved it", answers, separator)
+    ours = mend_jax.score_options(llm, prefix, "I loved it", answers, template)
     np.testing.assert_allclose(ours, logits[0, -1].log_softmax(-1).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("template", SEPARATORS)
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
     export.export(run, tmp_path / "out")
     names, model = run_card(tmp_path / "out", folders[0]), trained.load_trained(run, llm)
     prefix = model.distill(DEMOS)
-    assert model.separator == trained.read_trained(tmp_path / "out").separator == SEPARATORS[template]
+    assert model.template == trained.read_trained(tmp_path / "out").template == TEMPLATES[template]
     assert names["vectors"].shape == prefix.embeds.shape
     assert prefix.embeds.shape[1] == (12 if kind == "one chunk a demonstration" else 6)
     np.testing.assert_allclose(names["vectors"], prefix.embeds, atol=1e-5)
-    assert_same_scores(llm, prefix, SEPARATORS[template], names["logits"])
+    assert_same_scores(llm, prefix, TEMPLATES[template], names["logits"])
     line = run_line(tmp_path / "out", folders[0])
     np.testing.assert_allclose(line.embeds, prefix.embeds, atol=1e-6)
 
 
-@pytest.mark.parametrize("template", SEPARATORS)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, llm.params, stage="lm", **{"data.template": template})
     export.export(run, tmp_path / "out")
     ours = mend_jax.load_llm(tmp_path / "out")
-    prefix = mend_jax.demonstrations_prefix(ours, DEMOS, SEPARATORS[template])
-    assert_same_scores(ours, prefix, SEPARATORS[template], run_card(tmp_path / "out", None)["logits"])
+    prefix = mend_jax.demonstrations_prefix(ours, DEMOS, TEMPLATES[template])
+    assert_same_scores(ours, prefix, TEMPLATES[template], run_card(tmp_path / "out", None)["logits"])
 
 
 @pytest.mark.parametrize("bos", ["auto", "true"])

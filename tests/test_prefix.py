@@ -9,6 +9,7 @@ from facts import says
 from configs import base
 from mend_jax import step
 from mend_jax.data.query import Query
+from mend_jax.data.templates import SEPARATORS, SPACE
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import DecoderConfig
@@ -43,7 +44,7 @@ def backbone():
     return jax.tree.map(lambda a: a * 4, init_params(BACKBONE, 1))
 
 
-def make_distiller(backbone, seed=0, separator=" "):
+def make_distiller(backbone, seed=0, template=SPACE):
     keys = jax.random.split(jax.random.key(seed))
     params = {
         "backbone": backbone,
@@ -53,7 +54,7 @@ def make_distiller(backbone, seed=0, separator=" "):
             "bias": jnp.zeros(WIDER.width),
         },
     }
-    return Distiller(BACKBONE, params, "tanh", WIDER.width, LETTERS, separator=separator)
+    return Distiller(BACKBONE, params, "tanh", WIDER.width, LETTERS, template=template)
 
 
 def context(length, seed=0):
@@ -102,7 +103,7 @@ def test_texts_stand_behind_the_separator(backbone, llm, separator, before):
     pairs, ids = [("ab", "c"), ("d ", "e")], [before, 1, 2, before, 3, before, 4, 0, before, 5]
     shown = demonstrations_prefix(llm, pairs, separator)
     np.testing.assert_array_equal(shown.embeds, demonstrations_prefix(llm, ids).embeds)
-    distiller = make_distiller(backbone, separator=separator)
+    distiller = make_distiller(backbone, template=SEPARATORS[separator])
     np.testing.assert_array_equal(distiller.distill(pairs).embeds, distiller.distill(ids).embeds)
     of_texts, of_ids = (step.training_losses(llm, distiller, demos, [6, 7], [8]) for demos in (pairs, ids))
     assert of_texts == of_ids

@@ -7,8 +7,8 @@ from difflib import SequenceMatcher
 from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data.templates import TEMPLATES
 
-SEPARATORS = {"space": " ", "newline": "\n"}  # of data.template: put before every input and every output
 CHOICES = {
     "stage": ("pretrain", "finetune", "lm"),
     "llm.dtype": ("float32", "bfloat16"),
@@ -18,7 +18,7 @@ CHOICES = {
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
-    "data.template": tuple(SEPARATORS),
+    "data.template": tuple(TEMPLATES),
     "data.bos": ("auto", "true", "false"),
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),

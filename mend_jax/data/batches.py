@@ -186,7 +186,7 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
         contents["data.text"] = prepared.contents(manifest)
     if stage == "finetune" or (stage == "lm" and config.data.text_share < 1):
         manifest = prepare_tasks(config, tokenizer, split, distiller_tokenizer)
-        tasks = [TaskStore(shard, manifest["dtype"], manifest["tokenizers"]) for shard in manifest["shards"]]
+        tasks = [TaskStore(shard, manifest["dtype"], manifest["between"]) for shard in manifest["shards"]]
         contents["data.tasks"] = prepared.contents(manifest, *metaicl.held_out_files(config))
     if stage == "pretrain":
         rows = TextRows(config, store, documents, train, readers)

@@ -1,6 +1,6 @@
 """The data of an evaluation: for each task and seed the demonstrations and the test items, as token ids (as in MetaICL).
 
-Every x, y and option is tokenised with the template's separator in front, so that a context is a plain concatenation.
+The pieces that the template makes of an x, a y or an option are tokenised alone, so that a context is a plain concatenation.
 """
 
 import functools
@@ -14,14 +14,15 @@ from tokenizers import Tokenizer
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import nearest
 from mend_jax.data import alignment, metaicl, sampling
-from mend_jax.data.tokenize import check_tokenizer, encode, readings, separator, tokenizer_text
+from mend_jax.data.templates import Template, chosen
+from mend_jax.data.tokenize import check_tokenizer, encode, readings, tokenizer_text
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
     """One test item."""
 
-    x_tokens: np.ndarray  # (X,) int32, cut at config.data.max_input_tokens
+    x_tokens: np.ndarray  # (X,) int32, x cut at config.data.max_input_tokens, then the template's text between x and y
     options_tokens: list[np.ndarray]  # int32, never cut
     options: tuple[str, ...]
     label: int  # index of the correct option
@@ -38,7 +39,7 @@ class EvalTask:
     classification: bool  # scored by Macro-F1, else by accuracy
     texts: tuple[
         tuple[str, str], ...
-    ] = ()  # the demonstrations' (x, y), each with the separator in front: for another tokenizer
+    ] = ()  # the demonstrations' (x, y), each with the template's text in front: for another tokenizer
 
 
 def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
@@ -75,7 +76,7 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
 
 def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalTask]:
     """One task, for every seed of config.evaluate.seeds. Raises UserError for bad files."""
-    data, limit = config.data, config.evaluate.limit
+    data, limit, template = config.data, config.evaluate.limit, chosen(config.data.template)
     files = {}
     for seed in config.evaluate.seeds:
         demos = metaicl.read_examples(data.tasks, name, data.k, seed, "train")
@@ -83,18 +84,16 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
         items = metaicl.read_file(path)
         check_options(items, path)
         files[seed] = demos, items[:limit] if limit else items
-    ids = encode_texts(tokenizer, files.values(), separator(data.template))
-    _warn_of_equal_options(name, [item for _, items in files.values() for item in items], ids)
+    examples = [example for demos, items in files.values() for example in (*demos, *items)]
+    inputs = _read_inputs(tokenizer, [e.input for e in examples], template, data.max_input_tokens)
+    outputs = encode_texts(tokenizer, (text for e in examples for text in (e.output, *e.options)), template.answer)
+    _warn_of_equal_options(name, [item for _, items in files.values() for item in items], outputs)
     tasks = []
     for seed, (demos, items) in files.items():
-        cut = data.max_input_tokens
-        pairs = [(sampling.cut_input(ids[e.input], cut), ids[e.output]) for e in demos]
-        texts = tuple((separator(data.template) + e.input, separator(data.template) + e.output) for e in demos)
+        pairs = [(inputs[e.input], outputs[e.output]) for e in demos]
+        texts = tuple((template.before + e.input, template.answer + e.output) for e in demos)
         made = [
-            Item(
-                sampling.cut_input(ids[e.input], cut), [ids[o] for o in e.options], e.options, e.options.index(e.output)
-            )
-            for e in items
+            Item(inputs[e.input], [outputs[o] for o in e.options], e.options, e.options.index(e.output)) for e in items
         ]
         kind = metaicl.is_classification(data.tasks, name, items)
         tasks.append(EvalTask(name, int(seed), pairs, made, kind, texts))
@@ -102,17 +101,20 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
 
 
 @functools.lru_cache(maxsize=256)
-def read_twice(texts: tuple, tokenizers: tuple, max_input_tokens: int) -> tuple[list, list]:
+def read_twice(texts: tuple, tokenizers: tuple, max_input_tokens: int, between: str = "") -> tuple[list, list]:
     """Text demonstrations (x, y) as token ids of two Hugging Face tokenizers: ([(x, y), ...], [(x, y), ...]), int32.
 
-    Each x is cut where both tokenizers end a token, at no more than `max_input_tokens` of either (as in the training data).
+    Each x is cut where both tokenizers end a token, at no more than `max_input_tokens` of either (as in the training data); the
+    tokens of `between` are put behind it.
     """
-    inputs, outputs = (list(readings([_plain(t) for t in tokenizers], part)) for part in zip(*texts, strict=True))
+    plain = [_plain(tokenizer) for tokenizer in tokenizers]
+    inputs, outputs = (list(readings(plain, part)) for part in zip(*texts, strict=True))
+    behind = [encode(tokenizer, [between] if between else []) for tokenizer in plain]
     both = [], []
     for (x, marks), (y, _) in zip(inputs, outputs, strict=True):
         kept = alignment.cut(marks, (max_input_tokens, max_input_tokens))
-        for pairs, x_ids, y_ids, count in zip(both, x, y, kept, strict=True):
-            pairs.append((np.asarray(x_ids[:count], np.int32), np.asarray(y_ids, np.int32)))
+        for pairs, x_ids, y_ids, count, ids in zip(both, x, y, kept, behind, strict=True):
+            pairs.append((np.asarray(sum(ids, x_ids[:count]), np.int32), np.asarray(y_ids, np.int32)))
     return both
 
 
@@ -148,11 +150,15 @@ def _warn_of_equal_options(name: str, items: list[metaicl.Example], ids: dict[st
         )  # fmt: skip
 
 
-def encode_texts(tokenizer: Tokenizer, files: Iterable, before: str) -> dict[str, np.ndarray]:
-    """{text: int32 ids} of all inputs, outputs and options, each tokenised once: seeds often share their test items."""
-    texts = {}  # keeps the order, unlike a set
-    for demos, items in files:
-        for example in (*demos, *items):
-            texts.update(dict.fromkeys((example.input, example.output, *example.options)))
+def _read_inputs(tokenizer: Tokenizer, texts: Iterable[str], template: Template, limit: int) -> dict[str, np.ndarray]:
+    """{text: int32 ids} of inputs, each cut to `limit` tokens, then the template's text between x and y."""
+    between = encode_texts(tokenizer, [template.between] if template.between else [], "").values()
+    ids = encode_texts(tokenizer, texts, template.before)
+    return {text: np.concatenate([sampling.cut_input(row, limit), *between]) for text, row in ids.items()}
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], before: str) -> dict[str, np.ndarray]:
+    """{text: int32 ids, with `before` in front} of texts, each tokenised once: seeds often share their test items."""
+    texts = list(dict.fromkeys(texts))  # keeps the order, unlike a set
     ids = encode(tokenizer, [before + text for text in texts])
     return {text: np.asarray(row, np.int32) for text, row in zip(texts, ids, strict=True)}

@@ -1,6 +1,6 @@
 """Tokenised data on disk: made once by parallel processes, then found again by fingerprint.
 
-    <cache>/shards-<tokenizers, separator>/<file>-<source>.array_record    one per source file
+    <cache>/shards-<tokenizers, template>/<file>-<source>.array_record    one per source file
     <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests that list a source's shards, written last
 
 A shard appears only when complete, so an interrupted `prepare` resumes with the first missing shard.
@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data import c4, metaicl
-from mend_jax.data.tokenize import fingerprint, readable, run_job, separator, shard_counts, tokenizer_text
+from mend_jax.data.templates import Template, chosen
+from mend_jax.data.tokenize import fingerprint, readable, run_job, shard_counts, tokenizer_text
 from mend_jax.run.files import write_text
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
@@ -40,14 +41,15 @@ def prepare_text(config, tokenizer, distiller_tokenizer=None) -> dict:
 
 
 def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", distiller_tokenizer=None) -> dict:
-    """The manifest of the tasks' examples, which are tokenised first if they are not yet; its shards also have a "task".
+    """The manifest of the tasks' examples, which are tokenised first if they are not yet; its shards also have a "task", and it
+    has "between": for each tokenizer the ids, list of int, that the template puts between x and y.
 
     Args:
         tasks: task names; each must have its file.
         split: "train" for the meta-training files, "dev" for the dev examples of all config.evaluate.seeds together.
         distiller_tokenizer: the distiller's if it differs from the LLM's, else None; both then tokenise the examples.
     """
-    folder, jobs = config.data.tasks, []
+    folder, jobs, template = config.data.tasks, [], chosen(config.data.template)
     for task in tasks:
         if split == "train":
             files = [metaicl.meta_train_file(folder, task)]
@@ -58,15 +60,27 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
         name = task.replace("/", "_").replace(":", "_")
         jobs.append(
             {"kind": "task", "task": task, "files": [str(f) for f in files], "source": str(files[0]), "split": split,
+             "before": template.before, "answer": template.answer,
              "name": f"{name}-{split}-{fingerprint(*data)}", "bytes": sum(map(len, data))}
         )  # fmt: skip
-    return _prepare("tasks", jobs, _several(tokenizer, distiller_tokenizer), separator(config.data.template), config)
+    tokenizers = _several(tokenizer, distiller_tokenizer)
+    manifest = _prepare("tasks", jobs, tokenizers, _template_key(template), config)
+    return manifest | {"between": [_ids(reads, template.between) for reads in tokenizers]}
 
 
 def contents(manifest: dict, *files: Path) -> str:
     """A hash of the sources of a manifest's shards and of other files, independent of where they are stored."""
     with readable(manifest["source"]):
         return fingerprint(*(shard["file"] for shard in manifest["shards"]), *(file.read_bytes() for file in files))
+
+
+def _template_key(template: Template) -> str:
+    """A template's part of the shards' key; a separator's is what it was before there were other templates."""
+    return template.separator if template.is_separator else json.dumps(template)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 def _several(tokenizer, distiller_tokenizer) -> list:
@@ -111,12 +125,15 @@ def _file_fingerprint(file: Path) -> str:
             return fingerprint(file.name, stat.st_size, head, content.read())
 
 
-def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config) -> dict:
-    """Runs the jobs whose shards are missing, then writes the manifest, under a lock so that one process does the work."""
+def _prepare(kind: str, jobs: list[dict], tokenizers: list, template: str, config) -> dict:
+    """Runs the jobs whose shards are missing, then writes the manifest, under a lock so that one process does the work.
+
+    template: from `_template_key`; "" for plain text.
+    """
     texts, count = [tokenizer_text(tokenizer) for tokenizer in tokenizers], len(tokenizers)
     largest = max(max(tokenizer.get_vocab().values(), default=0) for tokenizer in tokenizers)
     dtype = "uint16" if largest < 1 << 16 else "uint32"
-    shard_key = fingerprint(FORMAT, texts[0], before, dtype, *texts[1:])
+    shard_key = fingerprint(FORMAT, texts[0], template, dtype, *texts[1:])
     cache = Path(config.data.cache).expanduser().absolute()
     shards = cache / f"shards-{shard_key}"
     manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
@@ -130,7 +147,7 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, before: str, config)
             f"{shards} cannot be created ({error.strerror}): set config.data.cache to a folder that you can write to."
         ) from error
     for job in jobs:
-        job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype, "separator": before}
+        job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype}
     with _lock(cache / f".{manifest.name}.lock"):
         if found := _read_manifest(manifest, shards, source, count):  # another process made it in the meantime
             return found

@@ -3,6 +3,8 @@
 Axes: B batch, Q query tokens. Every row is right-padded and carries a length.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import struct
@@ -22,8 +24,9 @@ class Query:
     target_columns: int | None = struct.field(pytree_node=False, default=None)
 
 
-def query_tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
-    """The LLM's tokens of a text with the separator in front (none for an empty text); token ids are returned as they are.
+def query_tokens(llm, text_or_ids, what: str, pieces: Callable[[str], list[str]]) -> list[int]:
+    """The LLM's tokens of a text, in the `pieces` that its template makes of it (`Template.query`, `Template.output`); none for an
+    empty text; token ids are returned as they are.
 
     Raises UserError, which names the input by `what`, if it is neither, or if it is a text and the LLM has no tokenizer.
     """
@@ -31,7 +34,8 @@ def query_tokens(llm, text_or_ids, what: str, separator: str) -> list[int]:
         return token_ids(text_or_ids, f"the {what}")
     if llm.tokenizer is None:
         raise UserError(f"A {what} as text needs a tokenizer, but the LLM in {llm.path} has none: give token ids.")
-    return llm.tokenizer(separator + text_or_ids, add_special_tokens=False)["input_ids"] if text_or_ids else []
+    read = [llm.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces(text_or_ids) if text_or_ids]
+    return [token for ids in read for token in ids]
 
 
 def token_ids(values, what: str, texts: str = "a text") -> list[int]:

@@ -1,6 +1,6 @@
 """The content of a context and a query: small pure functions over token ids (numpy arrays or lists).
 
-D is the concatenation x1 y1 x2 y2 ... of K demonstrations, every x and y with the separator in front (paper, section 3.3).
+D is the concatenation x1 y1 x2 y2 ... of K demonstrations, every x and y with the template's texts around it (paper, section 3.3).
 """
 
 from typing import NamedTuple

@@ -53,17 +53,20 @@ class TextStore:
 
 
 class Reading:
-    """A task's examples as one tokenizer reads them: the ids of x1 y1 x2 y2 ... concatenated."""
+    """A task's examples as one tokenizer reads them: the ids of x1 y1 x2 y2 ... concatenated, and those of the template's text
+    between an x, cut or not, and its y."""
 
-    def __init__(self, lengths: np.ndarray, ids: np.ndarray, marks: np.ndarray | None = None):
+    def __init__(self, between: Sequence[int], lengths: np.ndarray, ids: np.ndarray, marks: np.ndarray | None = None):
         self.lengths, self.ids, self.marks = lengths, ids, marks  # (examples, 2): tokens of x and y
+        self.between = np.asarray(between, ids.dtype)
         ends = np.cumsum(lengths.reshape(-1))
         self.starts = np.concatenate([[0], ends[:-1]]).reshape(-1, 2)
 
     def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(x, y) of example i, with x cut."""
+        """(x, y) of example i, with x cut to `max_input_tokens` and the text between behind it."""
         (x, y), (x_length, y_length) = self.starts[i], self.lengths[i]
-        return self.ids[x : x + min(x_length, max_input_tokens)], self.ids[y : y + y_length]
+        cut = self.ids[x : x + min(x_length, max_input_tokens)]
+        return np.concatenate([cut, self.between]) if len(self.between) else cut, self.ids[y : y + y_length]
 
     def input_marks(self, i: int) -> np.ndarray:
         """Where x of example i can be cut for both models: (tokens of x,) bool."""
@@ -73,10 +76,14 @@ class Reading:
 class TaskStore:
     """All examples of one task, in memory: `readings` by the LLM's tokenizer and, if it differs, by the distiller's."""
 
-    def __init__(self, shard: dict, dtype: str, tokenizers: int = 1):
+    def __init__(self, shard: dict, dtype: str, between: Sequence[Sequence[int]] = ((),)):
+        """`between`: for each tokenizer the ids between x and y; these three are of a manifest of `prepare_tasks`."""
         self.task = shard["task"]
-        blocks = [_block(record, dtype, tokenizers) for record in read_shard(shard["path"])[:-1]]
-        self.readings = [Reading(*map(np.concatenate, zip(*own, strict=True))) for own in zip(*blocks, strict=True)]
+        blocks = [_block(record, dtype, len(between)) for record in read_shard(shard["path"])[:-1]]
+        self.readings = [
+            Reading(ids, *map(np.concatenate, zip(*own, strict=True)))
+            for ids, own in zip(between, zip(*blocks, strict=True), strict=True)
+        ]
         self.lengths = self.readings[0].lengths
 
     def __len__(self) -> int:
@@ -88,10 +95,21 @@ class TaskStore:
 
     def cut_lengths(self, max_input_tokens: int) -> np.ndarray:
         """The length of each example in the LLM's tokens, with its x cut: (examples,) int64."""
-        return np.minimum(self.lengths[:, 0], max_input_tokens) + self.lengths[:, 1]
+        kept = np.minimum(self.lengths[:, 0], max_input_tokens)
+        return kept + len(self.readings[0].between) + self.lengths[:, 1]
+
+    def input_columns(self, max_input_tokens: int) -> int:
+        """The most tokens of the LLM's that a cut x has with the text behind it."""
+        return max_input_tokens + len(self.readings[0].between)
+
+    def shown_lengths(self, kept: np.ndarray) -> np.ndarray:
+        """The length of each example as a demonstration of whose x `kept` (`shared_inputs`) tokens are left: (examples,
+        tokenizers) int64."""
+        return kept + np.stack([len(own.between) + own.lengths[:, 1] for own in self.readings], axis=1)
 
     def shared_inputs(self, max_input_tokens: int) -> np.ndarray:
-        """Tokens kept of each x in a demonstration: (examples, tokenizers) int64; all tokenizers keep the same text."""
+        """Tokens kept of each x in a demonstration, without the text behind it: (examples, tokenizers) int64; all tokenizers
+        keep the same text."""
         kept = np.stack([np.minimum(own.lengths[:, 0], max_input_tokens) for own in self.readings], axis=1)
         if len(self.readings) == 2:
             limits = max_input_tokens, max_input_tokens

@@ -20,24 +20,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tokenizers import Tokenizer
 
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.settings import SEPARATORS, check_choice
 from mend_jax.data import c4, metaicl
 from mend_jax.data.alignment import common_ends
 from mend_jax.run.files import whole_file
 
 BLOCK = 1024  # examples in one record of a task's shard
 BATCH = 256  # documents tokenised together
-
-
-def separator(template: str) -> str:
-    """The text before every x and y. Raises UserError for an unknown template."""
-    check_choice("data.template", template, SEPARATORS)
-    return SEPARATORS[template]
-
-
-def separator_name(text: str) -> str:
-    """The name of a separator in a sentence."""
-    return {" ": "a space", "\n": "a newline"}[text]
 
 
 def tokenizer_text(tokenizer) -> str:
@@ -191,6 +179,7 @@ def text_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator
 def task_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator[bytes]:
     """Blocks of [count, x lengths, y lengths] (uint32) and ids x1 y1 x2 y2 ...; then [examples, tokens] (uint64).
 
+    What a template puts between x and y is the same in every example: it is not in a block, `TaskStore` puts it there.
     With two tokenizers a block has both sets of lengths, then both sets of ids, then both sets of marks.
     """
     del report  # task files are small
@@ -198,7 +187,7 @@ def task_records(tokenizers: Sequence[Tokenizer], job: dict, report) -> Iterator
     tokens = 0
     for start in range(0, len(examples), BLOCK):
         block = examples[start : start + BLOCK]
-        pairs = [job["separator"] + text for example in block for text in (example.input, example.output)]
+        pairs = [text for e in block for text in (job["before"] + e.input, job["answer"] + e.output)]
         ids, marks = (list(zip(*parts, strict=True)) for parts in zip(*readings(tokenizers, pairs), strict=True))
         lengths = [np.asarray([len(i) for i in own], np.uint32).reshape(-1, 2) for own in ids]
         tokens += int(lengths[0].sum())

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli.text import markdown
 from mend_jax.data.bos import NONE, in_python
-from mend_jax.data.tokenize import separator, separator_name
+from mend_jax.data.templates import QUERY, chosen, in_words
 from mend_jax.objectives import Numbers, Objective
 
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # fields of a line of metrics.jsonl
@@ -26,7 +26,7 @@ _LLM = """A small language model, trained from text and in-context sequences.
 
 ## Use
 
-In the sequences, every x and y was tokenised separately, with {separator} in front and without special tokens.
+In the sequences, {pieces}.
 
 ```python
 import torch
@@ -43,17 +43,17 @@ logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 
 def prefix_card(config: dict, meta: dict, workdir, model) -> str:
     """The card of a trained `Kind`; config and meta are those of its workdir."""
-    title, text = model.card(_name(config["llm"]["path"]), config["data"]["template"])
+    title, text = model.card(_name(config["llm"]["path"]))
     return _HEAD.format(title=title) + text + _training(config, meta, workdir, type(model).backbone(ConfigDict(config)))
 
 
 def llm_card(config: dict, meta: dict, workdir) -> str:
-    before = separator(config["data"]["template"])
-    texts = ("a great film", "positive", "dull", "negative", "I loved it")
+    template = chosen(config["data"]["template"])
+    demos = [("a great film", "positive"), ("dull", "negative")]
+    texts = [piece for pair in demos for piece in template.example(*pair)] + template.query(QUERY)
     bos = config["data"].get("bos", NONE)
     first = "" if bos == NONE else f"({in_python(bos)}) + "
-    texts = ", ".join(json.dumps(before + text) for text in texts)
-    use = _LLM.format(separator=separator_name(before), texts=texts, first=first)
+    use = _LLM.format(pieces=in_words(template)["pieces"], texts=", ".join(map(json.dumps, texts)), first=first)
     return _HEAD.format(title="A language model") + use + _training(config, meta, workdir)
 
 

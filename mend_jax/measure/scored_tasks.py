@@ -14,7 +14,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data import evaluation, metaicl, sampling
-from mend_jax.data.tokenize import separator
+from mend_jax.data.templates import chosen
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import BATCH_SEED, LLM_SEED, Item, random_params
@@ -71,18 +71,23 @@ def real_task(folder, name: str, k: int, seed: int, items: int, llm_folder, temp
     if tokenizer is None:
         raise UserError(f"{llm_folder} has no tokenizer, which --tasks needs: give a folder with one as --llm.")
     path = metaicl.example_file(folder, name, k, seed, "test")
-    test, before = metaicl.read_file(path)[:items], separator(template)
+    test, around = metaicl.read_file(path)[:items], chosen(template)
     evaluation.check_options(test, path)
 
-    def read(text, limit=None):
-        return tokenizer(before + text, add_special_tokens=False)["input_ids"][:limit]
+    def read(pieces, limit=None):
+        first, *rest = (tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces)
+        return sum(rest, first[:limit])
 
-    pairs = [
-        (read(e.input, INPUT_TOKENS), read(e.output)) for e in metaicl.read_examples(folder, name, k, seed, "train")
-    ]
+    def read_input(x):
+        return read(around.query(x), INPUT_TOKENS)
+
+    examples = metaicl.read_examples(folder, name, k, seed, "train")
+    pairs = [(read_input(e.input), read(around.output(e.output))) for e in examples]
     fitting = sampling.fit_demos([len(x) + len(y) for x, y in pairs], DEMO_TOKENS)
     demos = sampling.join_demos(pairs[:fitting]).tolist()
-    return ScoredTask(name, demos, [Item(read(e.input, INPUT_TOKENS), [read(o) for o in e.options]) for e in test])
+    return ScoredTask(
+        name, demos, [Item(read_input(e.input), [read(around.output(o)) for o in e.options]) for e in test]
+    )
 
 
 class ScoringSide:

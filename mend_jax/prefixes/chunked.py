@@ -22,6 +22,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.sampling import EMPTY, Packing
+from mend_jax.data.templates import Template
 from mend_jax.prefixes.context import demo_tokens, pair_tokens
 from mend_jax.prefixes.distiller import Distiller, read_folder, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
@@ -80,8 +81,8 @@ class Chunked(Kind):
         return self.distiller.tokenizer
 
     @property
-    def separator(self) -> str:
-        return self.distiller.separator
+    def template(self) -> Template:
+        return self.distiller.template
 
     @property
     def bos(self) -> str:
@@ -172,10 +173,10 @@ class Chunked(Kind):
             and demos[0]
             and isinstance(demos[0][0], str)
         ):
-            demos = [pair_tokens([pair], reader.tokenizer, reader.separator) for pair in demos]
+            demos = [pair_tokens([pair], reader.tokenizer, reader.template) for pair in demos]
         elif isinstance(demos, list) and demos and np.ndim(demos[0]) == 0:
             demos = [demos]
-        tokens, length = demo_tokens(demos, reader.tokenizer, reader.config, 2**30, "distiller", reader.separator)
+        tokens, length = demo_tokens(demos, reader.tokenizer, reader.config, 2**30, "distiller", reader.template)
         return [np.asarray(row[:count]) for row, count in zip(tokens, length.tolist(), strict=True)]
 
     @classmethod
@@ -275,7 +276,7 @@ class Chunked(Kind):
         write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings())
         return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
 
-    def card(self, llm: str, template: str) -> tuple[str, str]:
+    def card(self, llm: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
         text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
         vectors = {

@@ -8,10 +8,11 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import token_ids
+from mend_jax.data.templates import SPACE, Template
 from mend_jax.models.families import Config
 
 
-def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, separator: str = " "):
+def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, template: Template = SPACE):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
     if not hasattr(demos, "__len__"):
         raise UserError(f"Demonstrations must be a list, not {demos!r}: give token ids, or [(input, output), ...].")
@@ -20,7 +21,7 @@ def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, sepa
     if isinstance(demos, str) or isinstance(demos[0], str):
         raise UserError("Text demonstrations must be a list of (x, y) pairs, not a text: give [(input, output), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
-        demos = [pair_tokens(demos, tokenizer, separator)]
+        demos = [pair_tokens(demos, tokenizer, template)]
     elif not hasattr(demos[0], "__len__") or np.ndim(demos[0]) == 0:
         demos = [demos]
     demos = [token_ids(row, "a context of demonstrations", "pairs of texts") for row in demos]
@@ -58,8 +59,8 @@ def pad_columns(tokens, window: int):
     return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))
 
 
-def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
-    """The context of (x, y) string pairs: each x and y with the separator in front, as in training."""
+def pair_tokens(pairs, tokenizer, template: Template = SPACE) -> list[int]:
+    """The context of (x, y) string pairs: the template's pieces of each, tokenised alone, as in training."""
     if tokenizer is None:
         raise UserError("Text demonstrations need a tokenizer: give token ids, or a folder with tokenizer files.")
     wrong = next(
@@ -67,5 +68,5 @@ def pair_tokens(pairs, tokenizer, separator: str = " ") -> list[int]:
     )
     if wrong is not None:
         raise UserError(f"A demonstration must be a pair of texts, (input, output), not {wrong!r}.")
-    texts = [separator + text for pair in pairs for text in pair]
+    texts = [piece for pair in pairs for piece in template.example(*pair)]
     return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]

@@ -3,25 +3,30 @@
 import dataclasses
 from typing import Any
 
+from mend_jax.data.templates import Template, chosen
 from mend_jax.prefixes.context import demo_tokens
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 
 
-def demonstrations_prefix(llm, demos, separator: str = " ") -> Prefix:
+def demonstrations_prefix(
+    llm, demos, template: str | Template | None = None, *, separator: str | None = None
+) -> Prefix:
     """The embedded demonstrations as a prefix: Vanilla ICL.
 
     Args:
         llm: from `load_llm`.
         demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs.
-        separator: put before every x and y of texts; a distiller's is `distiller.separator`.
+        template: the texts around x and y of string pairs: "space" (None), "newline", "qa" or "question"
+            (docs/protocol.md), or a distiller's, `distiller.template`.
+        separator: " " for "space" or "\n" for "newline", in the place of `template`.
     Returns:
         Prefix((B, P, llm_width), (B,)) in the LLM's dtype; B is the number of contexts, P the tokens of the longest.
     Raises:
-        UserError: no demonstrations or an empty context, texts without a tokenizer, a token that the LLM does not have, or
-            more tokens than its window.
+        UserError: no demonstrations or an empty context, texts without a tokenizer, an unknown template, a token that the LLM
+            does not have, or more tokens than its window.
     """
-    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config, llm.window, "LLM", separator)
+    tokens, length = demo_tokens(demos, llm.tokenizer, llm.config, llm.window, "LLM", chosen(template, separator))
     return Prefix(llm.embed(llm.params, tokens), length)
 
 

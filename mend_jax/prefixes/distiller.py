@@ -19,7 +19,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE, argument, first_lines
-from mend_jax.data.tokenize import separator, separator_name
+from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words
 from mend_jax.models import weights
 from mend_jax.models.families import Config, from_hf_config, to_hf_config
 from mend_jax.models.folders import headless_params, load_model, load_tokenizer, read_weights
@@ -57,15 +57,15 @@ from mend_distiller import MendDistiller
 
 distiller = MendDistiller.from_pretrained(folder{given})
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
-# llm, tokenizer: {llm}, in transformers. Training put {separator} before every x and y, without special tokens.
-query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
+# llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
+{query}
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
 
 In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 
-Every x, y and option is tokenised with {separator} in front; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
+{rule}; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
 WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings, which this folder does not hold."
@@ -96,7 +96,7 @@ class Distiller(Kind):
     dtype: str = "float32"
     attention: str = "xla"
     remat: bool = False
-    separator: str = " "  # stands before every x and y of texts: config.data.template of its training
+    template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
     bos: str = NONE  # what its vectors stand behind: config.data.bos of its training
     embeddings: str = TRAINED  # what its backbone reads with (embeddings.py)
 
@@ -124,7 +124,7 @@ class Distiller(Kind):
 
     def read(self, demos):
         """Tokens (B,N) and lengths (B,) of the input of `distill`; N is one of few sizes, because each is compiled."""
-        reader = (self.tokenizer, self.config, self.window, "distiller", self.separator)
+        reader = (self.tokenizer, self.config, self.window, "distiller", self.template)
         tokens, length = demo_tokens(demos, *reader)
         return pad_columns(tokens, self.window), length
 
@@ -194,7 +194,7 @@ class Distiller(Kind):
             key = jax.random.key(seed + 1)
             params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
-        rest = {"bos": config.data.bos, "embeddings": whose(config)}
+        rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
         made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
 
@@ -223,7 +223,7 @@ class Distiller(Kind):
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, tokenizer = config["data"], load_tokenizer(backbone)
-        rest = separator(data["template"]), data.get("bos", NONE), whose(config)
+        rest = chosen(data["template"]), data.get("bos", NONE), whose(config)
         return cls.of(settings, params, projection, tokenizer, *rest)
 
     @classmethod
@@ -251,13 +251,13 @@ class Distiller(Kind):
         params: Mapping,
         projection: str,
         tokenizer,
-        before: str = " ",
+        template: Template = SPACE,
         bos: str = NONE,
         embeddings: str = TRAINED,
     ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        rest = {"separator": before, "bos": bos, "embeddings": embeddings}
+        rest = {"template": template, "bos": bos, "embeddings": embeddings}
         return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, **rest)
 
     @classmethod
@@ -277,7 +277,7 @@ class Distiller(Kind):
             "width": self.config.width,
             "llm_width": self.llm_width,
             "projection": self.projection,
-            "separator": self.separator,
+            **as_fields(self.template),
         } | {name: value for name, value in rest.items() if value != usual[name]}
 
     def write(self, folder: Path) -> str:
@@ -287,7 +287,7 @@ class Distiller(Kind):
     def write_release(self, folder: Path) -> str:
         return release.write_both(self, folder)
 
-    def card(self, llm: str, template: str) -> tuple[str, str]:
+    def card(self, llm: str) -> tuple[str, str]:
         return "A MEND distiller", self.card_text(
             llm, f"(1, {self.num_vectors}, {self.llm_width})", "mend_jax.load_distiller"
         )
@@ -303,8 +303,7 @@ class Distiller(Kind):
             width=self.config.width,
             projection=self.projection,
             window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
-            separator=separator_name(self.separator),
-            query=json.dumps(self.separator + "I loved it"),
+            **in_words(self.template),
             **first_lines(self.bos),
             given=", llm=llm" if self.embeddings == LLM else "",
             alone=WITHOUT_TOKENS
@@ -354,7 +353,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
     """The distiller that `write_folder` wrote. Raises UserError if a file is damaged or belongs to another model."""
     settings = read_settings(folder)
     try:
-        projection, llm_width, before = settings["projection"], int(settings["llm_width"]), settings["separator"]
+        projection, llm_width, template = settings["projection"], int(settings["llm_width"]), from_fields(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from None
     if projection not in PROJECTIONS:
@@ -377,7 +376,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    rest = before, settings.get("bos", NONE), embeddings
+    rest = template, settings.get("bos", NONE), embeddings
     return Distiller.of(config, params, projection, load_tokenizer(folder), *rest)
 
 

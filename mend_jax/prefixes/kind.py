@@ -19,6 +19,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
+from mend_jax.data.templates import SPACE, Template
 from mend_jax.models import int8
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
@@ -43,7 +44,7 @@ class Kind:
     num_vectors = 0  # positions of the LLM that it takes at least, whatever the demonstrations
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
-    separator = " "  # stands before every x and y of texts: that of config.data.template of its training
+    template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
     bos: str | None = (
         None  # config.data.bos of its training: what its vectors stand behind; None: nothing is known of it
     )
@@ -88,6 +89,11 @@ class Kind:
         raise TypeError(f"{cls.title} has nothing to train")
 
     # Asked of an instance
+
+    @property
+    def separator(self) -> str:
+        """The text before every x and y. Raises UserError for a `template` that has more than that."""
+        return self.template.separator
 
     def apply(self, params, demos, length) -> Prefix:
         """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
@@ -206,8 +212,8 @@ class Kind:
         there are none."""
         return ""
 
-    def card(self, llm: str, template: str) -> tuple[str, str]:
-        """(title, text) of its model card: what it is and how to use it with the LLM named `llm`; `template` is data.template."""
+    def card(self, llm: str) -> tuple[str, str]:
+        """(title, text) of its model card: what it is and how to use it with the LLM named `llm`."""
         raise TypeError(f"{self.title} is not exported")
 
 

@@ -4,7 +4,7 @@
 
     distiller = MendDistiller.from_pretrained("this/folder")
     vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, L, llm_width)
-    query = tokenizer(distiller.separator + "I loved it", add_special_tokens=False, return_tensors="pt").input_ids
+    query = distiller.query_ids(tokenizer, "I loved it")  # in the tokens of the LLM's tokenizer, with the training's template
     embeds = torch.cat([vectors, llm.get_input_embeddings()(query)], dim=1)
     logits = llm(inputs_embeds=embeds).logits
 
@@ -34,7 +34,7 @@ class MendDistiller(nn.Module):
         llm_width: int,
         projection: str,
         tokenizer=None,
-        separator: str = " ",
+        template=(" ", "", " "),
         chunks=None,
     ):
         super().__init__()
@@ -43,7 +43,8 @@ class MendDistiller(nn.Module):
         self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
         self.activation = torch.tanh if projection == "tanh" else nn.Identity()
-        self.tokenizer, self.separator = tokenizer, separator  # for texts; the separator is put before every x and y
+        self.tokenizer = tokenizer  # for texts
+        self.before, self.between, self.answer = template  # stand before every x, after it and before every y
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
 
     @classmethod
@@ -64,7 +65,11 @@ class MendDistiller(nn.Module):
             backbone = kind.from_pretrained(folder, dtype=dtype)
         names = ("num_vectors", "llm_width", "projection")
         chunks = [settings[name] for name in ("join", "chunk_demos", "chunk_tokens")] if "join" in settings else None
-        model = cls(backbone, *(settings[name] for name in names), tokenizer, settings["separator"], chunks)
+        if "template" in settings:
+            template = [settings["template"][name] for name in ("before", "between", "answer")]
+        else:  # one text before every x and y
+            template = settings["separator"], "", settings["separator"]
+        model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks)
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
@@ -75,6 +80,21 @@ class MendDistiller(nn.Module):
     def window(self) -> int:
         """Demonstration tokens that it can read: the backbone's positions (T5 has no limit) minus one for each vector."""
         return getattr(self.backbone.config, "max_position_embeddings", 2**30) - len(self.placeholders)
+
+    @property
+    def separator(self) -> str:
+        """The text before every x and y, where the template has no other."""
+        if self.between or self.before != self.answer:
+            raise ValueError("the template is more than a separator: use query_ids and output_ids")
+        return self.before
+
+    def query_ids(self, tokenizer, x: str):
+        """The token ids (1,Q) of an input x as training read it; `tokenizer` is the LLM's."""
+        return torch.tensor([_ids(tokenizer, self.before + x, self.between)])
+
+    def output_ids(self, tokenizer, y: str):
+        """The token ids (1,T) of an output y, or of an option, behind its query."""
+        return torch.tensor([_ids(tokenizer, self.answer + y)])
 
     def forward(self, input_ids, lengths=None):
         """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width)."""
@@ -107,9 +127,8 @@ class MendDistiller(nn.Module):
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, but this folder has none: give token ids")
-            texts = [self.separator + text for pair in demos for text in pair]
-            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            demos = [x + y for x, y in zip(ids[::2], ids[1::2], strict=True)] if self.chunks else [sum(ids, [])]
+            ids = [_ids(self.tokenizer, self.before + x, self.between, self.answer + y) for x, y in demos]
+            demos = ids if self.chunks else [sum(ids, [])]
         elif not isinstance(demos[0], (tuple, list)):
             demos = [demos]
         if self.chunks:
@@ -135,6 +154,12 @@ class MendDistiller(nn.Module):
             chunks[-1] = chunks[-1] + list(demo)
             counts[-1] += 1
         return chunks
+
+
+def _ids(tokenizer, *texts):
+    """The token ids, as a list, of texts that are tokenised one by one; none of an empty one."""
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text]
+    return sum(pieces, [])
 
 
 def _with_embeddings_of(llm, folder, kind, dtype):

@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE, argument, first_lines
-from mend_jax.data.tokenize import separator, separator_name
+from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words
 from mend_jax.models import weights
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
@@ -30,8 +31,8 @@ import torch
 from safetensors.torch import load_file
 
 vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
-# llm, tokenizer: {llm}, in transformers. Training put {separator} before every x and y, without special tokens.
-query_ids = tokenizer({query}, add_special_tokens=False, return_tensors="pt").input_ids
+# llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
+{query}
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 logits = llm(inputs_embeds=embeds).logits
 ```
@@ -52,7 +53,7 @@ class SoftPrompt(Kind):
 
     params: Any  # {"vectors": (L, llm_width)}
     bos: str = NONE  # what they stand behind: config.data.bos of their training
-    separator: str = " "  # stands before every x and y of texts: that of config.data.template of their training
+    template: Template = SPACE  # the texts around every x and y: that of config.data.template of their training
 
     @property
     def num_vectors(self) -> int:
@@ -66,9 +67,7 @@ class SoftPrompt(Kind):
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "SoftPrompt":
         """A new soft prompt in the LLM's embedding space, initialised by `prefix.placeholder_init`."""
         del place  # it is small
-        return cls(
-            {"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos, separator(config.data.template)
-        )
+        return cls({"vectors": initial_rows(config.prefix, llm, seed)}, config.data.bos, chosen(config.data.template))
 
     def apply(self, params, demos, length) -> Prefix:
         """The same L vectors for every row; `demos` (B,N) and `length` are not read."""
@@ -81,7 +80,7 @@ class SoftPrompt(Kind):
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "SoftPrompt":
         data = config["data"]
-        return cls._of(params, "the checkpoint", data.get("bos", NONE), separator(data["template"]))
+        return cls._of(params, "the checkpoint", data.get("bos", NONE), chosen(data["template"]))
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -91,22 +90,20 @@ class SoftPrompt(Kind):
     def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
         tensors = {name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}
         said = weights.read_metadata(folder / FILE)
-        return cls._of(tensors, folder / FILE, said.get("bos", NONE), said.get("separator", " "))
+        return cls._of(tensors, folder / FILE, said.get("bos", NONE), _read_template(said, folder / FILE))
 
     def write(self, folder: Path) -> str:
         metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
-        metadata |= {} if self.separator == " " else {"separator": self.separator}
+        metadata |= {} if self.template == SPACE else _in_texts(as_fields(self.template))
         weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
-    def card(self, llm: str, template: str) -> tuple[str, str]:
-        before = separator(template)
+    def card(self, llm: str) -> tuple[str, str]:
         text = CARD.format(
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
             llm=llm,
-            separator=separator_name(before),
-            query=json.dumps(before + "I loved it"),
+            **in_words(self.template),
             **first_lines(self.bos),
             bos=argument(self.bos),
             field="" if self.bos == NONE else f" --config.data.bos={self.bos}",
@@ -114,6 +111,19 @@ class SoftPrompt(Kind):
         return "A soft prompt", text
 
     @classmethod
-    def _of(cls, params, where, bos: str, before: str) -> "SoftPrompt":
+    def _of(cls, params, where, bos: str, template: Template) -> "SoftPrompt":
         vectors = np.asarray(weights.take(dict(params), "vectors", (None, None), where), np.float32)
-        return cls({"vectors": jnp.asarray(vectors)}, bos, before)
+        return cls({"vectors": jnp.asarray(vectors)}, bos, template)
+
+
+def _in_texts(fields: dict) -> dict[str, str]:
+    """Metadata hold texts alone: another value is put there as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+
+
+def _read_template(said: dict[str, str], where: Path) -> Template:
+    try:
+        fields = {"template": json.loads(said["template"])} if "template" in said else {"separator": " "} | said
+        return from_fields(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The template in {where} cannot be read ({error}): export the soft prompt again.") from None

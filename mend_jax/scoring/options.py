@@ -20,6 +20,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
+from mend_jax.data.templates import Template, chosen
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -58,7 +59,15 @@ class Pass(NamedTuple):
     columns: int  # T, padded
 
 
-def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> list[float]:
+def score_options(
+    llm,
+    prefix: Prefix,
+    query,
+    options,
+    template: str | Template | None = None,
+    *,
+    separator: str | None = None,
+) -> list[float]:
     """Scores how well each option continues the prefix and the query (paper, section 4.1; MetaICL's protocol).
 
     Args:
@@ -66,20 +75,23 @@ def score_options(llm, prefix: Prefix, query, options, separator: str = " ") -> 
         prefix: a prefix with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...
         query: the input x: token ids, or a text if the LLM has a tokenizer.
         options: the answers: lists of token ids or, likewise, texts.
-        separator: put before a text query and every text option, as in training; a distiller's is
-            `distiller.separator`.
+        template: the texts around a text query and before every text option, as in training: "space" (None), "newline", "qa"
+            or "question" (docs/protocol.md), or a distiller's, `distiller.template`.
+        separator: " " for "space" or "\n" for "newline", in the place of `template`.
     Returns:
         The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain.
     Raises:
-        UserError: an empty query, no option or an empty one, texts without a tokenizer, several rows in the prefix, a
-            prefix of another width, or more tokens than the LLM's window.
+        UserError: an empty query, no option or an empty one, texts without a tokenizer, an unknown template, several rows in
+            the prefix, a prefix of another width, or more tokens than the LLM's window.
     """
     if isinstance(options, str) or not hasattr(options, "__len__"):
         raise UserError(f"The options must be a list of texts or of lists of token ids, not {options!r}.")
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
-    x = query_tokens(llm, query, "query", separator)
-    row = lay_out(x, [query_tokens(llm, option, "option", separator) for option in options], llm.start_token)
+    around = chosen(template, separator)
+    x = query_tokens(llm, query, "query", around.query)
+    answers = [query_tokens(llm, option, "option", around.output) for option in options]
+    row = lay_out(x, answers, llm.start_token)
     return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
 
 

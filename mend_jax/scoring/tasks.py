@@ -19,6 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
 from mend_jax.data.sampling import join_demos, release_truncation, row_rng
+from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.prefixes import Kind
@@ -98,7 +99,8 @@ def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[lis
     both = task.demos, task.demos
     if tokenizer is not None:  # each x is cut where it is the same text to both, as in training
         check_truncation(config)
-        both = read_twice(task.texts, (llm.tokenizer, tokenizer), config.data.max_input_tokens)
+        between = chosen(config.data.template).between
+        both = read_twice(task.texts, (llm.tokenizer, tokenizer), config.data.max_input_tokens, between)
     return both if order is None else tuple([pairs[i] for i in order] for pairs in both)
 
 

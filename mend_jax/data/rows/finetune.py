@@ -20,7 +20,7 @@ class TaskRows:
     def __init__(self, config, stores: list[TaskStore], readers: Readers):
         windows = readers.windows
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
-        self.input_columns = config.data.max_input_tokens
+        self.input_columns = stores[0].input_columns(config.data.max_input_tokens)
         self.contexts = readers.reads_demos or bool(config.loss.kd)  # else no model reads them
         self.packing = readers.packing
         self.draw = functools.lru_cache(KEPT)(self.draw)
@@ -31,10 +31,7 @@ class TaskRows:
         limit = min(max(self.config.query_buckets), windows[0] - readers.positions(config))
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
         self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
-        self.shown = [  # length of each example as a demonstration, for each tokenizer
-            kept + np.stack([own.lengths[:, 1] for own in store.readings], axis=1)
-            for store, kept in zip(stores, self.kept, strict=True)
-        ]
+        self.shown = [store.shown_lengths(kept) for store, kept in zip(stores, self.kept, strict=True)]
         self.queries = [np.flatnonzero(lengths <= limit) for lengths in self.cut]  # an output is never cut
         for store, queries in zip(stores, self.queries, strict=True):
             if not len(queries):

@@ -4,6 +4,7 @@ import logging
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
+from mend_jax.data.templates import chosen
 
 MIN_TEXT_TOKENS = 32  # pretraining: shorter texts teach nothing about distilling
 TRIES = 100  # random choices for a row until one fits
@@ -40,10 +41,11 @@ def check_windows(config, llm, backbone=None, vectors: int | None = None) -> Non
             f"A text of data.max_text_tokens = {data.max_text_tokens} has a continuation of {continued} tokens, which does not "
             f"fit the LLM's window of {llm.window} {behind}: {lower}."
         )
-    if stage == "finetune" and data.max_input_tokens >= room:
+    least = 1 + bool(chosen(data.template).between)  # tokens behind a cut input: no tokenizer is there yet
+    if stage == "finetune" and data.max_input_tokens + least > room:
         raise UserError(
             f"An input of data.max_input_tokens = {data.max_input_tokens} and its output do not fit the LLM's window of "
-            f"{llm.window} {behind}: lower data.max_input_tokens to less than {room}, or prefix.length."
+            f"{llm.window} {behind}: lower data.max_input_tokens to less than {room - least + 1}, or prefix.length."
         )
     if data.max_demo_tokens > budget:
         logging.warning(
