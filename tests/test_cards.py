@@ -23,8 +23,8 @@ torch = pytest.importorskip("torch")
 DEMOS = [("a great film", "positive"), ("dull", "negative")]
 KINDS = {
     "distiller": {},
-    "one chunk a demonstration": {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "data.max_demo_tokens": 30},
-    "mean": {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 1, "data.max_demo_tokens": 30},
+    "one chunk a demonstration": {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
+    "mean": {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
     "soft prompt": {"prefix.kind": "soft_prompt"},
 }
 
@@ -89,7 +89,7 @@ def assert_same_scores(llm, prefix, template, logits):
     np.testing.assert_allclose(ours, logits[0, -1].log_softmax(-1).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["space", "newline", "qa"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
@@ -105,7 +105,7 @@ def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, fol
     np.testing.assert_allclose(line.embeds, prefix.embeds, atol=1e-6)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["space", "newline", "qa"])
 def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, llm.params, stage="lm", **{"data.template": template})
     export.export(run, tmp_path / "out")

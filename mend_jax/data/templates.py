@@ -45,8 +45,15 @@ class Template(NamedTuple):
     def separator(self) -> str:
         """The text before every x and y. Raises UserError for a template that has more than that."""
         if not self.is_separator:
-            raise UserError(f"{self} is more than a separator: use `template` in the place of `separator`.")
+            raise UserError(
+                f"The template {self.name} is more than a separator: use `template` in the place of `separator`."
+            )
         return self.before
+
+    @property
+    def name(self) -> str:
+        """Its key in `TEMPLATES`; without one its texts."""
+        return next((name for name, known in TEMPLATES.items() if known == self), repr(tuple(self)))
 
 
 TEMPLATES = {  # by name: the choices of config.data.template

@@ -18,6 +18,7 @@ Each check raises `UserError`: one sentence that says what is wrong, where, and 
 """
 
 import dataclasses
+import logging
 
 import jax
 
@@ -27,6 +28,7 @@ from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.rows.windows import check_windows
+from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.families import DecoderConfig, from_hf_config
@@ -163,13 +165,27 @@ def check_method_llm(config, llm, method, tasks, mesh) -> None:
     resume.check_llm(path if colon and kind in KINDS else method.path, llm.path)
 
 
+def check_method_template(config, llm, method, tasks, mesh) -> None:
+    """What was trained reads the tasks with the template of its training (a warning)."""
+    del llm, tasks, mesh
+    trained, here = method.model.template, chosen(config.data.template)
+    if method.path and trained != here:
+        logging.warning(
+            "What was trained in %s read the template %s, and now reads %s, which lowers its scores: set --config.data.template=%s.",
+            method.path,
+            trained.name,
+            here.name,
+            trained.name,
+        )
+
+
 def check_method_items(config, llm, method, tasks, mesh) -> None:
     """The longest item of each task fits the LLM's window after the method's prefix."""
     del mesh
     check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
 
 
-EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_items)
+EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_template, check_method_items)
 
 
 def check_evaluation(config, llm, methods, tasks, mesh) -> None:
