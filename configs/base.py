@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
     loss.top_k = 64  # top_k_kl: the teacher's likeliest words that are compared
     loss.pred = 1.0  # weight of L_pred: finetuning only
     loss.clm = 0.0  # weight of L_CLM: pretraining only (and 1 in stage "lm")
+    loss.teacher_cache = ""  # a folder that keeps the teacher's predictions: a rerun of the same batches computes no teacher pass; "" keeps none
+    loss.teacher_top_k = 128  # teacher_cache: the likeliest words that are kept of each prediction; the mass of the rest is logged as teacher_lost
     loss.chunk = 256  # tokens whose (tokens, vocabulary) logits exist at one time
 
     c.data = data = ConfigDict()

@@ -21,6 +21,7 @@ from mend_jax.data.query import Query
 from mend_jax.models import int8
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES, Objective
 
+LEAST = 1e-9  # mass of the words that a `TopK` does not name, at least: of 0 there is no logarithm
 FORWARD_KL = Objective()  # `_chunk` has its gradient, written by hand
 
 
@@ -30,6 +31,38 @@ class Weights(NamedTuple):
     kd: jax.Array
     pred: jax.Array
     clm: jax.Array
+
+
+class TopK(NamedTuple):
+    """A teacher's predictions by their k likeliest words; the rest of the mass counts as spread evenly over all other words."""
+
+    words: jax.Array  # (..., k) int32
+    log_probs: jax.Array  # (..., k) float16 or float32, of the whole distribution
+    lost: jax.Array  # (...) float32: the mass of all other words
+
+    @classmethod
+    def of(cls, states, head, k: int, chunk: int) -> "TopK":
+        """Those of the LLM's states (M,D); the logits of `chunk` tokens exist at one time."""
+        M, D = states.shape
+        chunk = min(chunk, M)
+        parts = jnp.pad(states, ((0, -M % chunk), (0, 0))).reshape(-1, chunk, D)
+        found = jax.lax.map(lambda part: cls._of_chunk(int8.logits(head, part), k), parts)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:M], found)
+
+    @classmethod
+    def _of_chunk(cls, logits, k: int) -> "TopK":
+        top, words = jax.lax.top_k(logits, k)
+        log_probs = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        # As they are stored: a run that computes them and one that reads them see the same numbers.
+        log_probs = log_probs.astype(jnp.float16)
+        return cls(words, log_probs, jnp.maximum(1 - jnp.exp(log_probs.astype(jnp.float32)).sum(-1), 0))
+
+    def logits(self, vocab_size: int):
+        """(C,V) float32 logits whose softmax they are."""
+        others = jnp.log(jnp.maximum(self.lost, LEAST) / (vocab_size - self.words.shape[-1]))
+        dense = jnp.broadcast_to(others[:, None], (len(others), vocab_size))
+        rows = jnp.arange(len(others))[:, None]
+        return dense.at[rows, self.words].set(self.log_probs.astype(jnp.float32))
 
 
 def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
@@ -76,7 +109,7 @@ def head_loss(
 
     Args:
         states: (B,Q,D), the student's. Differentiated.
-        teacher_states: (B,Q,D), or None if every kd_weight is 0. Not differentiated.
+        teacher_states: (B,Q,D), or a `TopK` of (B,Q,k), or None if every kd_weight is 0. Not differentiated.
         head: (V,D), or an int8 `Table`. Differentiated only with `head_grad` (stage "lm", an array): no gradient is computed
             for a frozen head.
         targets: (B,Q) int32, the token each state predicts.
@@ -90,7 +123,7 @@ def head_loss(
     B, Q, D = states.shape
     M = B * Q
     weights = jnp.stack([kd_weight.reshape(M), ce_weight.reshape(M)])
-    teacher = None if teacher_states is None else jax.lax.stop_gradient(teacher_states).reshape(M, D)
+    teacher = jax.tree.map(lambda a: jax.lax.stop_gradient(a).reshape(M, *a.shape[2:]), teacher_states)
     head = head if head_grad else jax.lax.stop_gradient(head)
     how = _How(min(chunk, M), head_grad, objective)
     loss, kd, ce = _flat_loss(how, states.reshape(M, D), head, teacher, targets.reshape(M), weights)
@@ -151,7 +184,7 @@ def _forward(how, with_grad, states, head, teacher, targets, weights):
     def body(i, carry):
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk)
-        teacher_rows = None if teacher is None else teacher[rows]
+        teacher_rows = jax.tree.map(lambda a: a[rows], teacher)
         weight = take(weights, axis=1)
         value, kd, ce, row_grad, logit_grad = one_chunk(
             states[rows], head, teacher_rows, take(targets), weight, with_grad
@@ -198,7 +231,7 @@ def _chunk(states, head, teacher, targets, weights, with_grad):
     if teacher is None:
         kd = jnp.zeros_like(ce)
     else:
-        teacher_logits = int8.logits(head, teacher)
+        teacher_logits = _teacher_logits(head, teacher)
         teacher_log_z = jax.nn.logsumexp(teacher_logits, axis=-1)
         p_teacher = jnp.exp(teacher_logits - teacher_log_z[:, None])
         kd = (p_teacher * (teacher_logits - logits)).sum(-1) - teacher_log_z + log_z
@@ -219,7 +252,7 @@ def _any_chunk(objective: Objective, states, head, teacher, targets, weights, wi
     """As `_chunk`, for any objective on logits, differentiated by JAX inside the chunk; the head gets no gradient."""
     kd_weight, ce_weight = weights
     counted = kd_weight + ce_weight > 0
-    teacher_logits = int8.logits(head, teacher)
+    teacher_logits = _teacher_logits(head, teacher)
 
     def value(states):
         logits = int8.logits(head, states)
@@ -233,6 +266,13 @@ def _any_chunk(objective: Objective, states, head, teacher, targets, weights, wi
         return total, kd, ce, None, None
     (total, (kd, ce)), state_grad = jax.value_and_grad(value, has_aux=True)(states)
     return total, kd, ce, state_grad, None
+
+
+def _teacher_logits(head, teacher):
+    """(C,V) float32, of states (C,D) or a `TopK` of (C,k)."""
+    if isinstance(teacher, TopK):
+        return teacher.logits((head.values if isinstance(head, int8.Table) else head).shape[0])
+    return int8.logits(head, teacher)
 
 
 def _mean_weights(mask):

@@ -93,7 +93,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         else:
             prefix = _prefix(model, params, llm_params, batch)
         student = llm.states(llm_params, prefix, query)
-        teacher = _teacher_states(llm, llm_params, batch, query) if weights.kd else None
+        teacher = _taught(llm, llm_params, batch) if weights.kd else None
         targets, head = llm.targets(query), llm.head(llm_params)
         return query_losses(student, teacher, head, targets, weights, config.loss.chunk, lm, mesh, shift, objective)
 
@@ -113,7 +113,7 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
             prefix = _nothing(llm, llm_params, query)
         else:
             prefix = _prefix(model, params, llm_params, batch)
-        states = llm.states(llm_params, prefix, query), _teacher_states(llm, llm_params, batch, query)
+        states = llm.states(llm_params, prefix, query), teacher_states(llm, llm_params, batch)
         rest = llm.head(llm_params), llm.targets(query), Weights(1.0, 0.0, 0.0), chunk
         return query_losses(*states, *rest, mesh=mesh, shift=_shift(llm))[1]["kd"]
 
@@ -282,8 +282,16 @@ def _one_after_another(query: Query) -> Query:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), query)
 
 
-def _teacher_states(llm, llm_params, batch, query):
-    """The LLM's states at the query after the demonstrations themselves; no gradient flows through them."""
+def _taught(llm, llm_params, batch):
+    """The teacher's states, or its predictions where the batch has them (run/teacher_cache.py)."""
+    if batch.teacher is None:
+        return teacher_states(llm, llm_params, batch)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]) if batch.query.tokens.ndim == 3 else a, batch.teacher)
+
+
+def teacher_states(llm, llm_params, batch):
+    """(B*R,Q,D): the LLM's states at the queries after the demonstrations themselves; no gradient flows through them."""
+    query = _one_after_another(batch.query)
     demos, length = batch.demos, batch.demos_length
     if batch.teacher_demos is not None:  # the LLM's own tokens; with release_truncation a longer context
         demos, length = batch.teacher_demos, batch.teacher_demos_length

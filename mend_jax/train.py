@@ -33,6 +33,7 @@ from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.run.layout import make_layout
 from mend_jax.run.loop import Loop, is_finished, score_of
+from mend_jax.run.teacher_cache import TeacherCache, is_used
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
 
@@ -127,7 +128,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
     return Loop(
         config=config, workdir=workdir, checkpoints=checkpoints, score=score, layout=layout, start=start, state=state,
         window=reporting.Window(meta.get("window", ())), frozen=placed, compiled_step=compiled_step, evaluate=evaluate,
-        batches=batches,
+        batches=batches, teacher=TeacherCache(config, llm, layout) if is_used(config) else None,
     )  # fmt: skip
 
 

@@ -24,7 +24,15 @@ CHOICES = {
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),
 }
-PATHS = ("llm.path", "prefix.backbone", "prefix.start_from", "data.text", "data.tasks", "data.cache")
+PATHS = (
+    "llm.path",
+    "prefix.backbone",
+    "prefix.start_from",
+    "loss.teacher_cache",
+    "data.text",
+    "data.tasks",
+    "data.cache",
+)
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # for experiment.methods
 # (lowest, highest) of a number; those not listed are at least 1. A bound in NOT_REACHED is itself not allowed.
 RANGES = {

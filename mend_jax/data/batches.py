@@ -7,6 +7,7 @@ The rows of `bucket_window` batches are drawn together and sorted by length, so 
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -39,6 +40,7 @@ class Batch:
     # The teacher's context: the same text in the LLM's own tokens or, with release_truncation, a longer text.
     teacher_demos: np.ndarray | None = None
     teacher_demos_length: np.ndarray | None = None
+    teacher: Any = None  # its predictions at the queries (losses.TopK), with loss.teacher_cache
 
 
 class Batches:

@@ -33,8 +33,9 @@ from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokeni
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.objectives import Objective
 from mend_jax.prefixes import KINDS, Kind, kind_of
-from mend_jax.run import reporting, resume, sharding
+from mend_jax.run import reporting, resume, sharding, teacher_cache
 from mend_jax.run.layout import batch_parts, check_batch_size
 from mend_jax.scoring.tasks import check_longest, check_truncation
 
@@ -98,6 +99,19 @@ def check_contrast(config, models: Models) -> None:
         )
 
 
+def check_teacher_cache(config, models: Models) -> None:
+    """What is cached of the teacher is what the loss reads, and one process computes all of it."""
+    del models
+    if not teacher_cache.is_used(config):
+        return
+    if Objective.of(config.loss).on_states:
+        raise UserError(
+            f'loss.objective="{config.loss.objective}" compares states, but loss.teacher_cache keeps predictions: set it to "".'
+        )
+    if jax.process_count() > 1:
+        raise UserError('loss.teacher_cache is for runs of one process: set it to "".')
+
+
 def check_files(config, models: Models) -> None:
     """The texts and tasks that the stage reads exist."""
     del models
@@ -108,7 +122,7 @@ def check_files(config, models: Models) -> None:
         find_tasks(config, "train")
 
 
-CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_contrast, check_files)
+CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_contrast, check_teacher_cache, check_files)
 
 
 def check_config(config, batch_size: str = "train.batch_size") -> None:

@@ -40,6 +40,9 @@ class Layout:
         Callable  # (train_step(state, llm_params, batch), state or its shapes) -> compiled; the state is donated
     )
     compile_loss: Callable  # f(params, llm_params, batch) -> f compiled, with means over the devices
+    compile_rows: (
+        Callable  # f(llm_params, batch) -> f compiled, whose result for each row is a numpy array; one process
+    )
     place: (
         sharding.Place | None
     )  # the place of a parameter that is loaded or made on the devices; None: whole on the first
@@ -128,6 +131,10 @@ def _pmap_layout() -> Layout:
     def compile_loss(function):
         return jax.pmap(lambda *args: average(function(*args)), axis_name=AXIS, in_axes=(0, None, 0))
 
+    def compile_rows(function):
+        compiled = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0))
+        return lambda *args: jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), compiled(*args))
+
     return Layout(
         init=lambda function, tree: place_state(function(tree)),
         place_state=place_state,
@@ -139,6 +146,7 @@ def _pmap_layout() -> Layout:
         shaped=lambda shapes: shapes,
         compile_step=compile_step,
         compile_loss=compile_loss,
+        compile_rows=compile_rows,
         place=None,
         share=(jax.process_index(), jax.process_count()),
         average=average,
@@ -177,6 +185,10 @@ def _mesh_layout(mesh: Mesh) -> Layout:
         placed = (sharding.shardings(state, mesh), everywhere)
         return jax.jit(on_mesh(step), donate_argnums=(0,), out_shardings=placed)
 
+    def compile_rows(function):
+        compiled = jax.jit(on_mesh(function), out_shardings=rows)
+        return lambda *args: jax.tree.map(np.asarray, compiled(*args))
+
     return Layout(
         init=init,
         place_state=place,
@@ -188,6 +200,7 @@ def _mesh_layout(mesh: Mesh) -> Layout:
         shaped=shaped,
         compile_step=compile_step,
         compile_loss=lambda function: jax.jit(on_mesh(function), out_shardings=everywhere),
+        compile_rows=compile_rows,
         place=sharding.placer(mesh),
         share=_share(rows),
         average=lambda tree: tree,  # XLA sees the whole batch

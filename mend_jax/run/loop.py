@@ -19,6 +19,7 @@ from mend_jax.run import distributed, reporting
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.layout import Layout, is_finite
+from mend_jax.run.teacher_cache import TeacherCache
 from mend_jax.step import TrainState
 
 
@@ -73,6 +74,7 @@ class Loop:
     compiled_step: Callable  # (state, frozen, batch) -> (state, metrics)
     evaluate: Callable  # params on the devices -> {name: value}
     batches: Batches
+    teacher: TeacherCache | None = None
 
     def run(self) -> int:
         """Trains to the end (returns 0) or until SIGTERM (75). SIGTERM may come at the end too: then nothing slow may follow."""
@@ -115,7 +117,10 @@ class Loop:
             batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:]),
         )
         facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
-        return self.layout.split(batch.replace(ids=None)), facts, ids
+        sent = self.layout.split(batch.replace(ids=None))
+        if self.teacher is not None:
+            sent, facts["teacher_lost"] = self.teacher.add(batch, sent, self.frozen, self.layout.split)
+        return sent, facts, ids
 
     def _dispatch(self, step, ready):
         batch, facts, ids = ready

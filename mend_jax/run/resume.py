@@ -48,6 +48,8 @@ def check_resume(workdir, config, finished: bool) -> None:
             continue
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
+        if name == "loss.teacher_cache" and bool(there) == bool(here):
+            continue  # what it holds is found by its content
         if name in DATA and there and here and not finished and "fingerprint" in recorded.get(name, {}):
             continue  # their path does not matter: `check_data` checks their content
         if name not in wanted and finished:
