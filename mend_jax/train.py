@@ -29,10 +29,11 @@ from mend_jax.cli.errors import UserError
 from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
 from mend_jax.run import build, checkpoint, checks, distributed, reporting, resume
+from mend_jax.run.best import is_finished, score_of
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.run.layout import make_layout
-from mend_jax.run.loop import Loop, is_finished, score_of
+from mend_jax.run.loop import Loop
 from mend_jax.run.teacher_cache import TeacherCache, is_used
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step

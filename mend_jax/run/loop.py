@@ -16,46 +16,12 @@ import jax
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batches
 from mend_jax.run import distributed, reporting
+from mend_jax.run.best import Score
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.layout import Layout, is_finite
 from mend_jax.run.teacher_cache import TeacherCache
 from mend_jax.step import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What an evaluation measures, by which the best checkpoint is chosen. `lines` are those of metrics.jsonl."""
-
-    name: str
-    maximize: bool
-
-    def bad_evaluations(self, lines) -> int:
-        """The number of evaluations since the best one."""
-        values = [line[self.name] for line in lines if self.name in line]
-        best = (max if self.maximize else min)(values, default=None)
-        return 0 if best is None else len(values) - 1 - values.index(best)
-
-    def best_text(self, lines) -> str:
-        """The best evaluation in words."""
-        evaluated = [line for line in lines if self.name in line]
-        if not evaluated:
-            return "never evaluated"
-        best = (max if self.maximize else min)(
-            evaluated, key=lambda line: line[self.name]
-        )  # the first of equals, as in the checkpoints
-        return f"best {self.name} {best[self.name]:.4f} at step {best['step']}"
-
-
-def score_of(config) -> Score:
-    """The score of a run's stage."""
-    return Score("dev_score", True) if config.stage == "finetune" else Score("validation_loss", False)
-
-
-def is_finished(config, workdir, step: int) -> bool:
-    """Whether a run whose newest checkpoint is that of `step` has nothing left to do: all steps, or no patience left."""
-    lines = [line for line in reporting.read_lines(Path(workdir) / reporting.METRICS) if line["step"] <= step]
-    return step >= config.train.steps or score_of(config).bad_evaluations(lines) >= config.train.patience
 
 
 @dataclasses.dataclass
