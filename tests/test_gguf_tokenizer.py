@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file gives the ids of the one that its metadata were written from."""
 
 import json
+import sys
 
 import pytest
 
@@ -93,6 +94,14 @@ def test_tokens_that_only_fill_the_table_are_left_out(tmp_path):
     ours = load_tokenizer(path)
     assert "[PAD300]" not in ours.get_vocab() and ours.get_vocab()["<think>"] == len(vocab) + 1
     assert ours.tokenize("a<think>b") == ["a", "<think>", "b"] and ours.all_special_tokens == []
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
+def test_what_transformers_need_not_know(name, tmp_path, monkeypatch):
+    """Its list of how texts are divided is newer than the package, and imports PyTorch in some versions."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.gguf_tokenizer_mapping", None)
+    describe, _ = described(name)
+    assert ids(load_tokenizer(header_alone(tmp_path / "model.gguf", describe)), ["a 12 bc"])
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2", "gpt2", "gemma3"])

@@ -68,15 +68,18 @@ def _byte_pieces(metadata: dict[str, Any], path) -> Tokenizer:
 
 def _divided(pre: str | None, path) -> pre_tokenizers.PreTokenizer:
     """How texts are divided into words. Raises UserError for an unknown name."""
+    if pre in GPT2_PRE + DIGIT_PRE:  # without transformers' list, which not every version has
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+            if pre in DIGIT_PRE
+            else words
+        )
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as splits
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in splits)
-    if pre in GPT2_PRE:
-        return byte_level
-    if pre in DIGIT_PRE:
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     if pre in splits:
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(splits[pre]), "isolated"), byte_level])
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(splits[pre]), "isolated"), pieces])
     known = ", ".join(sorted({*GPT2_PRE, *DIGIT_PRE, *splits}))
     raise UserError(f"{path} divides texts as {pre!r} does (tokenizer.ggml.pre), which is not supported: only {known}.")
 
