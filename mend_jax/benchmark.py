@@ -2,7 +2,8 @@
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
-    python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469
+    python -m mend_jax.benchmark step --llm=gpt2-xl --dtype=bfloat16 --batch_size=8 --up_to=64
+    python -m mend_jax.benchmark inference --llm=gpt2-large --demos=469,652
     python -m mend_jax.benchmark inference --against=pytorch --llm=SmolLM2-135M --items=40
     python -m mend_jax.benchmark objectives --batch_size=8
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
@@ -25,7 +26,7 @@ from mend_jax.measure.jax_side import CHUNK, Settings
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
 from mend_jax.measure.objectives import measure_objectives
 from mend_jax.measure.scoring import measure_scoring
-from mend_jax.measure.step import measure_step
+from mend_jax.measure.step import measure_largest, measure_step
 from mend_jax.models.families import DecoderConfig
 from mend_jax.run.files import write_report
 
@@ -46,7 +47,7 @@ def benchmark(
     attention: Literal["auto", "xla", "cudnn"] = "auto",
     remat=False,
     weights: Literal["full", "int8"] = "full",
-    demos=900,
+    demos="900",
     vectors=100,
     query=0,
     target=0,
@@ -55,6 +56,7 @@ def benchmark(
     items=16,
     options=3,
     no_pytorch=False,
+    up_to=0,
     query_head=False,
     against: Literal["icl", "pytorch"] = "icl",
     tasks="",
@@ -75,7 +77,7 @@ def benchmark(
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
         weights: the LLM's; "full" means in `dtype`.
-        demos: tokens of the demonstrations.
+        demos: tokens of the demonstrations; inference: several numbers separated by commas.
         vectors: number of vectors that the distiller makes.
         query: tokens of the query (inference: of its input x); 0 means 124 (inference 56, quantization 32, objectives 256).
         target: step: tokens of y, the query's end; inference: tokens of each option; 0 means 4 (inference 3, quantization 16).
@@ -84,6 +86,8 @@ def benchmark(
         items: inference: test items of the task.
         options: inference: answers of each item.
         no_pytorch: step: measure our side alone.
+        up_to: step: measure our side alone, from --batch_size on with twice as many sequences each time, up to this number, until
+            memory is full or tokens/s grow by less than 5%; the figures are those of the fastest. 0: --batch_size alone.
         query_head: PyTorch also applies the head only at the query (inference: at the options), which the release does not.
         against: inference: "icl" compares MEND with Vanilla ICL; "pytorch" compares our scoring of items after a cached prefix
             of demonstrations with a plain PyTorch loop. The latter takes its lengths from --demos, --query, --options and
@@ -98,6 +102,15 @@ def benchmark(
     arguments = SimpleNamespace(**locals(), lengths_given=bool(query))
     arguments.query = query or DEFAULTS[what]["query"]
     arguments.target = target or DEFAULTS[what]["target"]
+    arguments.lengths = _lengths(demos)
+    arguments.demos = arguments.lengths[0]
+    arguments.no_pytorch = no_pytorch or bool(up_to)
+    if len(arguments.lengths) > 1 and (what != "inference" or against == "pytorch"):
+        raise UserError(f"--demos={demos}: only `inference` against in-context learning measures several lengths.")
+    if up_to and what != "step":
+        raise UserError(f"--up_to={up_to} is of `step`: {what} measures the --batch_size that it is given.")
+    if up_to and up_to < batch_size:
+        raise UserError(f"--up_to={up_to} is less than --batch_size={batch_size}: give at least as many.")
     if out and not Path(out).expanduser().absolute().parent.is_dir():
         raise UserError(f"The folder of --out={out} does not exist: create it, or name another file.")
     if what == "quantization":
@@ -107,7 +120,7 @@ def benchmark(
     elif what == "inference" and against == "pytorch":
         report, text, same = measure_against_pytorch(arguments)
     else:
-        measured = {"step": measure_step, "inference": measure_inference}[what]
+        measured = {"step": measure_largest if up_to else measure_step, "inference": measure_inference}[what]
         report, text, same = measured(arguments, settings_of(arguments))
     print(text)
     if out:
@@ -153,6 +166,14 @@ def settings_of(arguments) -> Settings:
         raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {llm.family}: name another.")
     shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
     return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
+
+
+def _lengths(demos: str) -> list[int]:
+    """The numbers of --demos, ascending."""
+    words = [word.strip() for word in demos.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--demos={demos} is not a number of tokens, or several separated by commas: give some.")
+    return sorted({int(word) for word in words})
 
 
 def _check_sizes(arguments) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,67 @@ def test_step_command_without_pytorch(folder, capsys, monkeypatch):
     assert "PyTorch" not in capsys.readouterr().out
 
 
+def test_step_command_with_as_many_sequences_as_pay(folder, capsys):
+    out = folder / "step.json"
+    arguments = [f"--llm={folder}", f"--distiller={folder}", *TINY, "--batch_size=1", f"--out={out}"]
+    assert command("step", *arguments, "--up_to=2") == 0
+    report = json.loads(out.read_text())
+    assert [one["rows"] for one in report["tried"]] == [1, 2] and list(report["sides"]) == ["MEND-JAX"]
+    best = max(report["tried"], key=lambda one: one["tokens_per_second"])
+    assert report["settings"]["rows"] == best["rows"]
+    assert report["sides"]["MEND-JAX"]["seconds"] == best["seconds"]
+    assert report["model_flops"]["total"] == costs.step(LLM, LLM, best["rows"], *SIZES[3:])["total"]
+    assert "memory full" not in capsys.readouterr().out
+
+
+def tried(*speeds):
+    """What was tried, from one row on: tokens/s, or None where the memory was full."""
+    return [
+        {"rows": 2**i, "out_of_memory": "full"} if speed is None else {"rows": 2**i, "seconds": 1.0, "tokens_per_second": speed}
+        for i, speed in enumerate(speeds)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "rows"),
+    [
+        ([], 1),
+        (tried(100), 2),
+        (tried(100, 190), 4),
+        (tried(100, 104), 0),  # not worth it
+        (tried(100, 190, None), 0),  # memory is full
+        (tried(100, 190, 380, 760), 0),  # as many as asked for
+        ([{"rows": 6, "out_of_memory": "full"}], 3),  # the first do not fit
+        ([{"rows": 6, "out_of_memory": "full"}, {"rows": 3, "seconds": 1.0, "tokens_per_second": 9}], 0),
+        ([{"rows": 1, "out_of_memory": "full"}], 0),
+    ],
+)
+def test_how_many_sequences_are_tried_next(before, rows):
+    assert benchmark_step.next_rows(before, 1, 8) == rows
+
+
+class Full(StepSide):
+    """A device whose memory holds two rows."""
+
+    def run(self):
+        if self.settings.rows > 2:
+            jax.tree.map(lambda array: array.delete(), self.state)  # a step that fails has taken them
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. More follows.")
+        return super().run()
+
+
+@pytest.mark.parametrize(("first", "rows"), [(1, [1, 2, 4]), (8, [8, 4, 2])])
+def test_a_full_memory_ends_the_trying(first, rows, folder, monkeypatch):
+    monkeypatch.setattr(benchmark_step, "StepSide", Full)
+    monkeypatch.setattr(benchmark_step, "GROWTH", 0.0)
+    arguments = SimpleNamespace(repeats=1, up_to=64, out="", llm="tiny", distiller="tiny", query_head=False)
+    report, text, _ = benchmark_step.measure_largest(arguments, dataclasses.replace(SETTINGS, rows=first))
+    assert [one["rows"] for one in report["tried"]] == rows and report["settings"]["rows"] <= 2
+    full = next(one for one in report["tried"] if "out_of_memory" in one)
+    assert "Out of memory while trying to allocate 9 bytes" in full["out_of_memory"] and "More" not in str(full)
+    assert "memory full" in text
+
+
 def test_inference_command(folder, capsys):
     out = folder / "inference.json"
     arguments = ["inference", f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=3", f"--out={out}"]
@@ -211,6 +273,19 @@ def test_inference_command(folder, capsys):
     assert icl["cache_bytes"] == 5 * mend["cache_bytes"] and mend["store_bytes"] == 4 * 16 * 4
     assert report["same"]["largest_difference"] < 1e-3
     assert "cached: " in capsys.readouterr().out
+
+
+def test_inference_at_several_lengths(folder, capsys):
+    out = folder / "inference.json"
+    arguments = [f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=2", f"--out={out}", "--demos=20,10"]
+    assert command("inference", *arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["demos"] for row in rows] == 4 * [10, 20]
+    for row in rows:
+        settings = dataclasses.replace(SETTINGS, distiller=LLM.headless, demos=row["demos"])
+        expected = benchmark_inference.inference_flops(settings, row["method"], row["reuse"], 2, 3)
+        assert row["task_flops"] == expected["task_flops"]
+    assert capsys.readouterr().out.count("K/V cache MB") == 2
 
 
 AGAINST = ["inference", "--against=pytorch", "--items=3", "--repeats=1"]
@@ -300,6 +375,11 @@ def test_step_command_of_an_encoder_decoder(folder, capsys):
         (["quantization", "--demos=1000"], "window"),
         (["quantization", "--weights=int4"], "--weights must be one of full, int8"),
         (["step", "--demos=1000"], "window"),
+        (["step", "--demos=many"], "--demos=many is not a number of tokens"),
+        (["step", "--demos=20,30"], "only `inference`"),
+        (["step", "--batch_size=4", "--up_to=2"], "--up_to=2"),
+        (["inference", "--up_to=2"], "--up_to=2 is of `step`"),
+        (["inference", "--demos=10,980"], "window"),
         (["inference", "--demos=980"], "window"),
         (["step", "--query=4"], "--target=4"),
         (["step", "--batch_size=0"], "--batch_size=0"),

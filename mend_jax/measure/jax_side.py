@@ -3,8 +3,10 @@
 Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D width, V vocabulary.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import math
 import time
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 LEARNING_RATE, STEPS, CLIP, CHUNK = 5e-5, 30_000, 1.0, 512
 LLM_SEED, DISTILLER_SEED, BATCH_SEED = 1, 2, 3
 PAPERS_OBJECTIVE = {"objective": "forward_kl", "temperature": 1.0, "mix": 0.5, "top_k": 64}
+DRAWS = 16  # parts of a tensor that are drawn at the same time, each by a generator of its own
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between two computations that must agree
 
 
@@ -59,15 +62,26 @@ class Item(NamedTuple):
 
 
 def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool = False) -> dict:
-    """A model's tree of random weights (NumPy) on GPT-2's scale, including biases and norms, in `dtype` or in 8 bits."""
-    random = np.random.default_rng(seed)
+    """A model's tree of random weights (NumPy) on GPT-2's scale, including biases and norms, in `dtype` or in 8 bits.
+
+    They do not depend on the number of cores, which share the work: one would draw for minutes at 7B parameters.
+    """
+    generators = np.random.default_rng(seed).spawn(DRAWS)
 
     def tensor(entry):
-        values = random.standard_normal(entry.shape, np.float32) * np.float32(0.02)
-        return values + 1 if entry.path[-1] == "scale" else values
+        mean = float(entry.path[-1] == "scale")
+        values = np.empty(math.prod(entry.shape), np.float32)
+        list(pool.map(draw, generators, np.array_split(values, DRAWS), [mean] * DRAWS))
+        return values.reshape(entry.shape)
 
-    table = key_table(config)
-    return from_tensors(((name, tensor(entry)) for name, entry in table.items()), config, dtype, int8)
+    def draw(random, part, mean):
+        random.standard_normal(out=part, dtype=np.float32)
+        part *= np.float32(0.02)
+        part += np.float32(mean)
+
+    with concurrent.futures.ThreadPoolExecutor(DRAWS) as pool:
+        table = key_table(config)
+        return from_tensors(((name, tensor(entry)) for name, entry in table.items()), config, dtype, int8)
 
 
 def distiller_params(settings: Settings) -> dict:
@@ -177,13 +191,27 @@ class StepSide(Side):
     def __init__(self, settings: Settings):
         super().__init__(settings)
         config = step_config()
-        distiller, optimizer = self.make_distiller(), make_optimizer(config)
-        self.batch = step_batch(settings)
-        step = make_train_step(config, make_loss_fn(config, self.llm, distiller), optimizer)
-        self.state = jax.jit(init_state, static_argnums=1, donate_argnums=0)(distiller.params, optimizer)
-        chunks = -(-settings.rows * settings.query // CHUNK)
-        self.flops = costs.count_products(step, self.state, self.llm.params, self.batch, while_trips=chunks)
-        self.step = jax.jit(step, donate_argnums=0)
+        self.distiller, self.optimizer = self.make_distiller(), make_optimizer(config)
+        self.train_step = make_train_step(config, make_loss_fn(config, self.llm, self.distiller), self.optimizer)
+        self.step = jax.jit(self.train_step, donate_argnums=0)
+        self.state = self._fresh_state(self.distiller.params)
+        self._read_batch()
+
+    def resize(self, rows: int) -> None:
+        """From now on steps have `rows` rows. The weights stay, and the trained ones begin anew if a step that failed took them."""
+        self.settings = dataclasses.replace(self.settings, rows=rows)
+        if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
+            self.state = self._fresh_state(self.make_distiller().params)
+        self.__dict__.pop("compiled", None)
+        self._read_batch()
+
+    def _fresh_state(self, params):
+        return jax.jit(init_state, static_argnums=1, donate_argnums=0)(params, self.optimizer)
+
+    def _read_batch(self) -> None:
+        self.batch = step_batch(self.settings)
+        chunks = -(-self.settings.rows * self.settings.query // CHUNK)
+        self.flops = costs.count_products(self.train_step, self.state, self.llm.params, self.batch, while_trips=chunks)
 
     @functools.cached_property
     def compiled(self):
@@ -215,17 +243,23 @@ class InferenceSide(Side):
     def __init__(self, settings: Settings, method: str, reuse: bool, items: int, options: int):
         super().__init__(settings)
         self.reuse, self.distiller = reuse, self.make_distiller() if method == "mend" else None
+        self.make_prefix = jax.jit(self._prefix)
+        self.reread = jax.jit(self._reread)
+        self.count, self.options = items, options
+        self.resize(settings.demos)
+
+    def resize(self, demos: int) -> None:
+        """From now on the task has demonstrations of `demos` tokens, and other items."""
+        settings = self.settings = dataclasses.replace(self.settings, demos=demos)
         random = np.random.default_rng(BATCH_SEED)
         vocabulary = min(settings.llm.vocab_size, settings.distiller.vocab_size)
 
         def draw(count):
             return random.integers(0, vocabulary, count).tolist()
 
-        self.demos = jnp.asarray([draw(settings.demos)], jnp.int32)
-        self.items = [Item(draw(settings.query), [draw(settings.target) for _ in range(options)]) for _ in range(items)]
-        self.make_prefix = jax.jit(self._prefix)
-        self.reread = jax.jit(self._reread)
-        self.cache = None
+        self.demos, self.cache = jnp.asarray([draw(demos)], jnp.int32), None
+        options = range(self.options)
+        self.items = [Item(draw(settings.query), [draw(settings.target) for _ in options]) for _ in range(self.count)]
 
     def once(self) -> float:
         """Seconds of a task's one-time work: the prefix and its keys and values; 0 without reuse."""

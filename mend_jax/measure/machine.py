@@ -21,7 +21,12 @@ from mend_jax.cli.errors import UserError
 # Puts large arrays in huge pages, as launch/environment.sh does: a step allocates and frees gigabytes, page by page. glibc
 # reads it when a process starts; every side gets it.
 TUNABLES = "glibc.malloc.hugetlb=1"
+FULL = ("RESOURCE_EXHAUSTED", "out of memory")  # what JAX and PyTorch say where a device's memory does not suffice
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+class OutOfMemory(UserError):
+    """A side needs more memory than its device has."""
 
 
 class Worker:
@@ -47,6 +52,8 @@ class Worker:
             ) from None
         if kind == "mistake":
             raise UserError(value)
+        if kind == "memory":
+            raise OutOfMemory(f"The device's memory is full ({value}): choose a smaller --batch_size or --llm.")
         if kind == "error":
             raise RuntimeError(f"in the benchmark's process:\n{value}")
         return value
@@ -76,8 +83,16 @@ def _serve(pipe, side, args) -> None:
             pipe.send(("value", getattr(instance, name)(*call_args)))
         except UserError as mistake:
             pipe.send(("mistake", str(mistake)))
-        except Exception:
-            pipe.send(("error", traceback.format_exc()))
+        except Exception as error:
+            pipe.send(_described(error))
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """("memory", its sentence) for a device's full memory, ("error", the trace) for all else."""
+    text = " ".join(str(error).split())
+    if any(words in text for words in FULL):
+        return "memory", text.split(". ")[0].rstrip(".")[:200]
+    return "error", "".join(traceback.format_exception(error))
 
 
 def cores() -> int:

@@ -1,5 +1,6 @@
 """The MEND train step against the same computation in PyTorch: seconds, memory, share of the machine's peak."""
 
+import dataclasses
 import importlib.util
 
 from mend_jax.cli.errors import UserError
@@ -8,7 +9,10 @@ from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
 from mend_jax.measure.jax_side import TOLERANCE, Settings, StepSide, check_window, start_report
 from mend_jax.models.families import DecoderConfig
+from mend_jax.run.files import write_report
 from mend_jax.scoring import costs
+
+GROWTH = 1.05  # `measure_largest`: twice the rows must give so many times the tokens/s for more to be tried
 
 
 def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
@@ -18,9 +22,7 @@ def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
     decoders = isinstance(settings.llm, DecoderConfig) and isinstance(settings.distiller, DecoderConfig)
     if not decoders and not arguments.no_pytorch:
         raise UserError("PyTorch's side only has decoder-only models: give --no_pytorch too.")
-    check_window("teacher", settings.demos + settings.query, settings.llm)
-    check_window("student", settings.vectors + settings.query, settings.llm)
-    check_window("distiller", settings.demos + settings.vectors, settings.distiller)
+    check_windows(settings)
     report = start_report(arguments, settings)
     pytorch_side = None if arguments.no_pytorch else _pytorch_side()
     sides = {"MEND-JAX": measure.Worker(StepSide, settings)}
@@ -28,28 +30,105 @@ def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
         if pytorch_side is not None:
             sides["PyTorch"] = measure.Worker(pytorch_side, settings, arguments.query_head)
         runs, memory = _interleave(sides, arguments.repeats)
-        report["sides"] = {
-            name: {**worker.call("description"), "matmul_flops": worker.call("matmul_flops")}
-            for name, worker in sides.items()
-        }
+        speeds = {name: worker.call("matmul_flops") for name, worker in sides.items()}
+        described = {name: worker.call("description") for name, worker in sides.items()}
     finally:
         for worker in sides.values():
             worker.close()
+    _add_figures(report, arguments, settings, described, speeds, runs, memory)
+    return report, step_text(report), report["same"]["yes"]
+
+
+def measure_largest(arguments, settings: Settings) -> tuple[dict, str, bool]:
+    """(report, its text, True) for our side with as many rows as pay: from `settings.rows` on they are doubled, up to
+    `arguments.up_to`, until the memory is full or the tokens/s grow by less than GROWTH (halved, if the first do not fit).
+
+    The report is that of the rows with the most tokens/s; "tried" has all that were tried. With `arguments.out` it is written after
+    each, so that a command that is stopped leaves what it has measured. Raises OutOfMemory if not even one row fits.
+    """
+    check_windows(settings)
+    tried, best, speeds = [], None, None
+    with measure.Worker(StepSide, settings) as worker:
+        sides = {"MEND-JAX": worker}
+        while rows := next_rows(tried, settings.rows, arguments.up_to):
+            if tried:
+                worker.call("resize", rows)
+            settings = dataclasses.replace(settings, rows=rows)
+            report = start_report(arguments, settings)
+            try:
+                runs, memory = _interleave(sides, arguments.repeats)
+            except measure.OutOfMemory as full:
+                tried.append({"rows": rows, "out_of_memory": str(full)})
+                continue
+            speeds = speeds or {"MEND-JAX": worker.call("matmul_flops")}
+            described = {"MEND-JAX": worker.call("description")}
+            _add_figures(report, arguments, settings, described, speeds, runs, memory)
+            tried.append(_in_short(report))
+            best = max((best or report, report), key=_speed)
+            if arguments.out:
+                write_report(arguments.out, best | {"tried": tried})
+    if best is None:
+        raise measure.OutOfMemory(tried[-1]["out_of_memory"])
+    return best | {"tried": tried}, f"{step_text(best)}\n\n{tried_text(tried)}", True
+
+
+def next_rows(tried: list[dict], first: int, most: int) -> int:
+    """The number of rows that `measure_largest` tries after those of `tried`; 0: no more."""
+    if not tried:
+        return first
+    fitting, last = [one for one in tried if "seconds" in one], tried[-1]
+    if not fitting:
+        return last["rows"] // 2
+    if len(fitting) < len(tried):
+        return 0
+    slow = len(fitting) > 1 and last["tokens_per_second"] < GROWTH * fitting[-2]["tokens_per_second"]
+    return 0 if slow or 2 * last["rows"] > most else 2 * last["rows"]
+
+
+def check_windows(settings: Settings) -> None:
+    """Raises UserError if the step's sequences are longer than its models' windows."""
+    check_window("teacher", settings.demos + settings.query, settings.llm)
+    check_window("student", settings.vectors + settings.query, settings.llm)
+    check_window("distiller", settings.demos + settings.vectors, settings.distiller)
+
+
+def _add_figures(report: dict, arguments, settings: Settings, described: dict, speeds: dict, runs: dict, memory: dict):
+    """Adds the figures of all sides to a report: of what `description` and `matmul_flops` say, of their runs and memory."""
     sizes = (settings.llm, settings.distiller, settings.rows, settings.demos, settings.query, settings.vectors)
+    report["sides"] = {name: side | {"matmul_flops": speeds[name]} for name, side in described.items()}
     report["model_flops"] = costs.step(*sizes, 0 if isinstance(settings.llm, DecoderConfig) else settings.target)
-    release = None
-    if not arguments.no_pytorch:
-        release = report["model_flops"]["total"] if arguments.query_head else costs.release_step(*sizes)
-    report["machine"]["matmul_flops"] = max(side["matmul_flops"] for side in report["sides"].values())
-    tokens = settings.rows * (settings.demos + settings.query)
+    report["machine"]["matmul_flops"] = max(speeds.values())
+    ours, tokens = report["model_flops"]["total"], settings.rows * (settings.demos + settings.query)
     for name, side in report["sides"].items():
-        flops = release if name == "PyTorch" else report["model_flops"]["total"]
-        side |= _step_figures(runs[name], tokens, flops, report["machine"]["matmul_flops"]) | memory[name]
+        flops = costs.release_step(*sizes) if name == "PyTorch" and not arguments.query_head else ours
+        side |= _step_figures(runs[name], tokens, flops, max(speeds.values())) | memory[name]
     report["same"] = compare_losses(runs, TOLERANCE[settings.dtype])
     if len(runs) == 2:
         report["ratio"] = report["sides"]["PyTorch"]["seconds"] / report["sides"]["MEND-JAX"]["seconds"]
     report["mfu"] = model_flops_utilisation(report, settings.dtype)
-    return report, step_text(report), report["same"]["yes"]
+
+
+def _speed(report: dict) -> float:
+    return report["sides"]["MEND-JAX"]["tokens_per_second"]
+
+
+def _in_short(report: dict) -> dict:
+    """What is kept of each number of rows that was tried."""
+    side, mfu = report["sides"]["MEND-JAX"], report["mfu"]
+    found = {name: side[name] for name in ("seconds", "tokens_per_second", "peak_bytes")}
+    return {"rows": report["settings"]["rows"], **found, "mfu": mfu and mfu["share"]["MEND-JAX"]}
+
+
+def tried_text(tried: list[dict]) -> str:
+    """What `measure_largest` tried, for a terminal."""
+    rows = [["rows", "seconds per step", "tokens/s", "peak memory, GB", "utilisation"]]
+    for one in tried:
+        if "seconds" not in one:
+            rows.append([str(one["rows"]), "memory full", "", "", ""])
+            continue
+        cells = [f"{one['seconds']:.3f}", f"{one['tokens_per_second']:,.0f}", f"{one['peak_bytes'] / 1e9:.2f}"]
+        rows.append([str(one["rows"]), *cells, "" if one["mfu"] is None else f"{one['mfu']:.1%}"])
+    return columns(rows, left=0)
 
 
 def compare_losses(runs: dict, tolerance: float) -> dict:
