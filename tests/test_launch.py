@@ -12,6 +12,7 @@ import pytest
 from mend_jax.cli.command_line import ROOT
 
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", ".ci/run"]
+ALONE = ["launch/accelerator.sh"]  # see test_accelerator.py
 JOBS = [f"launch/{name}.sh" for name in ("local", "slurm", "kubernetes", "tpu_pod")]  # see test_launch_jobs.py
 PIP = """#!/bin/sh
 # Stands for the environment's Python: writes down what it is asked to do, installs nothing.
@@ -51,7 +52,7 @@ def launch(clone, script, *arguments, **environment):
     return process, [line for line in calls.read_text().splitlines() if not line.startswith(("-c", "- "))]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *JOBS, "launch/environment.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *ALONE, *JOBS, "launch/environment.sh"])
 def test_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
@@ -59,12 +60,12 @@ def test_parses(script):
 def test_shellcheck():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not there: pip install -r requirements-test.txt")
-    scripts = [*SCRIPTS, *JOBS, "launch/environment.sh"]
+    scripts = [*SCRIPTS, *ALONE, *JOBS, "launch/environment.sh"]
     found = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *JOBS])
+@pytest.mark.parametrize("script", [*SCRIPTS, *ALONE, *JOBS])
 def test_is_executable(script):
     assert os.access(ROOT / script, os.X_OK)
 
