@@ -34,6 +34,11 @@ class Objective(NamedTuple):
         return cls(loss.objective, Numbers(loss.temperature, loss.mix, loss.top_k))
 
     @property
+    def is_kl_of_teacher(self) -> bool:
+        """Whether its value is KL(teacher || student) in nats, which `recovered` is made of."""
+        return self.name == "forward_kl" and self.numbers.temperature == 1
+
+    @property
     def on_states(self) -> bool:
         return self.name in STATE_OBJECTIVES
 

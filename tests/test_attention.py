@@ -19,8 +19,6 @@ from mend_jax.models.attention import (
 from mend_jax.models.decoder import Decoder
 from mend_jax.models.families import DecoderConfig
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 def plain(q, k, v, span=0):
     length = q.shape[1]

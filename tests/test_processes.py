@@ -29,7 +29,7 @@ from mend_jax.scoring.tasks import Method
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 20
 CONFIG = """
 from configs import base
 
@@ -40,7 +40,7 @@ def get_config():
     c.data.k, c.data.max_text_tokens, c.data.max_demo_tokens, c.data.max_input_tokens = 4, 40, 32, 6
     c.data.demo_buckets, c.data.query_buckets, c.data.validation_items = (16, 32), (8,), 8
     c.optimizer.learning_rate, c.train.batch_size, c.train.steps = 1e-4, 8, {steps}
-    c.train.log_every, c.train.eval_every, c.train.save_every = 1, 20, 5
+    c.train.log_every, c.train.eval_every, c.train.save_every = 1, 10, 5
     c.evaluate.methods, c.evaluate.seeds, c.evaluate.batch_size = ("zero_shot", "icl"), (13, 21), 4
     return c
 """

@@ -64,7 +64,7 @@ def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):
 
 @pytest.mark.parametrize(
     ("stage", "kind"),
-    [("pretrain", "distiller"), ("finetune", "distiller"), ("finetune", "soft_prompt"), ("finetune", "chunked")],
+    [("pretrain", "distiller"), ("finetune", "soft_prompt"), ("finetune", "chunked")],
 )
 def test_a_run_writes_it(run, stage, kind, tmp_path, capsys, monkeypatch):
     """And shows how far each number of a validation is, here at every part of it."""

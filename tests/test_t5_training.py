@@ -55,7 +55,9 @@ def pair(request, tmp_path_factory):
         models.append(torch_model(fields))
         models[-1].save_pretrained(folders[-1])
         write_tokenizer(folders[-1], [f"w{i}" for i in range(COMMON["vocab_size"])])
-    return SimpleNamespace(llm=load_llm(folders[0]), folder=folders[0], backbone=folders[1], torch=models[0])
+    return SimpleNamespace(
+        name=request.param, llm=load_llm(folders[0]), folder=folders[0], backbone=folders[1], torch=models[0]
+    )
 
 
 def settings(pair, **fields):
@@ -82,6 +84,8 @@ METHODS = {  # stage, what is trained, L_distill, L_pred, L_CLM
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(pair, method):
+    if pair.name != "flan-t5-base to flan-t5-xl" and not method.startswith("MEND"):
+        pytest.skip("the methods differ in their losses alone: one pair shows it")
     stage, kind, *loss = METHODS[method]
     names = zip(("loss.kd", "loss.pred", "loss.clm"), loss, strict=True)
     c = settings(pair, **{"stage": stage, "prefix.kind": kind, "optimizer.learning_rate": 1e-2, **dict(names)})

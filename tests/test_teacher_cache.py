@@ -70,8 +70,7 @@ def _computes_nothing(self, frozen, batch):
     raise AssertionError("the teacher is computed")
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize(("family", "parallel"), [("gpt2", "mesh"), ("t5", "pmap")])
 @pytest.mark.slow
 def test_a_rerun_is_the_same_without_a_teachers_pass(family, parallel, tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "llm")
@@ -96,8 +95,6 @@ def test_a_rerun_is_the_same_without_a_teachers_pass(family, parallel, tmp_path,
     monkeypatch.setattr(TeacherCache, "__init__", without)
     assert train.train(config(folder, **FIELDS, **cache), tmp_path / "again") == 0
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (tmp_path / "first" / "metrics.jsonl").read_bytes()
-    other = {"loss.objective": "reverse_kl", "optimizer.learning_rate": 1e-4}
-    assert train.train(config(folder, **FIELDS, **cache, **other), tmp_path / "other") == 0
     with pytest.raises(AssertionError, match="is computed"):  # other draws
         train.train(config(folder, **FIELDS, **cache, seed=1), tmp_path / "seed")
 

@@ -27,6 +27,7 @@ from ml_collections.config_flags import config_flags
 
 from mend_jax.cli import compile_cache
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.imports import hide_pytorch
 from mend_jax.cli.settings import PATHS, check, check_choice, dotted_fields, nearest
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
@@ -46,6 +47,8 @@ def run(main, argv=None, several=False) -> None:
         argv: for tests; None means sys.argv.
         several: whether the command may run as several processes (distributed.py); other commands run as one.
     """
+    if argv is None and main.__module__ == "__main__":
+        hide_pytorch()
     code = _code_of(main, sys.argv if argv is None else argv, several)
     distributed.leave(code)
     sys.exit(code)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.imports import pytorch
 from mend_jax.models.families import FAMILIES, HEAD, Config, file_says_head, key_table
 from mend_jax.models.gguf.header import is_gguf, parts
 from mend_jax.models.gguf.tensors import open_part
@@ -265,7 +266,7 @@ def _open_safetensors(path: Path, files: contextlib.ExitStack):
 
 def _open_torch(path: Path):
     try:
-        import torch
+        torch = pytorch()
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert it to safetensors.") from None
     try:  # weights only: an arbitrary pickle could run code

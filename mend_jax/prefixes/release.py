@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.imports import pytorch
 from mend_jax.models import weights
 from mend_jax.models.families import Config
 
@@ -78,7 +79,7 @@ def write_release(distiller, path: str | Path) -> None:
         weights.write_file(tensors, path, metadata=None)
         return
     try:
-        import torch
+        torch = pytorch()
     except ImportError:
         raise UserError(f"Writing {path.name} needs PyTorch: pip install torch, or use the .safetensors.") from None
     content = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from mend_jax.cli.progress import Progress
 from mend_jax.data.batches import make_batches
 from mend_jax.data.bos import bos_token
@@ -12,6 +14,7 @@ from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
 from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
+from mend_jax.objectives import Objective
 from mend_jax.prefixes import kind_of
 from mend_jax.prefixes.kind import FROZEN
 from mend_jax.prefixes.start import embeddings_rms
@@ -126,13 +129,19 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
         }
     held_out = batches(config, llm, model, "validation", layout)
     parts = [held_out[i].replace(ids=None) for i in range(held_out.steps)]
-    compiled = layout.compile_loss(lambda *args: loss_fn(*args)[0])
-    loss = _values_of("validation_loss", compiled, layout, frozen, parts)
+
+    def loss_and_kd(*args):
+        loss, metrics = loss_fn(*args)
+        return jnp.stack([loss, metrics["kd"]])
+
+    losses = _values_of("validation_loss", layout.compile_loss(loss_and_kd), layout, frozen, parts)
     recovered = None if model is None else _recovered(config, llm, model, layout, frozen, parts)
+    has_kl = bool(config.loss.kd) and Objective.of(config.loss).is_kl_of_teacher  # the loss has computed it on the way
 
     def validation(params):
-        found = {"validation_loss": math.fsum(loss(params)) / len(parts)}
-        return found if recovered is None else found | {"recovered": recovered(params)}
+        loss, kd = zip(*losses(params), strict=True)
+        found = {"validation_loss": math.fsum(loss) / len(parts)}
+        return found if recovered is None else found | {"recovered": recovered(params, kd if has_kl else None)}
 
     return validation
 
@@ -146,7 +155,8 @@ def _recovered(config, llm, model, layout, frozen, parts):
 
 
 def _values_of(name, function, layout, frozen, parts):
-    """values(params on the devices) -> [float]: of a compiled function of (params, frozen params, batch), for each batch.
+    """values(params on the devices) -> [float, or list of float]: of a compiled function of (params, frozen params, batch), for
+    each batch.
 
     The user sees the progress under `name`.
     """
@@ -155,7 +165,7 @@ def _values_of(name, function, layout, frozen, parts):
         numbers = []
         with Progress(len(parts), "part", what=name, leave=False) as bar:
             for value in [function(params, frozen, layout.split(part)) for part in parts]:
-                numbers.append(float(layout.fetch(value)))
+                numbers.append(layout.fetch(value).tolist())
                 bar.update()
         return numbers
 

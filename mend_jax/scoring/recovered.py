@@ -22,16 +22,17 @@ from mend_jax.scoring.tasks import make_contexts
 
 
 def make_recovered(of_prefix: Callable, of_nothing: Callable) -> Callable:
-    """recovered(params) -> float, of two functions of params: the KLs of the held-out queries' batches, list of float.
+    """recovered(params, kd=None) -> float, of two functions of params: the KLs of the held-out queries' batches, list of float.
 
-    Without a prefix nothing depends on what is trained, so `of_nothing` is called once.
+    Without a prefix nothing depends on what is trained, so `of_nothing` is called once. `kd`: those of the prefix, if they are
+    known.
     """
     known = []
 
-    def recovered(params) -> float:
+    def recovered(params, kd=None) -> float:
         if not known:
             known.append(math.fsum(of_nothing(params)))
-        return 1 - math.fsum(of_prefix(params)) / known[0] if known[0] else 0.0
+        return 1 - math.fsum(kd or of_prefix(params)) / known[0] if known[0] else 0.0
 
     return recovered
 
