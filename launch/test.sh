@@ -16,4 +16,4 @@ fi
 
 install requirements-test.txt
 echo "== running the tests, two at a time"
-exec python -m pytest -n 2 --dist=loadfile "$@"
+exec python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder "$@" # in the order of tests/conftest.py

@@ -26,6 +26,17 @@ import pytest  # noqa: E402
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(60))]  # of the tiny models' tokenizer
 
 
+# The files that take minutes: they come first, so that none of them is left for one of two workers at the end.
+LONG = (
+    "test_end_to_end", "test_processes", "test_family_training", "test_t5_training", "test_train", "test_benchmark", "test_golden",
+    "test_int8", "test_scaling", "test_t5", "test_accelerator", "test_start", "test_attention",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     np.random.seed(0)

@@ -47,7 +47,7 @@ def run(main, argv=None, several=False) -> None:
         argv: for tests; None means sys.argv.
         several: whether the command may run as several processes (distributed.py); other commands run as one.
     """
-    if argv is None and main.__module__ == "__main__":
+    if several and argv is None:  # training and evaluation, which compute nothing with it
         hide_pytorch()
     code = _code_of(main, sys.argv if argv is None else argv, several)
     distributed.leave(code)

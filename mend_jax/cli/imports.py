@@ -1,7 +1,6 @@
 """PyTorch, which several libraries import wherever it is installed: two seconds of every start, for nothing."""
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Iterator
 
@@ -29,7 +28,9 @@ def hide_pytorch() -> None:
 def pytorch():
     """The module. Raises ImportError where it is not installed."""
     _show()
-    return importlib.import_module(NAME)
+    import torch
+
+    return torch
 
 
 def _show() -> None:
