@@ -65,6 +65,7 @@ def test_what_a_part_wrote_before_it_failed_is_kept(tmp_path):
     assert late["broken"]["state"] == FAILED and late["broken"]["result"] == [1]  # no time to try again
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path):
     child = (
         f"import time; open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(600)"

@@ -68,6 +68,7 @@ def test_heads_that_share_keys_and_values(length, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.slow
 def test_reading_after_a_shared_prefix_is_reading_on(groups):
     P, T, cut = 7, 5, 3
     keys = jax.random.split(jax.random.key(0), 5)
@@ -85,6 +86,7 @@ def test_reading_after_a_shared_prefix_is_reading_on(groups):
 
 
 @pytest.mark.parametrize("span", [3, BLOCK + 5, 2 * BLOCK + 40])
+@pytest.mark.slow
 def test_a_sliding_window(span):
     """Where all layers slide, and where a flag says whether this one does."""
     keys, length = jax.random.split(jax.random.key(span), 4), 2 * BLOCK + 40
@@ -146,6 +148,7 @@ def dense_after(q, keys, values, k, v, within, length, reach=None):
 @pytest.mark.parametrize("span", [None, 6])
 @pytest.mark.parametrize("shared", [True, False], ids=["one prefix", "a prefix for each row"])
 @pytest.mark.parametrize("T, P", [(9, 7), (BLOCK + 20, 40), (5, 2 * BLOCK + 30)])
+@pytest.mark.slow
 def test_values_and_gradients_after_a_prefix(shared, T, P, span):
     """With a window too, which the first tokens of an item look back through into the prefix, and the later ones do not."""
     arrays, within, length = after_prefix(shared, T, P)

@@ -91,6 +91,7 @@ def test_it_is_off_unless_asked_for_and_takes_a_position(plain, llm, folder):
 
 
 @pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.slow
 def test_states_behind_padded_prefixes(plain, llm, queries):
     """In training, of students and teachers alike, with one query or several behind each prefix."""
     width, lengths = llm.config.width, np.array([5, 0, 3])

@@ -91,6 +91,7 @@ def assert_same_scores(llm, prefix, template, logits):
 
 @pytest.mark.parametrize("template", ["space", "newline", "qa"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
     export.export(run, tmp_path / "out")
@@ -116,6 +117,7 @@ def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tm
 
 @pytest.mark.parametrize("bos", ["auto", "true"])
 @pytest.mark.parametrize("kind", ["distiller", "soft prompt", "lm"])
+@pytest.mark.slow
 def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, folders, tmp_path):
     """And what was trained behind a BOS is refused by an LLM that reads without, from the workdir and the export."""
     fields = {"stage": "lm"} if kind == "lm" else KINDS[kind]
@@ -143,6 +145,7 @@ def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, fo
 
 @pytest.mark.parametrize("join", ["concat", "mean"])
 @pytest.mark.parametrize("demos, tokens", [(1, 30), (3, 30), (16, 12), (16, 94)])
+@pytest.mark.slow
 def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp_path):
     """As texts and as ids, in chunks that demonstrations or that tokens fill."""
     fields = {

@@ -94,6 +94,7 @@ def test_concat_keeps_all_vectors_and_mean_their_mean(distiller):
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])
+@pytest.mark.slow
 def test_a_batch_is_what_its_rows_are_alone_and_padding_is_not_read(distiller, join):
     model = Chunked.around(distiller, join, chunk_demos=2, chunk_tokens=12)
     packing = Packing(model.width, 2, 9)
@@ -116,6 +117,7 @@ def task_of(count):
 
 @pytest.mark.parametrize("join, most", [("concat", 11), ("mean", 1000)])
 @pytest.mark.parametrize("count", [16, 64, 256])
+@pytest.mark.slow
 def test_any_number_of_demonstrations_makes_a_prefix_that_fits(folder, llm, distiller, join, most, count):
     """The LLM's window of 48 holds 11 chunks of 4 vectors beside a query; a mean needs but 4 positions."""
     c, model, task = config(folder), Chunked.around(distiller, join, 8, 16), task_of(count)
@@ -143,6 +145,7 @@ def test_texts_are_read_pair_by_pair(distiller):
     np.testing.assert_array_equal(model.distill(pairs).embeds, model.distill(ids).embeds)
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_distillers_workdir_and_is_read_back(folder, llm, tmp_path, monkeypatch):
     from tiny_training import RandomBatches
 

@@ -25,6 +25,7 @@ def compile_once(folder):
     return process.stderr
 
 
+@pytest.mark.slow
 def test_a_truncated_entry_is_said_once_and_written_again(tmp_path):
     assert compile_once(tmp_path) == ""
     [entry] = tmp_path.glob("jit__lambda*-cache")

@@ -159,6 +159,7 @@ prepared.prepare_text(tiny_config(Path({world!r}), "pretrain", processes=2), tok
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, tokenizer):
     """kill -9 while two processes work: what is there is whole, and the next run makes the rest."""
     for i in range(6):

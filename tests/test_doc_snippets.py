@@ -51,6 +51,7 @@ def run(document, places):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.slow
 def test_the_blocks_of_a_document_run(document, places, monkeypatch):
     monkeypatch.chdir(ROOT)
     run(document, places)

@@ -150,6 +150,7 @@ def test_a_cut_file_is_computed_again(config, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_predictions_of_something_else_are_not_used(config, models, tmp_path, monkeypatch, folder):
     """Another checkpoint, template or number of demonstrations, or edited data: computed anew, never mixed."""
     original, done = ev.evaluate_task, []
@@ -197,6 +198,7 @@ def test_seeds_that_ask_the_same_are_scored_once(config, models, tmp_path, monke
     assert one.read_text() == other.read_text()
 
 
+@pytest.mark.slow
 def test_shuffled_demonstrations_are_fresh_per_item_and_the_same_each_time(config, models, tmp_path):
     config.evaluate.methods, config.evaluate.limit = ("zero_shot", "icl", "mend=a/distiller"), 4
     ev.evaluate(config, tmp_path / "plain")

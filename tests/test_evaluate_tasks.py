@@ -61,6 +61,7 @@ def test_demonstrations_that_do_not_fit_are_left_out(config, llm):
         task_scoring.make_context(config, llm, icl, task)
 
 
+@pytest.mark.slow
 def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, tmp_path):
     """prefix.dtype is that of a trained distiller too, and its predictions are kept apart from float32's."""
     config.evaluate.methods, config.evaluate.seeds, config.evaluate.limit = ("mend=a/distiller",), (13,), 3
@@ -77,6 +78,7 @@ def test_test_and_dev_scores_have_one_precision(config, models, llm, distiller, 
     assert 0 < np.abs(prefixes[0].embeds - prefixes[2].embeds).max() < 0.2
 
 
+@pytest.mark.slow
 def test_dev_score_follows_the_params_without_compiling_again(config, llm, distiller):
     tasks = task_scoring.dev_tasks(config, llm, distiller)
     first = task_scoring.dev_score(config, llm, distiller, distiller.params, tasks)

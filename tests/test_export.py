@@ -131,6 +131,7 @@ def test_the_best_checkpoint_is_exported(workdir, exported):
 
 
 @pytest.mark.parametrize("projection", ["tanh", "linear", "identity"])
+@pytest.mark.slow
 def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backbone, tmp_path):
     """A batch of different lengths, in a process that cannot import anything of ours."""
     pytest.importorskip("torch")
@@ -355,6 +356,7 @@ def test_a_bin_that_is_no_weights_is_refused(tmp_path, llm, exported):
         mend_jax.load_distiller(tmp_path / "bad.bin", llm, backbone=exported)
 
 
+@pytest.mark.slow
 def test_the_command(workdir, tmp_path):
     command = [sys.executable, "-m", "mend_jax.export", f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

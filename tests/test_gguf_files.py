@@ -34,6 +34,7 @@ def file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_the_exported_folder_is_read_by_transformers(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weights, "SHARD_BYTES", 1 << 20)
     model = write_with_words(tmp_path / "model.gguf", name)

@@ -54,6 +54,7 @@ def test_losses(release, i):
 
 
 @pytest.mark.parametrize("i", range(4))
+@pytest.mark.slow
 def test_option_scores(release, i):
     llm, distiller, cases, _ = release
     case = cases[i]
@@ -68,6 +69,7 @@ def test_option_scores(release, i):
 
 @pytest.mark.parametrize("loss", ["pretrain", "finetune"])
 @pytest.mark.parametrize("i", range(4))
+@pytest.mark.slow
 def test_gradients(release, i, loss):
     """Through the very loss function that training differentiates; padding and a second row change nothing."""
     llm, distiller, cases, arrays = release

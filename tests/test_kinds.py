@@ -86,6 +86,7 @@ def test_what_a_new_kind_cannot_read_is_one_sentence(folder):
         training_losses(llm, made, [3, 4], [5], [6])
 
 
+@pytest.mark.slow
 def test_a_new_kind_trains_on_a_mesh(folder, tmp_path):
     """Its own parameters have no rule (run/sharding.py): they are whole on each of the 8 devices."""
     assert jax.device_count() == 8

@@ -233,6 +233,7 @@ def largest_array(jaxpr):
 
 
 @pytest.mark.parametrize("stage", ["finetune", "lm"])
+@pytest.mark.slow
 def test_no_float32_array_of_all_logits_lives_through_the_step(stage):
     traced = step_of(stage)
     assert largest_array(traced.jaxpr.jaxpr) < FORBIDDEN / 2

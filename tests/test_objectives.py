@@ -86,6 +86,7 @@ def test_the_gradient_by_hand_is_that_of_jax(arrays):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.slow
 def test_a_head_in_8_bits_and_no_teachers_gradient(arrays, name):
     states, teacher, head, *rest = arrays
     values, scale = int8.quantize(np.asarray(head), -1)

@@ -81,6 +81,7 @@ def test_padding_changes_no_vector(backbone, length):
     np.testing.assert_allclose(distiller.distill(demos).embeds, plain.embeds, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_losses_again_compile_nothing_and_padding_changes_nothing(backbone, llm):
     distiller = make_distiller(backbone)
     demos, x, y = context(18), [4, 5, 6], [7, 8]

@@ -50,6 +50,7 @@ def random_batch(queries=QUERIES) -> Batch:
     return Batch(demos, rng.integers(5, 13, ROWS, np.int32), query, None)
 
 
+@pytest.mark.slow
 def test_states_are_those_of_a_prefix_for_each_query(folder):
     llm, batch = load_llm(folder), random_batch()
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch.query)
@@ -92,6 +93,7 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("mode, accumulate", [(None, 1), (None, 2), *((mode, 1) for mode in parallel.MODES)])
+@pytest.mark.slow
 def test_the_update_is_that_of_a_row_for_each_query(folder, expected, mode, accumulate):
     state, metrics = update(folder, random_batch(), mode, accumulate)
     for name, value in expected[1].items():

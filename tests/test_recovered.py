@@ -34,6 +34,7 @@ def test_nothing_is_asked_once_and_the_share_is_of_sums():
     assert asked == [1.0]
 
 
+@pytest.mark.slow
 def test_the_demonstrations_recover_all_and_nothing_recovers_nothing(run):
     llm = load_llm(run.llm.path)
     shown, nothing = (KINDS[name].beside(llm) for name in ("demonstrations", "nothing"))
@@ -66,6 +67,7 @@ def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):
     ("stage", "kind"),
     [("pretrain", "distiller"), ("finetune", "soft_prompt"), ("finetune", "chunked")],
 )
+@pytest.mark.slow
 def test_a_run_writes_it(run, stage, kind, tmp_path, capsys, monkeypatch):
     """And shows how far each number of a validation is, here at every part of it."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0)

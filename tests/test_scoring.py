@@ -71,6 +71,7 @@ def prefixes(llm):
 
 
 @pytest.mark.parametrize("name", ["nothing", "demonstrations", "vectors", "padded vectors"])
+@pytest.mark.slow
 def test_scores_equal_rereading_everything(llm, name):
     prefix, items = prefixes(llm)[name], random_items(7)
     scores = score_items(llm, cache_prefix(llm, prefix), items, batch_size=4)

@@ -67,6 +67,7 @@ def test_same_seed_same_bytes_other_seed_other_tasks_in_the_same_language(tmp_pa
     assert not any("tokenizer" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_text_is_c4s_format(world):
     names = sorted(path.name for path in world.text.iterdir())
     assert names == [

@@ -33,6 +33,7 @@ def rms(x):
 
 @pytest.mark.parametrize("projection", ["identity", "linear", "tanh"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_first_vectors_are_as_large_as_embeddings(family, projection, tmp_path):
     folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
     llm, fields = load_llm(folder), {"prefix.backbone": folder, "prefix.projection": projection}
@@ -81,6 +82,7 @@ def test_more_layers_than_there_are(tmp_path):
     assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
 
 
+@pytest.mark.slow
 def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypatch, caplog):
     folder = model_folder(tmp_path / "llm")
     monkeypatch.setattr(build, "make_batches", RandomBatches)
@@ -119,6 +121,7 @@ FROZEN = {"prefix.train_embeddings": False, "train.eval_every": 2, "train.save_e
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "t5"])
+@pytest.mark.slow
 def test_embeddings_that_are_not_trained_are_left_to_the_llm(family, tmp_path, monkeypatch):
     folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
     monkeypatch.setattr(build, "make_batches", RandomBatches)
@@ -150,6 +153,7 @@ def _in_pytorch(out, folder, context, wanted):
     np.testing.assert_allclose(theirs.distill(context).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_train_the_rest_as_with_a_table_of_gradient_0(tmp_path, monkeypatch):
     """The first step's loss and the others' gradients do not depend on whether the table is trained."""
     folder = model_folder(tmp_path / "llm")
@@ -164,6 +168,7 @@ def test_frozen_embeddings_train_the_rest_as_with_a_table_of_gradient_0(tmp_path
     jax.tree.map(np.testing.assert_array_equal, saved[True], {**saved[False], "backbone": shared})
 
 
+@pytest.mark.slow
 def test_a_frozen_table_of_another_backbone_is_exported(tmp_path, monkeypatch):
     folder, other = model_folder(tmp_path / "llm"), model_folder(tmp_path / "other")
     monkeypatch.setattr(build, "make_batches", RandomBatches)
@@ -173,6 +178,7 @@ def test_a_frozen_table_of_another_backbone_is_exported(tmp_path, monkeypatch):
     np.testing.assert_array_equal(alone.distill([1, 2]).embeds, trained.distill([1, 2]).embeds)
 
 
+@pytest.mark.slow
 def test_a_distiller_with_frozen_embeddings_goes_on_and_is_bound_to_its_llm(tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "llm")
     monkeypatch.setattr(build, "make_batches", RandomBatches)

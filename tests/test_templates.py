@@ -244,6 +244,7 @@ def exported(tmp_path, llm, folders, kind, name):
         ("newline", "lm", "f8c4efdeff50618b"),
     ],
 )
+@pytest.mark.slow
 def test_separators_give_the_files_that_they_gave(name, kind, digest, llm, folders, tmp_path):
     """Card, settings and metadata."""
     _, out = exported(tmp_path, llm, folders, kind, name)
@@ -293,6 +294,7 @@ def test_the_exported_module_reads_queries_and_options(llm, folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.slow
 def test_prefixes_scores_and_losses_of_texts_are_those_of_their_tokens(name, llm, folders):
     template, read = TEMPLATES[name], llm.tokenizer
     x, y = (
