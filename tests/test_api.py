@@ -85,6 +85,7 @@ def test_training_losses_of_one_example(llm, distiller):
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])
+@pytest.mark.slow
 def test_training_losses_of_chunks(llm, distiller, join):
     """With "concat" the prefix is as long as its chunks are many, longer here than the demonstrations' 7 tokens."""
     chunked = mend_jax.Chunked.around(distiller, join, chunk_demos=1)
@@ -99,6 +100,7 @@ def test_training_losses_of_chunks(llm, distiller, join):
         mend_jax.training_losses(llm, chunked, [[1, 2], [3]], [4], [5])
 
 
+@pytest.mark.slow
 def test_training_losses_of_the_other_kinds(llm):
     config = base.get_config()
     config.prefix.length, config.data.template = 4, "newline"
@@ -112,6 +114,7 @@ def test_training_losses_of_the_other_kinds(llm):
         assert losses["kd"] > 1e-4 if model is not shown else losses["kd"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_llm(tiny_llm, distiller):
     llm = mend_jax.load_llm(tiny_llm, dtype="bfloat16")
     assert llm.params["embed"]["tokens"].dtype == jnp.bfloat16

@@ -42,6 +42,7 @@ def with_gradients(attention, q, k, v, out_grad):
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
+@pytest.mark.slow
 def test_values_and_gradients(length):
     arguments = inputs(length)
     for ours, theirs in zip(
@@ -52,6 +53,7 @@ def test_values_and_gradients(length):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", [0, 5, 2 * BLOCK + 40])
+@pytest.mark.slow
 def test_heads_that_share_keys_and_values(length, groups):
     """As with every shared head repeated: the gradient of a shared one is the sum over those that read it."""
     keys = jax.random.split(jax.random.key(length), 4)

@@ -104,6 +104,7 @@ def test_states_behind_padded_prefixes(plain, llm, queries):
 
 
 @pytest.mark.parametrize("demos", [[], [3, 4, 5]])
+@pytest.mark.slow
 def test_scores_of_options(plain, llm, demos):
     """Of nothing and of demonstrations before the query; up to the last position of the window, and no further."""
 

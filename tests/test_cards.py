@@ -107,6 +107,7 @@ def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, fol
 
 
 @pytest.mark.parametrize("template", ["space", "newline", "qa"])
+@pytest.mark.slow
 def test_the_snippet_of_an_llms_card_gives_our_scores(template, llm, folders, tmp_path):
     run = make_workdir(tmp_path / "run", llm, *folders, llm.params, stage="lm", **{"data.template": template})
     export.export(run, tmp_path / "out")

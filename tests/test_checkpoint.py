@@ -214,6 +214,7 @@ def test_reports_of_a_failed_save_to_a_closed_loop_are_not_printed(tmp_path, mon
 
 
 @pytest.mark.parametrize("room", [12, 60, 200])
+@pytest.mark.slow
 def test_really_full_disk_is_one_sentence(room, tmp_path):
     """Kilobytes left: too few for orbax to begin, to write its files, and for the second of two saves at once."""
     disk = tmp_path / "disk"

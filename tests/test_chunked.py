@@ -197,6 +197,7 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
             assert int(i) not in whole or whole[int(i)][: len(told)] == told
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_chunk(distiller):
     model = Chunked.around(distiller, "concat", chunk_demos=2, chunk_tokens=12)
     context = Packing(model.width, 2, 9).lay_out([np.asarray(d, np.int32) for d in demonstrations(6)])

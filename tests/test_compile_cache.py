@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from facts import states
 
 from mend_jax.cli.command_line import ROOT

@@ -90,6 +90,7 @@ def test_everything_equals_a_naive_evaluation(config, models, llm, tmp_path):
             assert entry["primary"] == ("macro_f1" if task.task == "colour" else "accuracy")
 
 
+@pytest.mark.slow
 def test_the_files_that_are_left(config, models, tmp_path, capsys):
     config.evaluate.methods = METHODS
     summary = ev.evaluate(config, tmp_path)
@@ -107,6 +108,7 @@ def test_the_files_that_are_left(config, models, tmp_path, capsys):
         assert text in table
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(config, models, tmp_path, monkeypatch, capsys):
     config.evaluate.methods = METHODS
     ev.evaluate(config, tmp_path / "whole")

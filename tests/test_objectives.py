@@ -151,6 +151,7 @@ def test_objectives_on_states_are_their_definitions(arrays):
 
 
 @pytest.mark.parametrize("name", STATE_OBJECTIVES)
+@pytest.mark.slow
 def test_gradients_on_states_are_right_and_padding_has_none(arrays, name):
     states, teacher, head, targets, *_ = arrays
     query = Query(targets, jnp.asarray([11, 6, 4]), jnp.asarray([3, 5, 1]))

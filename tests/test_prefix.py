@@ -61,6 +61,7 @@ def context(length, seed=0):
     return np.random.default_rng(seed).integers(0, 61, length).tolist()
 
 
+@pytest.mark.slow
 def test_distilling_again_compiles_nothing(backbone):
     one, other = make_distiller(backbone), make_distiller(backbone, seed=1)
     one.distill(context(17))
@@ -75,6 +76,7 @@ def test_distilling_again_compiles_nothing(backbone):
 
 
 @pytest.mark.parametrize("length", [3, 17, 67])
+@pytest.mark.slow
 def test_padding_changes_no_vector(backbone, length):
     distiller, demos = make_distiller(backbone), context(length)
     plain = distiller.apply(distiller.params, jnp.asarray([demos]), jnp.asarray([length]))

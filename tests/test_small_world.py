@@ -339,6 +339,7 @@ def test_an_unknown_name_is_told_the_names():
         get_config("huge")
 
 
+@pytest.mark.slow
 def test_the_packaged_llm_learns_in_context(world):
     """On unseen tasks the demonstrations are worth at least 25 points of accuracy."""
     import jax

@@ -60,6 +60,7 @@ def test_a_tanh_that_cannot_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_first_layers_are_those_of_the_backbone(family, tmp_path):
     folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
     llm = load_llm(folder)

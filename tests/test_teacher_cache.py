@@ -43,6 +43,7 @@ def kept(world, k):
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jensen_shannon", "top_k_kl"])
+@pytest.mark.slow
 def test_all_words_are_the_teacher_itself(world, objective):
     wanted = value_and_gradient(world, world[1], objective)
     found = value_and_gradient(world, kept(world, V), objective)
@@ -51,6 +52,7 @@ def test_all_words_are_the_teacher_itself(world, objective):
 
 
 @pytest.mark.parametrize("k", [2, 10, 30])
+@pytest.mark.slow
 def test_what_is_lost_bounds_the_change_of_the_gradient(world, k):
     """The gradient of a token's logits is student - teacher, so the states' changes by no more than that of the teacher's
     probabilities, times the head's largest row."""

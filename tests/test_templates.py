@@ -329,6 +329,7 @@ def test_separators_are_given_as_before(name, text, llm):
         )
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_what_is_between_in_its_encoder(tmp_path, world):
     folder = tokenizer_files.save_model_folder(tmp_path / "t5", "byte", tokenizer_files.T5, seed=1)
     t5, template = mend_jax.load_llm(folder), TEMPLATES["qa"]
