@@ -29,7 +29,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
 from mend_jax.run import build, checkpoint, checks, distributed, reporting, resume
-from mend_jax.run.best import is_finished, score_of
+from mend_jax.run.best import is_finished, lines_until, score_of
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.run.layout import make_layout
@@ -69,7 +69,7 @@ def _train(config, workdir):
         checks.check_workdir(workdir, config, bool(checkpoints.steps), finished)
         if finished:
             reporting.say(
-                f"This run is finished: {start} steps, {score.best_text(_lines(workdir, start))}. Nothing to do in {workdir}."
+                f"This run is finished: {start} steps, {score.best_text(lines_until(workdir, start))}. Nothing to do in {workdir}."
             )
         else:
             checks.check_config(config)
@@ -84,11 +84,6 @@ def _train(config, workdir):
         return 0
     finally:
         checkpoints.close()
-
-
-def _lines(workdir, step: int) -> list[dict]:
-    """The metrics up to a step."""
-    return [line for line in reporting.read_lines(workdir / reporting.METRICS) if line["step"] <= step]
 
 
 def _prepare_loop(config, workdir, checkpoints, score) -> Loop:

@@ -35,7 +35,12 @@ def score_of(config) -> Score:
     return Score("dev_score", True) if config.stage == "finetune" else Score("validation_loss", False)
 
 
+def lines_until(workdir, step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a step."""
+    return [line for line in reporting.read_lines(Path(workdir) / reporting.METRICS) if line["step"] <= step]
+
+
 def is_finished(config, workdir, step: int) -> bool:
     """Whether a run whose newest checkpoint is that of `step` has nothing left to do: all steps, or no patience left."""
-    lines = [line for line in reporting.read_lines(Path(workdir) / reporting.METRICS) if line["step"] <= step]
-    return step >= config.train.steps or score_of(config).bad_evaluations(lines) >= config.train.patience
+    bad = score_of(config).bad_evaluations(lines_until(workdir, step))
+    return step >= config.train.steps or bad >= config.train.patience

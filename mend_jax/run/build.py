@@ -68,7 +68,7 @@ def build(config, llm, begins: bool = True, place=None):
         params, meta = checkpoint.load_best(config.prefix.start_from, place)
         wanted, own = model.split_params()
         checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(wanted), config.prefix.start_from)
-        model = dataclasses.replace(model, params=model.whole(params, {FROZEN: own} if own else {}))
+        model = dataclasses.replace(model, params=model.whole(params, _beside(own)))
     return model
 
 
@@ -77,7 +77,12 @@ def split(llm, model):
     if model is None:
         return llm.params, {}
     params, own = model.split_params()
-    return params, llm.params | ({FROZEN: own} if own else {})
+    return params, llm.params | _beside(own)
+
+
+def _beside(own) -> dict:
+    """A kind's own frozen parameters as they stand beside the LLM's (`Kind.whole`)."""
+    return {FROZEN: own} if own else {}
 
 
 def batches(config, llm, model, split, layout):
@@ -122,7 +127,7 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
     if config.stage == "finetune":
         tasks = dev_tasks(config, llm, model)
         recovered = _recovered(config, llm, model, layout, frozen, dev_batches(config, llm, model, tasks, layout.share))
-        own = {FROZEN: frozen[FROZEN]} if FROZEN in frozen else {}
+        own = _beside(model.split_params()[1])  # as loaded: scoring under "pmap" is the first device's alone
         return lambda params: {
             "dev_score": dev_score(config, llm, model, model.whole(layout.scored(params), own), tasks),
             "recovered": recovered(params),
