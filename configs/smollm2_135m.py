@@ -29,6 +29,6 @@ def get_config():
     c.train.eval_every = c.train.save_every = 500
     c.experiment.methods = ("zero_shot", "icl", "mend")
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 1_500
-    c.evaluate.tasks = ("emo", "ethos-religion", "wiki_qa")  # () is all 20
+    c.evaluate.tasks = ("emo", "ethos-religion", "wiki_qa")  # () is all of the partition
     c.evaluate.limit = 100
     return c
