@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, save_tokenizer
+from conftest import ONE_DEVICE, ROOT, save_tokenizer
 from data_files import make_world, words, write_examples
 
 import mend_jax
@@ -55,8 +55,7 @@ class Program:
 
     def __init__(self, folder):
         self.folder, self.said = folder, ""
-        self.environment = os.environ | {
-            "XLA_FLAGS": "",  # one device
+        self.environment = os.environ | ONE_DEVICE | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

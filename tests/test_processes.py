@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ONE_DEVICE, ROOT
 from data_files import make_world
 from facts import says
 from test_end_to_end import _model as model_folder
@@ -51,7 +51,7 @@ class Machine:
 
     def __init__(self, folder):
         self.folder, self.log = folder, folder / "log.txt"
-        self.environment = os.environ | {"XLA_FLAGS": ""}  # one device each
+        self.environment = os.environ | ONE_DEVICE
 
     def start(self, processes, command, workdir, *flags):
         full = [

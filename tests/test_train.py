@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_training
+from conftest import ONE_DEVICE
 from facts import says, states
 from tiny_training import RandomBatches, config, model_folder
 
@@ -148,7 +149,7 @@ def test_killed_at_random_moments_ends_the_same(tmp_path, kill_rng):
     """
     model_folder(tmp_path / "model")
     fields = ["train.steps=48", "train.eval_every=16", "train.save_every=4", "train.log_every=3"]
-    environment = os.environ | {"XLA_FLAGS": "", "TINY_STEP_SECONDS": "0.04"}
+    environment = os.environ | ONE_DEVICE | {"TINY_STEP_SECONDS": "0.04"}
 
     def start(name):
         command = [sys.executable, SCRIPT, str(tmp_path / name), *fields]

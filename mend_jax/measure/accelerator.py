@@ -142,7 +142,8 @@ def make_parts(folder: Path, home: Path, tiny: bool) -> list[Part]:
 
 
 def _environment(tiny: bool, **settings: str) -> dict[str, str]:
-    return settings | ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} if tiny else {})
+    one = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"  # a flag again: the last counts
+    return settings | ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": one} if tiny else {})
 
 
 def _step(folder, tiny: bool, name: str, llm: str, weights: str, rows: int, attention: str, seconds: int) -> Part:
