@@ -55,10 +55,8 @@ class Program:
 
     def __init__(self, folder):
         self.folder, self.said = folder, ""
-        self.environment = os.environ | ONE_DEVICE | {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.environment = os.environ | ONE_DEVICE | cache
 
     def start(self, command, *flags):
         """The process of `python -m mend_jax.COMMAND`; what it prints goes to a file."""
