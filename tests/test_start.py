@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_t5
+from data_files import make_world, tiny_config
 from facts import says
 from family_rows import COMMON, ROWS, save_random, tokens
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.embeddings import without_tokens
 from mend_jax.prefixes.start import TANH_RMS, embeddings_rms
-from mend_jax.run import build, checkpoint
+from mend_jax.run import build, checkpoint, reporting
 
 T5 = test_t5.COMMON | {"model_type": "t5"} | test_t5.V1
 FAMILIES = {name: COMMON | ROWS[name] for name in ("gpt2", "opt-350m", "tinyllama", "gemma3") if name in ROWS} | {
@@ -167,6 +168,26 @@ def test_frozen_embeddings_train_the_rest_as_with_a_table_of_gradient_0(tmp_path
     saved = {frozen: checkpoint.load_best(run)[0] for frozen, run in runs.items()}
     shared = without_tokens(saved[False]["backbone"])[0]
     jax.tree.map(np.testing.assert_array_equal, saved[True], {**saved[False], "backbone": shared})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+def test_finetuning_with_a_frozen_table_has_the_scores_of_a_trained_one(parallel, tiny_llm, tmp_path):
+    """On several devices, at a learning rate of 0."""
+    c = tiny_config(make_world(tmp_path / "world"), "finetune", cache=str(tmp_path / "cache"), max_demo_tokens=40)
+    c.data.demo_buckets, c.data.query_buckets, c.data.max_input_tokens = (40,), (24,), 16
+    c.llm.path = c.prefix.backbone = str(tiny_llm)
+    c.optimizer.learning_rate, c.loss.chunk, c.train.parallel = 0.0, 16, parallel
+    c.train.batch_size, c.train.steps, c.train.eval_every = 8, 1, 1
+    found = {}
+    for trained in (True, False):
+        c.prefix.train_embeddings, run = trained, tmp_path / str(trained)
+        assert train.train(c, run) == 0
+        lines = reporting.read_lines(run / "metrics.jsonl")
+        found[trained] = [
+            line[name] for name in ("kd", "pred", "dev_score", "recovered") for line in lines if name in line
+        ]
+    assert len(found[True]) >= 4 and found[False] == found[True]
 
 
 @pytest.mark.slow
