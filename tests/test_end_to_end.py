@@ -55,7 +55,10 @@ class Program:
 
     def __init__(self, folder):
         self.folder, self.said = folder, ""
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self.environment = os.environ | ONE_DEVICE | cache
 
     def start(self, command, *flags):

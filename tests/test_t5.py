@@ -72,10 +72,14 @@ def torch_model(fields, seed=0):
 
 @pytest.fixture(scope="module", params=ROWS)
 def row(request, tmp_path_factory):
+    return make_row(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_row(name, folder):
     """One model: PyTorch's, the folder that transformers saves with the published config.json's fields, our LLM of it."""
-    model, folder = torch_model(ROWS[request.param]), tmp_path_factory.mktemp(request.param)
+    model = torch_model(ROWS[name])
     model.save_pretrained(folder)
-    return SimpleNamespace(name=request.param, torch=model, folder=folder, llm=load_llm(folder))
+    return SimpleNamespace(name=name, torch=model, folder=folder, llm=load_llm(folder))
 
 
 def tokens(*shape):

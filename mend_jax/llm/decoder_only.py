@@ -81,6 +81,38 @@ class LLM(FrozenLLM):
         embeds = self.embed(params, tokens)
         return self.model.apply({"params": params}, embeds, length + positions, cache, within)
 
+    def prefill(self, params, cache: Cache, inputs, length, room: int):
+        """Reads inputs (B,X) with lengths (B,) after the one prefix: (what `decode_next` needs for answers of at most `room`
+        tokens, states (B,D) that predict the first)."""
+        (B, X), at = inputs.shape, jnp.arange(inputs.shape[1])[None]
+        within = jnp.broadcast_to(jnp.tril(jnp.ones((X, X), bool)), (B, X, X))
+        states, own = self._with_keys(params, cache, inputs, jnp.broadcast_to(cache.length + at, (B, X)), within)
+        # Each row gets the prefix's keys, its own behind them, and room behind these: what is no row's is overwritten.
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(_with_room(before, B, X + room), new, cache.length, 2)
+            for before, new in zip((cache.keys, cache.values), own, strict=True)
+        )
+        return Cache(keys, values, cache.length + length), states[jnp.arange(B), length - 1]
+
+    def decode_next(self, params, kept: Cache, tokens):
+        """Reads the next token (B,) of each answer: (`kept` with it, states (B,D) that predict the one after)."""
+        within = jnp.ones((len(tokens), 1, 1), bool)
+        states, own = self._with_keys(params, kept, tokens[:, None], kept.length[:, None], within)
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 1), (1, 1, 0), 1)
+        keys, values = (put(old, new, kept.length) for old, new in zip((kept.keys, kept.values), own, strict=True))
+        return Cache(keys, values, kept.length + 1), states[:, 0]
+
+    def _with_keys(self, params, cache, tokens, positions, within):
+        """States (B,T,D) of tokens after a cache, and their keys and values (layers,B,T,G,F)."""
+        model = self.model.clone(keep_cache=True)
+        return model.apply({"params": params}, self.embed(params, tokens), positions, cache, within)
+
+
+def _with_room(a, rows: int, room: int):
+    """A prefix's keys (layers,P,G,F) for each of several rows, with `room` columns more: (layers,rows,P+room,G,F)."""
+    a = jnp.broadcast_to(a[:, None], (len(a), rows, *a.shape[1:]))
+    return jnp.pad(a, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+
 
 def load_llm(
     path: str | Path,

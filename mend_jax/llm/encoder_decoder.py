@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mend_jax.data.query import Query
 from mend_jax.llm.frozen import FrozenLLM
-from mend_jax.models.encoder_decoder import decode, encode
+from mend_jax.models.encoder_decoder import Decoding, begin_decoding, decode, decode_next, encode
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.prefixes.prefix import Prefix, join
 
@@ -79,6 +79,21 @@ class EncoderDecoderLLM(FrozenLLM):
         prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))
         encoded, length = self._encode(params, prefix, inputs, input_length)
         return self._decode(params, tokens, encoded, length, segments)
+
+    def prefill(self, params, cache: KeptPrefix, inputs, length, room: int):
+        """Reads inputs (B,X) with lengths (B,) after the one prefix: (what `decode_next` needs for answers of at most `room`
+        tokens, states (B,D) that predict the first)."""
+        rows = len(inputs)
+        prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))
+        encoded, length = self._encode(params, prefix, inputs, length)
+        kept = begin_decoding(self.config, params, encoded, length, room + 1, jnp.dtype(self.dtype))  # the start token
+        return self.decode_next(params, kept, jnp.full(rows, self.start_token))
+
+    def decode_next(self, params, kept: Decoding, tokens):
+        """Reads the next token (B,) of each answer: (`kept` with it, states (B,D) that predict the one after)."""
+        embeds = self.embed(params, tokens[:, None])
+        states, kept = decode_next(self.config, params, embeds, kept, jnp.dtype(self.dtype))
+        return kept, states[:, 0]
 
     def _encode(self, params, prefix, x, length):
         joined, length = join(prefix, self.embed(params, x), length)

@@ -8,6 +8,7 @@ not divided by sqrt(F), which T5's weights have taken up.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +32,32 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, source, bias, mask):
-        """x (B,T,D) reads source (B,S,D) -> (B,T,D).
+    def __call__(self, x, source, bias, mask, kept=None, at=None):
+        """x (B,T,D) reads source (B,S,D) -> (B,T,D), and the keys and values that it read.
 
-        bias (R,H,T,S) float32, each for B/R rows, or None; mask (B,1 or T,S), what is seen.
+        Args:
+            bias: (R,H,T,S) float32, each for B/R rows, or None.
+            mask: (B,1 or T,S), what is seen.
+            kept: keys and values (B,S,H,F) of what was read before. Those of `source` are put there at column `at`; where
+                `source` is None, all are there already.
         """
-        config, width = self.config, self.config.heads * self.config.head_width
-        q, k, v = (
-            checkpoint_name(_dense(width, self.dtype, name)(a), "qkv").reshape(*a.shape[:2], config.heads, -1)
-            for name, a in (("q", x), ("k", source), ("v", source))
-        )
+        config = self.config
+        q = self._heads("q", x)
+        k, v = kept if source is None else (self._heads(name, source) for name in ("k", "v"))
+        if kept is not None and source is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(a, new, at, 1) for a, new in zip(kept, (k, v), strict=True))
         scores = jnp.einsum("bthf,bshf->bhts", q, k, preferred_element_type=jnp.float32)
         if bias is not None:
             separate = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
             scores = (separate + bias[:, None]).reshape(scores.shape)
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED)).astype(v.dtype)
         out = checkpoint_name(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
-        return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], width))
+        return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], -1)), (k, v)
+
+    def _heads(self, name, a):
+        """(B,T,D) -> (B,T,H,F)."""
+        made = _dense(self.config.heads * self.config.head_width, self.dtype, name)(a)
+        return checkpoint_name(made, "qkv").reshape(*a.shape[:2], self.config.heads, -1)
 
 
 class Block(nn.Module):
@@ -58,14 +68,17 @@ class Block(nn.Module):
     cross: bool
 
     @nn.compact
-    def __call__(self, x, bias, mask, encoded, encoded_mask):
+    def __call__(self, x, kept, bias, mask, encoded, encoded_mask, at):
+        """kept None, or (keys and values of itself, those of the encoder's states): a decoder's of an answer that grows, whose
+        new tokens stand at column `at`."""
         config, activation = self.config, ACTIVATIONS[self.config.activation]
         x = shard_rows(x)
-        y = self._norm("norm1")(x)
-        x = checkpoint_name(shard_rows(x + Attention(config, self.dtype, name="self")(y, y, bias, mask)), "middle")
+        y, (own, others) = self._norm("norm1")(x), (None, None) if kept is None else kept
+        y, own = Attention(config, self.dtype, name="self")(y, y, bias, mask, own, at)
+        x = checkpoint_name(shard_rows(x + y), "middle")
         if self.cross:
             attend = Attention(config, self.dtype, name="cross")
-            y = attend(self._norm("cross_norm")(x), encoded, None, encoded_mask)
+            y, _ = attend(self._norm("cross_norm")(x), encoded, None, encoded_mask, others)
             x = checkpoint_name(shard_rows(x + y), "middle")
         y = self._norm("norm2")(x)
         up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
@@ -73,7 +86,7 @@ class Block(nn.Module):
             up = activation(checkpoint_name(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
         else:
             up = activation(up)
-        return shard_rows(x + _dense(config.width, self.dtype, "down")(up)), None
+        return shard_rows(x + _dense(config.width, self.dtype, "down")(up)), None if kept is None else own
 
     def _norm(self, name):
         return rms_norm(self.config.norm_eps, self.dtype, name)
@@ -89,22 +102,26 @@ class Stack(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x, mask, encoded=None, encoded_mask=None):
-        """x (B,T,D) -> (B,T,D); mask (B,1 or T,T)."""
+    def __call__(self, x, mask, encoded=None, encoded_mask=None, kept=None, at=None):
+        """x (B,T,D) -> (B,T,D); mask (B,1 or T,T). With `kept`, all layers' of `Block`, also the keys and values of itself."""
         config = self.config
         biases = self.param("distance_bias", nn.initializers.normal(0.02), (config.buckets, config.heads))
-        buckets = distance_buckets(x.shape[1], config, both_ways=not self.cross)
+        buckets = distance_buckets(mask.shape[2], config, both_ways=not self.cross)
+        if kept is not None:
+            buckets = jax.lax.dynamic_slice_in_dim(buckets, at, x.shape[1])
         bias = shard_copies(biases.astype(jnp.float32))[:, buckets]  # (R,T,T,H)
-        kept = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
+        saved = jax.checkpoint_policies.save_only_these_names(*() if self.remat else KEPT)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=kept),
+            nn.remat(Block, prevent_cse=False, policy=saved),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 4,
+            in_axes=(0, *(nn.broadcast,) * 5),
             length=self.layers,
         )(config, self.dtype, self.cross, name="layers")
-        x, _ = layers(shard_rows(x.astype(self.dtype)), bias.transpose(0, 3, 1, 2), mask, encoded, encoded_mask)
-        return rms_norm(config.norm_eps, self.dtype, "final_norm")(shard_rows(x))
+        x, bias = shard_rows(x.astype(self.dtype)), bias.transpose(0, 3, 1, 2)
+        x, own = layers(x, kept, bias, mask, encoded, encoded_mask, at)
+        x = rms_norm(config.norm_eps, self.dtype, "final_norm")(shard_rows(x))
+        return x if kept is None else (x, own)
 
 
 def distance_buckets(length: int, config: EncoderDecoderConfig, both_ways: bool):
@@ -146,7 +163,44 @@ def decode(config, params, embeds, encoded, encoded_length, segments=None, dtype
         mask = mask & (segments[:, None, :] == segments[:, :, None])
     stack = Stack(config, config.decoder_layers, True, dtype, remat)
     seen = _valid(encoded.shape[1], encoded_length)
-    states = stack.apply({"params": params["decoder"]}, embeds, mask, encoded, seen)
+    return _scaled(config, stack.apply({"params": params["decoder"]}, embeds, mask, encoded, seen))
+
+
+class Decoding(NamedTuple):
+    """What a decoder keeps of the encoder's states and of the answers (B) that it has begun."""
+
+    keys: jax.Array  # (layers,B,Y,H,F) of the answers' tokens, Y of which there is room for
+    values: jax.Array  # as keys
+    encoded_keys: jax.Array  # (layers,B,S,H,F) of the encoder's states
+    encoded_values: jax.Array  # as encoded_keys
+    encoded_length: jax.Array  # (B,) int32
+    length: jax.Array  # () int32: tokens that were read, of every answer
+
+
+def begin_decoding(config, params, encoded, encoded_length, room: int, dtype=jnp.float32) -> Decoding:
+    """Of the encoder's states (B,S,D), for answers of at most `room` tokens."""
+    width, cross = config.heads * config.head_width, params["decoder"]["layers"]["cross"]
+
+    def heads(name):
+        made = jax.vmap(lambda one: _dense(width, dtype, None).apply({"params": one}, encoded))(cross[name])
+        return made.reshape(*made.shape[:3], config.heads, -1)
+
+    empty = jnp.zeros((config.decoder_layers, len(encoded), room, config.heads, config.head_width), dtype)
+    return Decoding(empty, empty, heads("k"), heads("v"), encoded_length, jnp.int32(0))
+
+
+def decode_next(config, params, embeds, kept: Decoding, dtype=jnp.float32):
+    """`decode` of each answer's next token alone, embeds (B,1,D): (states (B,1,D), the `Decoding` behind it)."""
+    mask = (jnp.arange(kept.keys.shape[2]) <= kept.length)[None, None]
+    seen = _valid(kept.encoded_keys.shape[2], kept.encoded_length)
+    layers = (kept.keys, kept.values), (kept.encoded_keys, kept.encoded_values)
+    stack = Stack(config, config.decoder_layers, True, dtype, False)
+    states, own = stack.apply({"params": params["decoder"]}, embeds, mask, None, seen, layers, kept.length)
+    return _scaled(config, states), kept._replace(keys=own[0], values=own[1], length=kept.length + embeds.shape[1])
+
+
+def _scaled(config, states):
+    """The decoder's states, as the head reads them."""
     return states * config.width**-0.5 if config.scaled_head else states
 
 
