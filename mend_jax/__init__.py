@@ -31,6 +31,10 @@ _HOMES = {
     "demonstrations_prefix": "mend_jax.prefixes.demonstrations",
     "no_prefix": "mend_jax.prefixes.nothing",
     "score_options": "mend_jax.scoring.options",
+    "generate_text": "mend_jax.generation.generate",
+    "Pack": "mend_jax.packs.pack",
+    "load_pack": "mend_jax.packs.pack",
+    "make_packs": "mend_jax.packs.make",
     "training_losses": "mend_jax.step",
     "UserError": "mend_jax.cli.errors",
 }

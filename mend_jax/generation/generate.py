@@ -17,12 +17,12 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
-from mend_jax.data.templates import Template, chosen
+from mend_jax.data.templates import Template
 from mend_jax.generation.sampling import choose
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.scoring.options import cache_prefix
+from mend_jax.scoring.options import cache_prefix, prefix_and_template
 
 STEPS = 16  # tokens of every answer between two looks at the texts
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is over: the LLM ended it, a stop string, max_tokens
@@ -66,7 +66,7 @@ def generate_text(
 
     Args:
         llm: from `load_llm`.
-        prefix: a prefix with one row: a pack's, `demonstrations_prefix`, `distiller.distill`, ...
+        prefix: a prefix with one row: `demonstrations_prefix`, `distiller.distill`, ...; or a pack.
         queries: inputs x, each a text or token ids; or a single text.
         max_tokens: of an answer, at most.
         temperature: 0: the likeliest token each time; else tokens are drawn from the LLM's predictions at this temperature.
@@ -74,7 +74,7 @@ def generate_text(
         stop: texts before which an answer ends; None: the text that the template puts before the next example, if it has more than
             spaces. An answer also ends where the LLM ends its text (the tokenizer's EOS).
         seed: of the draws.
-        template: the texts around the query, as in `score_options`: a name, or a pack's or distiller's `template`.
+        template: the texts around the query, as in `score_options`; None with a pack: the pack's own.
         batch_size: queries that are answered together.
         params: the LLM's; None means `llm.params`.
         progress: called with the number of queries answered since the last call.
@@ -84,7 +84,7 @@ def generate_text(
         UserError: an empty query, a number out of its range, texts or stop strings without a tokenizer, a prefix of several rows or of another
             width, or a query that leaves the LLM's window no room for `max_tokens`.
     """
-    around, single = chosen(template), isinstance(queries, str)
+    (prefix, around), single = prefix_and_template(prefix, template), isinstance(queries, str)
     if stop is None:
         stop = (around.before.strip(" "),)
     stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop)) if llm.tokenizer is not None or stop else ()

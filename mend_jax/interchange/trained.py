@@ -2,6 +2,7 @@
 (prefixes/release.py). export.py writes the exported folder."""
 
 import dataclasses
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import bos_token
+from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS, Distiller, Kind, release
@@ -44,7 +46,12 @@ def load_prefix(path, llm, backbone=None) -> Kind:
 
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
     """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
-    model = read_trained(path, backbone, place).read_by(llm)
+    return fit_to(read_trained(path, backbone, place), llm, path)
+
+
+def fit_to(model: Kind, llm, path) -> Kind:
+    """The model read from `path` as one whose vectors `llm` reads. Raises UserError if it was trained for another LLM."""
+    model = model.read_by(llm)
     if model.llm_width != llm.config.width:
         raise UserError(
             f"The model in {path} makes vectors of width {model.llm_width}, but the LLM's width is {llm.config.width}: use the"
@@ -136,6 +143,33 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     if folder is not None and own is not None:
         check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
+
+
+def own_llm(path: str | Path) -> str | None:
+    """The LLM that a training workdir was for, as its config names it; None for an exported folder, which does not know."""
+    path = Path(path).expanduser()
+    return checkpoint.read_config(path)["llm"]["path"] if (path / checkpoint.FOLDER).is_dir() else None
+
+
+def trained_fingerprint(path: str | Path) -> str:
+    """16 hexadecimal digits that change with anything that decides what `load_prefix` reads from a workdir, folder or file."""
+    path = Path(path).expanduser()
+    if (path / checkpoint.FOLDER).is_dir():
+        steps = [path / checkpoint.FOLDER / str(step) / checkpoint.CHECKSUMS for step in checkpoint.whole_steps(path)]
+        return text_fingerprint((path / checkpoint.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+    )
+    if not files:
+        raise UserError(f"{path} holds no trained model: name a training workdir or an exported folder.")
+    return text_fingerprint(*(part for file in files for part in (file.name, _sha256(file))))
+
+
+def _sha256(file: Path) -> bytes:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _warn_if_unfinished(config: dict, workdir, meta: dict) -> None:

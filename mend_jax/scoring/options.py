@@ -72,11 +72,11 @@ def score_options(
 
     Args:
         llm: from `load_llm`.
-        prefix: a prefix with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...
+        prefix: a prefix with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...; or a pack.
         query: the input x: token ids, or a text if the LLM has a tokenizer.
         options: the answers: lists of token ids or, likewise, texts.
         template: the texts around a text query and before every text option, as in training: "space" (None), "newline", "qa"
-            or "question" (docs/protocol.md), or a distiller's, `distiller.template`.
+            or "question" (docs/protocol.md), or a distiller's, `distiller.template`. None with a pack: the pack's own.
         separator: " " for "space" or "\n" for "newline", in the place of `template`.
     Returns:
         The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain.
@@ -88,11 +88,18 @@ def score_options(
         raise UserError(f"The options must be a list of texts or of lists of token ids, not {options!r}.")
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
-    around = chosen(template, separator)
+    prefix, around = prefix_and_template(prefix, template, separator)
     x = query_tokens(llm, query, "query", around.query)
     answers = [query_tokens(llm, option, "option", around.output) for option in options]
     row = lay_out(x, answers, llm.start_token)
     return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
+
+
+def prefix_and_template(given, template=None, separator=None) -> tuple[Prefix, Template]:
+    """The prefix of a `Prefix` or a pack (packs/pack.py), and the template that a caller means; a pack has its own."""
+    if isinstance(given, Prefix):
+        return given, chosen(template, separator)
+    return given.prefix, chosen(given.template if template is None and separator is None else template, separator)
 
 
 def score_items(

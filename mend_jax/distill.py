@@ -1,0 +1,110 @@
+"""Demonstrations to packs: vectors in files of their own, which the frozen LLM reads in the place of the demonstrations.
+
+    python -m mend_jax.distill --distiller=runs/mine/mend/finetune --demos=reviews.jsonl --out=reviews.pack.safetensors
+    python -m mend_jax.distill --distiller=exported --llm=gpt2-large --demos=folder/ --out=packs/
+
+A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's files have; each becomes one pack. Several files
+(with commas between) or a folder of *.jsonl become a folder of packs. docs/packs.md says what is in a pack and how to use it.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from mend_jax.cli.command_line import run
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
+from mend_jax.cli.settings import CHOICES
+from mend_jax.cli.text import size
+from mend_jax.data.bos import NONE
+from mend_jax.interchange.trained import fit_to, own_llm, read_trained
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
+from mend_jax.packs.make import TOGETHER, PackCache, make_packs, require_reader
+from mend_jax.packs.pack import SUFFIX, Pack
+
+
+def distill(
+    distiller: str,
+    demos: str,
+    out: str,
+    llm: str = "",
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    keep_demos: bool = False,
+    cache: str = "~/.cache/mend_jax/packs",
+) -> list[Path]:
+    """Writes the packs of files of demonstrations; returns their paths.
+
+    Args:
+        distiller: a training workdir or an exported folder.
+        demos: a file of demonstrations, several with commas between, or a folder of *.jsonl.
+        out: the pack to write; of several files the folder for their packs.
+        llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.
+        dtype: of the distiller's arithmetic.
+        keep_demos: keep the demonstrations in the pack too, for people to read and to check its fidelity.
+        cache: a folder that keeps packs by their content, so that they are made once; "" keeps none.
+    """
+    files = demonstration_files(demos)
+    targets = _targets(files, out)
+    llm = llm or own_llm(distiller)
+    if llm is None:
+        raise UserError(f"{distiller} does not say which LLM it is for: add --llm=FOLDER, a hub name or a GGUF file.")
+    sets = [read_demonstrations(file) for file in files]
+    known = PackCache(Path(cache).expanduser() if cache else None, llm, distiller, dtype, keep_demos)
+    packs = [known.read(pairs) for pairs in sets]
+    missing = [i for i, pack in enumerate(packs) if pack is None]
+    if missing:
+        _make(packs, missing, sets, known, distiller, llm, dtype, keep_demos)
+    for target, pack in zip(targets, packs, strict=True):
+        _save(pack, target)
+        print(f"{target}: {in_words(pack)}")
+    return targets
+
+
+def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: str, keep: bool) -> None:
+    """Makes the missing packs and puts them into `packs`; each batch is kept as soon as it is made."""
+    model = read_trained(distiller)
+    require_reader(model, distiller)
+    loaded = load_llm(llm, dtype, bos=model.bos or NONE)
+    model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
+    with Progress(len(missing), "pack") as bar:
+        for start in range(0, len(missing), TOGETHER):
+            batch = missing[start : start + TOGETHER]
+            made = make_packs(loaded, model, [sets[i] for i in batch], distiller, keep, llm, bar.update)
+            for i, pack in zip(batch, made, strict=True):
+                packs[i] = pack
+                known.write(sets[i], pack)
+
+
+def _targets(files: list[Path], out: str) -> list[Path]:
+    """Where each pack is written. Raises UserError if `out` is not the right kind of name."""
+    target = Path(out).expanduser()
+    if len(files) == 1 and not target.is_dir():
+        if target.suffix != ".safetensors":
+            raise UserError(f"--out={out} must end in .safetensors, for example {target.name}{SUFFIX}.")
+        return [target]
+    if target.is_file() or target.suffix == ".safetensors":
+        raise UserError(f"--out={out} is a file, but there are {len(files)} packs to write: name a folder.")
+    return [target / pack_name(file) for file in files]
+
+
+def _save(pack: Pack, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pack.save(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): free some space, or give another --out."
+        ) from None
+
+
+def in_words(pack: Pack) -> str:
+    """A pack in one line."""
+    count, dropped = pack.num_demonstrations, len(pack.dropped)
+    rest = f" ({dropped} more did not fit)" if dropped else ""
+    return f"{pack.num_vectors} vectors of {count} demonstration{'s' * (count != 1)}{rest}, {size(pack.vectors.nbytes)}"
+
+
+if __name__ == "__main__":
+    run(distill)

@@ -1,0 +1,76 @@
+"""The LLM's own words, after a pack of vectors.
+
+    python -m mend_jax.generate --pack=reviews.pack.safetensors --input="I loved it"
+    python -m mend_jax.generate --pack=reviews.pack.safetensors --inputs=queries.jsonl --out=answers.jsonl --temperature=0.7
+
+A line of --inputs has "input"; a line of --out has the line's own fields, "answer" and "finish": "end" (the LLM ended its
+text), "stop" (a stop string) or "length" (--max_tokens).
+"""
+
+from typing import Literal
+
+from mend_jax.cli.command_line import run
+from mend_jax.cli.progress import Progress
+from mend_jax.cli.settings import CHOICES
+from mend_jax.generation.generate import generate_text
+from mend_jax.packs.pack import load_pack, load_packs_llm
+from mend_jax.packs.queries import read_queries, write_answers
+from mend_jax.predict import require_one_source
+
+
+def generate(
+    pack: str,
+    input: str = "",
+    inputs: str = "",
+    out: str = "",
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: str = "",
+    seed: int = 0,
+    llm: str = "",
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    weights: Literal[*CHOICES["llm.weights"]] = "full",
+    batch_size: int = 8,
+) -> None:
+    """Prints or writes answers.
+
+    Args:
+        pack: a file that `python -m mend_jax.distill` wrote.
+        input: one query, whose answer is printed.
+        inputs: a file of queries, in the place of --input.
+        out: the file to write their answers to.
+        max_tokens: of an answer, at most.
+        temperature: 0: the likeliest token each time; else tokens are drawn.
+        top_p: only the likeliest tokens are drawn whose probabilities add up to it.
+        stop: a text before which an answer ends; "": what the template puts before the next example.
+        seed: of the draws.
+        llm: where the pack's LLM is, if not where the pack says.
+        dtype: of the LLM's arithmetic.
+        weights: "full", or "int8": 8 bits.
+        batch_size: queries that are answered together.
+    """
+    require_one_source(input, inputs, out)
+    rows = read_queries(inputs) if inputs else [{"input": input}]
+    found = load_pack(pack)
+    model = load_packs_llm(found, pack, llm, dtype, weights)
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop": stop or None,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    with Progress(len(rows), "query") as bar:
+        texts = [row["input"] for row in rows]
+        answers = generate_text(model, found, texts, max_tokens, **sampling, progress=bar.update)
+    if not inputs:
+        print(answers[0].text)
+        return
+    own = ({k: v for k, v in row.items() if k != "where"} for row in rows)
+    write_answers(out, (row | {"answer": a.text, "finish": a.finish} for row, a in zip(own, answers, strict=True)))
+    print(f"{len(answers):,} answers are in {out}.")
+
+
+if __name__ == "__main__":
+    run(generate)

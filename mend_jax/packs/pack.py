@@ -1,0 +1,181 @@
+"""A pack: the vectors of one set of demonstrations in a safetensors file, with what they are for in its metadata.
+
+    vectors             (l, llm_width) float32, the file's only tensor
+    pack_format         "1"; a program refuses a newer one
+    llm                 the LLM, a path or a name as it was given; `llm_fingerprint` and `tokenizer_fingerprint` decide
+    distiller           as it was given; `distiller_fingerprint`, `kind` (of prefix)
+    num_vectors         l
+    num_demonstrations  K, those that were read; `dropped` are the numbers (from 0) of those that did not fit, as JSON
+    template            the three texts around x and y, as JSON; `bos`: what the vectors stand behind
+    demonstrations      [[x, y], ...] as JSON; only where they were asked to be kept
+
+All values are strings, as safetensors wants them. Reading a pack runs no code of it.
+"""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import bos_token
+from mend_jax.data.templates import Template
+from mend_jax.data.tokenize import fingerprint as text_fingerprint
+from mend_jax.data.tokenize import tokenizer_text
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.models import folders
+from mend_jax.models.weights import write_file
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.run.files import whole_file
+
+FORMAT = 1
+SUFFIX = ".pack.safetensors"
+TENSOR = "vectors"
+LARGEST = 2**30  # bytes of a pack that is read: thousands of times an ordinary one
+NUMBERS = ("num_vectors", "num_demonstrations")
+LISTS = ("template", "dropped", "demonstrations")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pack:
+    """Vectors and what they are for."""
+
+    vectors: np.ndarray  # (l, llm_width) float32
+    llm: str
+    llm_fingerprint: str
+    tokenizer_fingerprint: str  # the LLM's tokenizer; "" where it has none
+    distiller: str
+    distiller_fingerprint: str
+    kind: str
+    template: Template
+    bos: str
+    num_demonstrations: int
+    dropped: tuple[int, ...] = ()
+    demonstrations: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def num_vectors(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def prefix(self) -> Prefix:
+        """The vectors as a `Prefix` of one row."""
+        return Prefix(jnp.asarray(self.vectors)[None], jnp.asarray([len(self.vectors)], jnp.int32))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all. Raises OSError where it cannot be written."""
+        with whole_file(path) as temporary:
+            write_file({TENSOR: np.ascontiguousarray(self.vectors, np.float32)}, temporary, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of its file."""
+        facts = {"pack_format": FORMAT, "num_vectors": self.num_vectors}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != TENSOR and value is not None:
+                facts[field.name] = json.dumps(value, ensure_ascii=False) if field.name in LISTS else value
+        return {name: str(value) for name, value in facts.items()}
+
+    def check(self, llm, where: str = "The pack") -> None:
+        """Raises UserError if the vectors are not for `llm` (from `load_llm`); `where` names the pack."""
+        theirs = folders.fingerprint(llm.path)
+        if theirs != self.llm_fingerprint:
+            raise UserError(
+                f"{where} holds vectors for the LLM {self.llm} ({self.llm_fingerprint}), not for {llm.path} ({theirs}): load"
+                " that LLM, or distil the demonstrations for this one."
+            )
+        if tokenizer_fingerprint(llm.tokenizer) != self.tokenizer_fingerprint:
+            raise UserError(
+                f"{where} was made with another tokenizer than {llm.path} has now: distil the demonstrations again."
+            )
+        if bos_token(self.bos, llm.tokenizer, llm.path) != llm.bos:
+            raise UserError(
+                f'{where} is for an LLM that reads with bos="{self.bos}": load the LLM so, load_llm(..., bos="{self.bos}").'
+            )
+        if self.vectors.shape[1] != llm.config.width or self.num_vectors > llm.window:
+            raise UserError(
+                f"{where} holds {self.num_vectors} vectors of width {self.vectors.shape[1]}, but {llm.path} reads {llm.window} of width"
+                f" {llm.config.width}: distil the demonstrations again."
+            )
+
+
+def load_pack(path: str | Path, llm=None) -> Pack:
+    """The pack in a file.
+
+    Args:
+        path: a file that `Pack.save` or `python -m mend_jax.distill` wrote.
+        llm: from `load_llm`: the LLM that is to read the vectors; None checks nothing but the file.
+    Raises:
+        UserError: no such file, a damaged or cut one, one that is no pack, of a newer format, or for another LLM.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} is not there: name a pack, a file that `python -m mend_jax.distill` wrote.")
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a pack: name another file.")
+    try:
+        with safe_open(path, "np") as file:
+            facts = file.metadata() or {}
+            _check_format(path, facts)
+            vectors = file.get_tensor(TENSOR)
+        pack = _from_facts(vectors, facts)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, struct.error) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} cannot be read as a pack ({reason}): copy or make it again.") from None
+    if llm is not None:
+        pack.check(llm, str(path))
+    return pack
+
+
+def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "float32", weights: str = "full"):
+    """The LLM that a pack, read from `path`, is for: in `llm`, or else where the pack says. Raises UserError for another."""
+    try:
+        found = load_llm(llm or pack.llm, dtype, weights=weights, bos=pack.bos)
+    except UserError as error:
+        if llm:
+            raise
+        raise UserError(
+            f"{path} is for the LLM {pack.llm}, which cannot be read ({error}): say where it is, --llm=FOLDER."
+        ) from None
+    pack.check(found, str(path))
+    return found
+
+
+def _check_format(path: Path, facts: dict[str, str]) -> None:
+    said = facts.get("pack_format")
+    if said is None:
+        raise UserError(f"{path} is a safetensors file but no pack: make one with `python -m mend_jax.distill`.")
+    if not said.isdigit() or int(said) > FORMAT:
+        raise UserError(f"{path} is a pack of format {said[:20]}, this program reads up to {FORMAT}: update it.")
+
+
+def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
+    """The pack of a file's content. Raises KeyError, TypeError or ValueError where it is none."""
+    if vectors.ndim != 2 or not len(vectors) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+        raise ValueError(f"its vectors are {vectors.dtype} {vectors.shape}, or not finite")
+    said = {field.name: facts[field.name] for field in dataclasses.fields(Pack) if field.name in facts}
+    for name in set(LISTS) & said.keys():
+        said[name] = json.loads(said[name])
+    said["template"] = Template(*map(_text, said["template"]))
+    said["num_demonstrations"] = int(said["num_demonstrations"])
+    said["dropped"] = tuple(map(int, said["dropped"]))
+    if "demonstrations" in said:
+        said["demonstrations"] = tuple((_text(x), _text(y)) for x, y in said["demonstrations"])
+    if int(facts["num_vectors"]) != len(vectors):
+        raise ValueError(f"it says {facts['num_vectors']} vectors and holds {len(vectors)}")
+    return Pack(vectors, **said)
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """16 hexadecimal digits that change with any token or rule of a tokenizer; "" for none."""
+    return "" if tokenizer is None else text_fingerprint(tokenizer_text(tokenizer))

@@ -1,0 +1,41 @@
+"""Files of queries: JSON lines with "input" and, where one of several answers is to be chosen, "options"."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.json_lines import parse_object
+from mend_jax.packs.demonstrations import lines_of
+from mend_jax.run.files import write_text
+
+
+def read_queries(file: str | Path) -> list[dict]:
+    """The objects of a file's lines, each with a text "input". Raises UserError, with file and line, for anything else."""
+    found = []
+    for where, line in lines_of(Path(file).expanduser()):
+        row = parse_object(line, where)
+        if not isinstance(row.get("input"), str) or not row["input"].strip():
+            raise UserError(f'{where} has no text "input": a query has one.')
+        found.append(row | {"where": where})
+    if not found:
+        raise UserError(f"{file} has no queries: write a line for each.")
+    return found
+
+
+def options_of(row: dict, default: tuple[str, ...]) -> list[str]:
+    """The options of a query, its own or the `default`. Raises UserError, with file and line, if there are none."""
+    options = row.get("options") or list(default)
+    if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):
+        raise UserError(f'{row["where"]} has no "options", a list of texts: add them, or give --options for all lines.')
+    return options
+
+
+def write_answers(file: str | Path, rows: Iterable[dict]) -> None:
+    """Writes a line for each answer, the file whole or not at all. Raises UserError where it cannot be written."""
+    target = Path(file).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None
