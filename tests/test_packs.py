@@ -1,0 +1,432 @@
+"""Packs: what a file of vectors holds, that it is made once, that only its LLM reads it, and what the commands print and write."""
+
+import dataclasses
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizer_files
+from facts import says
+from safetensors.numpy import load_file, save_file
+from test_export import make_workdir
+
+import mend_jax
+from mend_jax import distill, generate, inspect, predict
+from mend_jax.cli import command_line
+from mend_jax.data.templates import TEMPLATES
+from mend_jax.interchange.export import export
+from mend_jax.packs import make
+from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
+from mend_jax.packs.pack import load_pack
+
+DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Of an LLM and of a backbone, both with the byte tokenizer."""
+    root, model = tmp_path_factory.mktemp("models"), tokenizer_files.GPT2
+    return [
+        tokenizer_files.save_model_folder(root / name, "byte", model | {"n_embd": width}, seed=width)
+        for name, width in {"llm": 32, "backbone": 16}.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def llm(folders):
+    return mend_jax.load_llm(folders[0])
+
+
+@pytest.fixture(scope="module")
+def workdir(folders, llm, tmp_path_factory):
+    """Of a distiller of 4 vectors with the template "qa"."""
+    fields = {"data.template": "qa", "prefix.length": 4}
+    return make_workdir(tmp_path_factory.mktemp("run"), llm, *folders, **fields)
+
+
+@pytest.fixture(scope="module")
+def distiller(workdir, llm):
+    return mend_jax.load_distiller(workdir, llm)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_demos(path, demos=DEMOS):
+    return write_lines(path, [{"task": "t", "input": x, "output": y, "options": ["w50", "w51"]} for x, y in demos])
+
+
+@pytest.fixture
+def made(tmp_path, workdir, monkeypatch):
+    """distill(*flags): runs the command on DEMOS, with a cache of the test's own; returns the pack's path."""
+    write_demos(tmp_path / "demos.jsonl")
+
+    def run(*flags):
+        out = tmp_path / "a.pack.safetensors"
+        given = [
+            f"--distiller={workdir}",
+            f"--demos={tmp_path / 'demos.jsonl'}",
+            f"--out={out}",
+            f"--cache={tmp_path / 'cache'}",
+        ]
+        assert command(distill.distill, *given, *flags) == 0
+        return out
+
+    return run
+
+
+def command(main, *flags):
+    """The exit code of a command with flags."""
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(main, ["command", *flags])
+    return ended.value.code
+
+
+# What a pack holds
+
+
+def test_a_pack_is_the_distillers_vectors_with_what_they_are_for(made, distiller, llm, workdir, folders):
+    path = made("--keep_demos")
+    pack = load_pack(path, llm)
+    np.testing.assert_allclose(pack.vectors, distiller.distill(DEMOS).embeds[0], rtol=1e-5, atol=1e-6)
+    assert load_file(path).keys() == {"vectors"} and pack.vectors.shape == (4, 32)
+    assert (pack.num_vectors, pack.num_demonstrations, pack.dropped) == (4, 4, ())
+    assert pack.template == TEMPLATES["qa"] and pack.demonstrations == tuple(DEMOS)
+    assert (pack.llm, pack.distiller, pack.kind, pack.bos) == (str(folders[0]), str(workdir), "distiller", "false")
+    assert load_pack(made()).demonstrations is None
+
+
+def test_a_pack_is_read_as_a_prefix(made, distiller, llm):
+    pack, vectors = load_pack(made(), llm), distiller.distill(DEMOS)
+    options = ["w50", "w51"]
+    wanted = mend_jax.score_options(llm, vectors, "w4", options, distiller.template)
+    assert mend_jax.score_options(llm, pack, "w4", options) == pytest.approx(wanted, abs=1e-5)
+    assert mend_jax.score_options(llm, pack, "w4", options, "space") != pytest.approx(wanted, abs=1e-5)
+    said = mend_jax.generate_text(llm, vectors, "w4", 6, template=distiller.template)
+    assert mend_jax.generate_text(llm, pack, "w4", 6) == said
+
+
+def test_a_round_trip_changes_nothing(tmp_path, made):
+    pack = load_pack(made("--keep_demos"))
+    pack = dataclasses.replace(pack, llm="größer\n名", dropped=(4, 5), demonstrations=(("ä\n", "→"),))
+    pack.save(tmp_path / "b.safetensors")
+    again = load_pack(tmp_path / "b.safetensors")
+    assert_equal(again, pack)
+
+
+def assert_equal(one, other):
+    """Of two packs: the same vectors, bit for bit, and the same facts."""
+    np.testing.assert_array_equal(one.vectors, other.vectors)
+    assert one.metadata() == other.metadata()
+
+
+def test_sets_are_distilled_together_as_each_alone(llm, distiller, workdir, monkeypatch):
+    """More sets than one call takes, of different lengths."""
+    monkeypatch.setattr(make, "TOGETHER", 2)
+    sets, counted = [DEMOS[:1], DEMOS[1:4], DEMOS[2:], DEMOS], []
+    packs = make.make_packs(llm, distiller, sets, workdir, progress=counted.append)
+    assert counted == [2, 2]
+    for pack, demos in zip(packs, sets, strict=True):
+        np.testing.assert_allclose(pack.vectors, distiller.distill(demos).embeds[0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_is_dropped_and_said(llm, distiller, workdir):
+    """The window holds whole demonstrations, the first ones."""
+    many = DEMOS * 40
+    [pack] = make.make_packs(llm, distiller, [many], workdir, keep=True)
+    count = pack.num_demonstrations
+    assert pack.dropped == tuple(range(count, len(many))) and 0 < count < len(many)
+    assert pack.demonstrations == tuple(many[:count])
+    np.testing.assert_allclose(pack.vectors, distiller.distill(many[:count]).embeds[0], rtol=1e-5, atol=1e-6)
+    with says(f"reads at most {distiller.window}"):
+        distiller.distill(many[: count + 1])
+    with says("w1 w1", "leave it out"):
+        make.make_packs(llm, distiller, [[("w1 " * 500, "w2")]], workdir)
+
+
+@pytest.mark.slow
+def test_chunks_make_longer_packs(llm, folders, tmp_path):
+    fields = {"prefix.kind": "chunked", "prefix.chunk_demos": 3, "prefix.length": 4}
+    workdir = make_workdir(tmp_path / "run", llm, *folders, **fields)
+    chunked = mend_jax.load_prefix(workdir, llm)
+    [pack] = make.make_packs(llm, chunked, [DEMOS * 3], workdir)
+    np.testing.assert_allclose(pack.vectors, chunked.distill(DEMOS * 3).embeds[0], rtol=1e-5, atol=1e-6)
+    assert pack.num_vectors == 16 and pack.kind == "chunked"
+
+
+# Made once
+
+
+def test_what_was_made_is_not_made_again(made, monkeypatch, capsys, tmp_path):
+    """Another name and place of the same demonstrations; nothing is loaded."""
+    first = load_pack(made())
+    (tmp_path / "demos.jsonl").rename(tmp_path / "other.jsonl")
+    write_demos(tmp_path / "demos.jsonl")
+    monkeypatch.setattr(distill, "load_llm", None)
+    assert_equal(load_pack(made()), first)
+    assert "4 vectors of 4 demonstrations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["demos", "distiller", "dtype", "damaged"])
+def test_what_changed_is_made_again(changed, made, tmp_path, workdir):
+    path, [kept] = made(), (tmp_path / "cache").glob("*")
+    before, flags = load_pack(path), []
+    if changed == "demos":
+        write_demos(tmp_path / "demos.jsonl", DEMOS[:3])
+    elif changed == "distiller":
+        export(workdir, tmp_path / "out")
+        flags = [f"--distiller={tmp_path / 'out'}", f"--llm={before.llm}"]
+    elif changed == "dtype":
+        flags = ["--dtype=bfloat16"]
+    else:
+        kept.write_bytes(path.read_bytes()[:100])
+    again = load_pack(made(*flags))
+    assert len(list((tmp_path / "cache").glob("*"))) == (1 if changed == "damaged" else 2)
+    same = np.array_equal(again.vectors, before.vectors)
+    assert same == (changed in ("damaged", "distiller"))
+
+
+# Only its LLM reads it
+
+
+def test_another_llm_is_refused(made, folders, tmp_path):
+    pack, other = (
+        made(),
+        tokenizer_files.save_model_folder(tmp_path / "other", "byte", tokenizer_files.GPT2 | {"n_embd": 32}, seed=5),
+    )
+    with says(pack, folders[0], other):
+        load_pack(pack, mend_jax.load_llm(other))
+    assert command(predict.predict, f"--pack={pack}", "--input=w1", "--options=w2,w3", f"--llm={other}") == 2
+
+
+def test_another_bos_or_tokenizer_is_refused(made, llm):
+    path = made()
+    with says(path, "bos", "false"):
+        load_pack(path, dataclasses.replace(llm, bos=3))
+    with says(path, "tokenizer", llm.path):
+        load_pack(path, dataclasses.replace(llm, tokenizer=None))
+
+
+def test_the_same_llm_in_8_bits_reads_it(made, folders):
+    assert load_pack(made(), mend_jax.load_llm(folders[0], "bfloat16", weights="int8")).num_vectors == 4
+
+
+# Files that are no packs
+
+
+def test_damaged_files_are_one_sentence(made, tmp_path):
+    whole = made().read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    for content in (b"", whole[:7], whole[: len(whole) - 9], b"\xff" * 8 + whole[8:], b"PK\x03\x04 no pack at all"):
+        bad.write_bytes(content)
+        with says(bad, "copy or make it again"):
+            load_pack(bad)
+    with says(tmp_path / "none", "mend_jax.distill"):
+        load_pack(tmp_path / "none")
+    with says(tmp_path, "mend_jax.distill"):
+        load_pack(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "facts, vectors, said",
+    [
+        ({"pack_format": "2"}, None, ("format 2", "up to 1")),
+        ({"pack_format": "x"}, None, ("format x",)),
+        ({"template": '["a", "b"]'}, None, ("copy or make it again",)),
+        ({"template": "[1, 2, 3]"}, None, ("1",)),
+        ({"template": "{"}, None, ("copy or make it again",)),
+        ({"num_vectors": "5"}, None, ("5", "4")),
+        ({"num_demonstrations": "many"}, None, ("many",)),
+        ({}, np.zeros((4, 32), np.float16), ("float16",)),
+        ({}, np.zeros((0, 32), np.float32), ("0",)),
+        ({}, np.full((4, 32), np.nan, np.float32), ("finite",)),
+    ],
+)
+def test_packs_with_wrong_content(made, tmp_path, facts, vectors, said):
+    pack, bad = load_pack(made()), tmp_path / "bad.safetensors"
+    save_file({"vectors": pack.vectors if vectors is None else vectors}, bad, pack.metadata() | facts)
+    with says(bad, *said):
+        load_pack(bad)
+
+
+def test_a_file_of_weights_is_no_pack(tmp_path):
+    save_file({"vectors": np.zeros((1, 2), np.float32)}, tmp_path / "a.safetensors")
+    with says(tmp_path / "a.safetensors", "no pack"):
+        load_pack(tmp_path / "a.safetensors")
+
+
+# Files of demonstrations
+
+
+def test_a_folder_and_several_files_become_a_folder(tmp_path, workdir, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_demos(folder / "b.jsonl"), write_demos(folder / "a.jsonl", DEMOS[:2]), (folder / "notes.txt").write_text("no")
+    write_lines(tmp_path / "c.json", [{"input": "w1", "output": "w2"}])
+    given = [f"--distiller={workdir}", "--cache="]
+    assert command(distill.distill, *given, f"--demos={folder},{tmp_path / 'c.json'}", f"--out={tmp_path / 'out'}") == 0
+    found = {path.name: load_pack(path).num_demonstrations for path in (tmp_path / "out").iterdir()}
+    assert found == {"a.pack.safetensors": 2, "b.pack.safetensors": 4, "c.pack.safetensors": 1}
+    assert "in 0:" in capsys.readouterr().err  # progress
+    assert command(distill.distill, *given, f"--demos={folder}", f"--out={tmp_path / 'x.safetensors'}") == 2
+    assert command(distill.distill, *given, f"--demos={folder / 'a.jsonl'}", f"--out={tmp_path / 'x.txt'}") == 2
+
+
+def test_bad_demonstrations_name_file_and_line(tmp_path):
+    file = tmp_path / "demos.jsonl"
+    for line, facts in {
+        '{"input": "a"}': ("output",),
+        '{"input": "", "output": "b"}': ("input",),
+        '{"input": 3, "output": "b"}': ("input",),
+        '["a", "b"]': ("JSON object",),
+        '{"input": "a", "output"': ("JSON",),
+    }.items():
+        file.write_text('{"input": "a", "output": "b"}\n\n' + line + "\n")
+        with says(file, "line 3", *facts):
+            read_demonstrations(file)
+    file.write_bytes('{"input": "ä", "output": "b"}'.encode("latin-1"))
+    with says(file, "UTF-8", "byte 11"):
+        read_demonstrations(file)
+    file.write_text("\n")
+    with says(file, "no demonstrations"):
+        read_demonstrations(file)
+    for given, facts in {
+        "": ("--demos", "empty"),
+        str(tmp_path / "none.jsonl"): (tmp_path / "none.jsonl", "not there"),
+        str(tmp_path.parent / "nothing"): ("not there",),
+        f"{file},{file}": ("demos.pack.safetensors", "rename"),
+    }.items():
+        with says(*facts):
+            demonstration_files(given)
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"input": "a", "output": "b"}\r\n{"input": "c", "output": "d"}\r\n'
+    )
+    assert read_demonstrations(tmp_path / "a.jsonl") == [("a", "b"), ("c", "d")]
+
+
+def test_what_makes_no_packs_is_refused(llm, folders, tmp_path, distiller, workdir):
+    soft = make_workdir(tmp_path / "run", llm, *folders, **{"prefix.kind": "soft_prompt"})
+    with says(soft, "reads no demonstrations"):
+        make.make_packs(llm, mend_jax.load_prefix(soft, llm), [DEMOS], soft)
+    with says(workdir, "no tokenizer"):
+        make.make_packs(llm, dataclasses.replace(distiller, tokenizer=None), [DEMOS], workdir)
+
+
+def test_an_exported_distiller_needs_the_llms_name(workdir, tmp_path, capsys):
+    export(workdir, tmp_path / "out")
+    write_demos(tmp_path / "demos.jsonl")
+    given = [f"--distiller={tmp_path / 'out'}", f"--demos={tmp_path / 'demos.jsonl'}", f"--out={tmp_path}", "--cache="]
+    assert command(distill.distill, *given) == 2
+    assert "--llm" in capsys.readouterr().err
+
+
+# The commands
+
+
+def test_inspect_prints_the_facts(made, capsys):
+    path = made("--keep_demos")
+    capsys.readouterr()
+    assert command(inspect.inspect, f"--pack={path}", "--demos") == 0
+    said = capsys.readouterr().out
+    for fact in ("num_vectors", "4", "distiller_fingerprint", "'w3' -> 'w51'", load_pack(path).llm_fingerprint):
+        assert fact in said
+
+
+def test_predict_prints_or_writes_the_scores_of_options(made, llm, tmp_path, capsys):
+    path = made()
+    pack = load_pack(path, llm)
+    wanted = mend_jax.score_options(llm, pack, "w4", ["w50", "w51"])
+    capsys.readouterr()
+    assert command(predict.predict, f"--pack={path}", "--input=w4", "--options=w50, w51") == 0
+    best = max(wanted)
+    assert capsys.readouterr().out.split()[:2] == [["w50", "w51"][wanted.index(best)], f"{best:.3f}"]
+    queries = write_lines(
+        tmp_path / "q.jsonl", [{"input": "w4", "id": 7}, {"input": "w8 w9", "options": ["w1", "w2", "w3"]}]
+    )
+    flags = [f"--pack={path}", f"--inputs={queries}", f"--out={tmp_path / 'new' / 'a.jsonl'}", "--options=w50,w51"]
+    assert command(predict.predict, *flags) == 0
+    first, second = map(json.loads, (tmp_path / "new" / "a.jsonl").read_text().splitlines())
+    assert first["id"] == 7 and list(first["scores"].values()) == pytest.approx(wanted, abs=1e-5)
+    assert first["prediction"] == max(first["scores"], key=first["scores"].get) and "where" not in first
+    assert second["scores"].keys() == {"w1", "w2", "w3"}
+
+
+def test_generate_prints_or_writes_answers(made, llm, tmp_path, capsys):
+    path = made()
+    wanted = mend_jax.generate_text(llm, load_pack(path), "w4", 5)
+    capsys.readouterr()
+    assert command(generate.generate, f"--pack={path}", "--input=w4", "--max_tokens=5") == 0
+    assert capsys.readouterr().out == wanted.text + "\n"
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "w4", "id": 7}, {"input": "w8 w9"}])
+    flags = [f"--pack={path}", f"--inputs={queries}", f"--out={tmp_path / 'a.jsonl'}", "--max_tokens=5"]
+    assert command(generate.generate, *flags) == 0
+    first, _ = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert first == {"input": "w4", "id": 7, "answer": wanted.text, "finish": wanted.finish}
+
+
+@pytest.mark.parametrize(
+    "flags, facts",
+    [
+        ([], ("--input", "--inputs")),
+        (["--input=w1", "--inputs=x"], ("one of them",)),
+        (["--inputs=x"], ("--out",)),
+        (["--input=w1", "--out=x"], ("--inputs",)),
+        (["--input=w1"], ("--input", "options")),
+        (["--input=w1", "--options=,"], ("options",)),
+    ],
+)
+def test_bad_questions_are_one_sentence(made, flags, facts, capsys):
+    path = made()
+    capsys.readouterr()
+    assert command(predict.predict, f"--pack={path}", *flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(fact in said for fact in facts)
+
+
+def test_bad_files_of_queries_name_file_and_line(made, tmp_path, capsys):
+    path, queries = made(), tmp_path / "q.jsonl"
+    for line, facts in {
+        '{"inputs": "a"}': ("line 2", "input"),
+        '{"input": "a", "options": "b"}': ("line 2", "options"),
+    }.items():
+        queries.write_text('{"input": "w1", "options": ["w2"]}\n' + line)
+        capsys.readouterr()
+        assert command(predict.predict, f"--pack={path}", f"--inputs={queries}", f"--out={tmp_path / 'o'}") == 2
+        said = capsys.readouterr().err
+        assert str(queries) in said and all(fact in said for fact in facts) and not (tmp_path / "o").exists()
+
+
+def test_a_pack_whose_llm_has_moved_says_so(made, folders, tmp_path, capsys):
+    path = made()
+    pack = dataclasses.replace(load_pack(path), llm=str(tmp_path / "gone"))
+    pack.save(path)
+    capsys.readouterr()
+    assert command(predict.predict, f"--pack={path}", "--input=w1", "--options=w2,w3") == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "gone") in said and "--llm" in said
+    assert command(predict.predict, f"--pack={path}", "--input=w1", "--options=w2,w3", f"--llm={folders[0]}") == 0
+
+
+def test_a_full_disk_leaves_no_half_pack(made, tmp_path, monkeypatch):
+    path = made()
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("mend_jax.packs.pack.write_file", full)
+    with says(path, "No space left on device", "--out"):
+        distill._save(load_pack(path), path)
+    assert path.read_bytes() == before and not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_prefix_of_a_pack_has_one_row(made):
+    prefix = load_pack(made()).prefix
+    assert prefix.embeds.shape == (1, 4, 32) and jnp.array_equal(prefix.length, jnp.asarray([4]))
