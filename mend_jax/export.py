@@ -2,13 +2,15 @@
 
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
     python -m mend_jax.export --llm=model.gguf --out=exported/model
+    python -m mend_jax.export --pack=reviews.pack.safetensors --out=exported/reviews
 
 --backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) if it has moved since training.
 
 A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)` (T5: `T5EncoderModel`).
 Beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
 distiller_config.json, the tokenizer, a model card, mend_distiller.py (one PyTorch module) and release/: the layout of
-MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors.
+MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors, a pack
+of vectors an adapter of PEFT (mend_jax/packs/adapter.py).
 
 mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
@@ -16,9 +18,10 @@ mend_jax/interchange/trained.py reads all of these back and lists the release's 
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.export import export, export_llm
+from mend_jax.packs.adapter import export_pack
 
 
-def main(out: str, workdir: str = "", backbone: str = "", llm: str = "") -> None:
+def main(out: str, workdir: str = "", backbone: str = "", llm: str = "", pack: str = "") -> None:
     """The command.
 
     Args:
@@ -26,10 +29,16 @@ def main(out: str, workdir: str = "", backbone: str = "", llm: str = "") -> None
         workdir: the folder of a training, of any stage; its best checkpoint is taken.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
         llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
+        pack: a pack of vectors, in the place of a workdir: it becomes an adapter of PEFT.
     """
-    if bool(workdir) == bool(llm):
-        raise UserError("Give --workdir, the folder of a training, or --llm, a GGUF file.")
-    print(export_llm(llm, out) if llm else export(workdir, out, backbone or None))
+    if sum(map(bool, (workdir, llm, pack))) != 1:
+        raise UserError(
+            "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."
+        )
+    if pack:
+        print(export_pack(pack, out))
+    else:
+        print(export_llm(llm, out) if llm else export(workdir, out, backbone or None))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = N
     Raises:
         UserError: no such workdir, no complete checkpoint, a missing backbone, an `out` with content, a full disk.
     """
-    out = _new(out)
+    out = new_folder(out)
     config, model, meta = read_workdir(workdir, backbone)
-    with _written(out) as folder:
+    with written(out) as folder:
         sentence = _write(folder, workdir, config, model, meta, backbone)
     return f"{sentence} Step {meta['step']} of {workdir} is in {out}."
 
@@ -40,13 +40,14 @@ def export_llm(llm: str | Path, out: str | Path) -> str:
     Raises:
         UserError: a file that cannot be read, a full `out`, a full disk.
     """
-    out = _new(out)
-    with _written(out) as folder:
+    out = new_folder(out)
+    with written(out) as folder:
         convert_model(llm, folder)
     return f"{llm} is in {out} as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
 
 
-def _new(out: str | Path) -> Path:
+def new_folder(out: str | Path) -> Path:
+    """The absolute path of a folder to write. Raises UserError if it is there already and has content."""
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: name another folder, or remove it.")
@@ -54,8 +55,8 @@ def _new(out: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end of the block."""
+def written(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end of the block. Raises UserError where it cannot be written."""
     try:
         with whole_folder(out) as folder:
             yield folder

@@ -1,0 +1,110 @@
+"""A pack as an adapter of PEFT: a prompt-tuning folder, which puts the vectors before the LLM's input embeddings.
+
+    adapter_config.json          what PEFT reads
+    adapter_model.safetensors    prompt_embeddings (l, llm_width)
+    README.md                    how to use the vectors with PEFT, with transformers alone, and with a vLLM server
+
+PEFT (https://github.com/huggingface/peft) is not needed to write it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import NONE
+from mend_jax.data.templates import in_words
+from mend_jax.interchange.export import new_folder, written
+from mend_jax.models.config import EncoderDecoderConfig
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import local_folder
+from mend_jax.models.weights import write_file
+from mend_jax.packs.pack import Pack, load_pack
+from mend_jax.run.files import write_json, write_text
+
+CARD = """---
+library_name: peft
+tags: [mend, in-context-learning, prompt-tuning]
+---
+
+# {num_vectors} vectors in the place of {num_demonstrations} demonstrations
+
+For the LLM {llm}; made by a MEND distiller (Li et al., ICLR 2024). {rule}.
+
+## With PEFT
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(llm, folder)  # llm: the LLM, in transformers; this folder
+{query}
+logits = model(input_ids=query_ids{decoder}).logits{behind}
+```
+
+## With transformers alone
+
+```python
+import torch
+from safetensors.torch import load_file
+
+vectors = load_file(f"{{folder}}/adapter_model.safetensors")["prompt_embeddings"]
+{query}
+embeds = torch.cat([vectors[None], llm.get_input_embeddings()(query_ids)], dim=1)
+logits = llm(inputs_embeds=embeds{decoder}).logits
+answer = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=16)
+```
+"""
+
+
+def export_pack(path: str | Path, out: str | Path) -> str:
+    """Writes the pack in a file as a PEFT folder, whole or not at all; returns a sentence about it.
+
+    Raises UserError: no pack, an `out` with content, an LLM that cannot be found, one that reads a BOS before the vectors (no
+    adapter can put one there), a full disk.
+    """
+    pack, out = load_pack(path), new_folder(out)
+    if pack.bos != NONE:
+        raise UserError(
+            f"{path} stands behind the LLM's BOS, which an adapter cannot put before its vectors: give transformers or vLLM the"
+            " embeddings of both (mend_jax.packs.vllm)."
+        )
+    config = from_hf_config(local_folder(pack.llm))
+    separate = isinstance(config, EncoderDecoderConfig)
+    with written(out) as folder:
+        tensors = {"prompt_embeddings": np.ascontiguousarray(pack.vectors)}
+        write_file(tensors, folder / "adapter_model.safetensors")
+        write_json(folder / "adapter_config.json", adapter_config(pack, config, separate), indent=2)
+        write_text(folder / "README.md", card(pack, separate))
+    return f"{pack.num_vectors} vectors as an adapter of PEFT are in {out}: PeftModel.from_pretrained(llm, folder) reads it."
+
+
+def adapter_config(pack: Pack, config, separate: bool) -> dict:
+    """What PEFT's PromptTuningConfig says of these vectors."""
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM" if separate else "CAUSAL_LM",
+        "base_model_name_or_path": Path(pack.llm).name,
+        "inference_mode": True,
+        "num_virtual_tokens": pack.num_vectors,
+        "token_dim": pack.vectors.shape[1],
+        "num_transformer_submodules": 1,  # of an encoder–decoder only the encoder reads them
+        "num_attention_heads": config.heads,
+        "num_layers": config.layers,
+        "prompt_tuning_init": "RANDOM",  # PEFT wants one; the file's vectors replace it
+    }
+
+
+def card(pack: Pack, separate: bool) -> str:
+    """The folder's README.md."""
+    words = in_words(pack.template)
+    start = ", decoder_input_ids=torch.tensor([[llm.config.decoder_start_token_id]])"
+    return CARD.format(
+        num_vectors=pack.num_vectors,
+        num_demonstrations=pack.num_demonstrations,
+        llm=json.dumps(Path(pack.llm).name),
+        rule=words["rule"],
+        query=words["query"],
+        decoder=start if separate else "",
+        behind="" if separate else f"[:, {pack.num_vectors}:]  # at the query",
+    )
