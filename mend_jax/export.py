@@ -3,6 +3,7 @@
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
     python -m mend_jax.export --llm=model.gguf --out=exported/model
     python -m mend_jax.export --pack=reviews.pack.safetensors --out=exported/reviews
+    python -m mend_jax.export --workdir=runs/mend --format=jax --out=exported/jax
 
 --backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) if it has moved since training.
 
@@ -10,18 +11,29 @@ A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.fr
 Beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
 distiller_config.json, the tokenizer, a model card, mend_distiller.py (one PyTorch module) and release/: the layout of
 MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors, a pack
-of vectors an adapter of PEFT (mend_jax/packs/adapter.py).
+of vectors an adapter of PEFT (mend_jax/packs/adapter.py). With --format=jax a distiller and its LLM become two programs of
+`jax.export` with their weights (mend_jax/interchange/jax_export.py).
 
 mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
 
+from typing import Literal
+
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.export import export, export_llm
+from mend_jax.interchange.jax_export import export_jax
 from mend_jax.packs.adapter import export_pack
 
 
-def main(out: str, workdir: str = "", backbone: str = "", llm: str = "", pack: str = "") -> None:
+def main(
+    out: str,
+    workdir: str = "",
+    backbone: str = "",
+    llm: str = "",
+    pack: str = "",
+    format: Literal["pytorch", "jax"] = "pytorch",
+) -> None:
     """The command.
 
     Args:
@@ -29,8 +41,17 @@ def main(out: str, workdir: str = "", backbone: str = "", llm: str = "", pack: s
         workdir: the folder of a training, of any stage; its best checkpoint is taken.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
         llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
+            With --format=jax the LLM of an exported distiller.
         pack: a pack of vectors, in the place of a workdir: it becomes an adapter of PEFT.
+        format: "pytorch", or "jax": programs that need none of our code.
     """
+    if format == "jax":
+        if not workdir or pack or backbone:
+            raise UserError(
+                "--format=jax takes --workdir, a training or an exported distiller, and where needed --llm."
+            )
+        print(export_jax(workdir, out, llm))
+        return
     if sum(map(bool, (workdir, llm, pack))) != 1:
         raise UserError(
             "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."
