@@ -33,8 +33,11 @@ def places(tmp_path_factory):
     )
     small, large = mend_jax.load_llm(PACKAGED / "llm"), mend_jax.load_llm(llm)
     quickstart = make_workdir(root / "quickstart", small, small.path, PACKAGED / "backbone", **{"prefix.length": 8})
+    distiller, demos = mend_jax.load_distiller(quickstart, small), 4 * [("fudi megu", "ivory"), ("meda fepo", "maroon")]
+    mend_jax.make_packs(small, distiller, [demos], quickstart)[0].save(root / "colours.pack.safetensors")
     return {
         "runs/quickstart/mend/finetune": quickstart,
+        "colours.pack.safetensors": root / "colours.pack.safetensors",
         "gpt2-large": llm,
         "runs/mine/mend/finetune": make_workdir(root / "mine", large, llm, backbone),
     }
@@ -74,6 +77,12 @@ def test_chunks_are_removed_in_the_docs(places):
     names = run("docs/python.md", places)
     assert len(names["parts"]) == len(names["chunks"]) == 5  # 80 demonstrations, 16 in a chunk
     assert names["vectors"].length.tolist() == [4 * 6]
+
+
+def test_the_packs_of_the_docs_answer(places, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = run("docs/packs.md", places)
+    assert names["pack"].num_vectors == 8 and names["request"].keys() == {"model", "prompt_embeds", "max_tokens"}
 
 
 def test_the_config_of_the_docs_is_one(places):
