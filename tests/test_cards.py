@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 import tokenizer_files
+from facts import says, states
 from test_export import make_workdir
 
 import mend_jax
-from mend_jax.cli.errors import UserError
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange import export, trained
 from mend_jax.prefixes import Chunked
@@ -21,23 +21,42 @@ from mend_jax.prefixes import Chunked
 torch = pytest.importorskip("torch")
 
 DEMOS = [("a great film", "positive"), ("dull", "negative")]
+LLMS_EMBEDDINGS = "reads with the LLM's embeddings"
 KINDS = {
     "distiller": {},
+    LLMS_EMBEDDINGS: {"prefix.train_embeddings": False},  # and its backbone is the LLM
     "one chunk a demonstration": {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
     "mean": {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
     "soft prompt": {"prefix.kind": "soft_prompt"},
 }
 
 
+# Each with one template at least, the four of them with the distiller.
+CASES = [
+    *((kind, template) for kind in KINDS if kind != LLMS_EMBEDDINGS for template in ("space", "newline", "qa")),
+    *((kind, "question") for kind in ("distiller", LLMS_EMBEDDINGS)),
+]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Of the LLM and of the backbone."""
+    return models(tmp_path_factory.mktemp("gpt2"), tokenizer_files.GPT2, "n_embd")
+
+
+@pytest.fixture(scope="module")
+def t5_folders(tmp_path_factory):
+    """The same of T5's family."""
+    return models(tmp_path_factory.mktemp("t5"), tokenizer_files.T5, "d_model")
+
+
+def models(parent, fields, width_field):
     from tokenizers import Tokenizer, processors
 
     made = []
     for name, width in (("llm", 32), ("backbone", 16)):
-        folder = tmp_path_factory.mktemp("models") / name
-        tokenizer_files.save_model_folder(folder, "byte", tokenizer_files.GPT2 | {"n_embd": width}, seed=width)
+        folder = parent / name
+        tokenizer_files.save_model_folder(folder, "byte", fields | {width_field: width}, seed=width)
         file = str(folder / "tokenizer.json")
         tokenizer = Tokenizer.from_file(file)
         begin = "<|endoftext|>"
@@ -60,15 +79,15 @@ def llm(folders):
     return model
 
 
-def run_card(folder, llm_folder):
+def run_card(folder, llm_folder, llm_class="AutoModelForCausalLM"):
     """The names that the card's snippet leaves, given those that its text says are there."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     [_, snippet] = (folder / "README.md").read_text().split("```python\n")
     names = {"folder": str(folder)}
     if llm_folder is not None:
-        names["llm"] = AutoModelForCausalLM.from_pretrained(llm_folder).eval()
-        names["tokenizer"] = AutoTokenizer.from_pretrained(llm_folder)
+        names["llm"] = getattr(transformers, llm_class).from_pretrained(llm_folder).eval()
+        names["tokenizer"] = transformers.AutoTokenizer.from_pretrained(llm_folder)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr("sys.path", [*sys.path])
         patch.delitem(sys.modules, "mend_distiller", raising=False)
@@ -89,21 +108,42 @@ def assert_same_scores(llm, prefix, template, logits):
     np.testing.assert_allclose(ours, logits[0, -1].log_softmax(-1).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("template", ["space", "newline", "qa"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "template"), CASES)
 @pytest.mark.slow
 def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
-    run = make_workdir(tmp_path / "run", llm, *folders, **{"data.template": template, **KINDS[kind]})
-    export.export(run, tmp_path / "out")
-    names, model = run_card(tmp_path / "out", folders[0]), trained.load_trained(run, llm)
-    prefix = model.distill(DEMOS)
-    assert model.template == trained.read_trained(tmp_path / "out").template == TEMPLATES[template]
-    assert names["vectors"].shape == prefix.embeds.shape
+    folder, backbone = folders
+    backbone = folder if kind == LLMS_EMBEDDINGS else backbone
+    run = make_workdir(tmp_path / "run", llm, folder, backbone, **{"data.template": template, **KINDS[kind]})
+    prefix = assert_the_snippet_gives_our_scores(run, tmp_path / "out", llm, folder, template)
     assert prefix.embeds.shape[1] == (12 if kind == "one chunk a demonstration" else 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "moved"),
+    [("distiller", "question", False), ("soft prompt", "space", False), ("soft prompt", "space", True)],
+)
+@pytest.mark.slow
+def test_the_snippet_for_an_encoder_decoder_gives_our_scores(kind, template, moved, t5_folders, tmp_path):
+    """Also where the LLM has moved since the training, so that the export cannot see what it is."""
+    llm = mend_jax.load_llm(t5_folders[0])
+    fields = {"llm.path": str(tmp_path / "moved")} if moved else {}
+    run = make_workdir(tmp_path / "run", llm, *t5_folders, **fields, **{"data.template": template, **KINDS[kind]})
+    out = tmp_path / "out"
+    assert_the_snippet_gives_our_scores(run, out, llm, t5_folders[0], template, "T5ForConditionalGeneration")
+    assert ("if llm.config.is_encoder_decoder" in (out / "README.md").read_text()) == moved
+
+
+def assert_the_snippet_gives_our_scores(run, out, llm, llm_folder, template, llm_class="AutoModelForCausalLM"):
+    """Of the card that `run` is exported with; returns the prefix that the workdir's model makes."""
+    export.export(run, out)
+    names, model = run_card(out, llm_folder, llm_class), trained.load_trained(run, llm)
+    prefix = model.distill(DEMOS)
+    assert model.template == trained.read_trained(out).template == TEMPLATES[template]
+    assert names["vectors"].shape == prefix.embeds.shape
     np.testing.assert_allclose(names["vectors"], prefix.embeds, atol=1e-5)
     assert_same_scores(llm, prefix, TEMPLATES[template], names["logits"])
-    line = run_line(tmp_path / "out", folders[0])
-    np.testing.assert_allclose(line.embeds, prefix.embeds, atol=1e-6)
+    np.testing.assert_allclose(run_line(out, llm_folder).embeds, prefix.embeds, atol=1e-6)
+    return prefix
 
 
 @pytest.mark.parametrize("template", ["space", "newline", "qa"])
@@ -132,9 +172,7 @@ def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, fo
         return
     reads = mend_jax.load_llm(folders[0], bos=bos)
     for path in (run, tmp_path / "out"):
-        with pytest.raises(
-            UserError, match=f"stands behind the LLM's BOS, which .* --config.data.bos={bos}, or load_llm"
-        ):
+        with says(path, "BOS", f"--config.data.bos={bos}", "load_llm"):
             trained.load_trained(path, llm)
         model = trained.load_trained(path, reads)
         prefix = model.distill(DEMOS)
@@ -165,8 +203,9 @@ def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp
         ours = model.distill(given).embeds
         assert ours.shape == theirs.distill(given).shape
         np.testing.assert_allclose(theirs.distill(given), ours, atol=1e-5)
-    with pytest.raises(ValueError, match=f"demonstration 1 has 95 tokens, but a chunk holds {tokens}"):
+    with pytest.raises(ValueError) as error:
         theirs.distill([[1], [2] * 95])
+    states(str(error.value), "demonstration 1", "95 tokens", tokens)
 
 
 def exported_module(folder):

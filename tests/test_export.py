@@ -54,7 +54,7 @@ def make_workdir(folder, llm, tiny_llm, tiny_backbone, params=None, **fields):
     """A workdir as training leaves it: the better checkpoint is the earlier one."""
     config = make_config(tiny_llm, tiny_backbone, **fields)
     if params is None:
-        params = kind_of(config).init(config, llm, seed=3).params
+        params = kind_of(config).init(config, llm, seed=3).split_params()[0]
     params = jax.tree.map(lambda a: np.asarray(a) + 0.05 * np.random.randn(*a.shape).astype(np.float32), params)
     folder.mkdir(exist_ok=True)
     checkpoint.write_config(folder, config)

@@ -12,7 +12,8 @@ from mend_jax.interchange.trained import (
     read_workdir,
     source_folder,
 )
-from mend_jax.models.folders import convert_model, save_model
+from mend_jax.models.families import EncoderDecoderConfig
+from mend_jax.models.folders import convert_model, save_model, settings_here
 from mend_jax.run.files import whole_folder
 
 
@@ -77,5 +78,7 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
     sentence = model.write(folder)
-    card.write_text(prefix_card(config, meta, workdir, model))
+    llm = settings_here(config["llm"]["path"])
+    encoder_decoder = None if llm is None else isinstance(llm, EncoderDecoderConfig)
+    card.write_text(prefix_card(config, meta, workdir, model, encoder_decoder))
     return f"{sentence} {model.write_release(folder / 'release')}".strip()

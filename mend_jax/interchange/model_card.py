@@ -41,9 +41,24 @@ logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 """
 
 
-def prefix_card(config: dict, meta: dict, workdir, model) -> str:
-    """The card of a trained `Kind`; config and meta are those of its workdir."""
-    title, text = model.card(_name(config["llm"]["path"]))
+# The last lines of the snippet of a prefix, by whether the LLM is an encoder–decoder; None: it is not known.
+_LOGITS = {
+    False: "logits = llm(inputs_embeds=embeds).logits",
+    True: """start = torch.tensor([[llm.config.decoder_start_token_id]])  # the decoder says y
+logits = llm(inputs_embeds=embeds, decoder_input_ids=start).logits""",
+    None: """inputs = {"inputs_embeds": embeds}
+if llm.config.is_encoder_decoder:  # its decoder says y
+    inputs["decoder_input_ids"] = torch.tensor([[llm.config.decoder_start_token_id]])
+logits = llm(**inputs).logits""",
+}
+
+
+def prefix_card(config: dict, meta: dict, workdir, model, encoder_decoder: bool | None) -> str:
+    """The card of a trained `Kind`; config and meta are those of its workdir.
+
+    `encoder_decoder` says whether the LLM is one; None: it is not known, and the snippet suits both.
+    """
+    title, text = model.card(_name(config["llm"]["path"]), _LOGITS[encoder_decoder])
     return _HEAD.format(title=title) + text + _training(config, meta, workdir, type(model).backbone(ConfigDict(config)))
 
 

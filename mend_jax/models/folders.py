@@ -184,6 +184,22 @@ def local_folder(path: str | Path) -> Path:
         ) from error
 
 
+def settings_here(path: str | Path) -> Config | None:
+    """The settings of the model that `path` names as in `local_folder`; None where this machine does not have it.
+
+    Nothing is downloaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        if str(path) in PACKAGED or Path(path).expanduser().exists():
+            return from_hf_config(local_folder(path))
+        file = try_to_load_from_cache(str(path), "config.json")
+        return from_hf_config(file) if isinstance(file, str) else None
+    except (UserError, ValueError):  # ValueError: no name of the hub
+        return None
+
+
 def fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with any byte of a model's config.json, vocabulary or weights, wherever it lies."""
     folder = local_folder(path)

@@ -276,9 +276,9 @@ class Chunked(Kind):
         write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings())
         return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
 
-    def card(self, llm: str) -> tuple[str, str]:
+    def card(self, llm: str, logits: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = self.distiller.card_text(llm, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
+        text = self.distiller.card_text(llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",

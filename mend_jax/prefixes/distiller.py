@@ -21,7 +21,7 @@ from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words
 from mend_jax.models import weights
-from mend_jax.models.families import Config, from_hf_config, to_hf_config
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import headless_params, load_model, load_tokenizer, read_weights
 from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
@@ -60,7 +60,7 @@ vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")]
 # llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
 {query}
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
-logits = llm(inputs_embeds=embeds).logits
+{logits}
 ```
 
 In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
@@ -287,14 +287,14 @@ class Distiller(Kind):
     def write_release(self, folder: Path) -> str:
         return release.write_both(self, folder)
 
-    def card(self, llm: str) -> tuple[str, str]:
-        return "A MEND distiller", self.card_text(
-            llm, f"(1, {self.num_vectors}, {self.llm_width})", "mend_jax.load_distiller"
-        )
+    def card(self, llm: str, logits: str) -> tuple[str, str]:
+        shape = f"(1, {self.num_vectors}, {self.llm_width})"
+        return "A MEND distiller", self.card_text(llm, logits, shape, "mend_jax.load_distiller")
 
-    def card_text(self, llm: str, shape: str, load: str) -> str:
+    def card_text(self, llm: str, logits: str, shape: str, load: str) -> str:
         """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder."""
         return CARD.format(
+            logits=logits,
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
             llm=llm,
@@ -308,7 +308,7 @@ class Distiller(Kind):
             given=", llm=llm" if self.embeddings == LLM else "",
             alone=WITHOUT_TOKENS
             if self.embeddings == LLM
-            else "`AutoModel.from_pretrained(folder)`\nloads the backbone alone.",
+            else f"`{_loader(self.config)}.from_pretrained(folder)`\nloads the backbone alone.",
             shape=shape,
             load=load,
             bos=argument(self.bos),
@@ -316,6 +316,11 @@ class Distiller(Kind):
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once
+
+
+def _loader(backbone: Config) -> str:
+    """The class of transformers that loads an exported backbone: `AutoModel` would add a decoder to T5's encoder."""
+    return "T5EncoderModel" if isinstance(backbone, EncoderDecoderConfig) else "AutoModel"
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:

@@ -212,8 +212,11 @@ class Kind:
         there are none."""
         return ""
 
-    def card(self, llm: str) -> tuple[str, str]:
-        """(title, text) of its model card: what it is and how to use it with the LLM named `llm`."""
+    def card(self, llm: str, logits: str) -> tuple[str, str]:
+        """(title, text) of its model card: what it is and how to use it with the LLM named `llm`.
+
+        `logits` are the lines of the card's snippet by which that LLM computes its `logits` from `embeds`.
+        """
         raise TypeError(f"{self.title} is not exported")
 
 

@@ -7,6 +7,9 @@
     query = distiller.query_ids(tokenizer, "I loved it")  # in the tokens of the LLM's tokenizer, with the training's template
     embeds = torch.cat([vectors, llm.get_input_embeddings()(query)], dim=1)
     logits = llm(inputs_embeds=embeds).logits
+    # or, of an encoder–decoder, whose decoder says y:
+    start = torch.tensor([[llm.config.decoder_start_token_id]])
+    logits = llm(inputs_embeds=embeds, decoder_input_ids=start).logits
 
 Needs torch, transformers and safetensors. Axes: B contexts, N demonstration tokens, L vectors, D backbone width.
 A distiller of chunks (`join` in distiller_config.json) packs whole demonstrations, in order, into chunks that it reads one

@@ -34,7 +34,7 @@ vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
 # llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
 {query}
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
-logits = llm(inputs_embeds=embeds).logits
+{logits}
 ```
 
 In JAX: `mend_jax.load_prefix(folder, mend_jax.load_llm(llm_folder{bos})).distill()`.
@@ -98,11 +98,12 @@ class SoftPrompt(Kind):
         weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
-    def card(self, llm: str) -> tuple[str, str]:
+    def card(self, llm: str, logits: str) -> tuple[str, str]:
         text = CARD.format(
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
             llm=llm,
+            logits=logits,
             **in_words(self.template),
             **first_lines(self.bos),
             bos=argument(self.bos),
