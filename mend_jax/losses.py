@@ -22,7 +22,7 @@ from mend_jax.models import int8
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES, Objective
 
 LEAST = 1e-9  # mass of the words that a `TopK` does not name, at least: of 0 there is no logarithm
-FORWARD_KL = Objective()  # `_chunk` has its gradient, written by hand
+FORWARD_KL = Objective()
 
 
 class Weights(NamedTuple):
@@ -172,7 +172,8 @@ _flat_loss.defvjp(_flat_loss_fwd, _flat_loss_bwd)
 def _forward(how, with_grad, states, head, teacher, targets, weights):
     """Values and, with `with_grad`, gradients, by a loop over the chunks that hold tokens with non-zero weight."""
     (M, D), (chunk, head_grad, objective) = states.shape, how
-    one_chunk = _chunk if objective == FORWARD_KL or teacher is None else functools.partial(_any_chunk, objective)
+    by_hand = teacher is None or (objective.is_kl_of_teacher and not objective.by_jax)
+    one_chunk = _chunk if by_hand else functools.partial(_any_chunk, objective)
     padded = -(-M // chunk) * chunk
     # Tokens with non-zero weight come first; the loop ends with the last of them.
     order = jnp.argsort(weights.max(0) <= 0, stable=True)
@@ -219,7 +220,7 @@ def _forward(how, with_grad, states, head, teacher, targets, weights):
 
 
 def _chunk(states, head, teacher, targets, weights, with_grad):
-    """One chunk of C tokens: (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), gradient of the logits (C,V)).
+    """One chunk of C tokens, with L_distill as KL(teacher || student): (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), gradient of the logits (C,V)).
 
     The gradient of the logits leaves out cross-entropy's -1 at the target, which is applied as rows of the head: that costs
     a gather of C rows, not a (C,V) array.

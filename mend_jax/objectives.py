@@ -27,6 +27,7 @@ class Objective(NamedTuple):
 
     name: str = "forward_kl"
     numbers: Numbers = Numbers()
+    by_jax: bool = False  # differentiated by JAX even where losses.py has its gradient by hand: for comparing the two
 
     @classmethod
     def of(cls, loss: Any) -> "Objective":
