@@ -9,15 +9,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # All of this must stand before jax is imported; what the caller has set stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time is XLA's compiler: its older way to fuse operations needs half the time for small programs.
+# Most of a test's time is XLA's compiler, so two settings make it faster than users have it, here and in the commands that
+# tests start with this environment. This is the first: the older way to fuse operations needs half the time for small
+# programs. Nothing in this process undoes it, since XLA reads its flags once.
 _FLAGS = {"--xla_force_host_platform_device_count": "8", "--xla_cpu_use_fusion_emitters": "false"}
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_name}={_value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# The files that ask for the fixture `optimised` test what XLA's optimisations make of our arithmetic; the others, and
-# the commands that they start, do without most of them.
+# The second: most of XLA's optimisations are left out. The fixture `optimised` undoes it for a file, but not for the
+# commands that the file starts. Commands with neither setting are those of test_end_to_end.py.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,12 +63,13 @@ def _compiled_programs_are_dropped():
 
 @pytest.fixture(scope="module")
 def optimised():
-    """XLA's optimisations, as users have them."""
+    """XLA's optimisations, as users have them, in this process; the older fusion stays (see XLA_FLAGS above)."""
     import jax
 
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

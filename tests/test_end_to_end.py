@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, ROOT, save_tokenizer
+from conftest import ROOT, save_tokenizer
 from data_files import make_world, words, write_examples
 
 import mend_jax
@@ -59,7 +59,8 @@ class Program:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        self.environment = os.environ | ONE_DEVICE | cache
+        as_users_have_it = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # unlike conftest.py
+        self.environment = os.environ | as_users_have_it | cache
 
     def start(self, command, *flags):
         """The process of `python -m mend_jax.COMMAND`; what it prints goes to a file."""

@@ -14,6 +14,8 @@ from mend_jax.models.weights import key_table
 from mend_jax.prefixes.release import PLACEHOLDERS, PROJECTION
 from mend_jax.step import make_loss_fn
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2_same_width"])
 def release(request, golden):
