@@ -127,7 +127,7 @@ class Chunked(Kind):
         return _joined(self.join, vectors.reshape(B, -1, *vectors.shape[1:]), sizes.reshape(B, -1))
 
     def distill(self, demos) -> Prefix:
-        """The prefix of any number of demonstrations, by one batched call.
+        """The prefix of any number of demonstrations; `distill_chunks` makes its vectors.
 
         Args:
             demos: (x, y) string pairs, or a list of demonstrations as token ids (list of lists of int).
