@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from facts import says
+from facts import says, states
 
 from configs.base import get_config
 from mend_jax.run import checkpoint
@@ -226,7 +226,7 @@ def test_really_full_disk_is_one_sentence(room, tmp_path):
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
     assert "Traceback" not in run.stderr and "Error" not in run.stderr, run.stderr
-    assert run.stdout.startswith("The disk is full: checkpoint 1 could not be written")
+    states(run.stdout.strip(), "disk is full", "checkpoint 1")
 
 
 FULL_DISK = """
