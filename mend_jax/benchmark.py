@@ -19,6 +19,7 @@ from typing import Literal
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.measure import quantization as benchmark_quantization
 from mend_jax.measure.inference import measure_inference
@@ -43,10 +44,10 @@ def benchmark(
     /,
     llm="gpt2",
     distiller="",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    attention: Literal["auto", "xla", "cudnn"] = "auto",
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    attention: Literal["auto", *CHOICES["llm.attention"]] = "auto",
     remat=False,
-    weights: Literal["full", "int8"] = "full",
+    weights: Literal[*CHOICES["llm.weights"]] = "full",
     demos="900",
     vectors=100,
     query=0,
@@ -108,7 +109,7 @@ def benchmark(
     if len(arguments.lengths) > 1 and (what != "inference" or against == "pytorch"):
         raise UserError(f"--demos={demos}: only `inference` against in-context learning measures several lengths.")
     if up_to and what != "step":
-        raise UserError(f"--up_to={up_to} is of `step`: {what} measures the --batch_size that it is given.")
+        raise UserError(f"--up_to={up_to} is for `step` alone: {what} measures the --batch_size that it is given.")
     if up_to and up_to < batch_size:
         raise UserError(f"--up_to={up_to} is less than --batch_size={batch_size}: give at least as many.")
     if out and not Path(out).expanduser().absolute().parent.is_dir():

@@ -170,7 +170,7 @@ def _write_llm(config, workdir):
 
 @contextlib.contextmanager
 def _alone_in(workdir):
-    """Locks the workdir, so that two runs never write the same files. One that is new goes again if nothing is written there."""
+    """Locks the workdir, so that two runs never write the same files. A new workdir is removed if an error leaves it empty."""
     new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -301,7 +301,10 @@ def _arguments(main, values, words: list[str]) -> list:
 
 
 def _resolved(config: ConfigDict) -> ConfigDict:
-    """The config as a run reads it: checked, and its paths resolved, here and nowhere later."""
+    """The config as a command reads it: checked, and its paths resolved.
+
+    The public functions can be called without a command line, so they resolve the paths they are given themselves.
+    """
     from mend_jax.data.small_world import resolve
 
     check(config)

@@ -92,7 +92,7 @@ def chosen(template: "str | Template | None", separator: str | None = None) -> T
 
 
 def as_fields(template: Template) -> dict:
-    """What files of trained models say of a template: of a separator what those of before there were others said."""
+    """The fields that describe a template in files of trained models; for a separator those that older files have too."""
     return {"separator": template.before} if template.is_separator else {"template": template._asdict()}
 
 

@@ -199,7 +199,9 @@ def _llm(model: Model, dtype: str, attention: str, remat: bool, bos: str) -> LLM
     if kind is EncoderDecoderLLM and attention != "xla":
         raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
     if kind is EncoderDecoderLLM and not model.config.decoder_layers:
-        raise UserError(f"{model.folder} is an encoder alone, which says nothing: it can be a backbone, not the LLM.")
+        raise UserError(
+            f"{model.folder} is an encoder alone, which predicts no words: it can be a backbone, not the LLM."
+        )
     token = bos_token(bos, model.tokenizer, str(model.folder))
     if kind is EncoderDecoderLLM and token is not None:
         raise UserError(f"{model.folder} is an encoder–decoder, which reads no BOS: set --config.data.bos=false.")

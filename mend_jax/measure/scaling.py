@@ -25,6 +25,7 @@ from jax.experimental import topologies
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import columns
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
@@ -53,8 +54,8 @@ def scaling(
     fsdp=1,
     tensor=1,
     batch_size=0,
-    dtype: Literal["", "float32", "bfloat16"] = "",
-    weights: Literal["", "full", "int8"] = "",
+    dtype: Literal["", *CHOICES["llm.dtype"]] = "",
+    weights: Literal["", *CHOICES["llm.weights"]] = "",
     remat=False,
     topology="",
     out="",

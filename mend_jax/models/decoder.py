@@ -174,7 +174,8 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.layers,
         )(config, self.dtype, self.attention, self.keep_cache, name="layers")
-        # What goes round the scan lies as what it begins with: else tensor would split and gather it in every layer.
+        # The scan's carry keeps the sharding that it begins with, so `x` gets it before: else every layer would split the
+        # carry over the axis `tensor` and gather it again.
         before, seen, slides = None, None, None
         if cache is not None:
             before, at = (cache.keys, cache.values), positions if config.sliding else None

@@ -251,7 +251,7 @@ def open_file(path: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Te
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether a tensor is read with its own pages: .bin files of before PyTorch 1.6 are no archives and read whole."""
+    """Whether a tensor can be read without the rest of its file: not from a .bin file older than PyTorch 1.6, which is no archive."""
     return path.suffix != ".bin" or zipfile.is_zipfile(path)
 
 

@@ -86,7 +86,7 @@ def check_mesh(config, models: Models) -> None:
 
 
 def check_contrast(config, models: Models) -> None:
-    """The objective info_nce has a query to contrast with: of a single one the loss is 0, whatever it is."""
+    """The objective info_nce has other queries to contrast with: with a single one the loss is always 0."""
     del models
     if config.stage == "lm" or config.loss.objective != "info_nce" or not config.loss.kd:
         return
@@ -94,8 +94,9 @@ def check_contrast(config, models: Models) -> None:
     queries = config.data.queries if config.stage == "finetune" else 1
     if config.train.batch_size // (parts * config.train.accumulate) * queries < 2:
         raise UserError(
-            f'loss.objective="info_nce" contrasts the queries that a device reads at a time, but train.batch_size={config.train.batch_size}'
-            f" over {over} x train.accumulate={config.train.accumulate} is a single one: raise train.batch_size or data.queries."
+            'loss.objective="info_nce" contrasts the queries that a device reads at a time, but there is only one, since'
+            f" train.batch_size={config.train.batch_size} is split over {over} x train.accumulate={config.train.accumulate}: raise"
+            " train.batch_size or data.queries."
         )
 
 

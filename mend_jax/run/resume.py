@@ -24,7 +24,7 @@ SOURCES = "sources.json"
 MODELS = ("llm.path", "prefix.backbone")
 DATA = ("data.text", "data.tasks")
 START = "prefix.start_from"
-BEFORE = {"data.bos": NONE}  # fields whose default may change, as runs of before they were there have them
+BEFORE = {"data.bos": NONE}  # what a field meant before it existed, where its default may change
 # What may change when a run goes on: where and how fast it computes, what it prints, what it began with, what the experiment does
 # later.
 FREE_FIELDS = (
@@ -230,6 +230,6 @@ def _absolute(path: str) -> str:
 
 @functools.cache
 def _defaults() -> dict:
-    """What a field meant to a run of before it was there: that of BEFORE, else of configs/base.py, which may not be installed."""
+    """What a field means for a run older than the field: its value in BEFORE, else in configs/base.py, which may be missing."""
     base = base_config()
     return ({} if base is None else dotted_fields(json.loads(base.to_json()))) | BEFORE

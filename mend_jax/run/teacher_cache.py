@@ -90,7 +90,7 @@ def _read(path: Path) -> TopK | None:
 
 
 def _mean_lost(found: TopK, batch: Batch) -> float:
-    """Over the query tokens that are no padding. An encoder–decoder predicts at those of y alone."""
+    """The mean of `lost` over the predicted query tokens, without padding; an encoder–decoder predicts those of y alone."""
     query = batch.query
     lost = found.lost.reshape(-1, found.lost.shape[-1]).astype(np.float64)
     length = query.length.reshape(-1, 1)
