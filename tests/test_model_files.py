@@ -18,7 +18,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
-from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model
+from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model, settings_here
 from mend_jax.run.files import is_disk_full
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
@@ -289,3 +289,20 @@ def test_an_arbitrary_pickle_is_never_run(tiny_llm, tmp_path):
     with says(tmp_path / "pytorch_model.bin"):
         load_model(tmp_path)
     assert not (tmp_path / "evil").exists()
+
+
+def test_settings_are_known_of_models_on_this_machine_alone(tiny_llm, tmp_path, monkeypatch):
+    """A folder, and what the hub's cache holds; nothing is asked of the hub, not even for a name that it may have."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--someone--mine"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    shutil.copy(tiny_llm / "config.json", cached / "snapshots" / "1")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    known = from_hf_config(tiny_llm)
+    assert settings_here(tiny_llm) == settings_here("someone/mine") == known
+    for path in ("someone/other", tmp_path / "not there", "./not/there", "a b/c", tmp_path / "damaged"):
+        assert settings_here(path) is None
