@@ -220,7 +220,9 @@ def _forward(how, with_grad, states, head, teacher, targets, weights):
 
 
 def _chunk(states, head, teacher, targets, weights, with_grad):
-    """One chunk of C tokens, with L_distill as KL(teacher || student): (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), gradient of the logits (C,V)).
+    """One chunk of C tokens: (weighted loss, kd (C,), ce (C,), gradient of the states (C,D), gradient of the logits (C,V)).
+
+    L_distill is KL(teacher || student), whose gradient is written by hand.
 
     The gradient of the logits leaves out cross-entropy's -1 at the target, which is applied as rows of the head: that costs
     a gather of C rows, not a (C,V) array.

@@ -223,7 +223,7 @@ def init_params(config: EncoderDecoderConfig, seed) -> dict:
 
 
 def encoder_params(params) -> dict:
-    """The parameters of the `EncoderDecoderConfig.headless` model: a distiller's backbone says nothing."""
+    """The parameters of the `EncoderDecoderConfig.headless` model: a distiller's backbone gives states, not words."""
     return {"embed": {"tokens": params["embed"]["tokens"]}, "encoder": params["encoder"]}
 
 
