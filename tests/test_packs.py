@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_export import make_workdir
 
 import mend_jax
-from mend_jax import distill, generate, inspect, predict
+from mend_jax import distill, fidelity, generate, inspect, predict
 from mend_jax.cli import command_line
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange.export import export
@@ -27,7 +27,7 @@ DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Of an LLM and of a backbone, both with the byte tokenizer."""
-    root, model = tmp_path_factory.mktemp("models"), tokenizer_files.GPT2
+    root, model = tmp_path_factory.mktemp("models"), tokenizer_files.GPT2 | {"n_positions": 256}
     return [
         tokenizer_files.save_model_folder(root / name, "byte", model | {"n_embd": width}, seed=width)
         for name, width in {"llm": 32, "backbone": 16}.items()
@@ -356,6 +356,52 @@ def test_predict_prints_or_writes_the_scores_of_options(made, llm, tmp_path, cap
     assert first["id"] == 7 and list(first["scores"].values()) == pytest.approx(wanted, abs=1e-5)
     assert first["prediction"] == max(first["scores"], key=first["scores"].get) and "where" not in first
     assert second["scores"].keys() == {"w1", "w2", "w3"}
+
+
+def test_fidelity_is_that_of_the_definitions(made, llm, distiller, tmp_path, capsys):
+    """KL by `training_losses`, one query at a time; choices by `score_options`."""
+    path, options = made("--keep_demos"), ["w50", "w51"]
+    rows = [
+        {"input": "w4", "output": "w50"},
+        {"input": "w8 w9 w10", "output": "w51"},
+        {"input": "w11", "output": "w50"},
+    ]
+    queries = write_lines(tmp_path / "q.jsonl", rows)
+    capsys.readouterr()
+    flags = ["--options=w50,w51", "--batch_size=2"]
+    assert command(fidelity.report, f"--pack={path}", f"--queries={queries}", *flags) == 0
+    printed = capsys.readouterr().out
+    found = fidelity.report(str(path), str(queries), options="w50,w51", batch_size=2)
+    pack, around = load_pack(path), distiller.template
+    shots = mend_jax.demonstrations_prefix(llm, DEMOS, around)
+    kl, counts, same, right = [], [], [], []
+    for row in rows:
+        kl.append(mend_jax.training_losses(llm, distiller, DEMOS, row["input"], row["output"])["kd"])
+        pieces = around.query(row["input"]) + around.output(row["output"])
+        counts.append(sum(map(len, llm.tokenizer(pieces, add_special_tokens=False)["input_ids"])))
+        by = [np.argmax(mend_jax.score_options(llm, p, row["input"], options, around)) for p in (pack, shots)]
+        same.append(by[0] == by[1])
+        right.append(options[by[0]] == row["output"])
+    assert found.kl["pack"] == pytest.approx(np.average(kl, weights=counts), rel=1e-4)
+    assert found.agreement["pack"] == pytest.approx(np.mean(same)) and found.accuracy["pack"] == pytest.approx(
+        np.mean(right)
+    )
+    assert found.agreement["demonstrations"] == 1 and found.kl["demonstrations"] == 0 < found.kl["nothing"]
+    assert found.recovered == pytest.approx(1 - found.kl["pack"] / found.kl["nothing"])
+    assert found.positions["pack"] == 4 and found.positions["nothing"] == 0
+    assert f"{found.kl['pack']:.4f}" in printed and f"{100 * found.recovered:.1f}%" in printed
+
+
+def test_fidelity_needs_the_demonstrations(made, tmp_path):
+    path = made()
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "w4", "options": ["w50", "w51"]}])
+    with says(path, "--demos"):
+        fidelity.report(str(path), str(queries))
+    found = fidelity.report(str(path), str(queries), demos=str(tmp_path / "demos.jsonl"))
+    assert found.accuracy["pack"] is None and found.queries == 1
+    write_lines(queries, [{"input": "w4", "options": ["w50", "w51"], "output": 3}])
+    with says(queries, "line 1", "output"):
+        fidelity.report(str(path), str(queries), demos=str(tmp_path / "demos.jsonl"))
 
 
 def test_generate_prints_or_writes_answers(made, llm, tmp_path, capsys):

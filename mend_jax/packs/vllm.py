@@ -61,7 +61,7 @@ def encode(embeds: np.ndarray, dtype: str = "bfloat16") -> str:
     except ImportError:
         raise UserError("vLLM's requests are written by PyTorch: pip install torch.") from None
     buffer = io.BytesIO()
-    torch.save(torch.from_numpy(embeds).to(getattr(torch, dtype)), buffer)
+    torch.save(torch.tensor(embeds).to(getattr(torch, dtype)), buffer)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

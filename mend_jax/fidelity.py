@@ -1,0 +1,91 @@
+"""Whether a pack can be trusted: the LLM's answers after its vectors beside those after the demonstrations themselves.
+
+    python -m mend_jax.fidelity --pack=reviews.pack.safetensors --queries=heldout.jsonl
+
+A line of --queries has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
+"""
+
+from typing import Literal
+
+from mend_jax.cli.command_line import run
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
+from mend_jax.cli.settings import CHOICES
+from mend_jax.cli.text import markdown
+from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
+from mend_jax.packs.measure import Asked, Fidelity, fidelity
+from mend_jax.packs.pack import load_pack, load_packs_llm
+from mend_jax.packs.queries import options_of, read_queries
+
+PASSES = 5  # over all queries
+
+
+def report(
+    pack: str,
+    queries: str,
+    demos: str = "",
+    options: str = "",
+    llm: str = "",
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    weights: Literal[*CHOICES["llm.weights"]] = "full",
+    batch_size: int = 8,
+) -> Fidelity:
+    """Prints a table: the pack, the demonstrations, and nothing before the query.
+
+    Args:
+        pack: a file that `python -m mend_jax.distill` wrote.
+        queries: a file of queries that are no demonstrations.
+        demos: the file of demonstrations, where the pack does not keep them.
+        options: the answers to choose from, with commas between, of lines without "options".
+        llm: where the pack's LLM is, if not where the pack says.
+        dtype: of the LLM's arithmetic.
+        weights: "full", or "int8": 8 bits.
+        batch_size: rows in one pass of the LLM.
+    """
+    found = load_pack(pack)
+    pairs = _demonstrations(found, pack, demos)
+    choices = tuple(filter(None, map(str.strip, options.split(","))))
+    rows = [(row, options_of(row, choices)) for row in read_queries(queries)]
+    asked = [Asked(row["input"], words, _answer(row)) for row, words in rows]
+    model = load_packs_llm(found, pack, llm, dtype, weights)
+    with Progress(PASSES, "pass", what="fidelity") as bar:
+        measured = fidelity(model, found, pairs, asked, batch_size, bar.update)
+    print(table(measured))
+    return measured
+
+
+def table(measured: Fidelity) -> str:
+    """The report, as text."""
+    rows = []
+    for name in ("demonstrations", "pack", "nothing"):
+        right = measured.accuracy[name]
+        cells = [f"{100 * measured.agreement[name]:.1f}", "–" if right is None else f"{100 * right:.1f}"]
+        rows.append([name, str(measured.positions[name]), f"{measured.kl[name]:.4f}", *cells])
+    head = ["before the query", "positions", "KL", "same answer, %", "right, %"]
+    return (
+        f"{markdown(head, rows)}\n\n{measured.queries} queries. The vectors recover {100 * measured.recovered:.1f}% of what the"
+        " demonstrations change (1 - KL(pack) / KL(nothing), KL in nats per token)."
+    )
+
+
+def _demonstrations(pack, path: str, demos: str):
+    if demos:
+        files = demonstration_files(demos)
+        if len(files) > 1:
+            raise UserError(f"--demos={demos} are {len(files)} files, but {path} is one pack: name its own.")
+        pairs = read_demonstrations(files[0])
+        return pairs[: pack.num_demonstrations]
+    if pack.demonstrations is None:
+        raise UserError(f"{path} does not keep its demonstrations: name their file, --demos=FILE.jsonl.")
+    return list(pack.demonstrations)
+
+
+def _answer(row: dict) -> str | None:
+    right = row.get("output")
+    if right is not None and (not isinstance(right, str) or not right.strip()):
+        raise UserError(f'{row["where"]} has an "output" that is no text: correct or remove it.')
+    return right
+
+
+if __name__ == "__main__":
+    run(report)
