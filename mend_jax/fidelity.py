@@ -17,7 +17,7 @@ from mend_jax.packs.measure import Asked, Fidelity, fidelity
 from mend_jax.packs.pack import load_pack, load_packs_llm
 from mend_jax.packs.queries import options_of, read_queries
 
-PASSES = 5  # over all queries
+PARTS = 5  # passes over all queries
 
 
 def report(
@@ -48,7 +48,7 @@ def report(
     rows = [(row, options_of(row, choices)) for row in read_queries(queries)]
     asked = [Asked(row["input"], words, _answer(row)) for row, words in rows]
     model = load_packs_llm(found, pack, llm, dtype, weights)
-    with Progress(PASSES, "pass", what="fidelity") as bar:
+    with Progress(PARTS, "part", what="fidelity") as bar:
         measured = fidelity(model, found, pairs, asked, batch_size, bar.update)
     print(table(measured))
     return measured

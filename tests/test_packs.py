@@ -358,6 +358,7 @@ def test_predict_prints_or_writes_the_scores_of_options(made, llm, tmp_path, cap
     assert second["scores"].keys() == {"w1", "w2", "w3"}
 
 
+@pytest.mark.slow
 def test_fidelity_is_that_of_the_definitions(made, llm, distiller, tmp_path, capsys):
     """KL by `training_losses`, one query at a time; choices by `score_options`."""
     path, options = made("--keep_demos"), ["w50", "w51"]
@@ -382,7 +383,7 @@ def test_fidelity_is_that_of_the_definitions(made, llm, distiller, tmp_path, cap
         by = [np.argmax(mend_jax.score_options(llm, p, row["input"], options, around)) for p in (pack, shots)]
         same.append(by[0] == by[1])
         right.append(options[by[0]] == row["output"])
-    assert found.kl["pack"] == pytest.approx(np.average(kl, weights=counts), rel=1e-4)
+    assert found.kl["pack"] == pytest.approx(np.average(kl, weights=counts), abs=1e-5)  # of 0.006, in float32
     assert found.agreement["pack"] == pytest.approx(np.mean(same)) and found.accuracy["pack"] == pytest.approx(
         np.mean(right)
     )
