@@ -17,7 +17,6 @@ from mend_jax.measure.workloads import STAGES, TABLE, Workload, load_workload
 from mend_jax.models.attention import BLOCK
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes.distiller import resolve_projection
 from mend_jax.run import sharding
 from mend_jax.scoring import costs
 
@@ -48,7 +47,7 @@ def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
     held, split = 1 if c.llm.weights == "int8" else itemsize, fsdp * tensor
     rows = work.rows / (data * fsdp * parts)  # per device, at one time
     frozen, trained, stacks = count(llm), count(backbone), [stack for part in _stacks(work).values() for stack in part]
-    state = trained / split + _projection(work) / fsdp  # tensor does not split the projection
+    state = trained / split + work.model.vector_weights / fsdp  # tensor does not split the projection
     # The student, the teacher and the backward pass gather the LLM's weights; the distiller's are gathered twice.
     gathered = ring(fsdp) * ((2 + bool(c.loss.kd)) * frozen * held + 2 * trained * 4) / tensor
     gathered += ring(tensor) * _table(llm) * held
@@ -107,7 +106,7 @@ def flops(work: Workload) -> int:
     """FLOPs of a step over all devices: those of costs.py plus what the backward pass recomputes."""
     own, student, teacher = _products(work)
     kd = bool(work.config.loss.kd)
-    total = own.forward + own.gradient + 6 * work.vectors * _projection(work)
+    total = own.forward + own.gradient + 6 * work.vectors * work.model.vector_weights
     total += (
         student.forward + student.input_gradient + kd * teacher.forward + (2 + kd) * costs.head(work.llm, work.query)
     )
@@ -220,13 +219,6 @@ def _reduced(stack: Stack) -> int:
     sums = 3 if stack.cross else 2
     turns = sums * (2 if stack.back else 1) + (sums - 1) * (stack.back and stack.remat)
     return stack.layers * stack.tokens * turns * _width(stack.config) * stack.itemsize
-
-
-def _projection(work: Workload) -> int:
-    """The number of weights of the distiller's projection."""
-    width, llm_width = work.backbone.width, work.llm.width
-    kind = resolve_projection(work.config.prefix.projection, width, llm_width)
-    return 0 if kind == "identity" else width * llm_width
 
 
 def _table(config: Config) -> int:

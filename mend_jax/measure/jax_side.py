@@ -23,8 +23,7 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.measure import machine as measure
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.models.weights import from_tensors, key_table
-from mend_jax.prefixes.distiller import Distiller, resolve_projection
-from mend_jax.prefixes.distiller_module import DistillerModule
+from mend_jax.prefixes import KINDS, Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 from mend_jax.scoring.options import cache_prefix, score_items
@@ -33,6 +32,7 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 LEARNING_RATE, STEPS, CLIP, CHUNK = 5e-5, 30_000, 1.0, 512
 LLM_SEED, DISTILLER_SEED, BATCH_SEED = 1, 2, 3
 PAPERS_OBJECTIVE = {"objective": "forward_kl", "temperature": 1.0, "mix": 0.5, "top_k": 64}
+KIND = "distiller"  # of prefix, that is measured
 DRAWS = 16  # parts of a tensor that are drawn at the same time, each by a generator of its own
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between two computations that must agree
 
@@ -84,10 +84,15 @@ def random_params(config: Config, seed: int, dtype: str = "float32", int8: bool 
         return from_tensors(((name, tensor(entry)) for name, entry in table.items()), config, dtype, int8)
 
 
+def sketch(settings: Settings) -> Kind:
+    """The distiller that is measured; its params are shapes."""
+    prefix = {"projection": "auto", "length": settings.vectors, "dtype": settings.dtype, "remat": settings.remat}
+    return KINDS[KIND].sketch(ConfigDict(prefix), settings.distiller, settings.llm)
+
+
 def distiller_params(settings: Settings) -> dict:
     """Random weights (NumPy) of the distiller: backbone, placeholders and, if the widths differ, the projection."""
-    kind = resolve_projection("auto", settings.distiller.width, settings.llm.width)
-    shapes = DistillerModule(settings.distiller, settings.vectors, settings.llm.width, kind).shapes()
+    shapes = sketch(settings).params
     random = np.random.default_rng(DISTILLER_SEED + 100)
 
     def draw(shape):
@@ -123,12 +128,10 @@ class Side:
             return "cudnn" if self.device.platform == "gpu" and self.settings.dtype == "bfloat16" else "xla"
         return self.settings.attention
 
-    def make_distiller(self) -> Distiller:
-        config, llm = self.settings.distiller, self.settings.llm
+    def make_distiller(self) -> Kind:
         params = jax.tree.map(jnp.asarray, distiller_params(self.settings))
-        kind = resolve_projection("auto", config.width, llm.width)
-        dtype, attention = self.settings.dtype, self._attention(config)
-        return Distiller(config, params, kind, llm.width, None, dtype, attention, self.settings.remat)
+        attention = self._attention(self.settings.distiller)
+        return dataclasses.replace(sketch(self.settings), params=params, attention=attention)
 
     def description(self) -> dict:
         return {"platform": self.device.platform, "device": self.device.device_kind, "attention": self.llm.attention}

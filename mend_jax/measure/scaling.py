@@ -38,8 +38,6 @@ from mend_jax.measure.workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.models import int8
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes.distiller import Distiller, resolve_projection
-from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.run.files import write_report
@@ -168,18 +166,14 @@ def compiled(work: Workload, sizes: dict[str, int], devices: Sequence | None = N
 
 def abstract_step(work: Workload, layout: parallel.Layout):
     """(train step, state, LLM params, batch); the last three are `jax.ShapeDtypeStruct`s with the shardings of `layout`."""
-    c, backbone = work.config, work.backbone
+    c = work.config
     llm_params = _shapes(work.llm, c.llm.dtype)
     llm_params = _in_8_bits(llm_params) if c.llm.weights == "int8" else llm_params
     kind = EncoderDecoderLLM if work.separate_targets else LLM
     llm = kind(work.llm, llm_params, None, c.llm.path, c.llm.dtype, "xla", c.llm.remat)
-    projection = resolve_projection(c.prefix.projection, backbone.width, llm.config.width)
-    arithmetic = c.prefix.dtype, "xla", c.prefix.remat
-    params = DistillerModule(backbone, work.vectors, llm.config.width, projection, *arithmetic).shapes()
-    distiller = Distiller(backbone, params, projection, llm.config.width, None, *arithmetic)
     optimizer = make_optimizer(c)
-    step = make_train_step(c, make_loss_fn(c, llm, distiller, layout.mesh), optimizer, layout.average)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    step = make_train_step(c, make_loss_fn(c, llm, work.model, layout.mesh), optimizer, layout.average)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), work.model.params)
     rows = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(sharding.ROWS))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), _batch(work))
     return step, layout.shaped(state), layout.shaped(llm_params), batch

@@ -1,6 +1,7 @@
 """The train steps that `scaling` computes: those of a config's stage, on the largest batch that the stage can get."""
 
 import dataclasses
+import functools
 
 from ml_collections import ConfigDict
 
@@ -12,7 +13,7 @@ from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
 from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
-from mend_jax.prefixes import kind_of
+from mend_jax.prefixes import KINDS, Kind, kind_of
 
 FOLDER = cli.ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -47,6 +48,11 @@ class Workload:
     @property
     def vectors(self) -> int:
         return self.config.prefix.length
+
+    @functools.cached_property
+    def model(self) -> Kind:
+        """What makes the prefix; its params are shapes."""
+        return KINDS[self.config.prefix.kind].sketch(self.config.prefix, self.backbone, self.llm)
 
     @property
     def separate_targets(self) -> bool:

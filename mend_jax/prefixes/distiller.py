@@ -115,8 +115,12 @@ class Distiller(Kind):
 
     @property
     def module(self) -> DistillerModule:
+        return self.module_of(self.num_vectors)
+
+    def module_of(self, num_vectors: int) -> DistillerModule:
+        """The network for another number of vectors."""
         settings = self.projection, self.dtype, self.attention, self.remat
-        return DistillerModule(self.config, self.num_vectors, self.llm_width, *settings)
+        return DistillerModule(self.config, num_vectors, self.llm_width, *settings)
 
     def apply(self, params, demos, length) -> Prefix:
         """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, each L)."""
@@ -197,6 +201,16 @@ class Distiller(Kind):
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
         made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
+
+    @classmethod
+    def sketch(cls, prefix, backbone: Config, llm) -> "Distiller":
+        projection = resolve_projection(prefix.projection, backbone.width, llm.width)
+        made = cls(backbone, None, projection, llm.width, dtype=prefix.dtype, remat=prefix.remat)
+        return dataclasses.replace(made, params=made.module_of(prefix.length).shapes())
+
+    @property
+    def vector_weights(self) -> int:
+        return 0 if self.projection == "identity" else self.config.width * self.llm_width
 
     def _with_rms(self, rms: float) -> "Distiller":
         """With first vectors of that root mean square."""

@@ -88,7 +88,18 @@ class Kind:
         """A new, untrained instance for `llm`. `place` is as in `load_llm`."""
         raise TypeError(f"{cls.title} has nothing to train")
 
+    @classmethod
+    def sketch(cls, prefix, backbone, llm) -> "Kind":
+        """An instance whose params are shapes, to compute what it costs: for a config's section `prefix` and the settings of
+        the two models."""
+        raise TypeError(f"the cost of {cls.title} is not computed")
+
     # Asked of an instance
+
+    @property
+    def vector_weights(self) -> int:
+        """The number of weights that each vector is multiplied with, behind the `reader`."""
+        return 0
 
     @property
     def separator(self) -> str:
