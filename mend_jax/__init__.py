@@ -12,11 +12,17 @@ A mistake by the caller raises `UserError` with one sentence. Names are imported
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 
 if sys.argv[:1] == ["-m"]:  # one of our commands: XLA, which reads this when it loads, then prints only errors
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+if (
+    importlib.util.find_spec("torch") is None
+):  # transformers would warn that it can load no models: we load them ourselves
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
     "LLM": "mend_jax.llm.decoder_only",

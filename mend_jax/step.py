@@ -155,9 +155,11 @@ def query_losses(
         kd_weight = weights.kd * tokens.kd
         ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
         if teacher is not None and objective.on_states:
-            distilled, kd = state_loss(objective, student, teacher, kd_weight)
-            loss, (_, ce) = head_loss(student, None, head, following, 0 * kd_weight, ce_weight, chunk, head_grad)
-            loss += distilled
+            loss, kd = state_loss(objective, student, teacher, kd_weight)
+            ce = jnp.zeros_like(kd)
+            if weights.pred or weights.clm:  # else no token needs the head
+                told, (_, ce) = head_loss(student, None, head, following, 0 * kd_weight, ce_weight, chunk, head_grad)
+                loss += told
         else:
             loss, (kd, ce) = head_loss(
                 student, teacher, head, following, kd_weight, ce_weight, chunk, head_grad, objective

@@ -52,12 +52,14 @@ import sys
 
 import torch
 
-sys.path.append(folder)  # this folder, which holds mend_distiller.py
+# folder: the path of this folder
+# llm, tokenizer: {llm} in transformers, by AutoTokenizer and AutoModelForCausalLM (T5: AutoModelForSeq2SeqLM)
+sys.path.append(folder)  # for mend_distiller.py
 from mend_distiller import MendDistiller
 
 distiller = MendDistiller.from_pretrained(folder{given})
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
-# llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
+# Training put {put}, without special tokens.
 {query}
 {first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
 {logits}
