@@ -117,7 +117,7 @@ def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkey
 def test_a_new_kind_says_what_its_fields_mean_and_where_its_backbone_is(folder, tmp_path, monkeypatch):
     """To it, "auto" is "linear"; it reads a backbone's folder, but has no parameters of that model."""
     monkeypatch.setattr(Mean, "same_fields", ("prefix.projection",))
-    monkeypatch.setattr(Mean, "meaning", classmethod(lambda cls, name, value, *_: value.replace("auto", "linear")))
+    monkeypatch.setattr(Mean, "resolved", classmethod(lambda cls, name, value, *_: value.replace("auto", "linear")))
     monkeypatch.setattr(Mean, "backbone", classmethod(lambda cls, c: c.prefix.backbone))
     fields = {"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1}
     assert train(config(folder, **fields), tmp_path / "run") == 0

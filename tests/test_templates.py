@@ -234,12 +234,12 @@ def exported(tmp_path, llm, folders, kind, name):
 @pytest.mark.parametrize(
     "name, kind, digest",
     [
-        ("space", "distiller", "f4a618ac05460494"),
-        ("space", "chunked", "d3da0c4c274f0a6f"),
+        ("space", "distiller", "807ddc5be94e6f99"),
+        ("space", "chunked", "e5423adeb291c58c"),
         ("space", "soft_prompt", "f8d67ebe1cb754d3"),
         ("space", "lm", "15965d07b75e91e4"),
-        ("newline", "distiller", "530229625e2ffd42"),
-        ("newline", "chunked", "f8ac73d27d8ba3f5"),
+        ("newline", "distiller", "0f80156b181d9451"),
+        ("newline", "chunked", "d5119a4b3514d451"),
         ("newline", "soft_prompt", "682c298f8a0eb6f2"),
         ("newline", "lm", "f8c4efdeff50618b"),
     ],

@@ -96,12 +96,12 @@ def as_fields(template: Template) -> dict:
     return {"separator": template.before} if template.is_separator else {"template": template._asdict()}
 
 
-def from_fields(said: Mapping) -> Template:
+def from_fields(fields: Mapping) -> Template:
     """The template of `as_fields`. Raises KeyError or TypeError for anything else."""
-    if "template" in said:
-        made = Template(**said["template"])
+    if "template" in fields:
+        made = Template(**fields["template"])
     else:
-        made = Template(said["separator"], "", said["separator"])
+        made = Template(fields["separator"], "", fields["separator"])
     if not all(isinstance(text, str) for text in made):
         raise TypeError("a template is three texts")
     return made

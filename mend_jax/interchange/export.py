@@ -7,7 +7,7 @@ from pathlib import Path
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.model_card import llm_card, prefix_card
 from mend_jax.interchange.trained import (
-    check_backbone,
+    check_backbone_params,
     lm_settings,
     read_workdir,
     source_folder,
@@ -73,7 +73,7 @@ def _write(folder, workdir, config, model, meta, backbone) -> str:
     if config["stage"] == "lm":
         source = source_folder(config["llm"]["path"], backbone, workdir)
         settings = lm_settings(config, source)
-        check_backbone(model, settings, source, workdir)
+        check_backbone_params(model, settings, source, workdir)
         save_model(folder, settings, model, source)
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."

@@ -141,7 +141,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     params = kind.restored(config, params, folder)
     own = kind.backbone_params(params)
     if folder is not None and own is not None:
-        check_backbone(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
+        check_backbone_params(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)
     return config, kind.from_run(config, params, folder), meta
 
 
@@ -190,7 +190,7 @@ def lm_settings(config, folder) -> Config:
     return dataclasses.replace(settings, layers=config["llm"].get("layers") or settings.layers)
 
 
-def check_backbone(params, config: Config, folder, workdir) -> None:
+def check_backbone_params(params, config: Config, folder, workdir) -> None:
     """Raises UserError, which names the first parameter that differs, if `params` do not belong to `config`'s model."""
     saved = checkpoint.shapes_of(params)
     wanted = checkpoint.shapes_of(jax.eval_shape(lambda: init_params(config, 0)))

@@ -7,7 +7,7 @@ import numpy as np
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
-from mend_jax.measure.jax_side import TOLERANCE, InferenceSide, Settings, check_window, start_report
+from mend_jax.measure.jax_side import TOLERANCE, InferenceSide, Settings, check_fits, start_report
 from mend_jax.run.files import write_report
 from mend_jax.scoring import costs
 
@@ -22,8 +22,8 @@ def measure_inference(arguments, settings: Settings) -> tuple[dict, str, bool]:
     """
     lengths = arguments.lengths
     longest = max(lengths[-1], settings.vectors) + settings.query + arguments.options * settings.target
-    check_window("LLM with the prefix, a query and its options", longest, settings.llm)
-    check_window("distiller", lengths[-1] + settings.vectors, settings.distiller)
+    check_fits("LLM with the prefix, a query and its options", longest, settings.llm)
+    check_fits("distiller", lengths[-1] + settings.vectors, settings.distiller)
     report = start_report(arguments, settings)
     report["rows"], differences = [], []
     with Progress(4 * len(lengths) * (1 + arguments.repeats), "run") as bar:  # the first run of each row compiles

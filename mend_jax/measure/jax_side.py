@@ -169,7 +169,7 @@ def start_report(arguments, settings: Settings) -> dict:
     }
 
 
-def check_window(reader: str, tokens: int, config: Config) -> None:
+def check_fits(reader: str, tokens: int, config: Config) -> None:
     """Raises UserError if a workload is longer than a model's window."""
     if tokens > config.window:
         raise UserError(

@@ -8,7 +8,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
-from mend_jax.measure.jax_side import TOLERANCE, check_window
+from mend_jax.measure.jax_side import TOLERANCE, check_fits
 from mend_jax.measure.scored_tasks import SHAPES, ScoredTask, ScoringSide, own_weights, random_task, real_task
 from mend_jax.models.families import Config
 
@@ -17,7 +17,7 @@ def measure_scoring(arguments, config: Config) -> tuple[dict, str, bool]:
     """(report, its text, whether both sides gave the same scores and predictions)."""
     tasks = make_tasks(arguments, config)
     for task in tasks:
-        check_window(f"LLM with the prefix, an input and an option of {task.name}", task.longest(), config)
+        check_fits(f"LLM with the prefix, an input and an option of {task.name}", task.longest(), config)
     report = {"arguments": vars(arguments), "machine": measure.machine(), "tasks": {}}
     report["weights"] = "its own" if own_weights(arguments.llm) else "random"
     common = (config, arguments.llm, arguments.dtype)

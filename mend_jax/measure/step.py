@@ -7,7 +7,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.measure import machine as measure
-from mend_jax.measure.jax_side import TOLERANCE, Settings, StepSide, check_window, start_report
+from mend_jax.measure.jax_side import TOLERANCE, Settings, StepSide, check_fits, start_report
 from mend_jax.models.families import DecoderConfig
 from mend_jax.run.files import write_report
 from mend_jax.scoring import costs
@@ -22,7 +22,7 @@ def measure_step(arguments, settings: Settings) -> tuple[dict, str, bool]:
     decoders = isinstance(settings.llm, DecoderConfig) and isinstance(settings.distiller, DecoderConfig)
     if not decoders and not arguments.no_pytorch:
         raise UserError("PyTorch's side only has decoder-only models: give --no_pytorch too.")
-    check_windows(settings)
+    check_step_fits(settings)
     report = start_report(arguments, settings)
     pytorch_side = None if arguments.no_pytorch else _pytorch_side()
     sides = {"MEND-JAX": measure.Worker(StepSide, settings)}
@@ -46,7 +46,7 @@ def measure_largest(arguments, settings: Settings) -> tuple[dict, str, bool]:
     The report is that of the rows with the most tokens/s; "tried" has all that were tried. With `arguments.out` it is written after
     each, so that a command that is stopped leaves what it has measured. Raises OutOfMemory if not even one row fits.
     """
-    check_windows(settings)
+    check_step_fits(settings)
     tried, best, speeds = [], None, None
     with measure.Worker(StepSide, settings) as worker:
         sides = {"MEND-JAX": worker}
@@ -85,11 +85,11 @@ def next_rows(tried: list[dict], first: int, most: int) -> int:
     return 0 if slow or 2 * last["rows"] > most else 2 * last["rows"]
 
 
-def check_windows(settings: Settings) -> None:
+def check_step_fits(settings: Settings) -> None:
     """Raises UserError if the step's sequences are longer than its models' windows."""
-    check_window("teacher", settings.demos + settings.query, settings.llm)
-    check_window("student", settings.vectors + settings.query, settings.llm)
-    check_window("distiller", settings.demos + settings.vectors, settings.distiller)
+    check_fits("teacher", settings.demos + settings.query, settings.llm)
+    check_fits("student", settings.vectors + settings.query, settings.llm)
+    check_fits("distiller", settings.demos + settings.vectors, settings.distiller)
 
 
 def _add_figures(report: dict, arguments, settings: Settings, described: dict, speeds: dict, runs: dict, memory: dict):

@@ -146,28 +146,28 @@ def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "fl
 
 
 def _check_format(path: Path, facts: dict[str, str]) -> None:
-    said = facts.get("pack_format")
-    if said is None:
+    number = facts.get("pack_format")
+    if number is None:
         raise UserError(f"{path} is a safetensors file but no pack: make one with `python -m mend_jax.distill`.")
-    if not said.isdigit() or int(said) > FORMAT:
-        raise UserError(f"{path} is a pack of format {said[:20]}, this program reads up to {FORMAT}: update it.")
+    if not number.isdigit() or int(number) > FORMAT:
+        raise UserError(f"{path} is a pack of format {number[:20]}, this program reads up to {FORMAT}: update it.")
 
 
 def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
     """The pack of a file's content. Raises KeyError, TypeError or ValueError where it is none."""
     if vectors.ndim != 2 or not len(vectors) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
         raise ValueError(f"its vectors are {vectors.dtype} {vectors.shape}, or not finite")
-    said = {field.name: facts[field.name] for field in dataclasses.fields(Pack) if field.name in facts}
-    for name in set(LISTS) & said.keys():
-        said[name] = json.loads(said[name])
-    said["template"] = Template(*map(_text, said["template"]))
-    said["num_demonstrations"] = int(said["num_demonstrations"])
-    said["dropped"] = tuple(map(int, said["dropped"]))
-    if "demonstrations" in said:
-        said["demonstrations"] = tuple((_text(x), _text(y)) for x, y in said["demonstrations"])
+    fields = {field.name: facts[field.name] for field in dataclasses.fields(Pack) if field.name in facts}
+    for name in set(LISTS) & fields.keys():
+        fields[name] = json.loads(fields[name])
+    fields["template"] = Template(*map(_text, fields["template"]))
+    fields["num_demonstrations"] = int(fields["num_demonstrations"])
+    fields["dropped"] = tuple(map(int, fields["dropped"]))
+    if "demonstrations" in fields:
+        fields["demonstrations"] = tuple((_text(x), _text(y)) for x, y in fields["demonstrations"])
     if int(facts["num_vectors"]) != len(vectors):
         raise ValueError(f"it says {facts['num_vectors']} vectors and holds {len(vectors)}")
-    return Pack(vectors, **said)
+    return Pack(vectors, **fields)
 
 
 def _text(value) -> str:

@@ -197,8 +197,8 @@ class Chunked(Kind):
         return Distiller.reader_settings(config, backbone)
 
     @classmethod
-    def meaning(cls, name: str, value, backbone, llm):
-        return Distiller.meaning(name, value, backbone, llm)
+    def resolved(cls, name: str, value, backbone, llm):
+        return Distiller.resolved(name, value, backbone, llm)
 
     @classmethod
     def check(cls, config, backbone, llm) -> None:

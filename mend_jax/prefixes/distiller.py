@@ -171,7 +171,7 @@ class Distiller(Kind):
         return first_layers(backbone.headless, config["prefix"].get("layers", 0), config["prefix"]["backbone"])
 
     @classmethod
-    def meaning(cls, name: str, value, backbone: Config, llm):
+    def resolved(cls, name: str, value, backbone: Config, llm):
         if name == "prefix.projection":
             return resolve_projection(value, backbone.width, llm.width)
         return value

@@ -75,7 +75,7 @@ class Kind:
         return backbone.headless
 
     @classmethod
-    def meaning(cls, name: str, value, backbone, llm):
+    def resolved(cls, name: str, value, backbone, llm):
         """What the `value` of a field of `same_fields` means for the settings of the two models: "auto" decided."""
         return value
 

@@ -89,8 +89,8 @@ class SoftPrompt(Kind):
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
         tensors = {name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}
-        said = weights.read_metadata(folder / FILE)
-        return cls._of(tensors, folder / FILE, said.get("bos", NONE), _read_template(said, folder / FILE))
+        metadata = weights.read_metadata(folder / FILE)
+        return cls._of(tensors, folder / FILE, metadata.get("bos", NONE), _read_template(metadata, folder / FILE))
 
     def write(self, folder: Path) -> str:
         metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
@@ -122,9 +122,11 @@ def _in_texts(fields: dict) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
 
-def _read_template(said: dict[str, str], where: Path) -> Template:
+def _read_template(metadata: dict[str, str], where: Path) -> Template:
     try:
-        fields = {"template": json.loads(said["template"])} if "template" in said else {"separator": " "} | said
+        fields = (
+            {"template": json.loads(metadata["template"])} if "template" in metadata else {"separator": " "} | metadata
+        )
         return from_fields(fields)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The template in {where} cannot be read ({error}): export the soft prompt again.") from None

@@ -9,7 +9,7 @@ Each check raises `UserError`: one sentence that says what is wrong, where, and 
 | | the run that it starts from has a model of this kind | `resume.check_start` |
 | only config.json files are read | `CONFIG_CHECKS`, in their order | `check_config` |
 | models are loaded | tokenizers fit their models and each other | `check_models` |
-| | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone` |
+| | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone_params` |
 | data are read | a task has enough examples; an item has several options | `finetune.check_enough_examples`, `evaluation.check_options` |
 | | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items` |
 | | the data are those that the run began with | `resume.check_data` |

@@ -89,7 +89,7 @@ def check_start(config) -> None:
         if name in MODELS:
             same = _same_source(name, there, here, recorded.get(name, {}))
         else:
-            there, here = _meanings(config, name, there, here)
+            there, here = _resolved_fields(config, name, there, here)
             same = there == here
         if not same:
             there, here = (_describe(name, c, recorded if c is saved else {}) for c in (saved, wanted))
@@ -210,14 +210,14 @@ def _describe(name: str, fields: dict, recorded: dict) -> str:
     return f"{value} (content {known})" if known else value
 
 
-def _meanings(config, name: str, *values) -> tuple:
+def _resolved_fields(config, name: str, *values) -> tuple:
     """What values of a field mean to the kind of prefix; the models' settings are read only if the values differ."""
     if all(value == values[0] for value in values):
         return values
     kind = kind_of(config)
     paths = kind.backbone(config), config.llm.path
     models = [from_hf_config(local_folder(path)) if path else None for path in paths]
-    return tuple(kind.meaning(name, value, *models) for value in values)
+    return tuple(kind.resolved(name, value, *models) for value in values)
 
 
 def _is_folder(path: str) -> bool:
