@@ -18,8 +18,8 @@ for _name, _value in _FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_name}={_value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# The second: most of XLA's optimisations are left out. The fixture `optimised` undoes it for a file, but not for the
-# commands that the file starts. Commands with neither setting are those of test_end_to_end.py.
+# The second: most of XLA's optimisations are left out. The fixture `optimised` undoes it for a test, but not for the
+# commands that the test starts. Commands with neither setting are those of test_end_to_end.py that do not train.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,9 +61,9 @@ def _compiled_programs_are_dropped():
     gc.collect()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimised():
-    """XLA's optimisations, as users have them, in this process; the older fusion stays (see XLA_FLAGS above)."""
+    """XLA's optimisations, as users have them, in this process and test; the older fusion stays (see XLA_FLAGS above)."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")

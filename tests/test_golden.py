@@ -14,8 +14,6 @@ from mend_jax.models.weights import key_table
 from mend_jax.prefixes.release import PLACEHOLDERS, PROJECTION
 from mend_jax.step import make_loss_fn
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2_same_width"])
 def release(request, golden):
@@ -35,6 +33,7 @@ def relative(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("i", range(4))
 def test_vectors(release, i):
     _, distiller, cases, arrays = release
@@ -43,6 +42,7 @@ def test_vectors(release, i):
     assert prefix.length.tolist() == [distiller.num_vectors]
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("i", range(4))
 def test_losses(release, i):
     llm, distiller, cases, _ = release
@@ -72,8 +72,10 @@ def test_option_scores(release, i):
 @pytest.mark.parametrize("loss", ["pretrain", "finetune"])
 @pytest.mark.parametrize("i", range(4))
 @pytest.mark.slow
-def test_gradients(release, i, loss):
+def test_gradients(release, i, loss, request):
     """Through the very loss function that training differentiates; padding and a second row change nothing."""
+    if i == 0:
+        request.getfixturevalue("optimised")
     llm, distiller, cases, arrays = release
     case = cases[i]
     config = base.get_config()

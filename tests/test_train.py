@@ -95,6 +95,21 @@ def test_metrics_have_every_line_once(finished):
         assert {"step", "seconds_per_step", "tokens_per_second", "data_wait_per_step"} == line.keys()
 
 
+def test_a_checkpoint_has_the_metrics_up_to_its_step_however_late_it_is_written(model, tmp_path, monkeypatch):
+    """It is written in the background, while the next steps add theirs to those that no line has yet."""
+    given, save = {}, checkpoint.Checkpoints.save
+
+    def late(self, step, params, opt_state, meta, score=None):
+        given[step] = meta
+        return save(self, step, params, opt_state, meta, score)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", late)
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    c = config(model, **{"train.steps": 8, "train.log_every": 5, "train.save_every": 2, "train.eval_every": 8})
+    assert train.train(c, tmp_path) == 0
+    assert {step: len(meta["window"]) for step, meta in given.items()} == {2: 2, 4: 4, 6: 1, 8: 0}
+
+
 def test_workdir_explains_the_run(finished, model):
     assert json.loads((finished / "config.json").read_text())["llm"]["path"] == str(model)
     table = (finished / "params.txt").read_text()

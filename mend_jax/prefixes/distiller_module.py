@@ -6,6 +6,8 @@ there, projected to the LLM's width, are the vectors.
 Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -58,8 +60,13 @@ class DistillerModule(nn.Module):
 
     def shapes(self):
         """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""
-        tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        return jax.eval_shape(self.init, jax.random.key(0), tokens, length)["params"]
+        return jax.tree.map(lambda leaf: leaf, _shapes(self))
+
+
+@functools.lru_cache(maxsize=64)  # tables of costs ask for few networks, but often
+def _shapes(module: DistillerModule):
+    tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), tokens, length)["params"]
 
 
 PROJECTION_START = {"kernel": nn.initializers.normal(0.02), "bias": nn.initializers.zeros}  # as the release

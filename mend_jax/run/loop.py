@@ -131,7 +131,7 @@ class Loop:
             self.report.write({"step": step} | values)
             reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.report.sync()
-        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.rows}, score)
+        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.kept()}, score)
         self.report.paused += time.monotonic() - began
 
     def _stops_early(self, step):

@@ -150,6 +150,10 @@ class Window:
     def add(self, row):
         self.rows.append(row)
 
+    def kept(self):
+        """The rows so far, for a checkpoint: a copy, because it is written while the next steps add theirs."""
+        return list(self.rows)
+
     def line(self, step):
         """{"step", name: mean, ..., "tokens": sum} of the rows, which are then dropped."""
         line = {"step": step}

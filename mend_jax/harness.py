@@ -1,0 +1,70 @@
+"""Tasks of lm-evaluation-harness, with the few-shot examples as vectors, or as a plain prompt to compare with.
+
+    python -m mend_jax.harness --llm=gpt2-large --distiller=runs/mend/finetune --tasks=sst2,boolq --num_fewshot=16
+    python -m mend_jax.harness --llm=gpt2-large --tasks=sst2,boolq --num_fewshot=16       # the plain prompt
+
+Needs `pip install lm_eval`. --include_path=FOLDER has tasks of your own (the harness's YAML files).
+"""
+
+from typing import Literal
+
+from mend_jax.cli.command_line import run
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
+from mend_jax.data.bos import NONE
+from mend_jax.interchange.trained import fit_to, own_llm, read_trained
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.run.files import write_report
+
+
+def harness(
+    tasks: str,
+    llm: str = "",
+    distiller: str = "",
+    num_fewshot: int = 16,
+    include_path: str = "",
+    limit: int = 0,
+    out: str = "",
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    weights: Literal[*CHOICES["llm.weights"]] = "full",
+    batch_size: int = 8,
+    seed: int = 1234,
+) -> None:
+    """Prints the harness's table.
+
+    Args:
+        tasks: names of tasks, with commas between.
+        llm: the LLM: a folder, hub name or GGUF file. The workdir of a distiller knows its own.
+        distiller: a training workdir or exported folder; "": the examples stay in the prompt.
+        num_fewshot: few-shot examples of each question.
+        include_path: a folder of tasks of your own.
+        limit: questions of each task; 0 is all.
+        out: a JSON file for the results.
+        dtype: of the arithmetic.
+        weights: the LLM's: "full", or "int8": 8 bits.
+        batch_size: questions in one pass.
+        seed: that the examples are drawn with.
+    """
+    try:
+        from lm_eval.utils import make_table
+
+        from mend_jax.interchange.harness import evaluate_harness
+    except ImportError as error:
+        raise UserError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm_eval.") from None
+    if not llm and not (distiller and own_llm(distiller)):
+        raise UserError(
+            "Which LLM? Add --llm=FOLDER, a hub name or a GGUF file; only a training workdir knows its own."
+        )
+    model = read_trained(distiller) if distiller else None
+    reader = load_llm(llm or own_llm(distiller), dtype, weights=weights, bos=(model and model.bos) or NONE)
+    model = fit_to(model, reader, distiller) if model else None
+    names = [name for name in map(str.strip, tasks.split(",")) if name]
+    options = {"num_fewshot": num_fewshot, "limit": limit or None, "fewshot_random_seed": seed, "bootstrap_iters": 0}
+    found = evaluate_harness(reader, names, model, include_path or None, batch_size, **options)
+    print(make_table(found))
+    if out:
+        write_report(out, {name: found[name] for name in ("results", "configs", "n-samples") if name in found})
+
+
+if __name__ == "__main__":
+    run(harness)
