@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
+from mend_jax.data.templates import Template
 from mend_jax.generation.generate import generate_text
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.kind import Kind
@@ -31,6 +32,7 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 
 Example = tuple[str, str]
+PLAIN = Template("", "", "")  # of the plain prompt, which the harness writes whole
 ANSWER_TOKENS = 256  # of a generated answer, where a task does not say
 
 
@@ -115,8 +117,8 @@ class HarnessLM(TemplateLM):
             rows = [(self._question(text) if self.distiller else self.tok_encode(text))[-most:] for text in texts]
             answers = generate_text(
                 self.llm, prefix, rows, room,
-                temperature=options["temperature"], top_p=options.get("top_p", 1.0), stop=tuple(_stops(options)),
-                template="space" if self.distiller is None else self.distiller.template, batch_size=self.batch_size,
+                temperature=options.get("temperature") or 0.0, top_p=options.get("top_p", 1.0), stop=tuple(_stops(options)),
+                template=PLAIN if self.distiller is None else self.distiller.template, batch_size=self.batch_size,
             )  # fmt: skip
             for i, answer in zip(group, answers, strict=True):
                 found[i] = answer.text
