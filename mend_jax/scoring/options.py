@@ -99,6 +99,10 @@ def prefix_and_template(given, template=None, separator=None) -> tuple[Prefix, T
     """The prefix of a `Prefix` or a pack (packs/pack.py), and the template that a caller means; a pack has its own."""
     if isinstance(given, Prefix):
         return given, chosen(template, separator)
+    if not isinstance(getattr(given, "prefix", None), Prefix):
+        raise UserError(
+            f"A prefix or a pack is needed, not {type(given).__name__}: distiller.distill(demos) makes a prefix."
+        )
     return given.prefix, chosen(given.template if template is None and separator is None else template, separator)
 
 
