@@ -168,6 +168,8 @@ def test_what_was_made_is_not_made_again(made, monkeypatch, capsys, tmp_path):
     write_demos(tmp_path / "demos.jsonl")
     monkeypatch.setattr(distill, "load_llm", None)
     assert_equal(load_pack(made()), first)
+    relative = os.path.relpath(first.llm)  # the same files by another name
+    assert load_pack(made(f"--llm={relative}")).llm == relative
     assert "4 vectors of 4 demonstrations" in capsys.readouterr().out
 
 

@@ -3,6 +3,7 @@
 Axes: B sets of demonstrations, N demonstration tokens, L vectors, D width.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,7 @@ class PackCache:
     """Packs under a hash of all that decides them; `folder` may be None, which keeps none."""
 
     def __init__(self, folder: Path | None, llm: str, distiller: str | Path, *settings):
-        self.folder = folder
+        self.folder, self.names = folder, {"llm": llm, "distiller": str(distiller)}  # what they are called now
         self.facts = FORMAT, folders.fingerprint(llm), trained_fingerprint(distiller), *settings
 
     def path(self, pairs: Pairs) -> Path | None:
@@ -111,7 +112,7 @@ class PackCache:
         if path is None or not path.exists():
             return None
         try:
-            return load_pack(path)
+            return dataclasses.replace(load_pack(path), **self.names)
         except UserError:
             return None
 
