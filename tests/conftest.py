@@ -19,7 +19,7 @@ for _name, _value in _FLAGS.items():
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # The second: most of XLA's optimisations are left out. The fixture `optimised` undoes it for a test, but not for the
-# commands that the test starts. Commands with neither setting are those of test_end_to_end.py that do not train.
+# commands that the test starts. The last command of test_end_to_end.py has neither setting.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
