@@ -33,7 +33,6 @@ def relative(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("i", range(4))
 def test_vectors(release, i):
     _, distiller, cases, arrays = release
@@ -72,10 +71,8 @@ def test_option_scores(release, i):
 @pytest.mark.parametrize("loss", ["pretrain", "finetune"])
 @pytest.mark.parametrize("i", range(4))
 @pytest.mark.slow
-def test_gradients(release, i, loss, request):
+def test_gradients(release, i, loss):
     """Through the very loss function that training differentiates; padding and a second row change nothing."""
-    if i == 0:
-        request.getfixturevalue("optimised")
     llm, distiller, cases, arrays = release
     case = cases[i]
     config = base.get_config()

@@ -194,13 +194,14 @@ class Distiller(Kind):
             "backbone": cut_layers(settings, headless_params(backbone.config, backbone.params)),
             "placeholders": initial_rows(prefix, backbone, seed),
         }
-        made = cls.sketch(prefix, settings, llm.config)
-        if own := made.params.get("projection"):
+        projection = resolve_projection(prefix.projection, settings.width, llm.config.width)
+        if projection != "identity":  # spelled here, because tracing the network for its shapes takes a second
+            shapes = {"kernel": (settings.width, llm.config.width), "bias": (llm.config.width,)}
             key = jax.random.key(seed + 1)
-            params["projection"] = {name: PROJECTION_START[name](key, leaf.shape) for name, leaf in own.items()}
+            params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
+        arithmetic = prefix.dtype, llm.attention, prefix.remat
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
-        rest |= {"params": params, "tokenizer": backbone.tokenizer, "attention": llm.attention}
-        made = dataclasses.replace(made, **rest)
+        made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
 
     @classmethod
