@@ -44,9 +44,10 @@ def report(
     """
     found = load_pack(pack)
     pairs = _demonstrations(found, pack, demos)
-    choices = tuple(filter(None, map(str.strip, options.split(","))))
-    rows = [(row, options_of(row, choices)) for row in read_queries(queries)]
-    asked = [Asked(row["input"], words, _answer(row)) for row, words in rows]
+    asked = [
+        Asked(row["input"], options_of(where, row, options), _answer(where, row))
+        for where, row in read_queries(queries)
+    ]
     model = load_packs_llm(found, pack, llm, dtype, weights)
     with Progress(PARTS, "part", what="fidelity") as bar:
         measured = fidelity(model, found, pairs, asked, batch_size, bar.update)
@@ -80,10 +81,10 @@ def _demonstrations(pack, path: str, demos: str):
     return list(pack.demonstrations)
 
 
-def _answer(row: dict) -> str | None:
+def _answer(where: str, row: dict) -> str | None:
     right = row.get("output")
     if right is not None and (not isinstance(right, str) or not right.strip()):
-        raise UserError(f'{row["where"]} has an "output" that is no text: correct or remove it.')
+        raise UserError(f'{where} has an "output" that is no text: correct or remove it.')
     return right
 
 

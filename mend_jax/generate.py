@@ -51,7 +51,7 @@ def generate(
         batch_size: queries that are answered together.
     """
     require_one_source(input, inputs, out)
-    rows = read_queries(inputs) if inputs else [{"input": input}]
+    rows = [row for _, row in read_queries(inputs)] if inputs else [{"input": input}]
     found = load_pack(pack)
     model = load_packs_llm(found, pack, llm, dtype, weights)
     sampling = {
@@ -67,8 +67,7 @@ def generate(
     if not inputs:
         print(answers[0].text)
         return
-    own = ({k: v for k, v in row.items() if k != "where"} for row in rows)
-    write_answers(out, (row | {"answer": a.text, "finish": a.finish} for row, a in zip(own, answers, strict=True)))
+    write_answers(out, (row | {"answer": a.text, "finish": a.finish} for row, a in zip(rows, answers, strict=True)))
     print(f"{len(answers):,} answers are in {out}.")
 
 

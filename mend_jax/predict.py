@@ -46,9 +46,8 @@ def predict(
         batch_size: rows in one pass of the LLM.
     """
     require_one_source(input, inputs, out)
-    choices = tuple(filter(None, map(str.strip, options.split(","))))
-    rows = read_queries(inputs) if inputs else [{"input": input, "where": "--input"}]
-    asked = [(row["input"], options_of(row, choices)) for row in rows]
+    rows = read_queries(inputs) if inputs else [("--input", {"input": input})]
+    asked = [(row["input"], options_of(where, row, options)) for where, row in rows]
     found = load_pack(pack)
     model = load_packs_llm(found, pack, llm, dtype, weights)
     items = [_item(model, found.template, *one) for one in asked]
@@ -56,10 +55,10 @@ def predict(
         scores = score_items(model, cache_prefix(model, found.prefix), items, batch_size, progress=bar.update)
     answers = [
         row | {"prediction": words[int(values.argmax())], "scores": dict(zip(words, map(float, values), strict=True))}
-        for row, (_, words), values in zip(rows, asked, scores, strict=True)
+        for (_, row), (_, words), values in zip(rows, asked, scores, strict=True)
     ]
     if inputs:
-        write_answers(out, ({k: v for k, v in answer.items() if k != "where"} for answer in answers))
+        write_answers(out, answers)
         print(f"{len(answers):,} predictions are in {out}.")
         return
     ranked = sorted(answers[0]["scores"].items(), key=lambda one: -one[1])

@@ -350,13 +350,14 @@ def test_predict_prints_or_writes_the_scores_of_options(made, llm, tmp_path, cap
     best = max(wanted)
     assert capsys.readouterr().out.split()[:2] == [["w50", "w51"][wanted.index(best)], f"{best:.3f}"]
     queries = write_lines(
-        tmp_path / "q.jsonl", [{"input": "w4", "id": 7}, {"input": "w8 w9", "options": ["w1", "w2", "w3"]}]
+        tmp_path / "q.jsonl",
+        [{"input": "w4", "id": 7, "where": "here"}, {"input": "w8 w9", "options": ["w1", "w2", "w3"]}],
     )
     flags = [f"--pack={path}", f"--inputs={queries}", f"--out={tmp_path / 'new' / 'a.jsonl'}", "--options=w50,w51"]
     assert command(predict.predict, *flags) == 0
     first, second = map(json.loads, (tmp_path / "new" / "a.jsonl").read_text().splitlines())
     assert first["id"] == 7 and list(first["scores"].values()) == pytest.approx(wanted, abs=1e-5)
-    assert first["prediction"] == max(first["scores"], key=first["scores"].get) and "where" not in first
+    assert first["prediction"] == max(first["scores"], key=first["scores"].get) and first["where"] == "here"
     assert second["scores"].keys() == {"w1", "w2", "w3"}
 
 

@@ -86,8 +86,8 @@ def generate_text(
     """
     (prefix, around), single = prefix_and_template(prefix, template), isinstance(queries, str)
     if stop is None:
-        stop = (around.before.strip(" "),)
-    stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop)) if llm.tokenizer is not None or stop else ()
+        stop = around.before.strip(" ") if llm.tokenizer is not None else ()
+    stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
     wanted = Wanted(max_tokens, temperature, top_p, stop, seed, around.answer)
     _check(llm, wanted, batch_size)
     rows = [query_tokens(llm, query, "query", around.query) for query in ([queries] if single else queries)]

@@ -10,24 +10,24 @@ from mend_jax.packs.demonstrations import lines_of
 from mend_jax.run.files import write_text
 
 
-def read_queries(file: str | Path) -> list[dict]:
-    """The objects of a file's lines, each with a text "input". Raises UserError, with file and line, for anything else."""
+def read_queries(file: str | Path) -> list[tuple[str, dict]]:
+    """("FILE, line N", object) of a file's lines, each with a text "input". Raises UserError, with file and line, for anything else."""
     found = []
     for where, line in lines_of(Path(file).expanduser()):
         row = parse_object(line, where)
         if not isinstance(row.get("input"), str) or not row["input"].strip():
             raise UserError(f'{where} has no text "input": a query has one.')
-        found.append(row | {"where": where})
+        found.append((where, row))
     if not found:
         raise UserError(f"{file} has no queries: write a line for each.")
     return found
 
 
-def options_of(row: dict, default: tuple[str, ...]) -> list[str]:
-    """The options of a query, its own or the `default`. Raises UserError, with file and line, if there are none."""
-    options = row.get("options") or list(default)
+def options_of(where: str, row: dict, default: str) -> list[str]:
+    """The options of a query, its own or the `default`, with commas between. Raises UserError, with file and line, if there are none."""
+    options = row.get("options") or [word for word in map(str.strip, default.split(",")) if word]
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):
-        raise UserError(f'{row["where"]} has no "options", a list of texts: add them, or give --options for all lines.')
+        raise UserError(f'{where} has no "options", a list of texts: add them, or give --options for all lines.')
     return options
 
 
