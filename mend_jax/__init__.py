@@ -19,9 +19,8 @@ import sys
 if sys.argv[:1] == ["-m"]:  # one of our commands: XLA, which reads this when it loads, then prints only errors
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-if (
-    importlib.util.find_spec("torch") is None
-):  # transformers would warn that it can load no models: we load them ourselves
+if importlib.util.find_spec("torch") is None:
+    # transformers would warn that it can load no models, which we load ourselves.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {
