@@ -148,6 +148,7 @@ def test_without_a_tokenizer_there_are_tokens_alone(llm, tiny_llm):
     bare = dataclasses.replace(llm, tokenizer=None)
     [answer] = generate_text(bare, vectors(llm), [[5, 6]], 4)
     assert answer.text == "" and len(answer.tokens) == 4
+    assert generate_text(bare, vectors(llm), [[5, 6]], 4, template="newline") == [answer]
     with says("tokenizer", str(tiny_llm), "stop"):
         generate_text(bare, vectors(llm), [[5, 6]], 4, stop="w1")
 
