@@ -327,6 +327,9 @@ def test_an_exported_distiller_needs_the_llms_name(workdir, tmp_path, capsys):
     given = [f"--distiller={tmp_path / 'out'}", f"--demos={tmp_path / 'demos.jsonl'}", f"--out={tmp_path}", "--cache="]
     assert command(distill.distill, *given) == 2
     assert "--llm" in capsys.readouterr().err
+    given[0] = f"--distiller={tmp_path / 'nothing'}"
+    assert command(distill.distill, *given, f"--llm={tmp_path / 'out'}") == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
 
 
 # The commands

@@ -160,7 +160,7 @@ def trained_fingerprint(path: str | Path) -> str:
     files = (
         [path]
         if path.is_file()
-        else sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+        else sorted(file for file in path.glob("*") if file.suffix in (".json", ".safetensors"))
     )
     if not files:
         raise UserError(f"{path} holds no trained model: name a training workdir or an exported folder.")
