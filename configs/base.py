@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
     prefix.length = 100  # l, the number of vectors
+    prefix.nested = ()  # shorter lengths that a distiller is trained with as well: of each row the LLM reads the first so many vectors, a number drawn from these and prefix.length; in use any of them can be chosen
     prefix.backbone = "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
     prefix.layers = 0  # of the backbone: its first so many layers alone; 0: all
     prefix.train_embeddings = True  # False: the backbone's token embeddings stay as they are, and out of checkpoints, optimiser and, where they are the LLM's own, exports
@@ -102,7 +103,7 @@ def get_config() -> ConfigDict:
     mesh.tensor = 1  # splits the products by heads: for fast links, such as those within one machine
 
     c.evaluate = evaluate = ConfigDict()
-    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks
+    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks, "NAME=first8:PATH" makes the first 8 vectors (prefix.nested)
     evaluate.split = "test"  # "test" or "dev"
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
     evaluate.tasks = ()  # some of the partition's test tasks; () is all

@@ -21,8 +21,8 @@ from mend_jax.data.bos import NONE
 from mend_jax.interchange.trained import fit_to, own_llm, read_trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
-from mend_jax.packs.make import TOGETHER, PackCache, make_packs, require_reader
-from mend_jax.packs.pack import SUFFIX, Pack
+from mend_jax.packs.make import TOGETHER, PackCache, make_packs
+from mend_jax.packs.pack import SUFFIX, Pack, save_pack
 
 
 def distill(
@@ -31,6 +31,7 @@ def distill(
     out: str,
     llm: str = "",
     dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    vectors: int = 0,
     keep_demos: bool = False,
     cache: str = "~/.cache/mend_jax/packs",
 ) -> list[Path]:
@@ -42,6 +43,7 @@ def distill(
         out: the pack to write; of several files the folder for their packs.
         llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.
         dtype: of the distiller's arithmetic.
+        vectors: the number of vectors, one of those that the distiller was trained with (prefix.nested); 0: the largest.
         keep_demos: keep the demonstrations in the pack too, for people to read and to check its fidelity.
         cache: a folder that keeps packs by their content, so that they are made once; "" keeps none.
     """
@@ -51,21 +53,23 @@ def distill(
     if llm is None:
         raise UserError(f"{distiller} does not say which LLM it is for: add --llm=FOLDER, a hub name or a GGUF file.")
     sets = [read_demonstrations(file) for file in files]
-    known = PackCache(Path(cache).expanduser() if cache else None, llm, distiller, dtype, keep_demos)
+    known = PackCache(
+        Path(cache).expanduser() if cache else None, llm, distiller, dtype, keep_demos, *([vectors] if vectors else [])
+    )
     packs = [known.read(pairs) for pairs in sets]
     missing = [i for i, pack in enumerate(packs) if pack is None]
     if missing:
-        _make(packs, missing, sets, known, distiller, llm, dtype, keep_demos)
+        _make(packs, missing, sets, known, distiller, llm, dtype, vectors, keep_demos)
     for target, pack in zip(targets, packs, strict=True):
-        _save(pack, target)
+        save_pack(pack, target)
         print(f"{target}: {in_words(pack)}")
     return targets
 
 
-def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: str, keep: bool) -> None:
+def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: str, vectors: int, keep: bool) -> None:
     """Makes the missing packs and puts them into `packs`; each batch is kept as soon as it is made."""
     model = read_trained(distiller)
-    require_reader(model, distiller)
+    model = model.first(vectors) if vectors else model
     loaded = load_llm(llm, dtype, bos=model.bos or NONE)
     model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
     with Progress(len(missing), "pack") as bar:
@@ -87,16 +91,6 @@ def _targets(files: list[Path], out: str) -> list[Path]:
     if target.is_file() or target.suffix == ".safetensors":
         raise UserError(f"--out={out} is a file, but there are {len(files)} packs to write: name a folder.")
     return [target / pack_name(file) for file in files]
-
-
-def _save(pack: Pack, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pack.save(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): free some space, or give another --out."
-        ) from None
 
 
 def in_words(pack: Pack) -> str:

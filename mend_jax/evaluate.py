@@ -129,8 +129,8 @@ def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
 
 
 def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
-    """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", or "NAME=KIND:PATH" for a model that is used as
-    another kind than it was trained as."""
+    """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", "NAME=KIND:PATH" for a model that is used as
+    another kind than it was trained as, or "NAME=firstN:PATH" for its first N vectors (prefix.nested)."""
     methods = []
     for spec in config.evaluate.methods:
         name, _, path = spec.partition("=")
@@ -152,13 +152,16 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
 
 
 def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
-    """The trained model in a training workdir or an exported folder (PATH, or KIND:PATH), placed beside this LLM.
+    """The trained model in a training workdir or an exported folder (PATH, KIND:PATH or firstN:PATH), placed beside this LLM.
 
     It computes in prefix.dtype, so that its test scores have the same precision as its scores in training.
     """
     kind, colon, path = spec.partition(":")
     kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
+    cut = re.match(r"first(\d+):", path)
+    path = path[cut.end() :] if cut else path
     model = load_trained(path, llm, place=layout.place)
+    model = model.first(int(cut[1])) if cut else model
     put = jax.device_put if layout.mesh is None else layout.place_frozen
     model = model.placed(put, config.prefix.dtype)
     return KINDS[kind].of_trained(model, config, path) if kind else model

@@ -1,6 +1,7 @@
 """Out to PyTorch: a trained model as files that need nothing of this project, or a GGUF file as a Hugging Face folder.
 
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
+    python -m mend_jax.export --workdir=runs/mend --out=exported/mend --weights=int8 --llm=gpt2-large
     python -m mend_jax.export --llm=model.gguf --out=exported/model
     python -m mend_jax.export --pack=reviews.pack.safetensors --out=exported/reviews
     python -m mend_jax.export --workdir=runs/mend --format=jax --out=exported/jax
@@ -24,6 +25,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.interchange.export import export, export_llm
 from mend_jax.interchange.jax_export import export_jax
 from mend_jax.packs.adapter import export_pack
+from mend_jax.prefixes.stored_weights import CHOICES
 
 
 def main(
@@ -32,6 +34,7 @@ def main(
     backbone: str = "",
     llm: str = "",
     pack: str = "",
+    weights: Literal[*CHOICES] = "float32",
     format: Literal["pytorch", "jax"] = "pytorch",
 ) -> None:
     """The command.
@@ -41,25 +44,28 @@ def main(
         workdir: the folder of a training, of any stage; its best checkpoint is taken.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
         llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
-            With --format=jax the LLM of an exported distiller.
+            With --format=jax the LLM of an exported distiller. Beside --workdir: the name under which others have the LLM.
         pack: a pack of vectors, in the place of a workdir: it becomes an adapter of PEFT.
+        weights: of a distiller's backbone: "float32", "bfloat16", or "int8", 8 bits with a scale for each row.
         format: "pytorch", or "jax": programs that need none of our code.
     """
     if format == "jax":
-        if not workdir or pack or backbone:
+        if not workdir or pack or backbone or weights != "float32":
             raise UserError(
                 "--format=jax takes --workdir, a training or an exported distiller, and where needed --llm."
             )
         print(export_jax(workdir, out, llm))
         return
-    if sum(map(bool, (workdir, llm, pack))) != 1:
+    if sum(map(bool, (workdir, llm and not workdir, pack))) != 1:
         raise UserError(
             "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."
         )
-    if pack:
-        print(export_pack(pack, out))
+    if workdir:
+        print(export(workdir, out, backbone or None, weights, llm))
+    elif weights != "float32":
+        raise UserError(f"--weights={weights} is for the distiller of a --workdir: leave it out.")
     else:
-        print(export_llm(llm, out) if llm else export(workdir, out, backbone or None))
+        print(export_pack(pack, out) if pack else export_llm(llm, out))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python -m mend_jax.fidelity --pack=reviews.pack.safetensors --queries=heldout.jsonl
 
-A line of --queries has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
+With --choose_length the pack's shorter trained lengths (prefix.nested) are measured as well, and --out writes the shortest that
+is about as good. A line of --queries has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from mend_jax.cli.command_line import run
@@ -13,11 +15,9 @@ from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import markdown
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
-from mend_jax.packs.measure import Asked, Fidelity, fidelity
-from mend_jax.packs.pack import load_pack, load_packs_llm
+from mend_jax.packs.measure import Asked, Fidelity, fidelity, passes, shortest
+from mend_jax.packs.pack import Pack, load_pack, load_packs_llm, save_pack
 from mend_jax.packs.queries import options_of, read_queries
-
-PARTS = 5  # passes over all queries
 
 
 def report(
@@ -25,6 +25,9 @@ def report(
     queries: str,
     demos: str = "",
     options: str = "",
+    choose_length: bool = False,
+    tolerance: float = 0.05,
+    out: str = "",
     llm: str = "",
     dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
     weights: Literal[*CHOICES["llm.weights"]] = "full",
@@ -37,36 +40,68 @@ def report(
         queries: a file of queries that are no demonstrations.
         demos: the file of demonstrations, where the pack does not keep them.
         options: the answers to choose from, with commas between, of lines without "options".
+        choose_length: measure the shorter lengths that the distiller was trained with, too.
+        tolerance: a length is short enough if it loses at most this share of what all vectors recover.
+        out: with --choose_length, the file to write the shortest such pack to.
         llm: where the pack's LLM is, if not where the pack says.
         dtype: of the LLM's arithmetic.
         weights: "full", or "int8": 8 bits.
         batch_size: rows in one pass of the LLM.
     """
     found = load_pack(pack)
+    lengths = _lengths(found, pack, choose_length, tolerance, out)
     pairs = _demonstrations(found, pack, demos)
     asked = [
         Asked(row["input"], options_of(where, row, options), _answer(where, row))
         for where, row in read_queries(queries)
     ]
     model = load_packs_llm(found, pack, llm, dtype, weights)
-    with Progress(PARTS, "part", what="fidelity") as bar:
-        measured = fidelity(model, found, pairs, asked, batch_size, bar.update)
+    with Progress(passes(lengths), "part", what="fidelity") as bar:
+        measured = fidelity(model, found, pairs, asked, lengths, batch_size, bar.update)
     print(table(measured))
+    if choose_length:
+        _choose(found, measured, lengths, tolerance, out)
     return measured
 
 
 def table(measured: Fidelity) -> str:
     """The report, as text."""
     rows = []
-    for name in ("demonstrations", "pack", "nothing"):
+    shown = ["demonstrations", "pack", *(name for name in measured.kl if name.startswith("first ")), "nothing"]
+    for name in shown:
         right = measured.accuracy[name]
         cells = [f"{100 * measured.agreement[name]:.1f}", "–" if right is None else f"{100 * right:.1f}"]
         rows.append([name, str(measured.positions[name]), f"{measured.kl[name]:.4f}", *cells])
     head = ["before the query", "positions", "KL", "same answer, %", "right, %"]
     return (
-        f"{markdown(head, rows)}\n\n{measured.queries} queries. The vectors recover {100 * measured.recovered:.1f}% of what the"
+        f"{markdown(head, rows)}\n\n{measured.queries} queries. The vectors recover {100 * measured.recovered():.1f}% of what the"
         " demonstrations change (1 - KL(pack) / KL(nothing), KL in nats per token)."
     )
+
+
+def _lengths(pack: Pack, path: str, choose: bool, tolerance: float, out: str) -> tuple[int, ...]:
+    """The shorter lengths to measure, the longest first. Raises UserError where there is nothing to choose."""
+    if out and not choose:
+        raise UserError("--out is for the pack that --choose_length chooses: add --choose_length.")
+    if not 0 <= tolerance < 1:
+        raise UserError(f"--tolerance is a share of what the vectors recover, at least 0 and below 1, not {tolerance}.")
+    if choose and not pack.shorter:
+        raise UserError(
+            f"{path} has one trained length, {pack.num_vectors} vectors: its distiller must be trained with --config.prefix.nested"
+            " and a decoder as backbone (an encoder's packs are made anew, by `distill --vectors`)."
+        )
+    return tuple(sorted(pack.shorter, reverse=True)) if choose else ()
+
+
+def _choose(pack: Pack, measured: Fidelity, lengths, tolerance: float, out: str) -> None:
+    """Says which length is enough and, where `out` is given, writes its pack."""
+    count = shortest(measured, lengths, tolerance) or pack.num_vectors
+    print(
+        f"{count} vectors are enough: fewer lose more than {100 * tolerance:g}% of what all {pack.num_vectors} recover."
+    )
+    if out:
+        save_pack(pack.first(count), Path(out).expanduser())
+        print(f"They are in {out}.")
 
 
 def _demonstrations(pack, path: str, demos: str):

@@ -121,7 +121,8 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
 
 
 def _prefix(model, params, frozen, batch) -> Prefix:
-    return model.apply(model.whole(params, frozen), batch.demos, batch.demos_length)
+    some = {} if batch.vectors is None else {"vectors": batch.vectors}
+    return model.apply(model.whole(params, frozen), batch.demos, batch.demos_length, **some)
 
 
 def _nothing(llm, llm_params, query: Query) -> Prefix:

@@ -64,6 +64,20 @@ def test_the_iterator_goes_on_from_any_step(world, tokenizer, stage):
         assert same(next(iterator), made[step])
 
 
+def test_rows_draw_the_number_of_their_vectors(world, tokenizer):
+    config, readers = tiny_config(world, "finetune"), Readers(tokenizer, 96, 80)
+    assert make_batches(config, readers)[0].vectors is None
+    config.prefix.nested = (1, 2)
+    whole, again = make_batches(config, readers), make_batches(config, readers)
+    parts = [make_batches(config, readers, share=(i, 2)) for i in (0, 1)]
+    drawn = {step: whole[step].vectors for step in range(12)}
+    for step, vectors in reversed(drawn.items()):
+        np.testing.assert_array_equal(again[step].vectors, vectors)
+        np.testing.assert_array_equal(np.concatenate([part[step].vectors for part in parts]), vectors)
+    assert set(np.concatenate(list(drawn.values())).tolist()) == {1, 2, config.prefix.length}
+    assert make_batches(config, readers, "validation").lengths == ()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_processes_share_one_batch_of_one_shape(world, tokenizer, stage):
     whole = batches(world, tokenizer, stage)

@@ -166,6 +166,41 @@ def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backb
     assert theirs["rows"].shape == (4, 6, 32)
 
 
+@pytest.mark.parametrize("embeddings", ["trained", "llm"])
+@pytest.mark.parametrize("weights_", ["int8", "bfloat16"])
+@pytest.mark.slow
+def test_weights_of_fewer_bits(weights_, embeddings, llm, tiny_llm, tiny_backbone, tmp_path):
+    """They are read back, here and in PyTorch, as what was written: each within half a step of its row's scale."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from mend_jax.prefixes.mend_distiller import MendDistiller
+
+    own = embeddings == "llm"
+    fields = {"prefix.train_embeddings": False} if own else {}
+    run = make_workdir(tmp_path / "run", llm, tiny_llm, tiny_llm if own else tiny_backbone, **fields)
+    export.export(run, tmp_path / "out", weights=weights_, llm="tiny")
+    assert trained.own_llm(tmp_path / "out") == "tiny" and "tiny" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "model.safetensors").exists() == (weights_ == "bfloat16")
+    assert (tmp_path / "out" / "tokenizer.json").exists() is not own
+    made, found = mend_jax.load_distiller(run, llm), mend_jax.load_distiller(tmp_path / "out", llm)
+    step = {"int8": 1 / 254, "bfloat16": 1 / 256}[weights_]
+    for a, b in zip(*(jax.tree.leaves(d.params["backbone"]["layers"]) for d in (made, found)), strict=True):
+        assert np.abs(a - b).max() <= 1.01 * step * np.abs(a).max()
+    assert not same_vectors(made, found) and same_vectors(made, found, tolerance=0.1)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32) if own else None
+    module = MendDistiller.from_pretrained(tmp_path / "out", llm=theirs)
+    for row in ROWS:
+        np.testing.assert_allclose(module.distill(row).numpy(), found.distill(row).embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_only_a_distiller_has_weights_of_fewer_bits(llm, tiny_llm, tiny_backbone, tmp_path):
+    soft = make_workdir(tmp_path / "soft", llm, tiny_llm, tiny_backbone, **{"prefix.kind": "soft_prompt"})
+    with says("--weights=int8", "soft prompt"):
+        export.export(soft, tmp_path / "out", weights="int8")
+    assert not (tmp_path / "out").exists()
+
+
 def test_vectors_that_pytorch_makes_are_read_by_the_pytorch_llm_as_by_ours(exported, llm, tiny_llm):
     """The card's example: vectors in front of a query, through transformers, against score_options."""
     torch = pytest.importorskip("torch")

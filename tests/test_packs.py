@@ -17,7 +17,7 @@ from mend_jax import distill, fidelity, generate, inspect, predict
 from mend_jax.cli import command_line
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange.export import export
-from mend_jax.packs import make
+from mend_jax.packs import make, measure
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
 from mend_jax.packs.pack import load_pack
 
@@ -41,8 +41,8 @@ def llm(folders):
 
 @pytest.fixture(scope="module")
 def workdir(folders, llm, tmp_path_factory):
-    """Of a distiller of 4 vectors with the template "qa"."""
-    fields = {"data.template": "qa", "prefix.length": 4}
+    """Of a distiller of 4 vectors, or fewer, with the template "qa"."""
+    fields = {"data.template": "qa", "prefix.length": 4, "prefix.nested": (1, 2)}
     return make_workdir(tmp_path_factory.mktemp("run"), llm, *folders, **fields)
 
 
@@ -394,9 +394,44 @@ def test_fidelity_is_that_of_the_definitions(made, llm, distiller, tmp_path, cap
         np.mean(right)
     )
     assert found.agreement["demonstrations"] == 1 and found.kl["demonstrations"] == 0 < found.kl["nothing"]
-    assert found.recovered == pytest.approx(1 - found.kl["pack"] / found.kl["nothing"])
+    assert found.recovered() == pytest.approx(1 - found.kl["pack"] / found.kl["nothing"])
     assert found.positions["pack"] == 4 and found.positions["nothing"] == 0
-    assert f"{found.kl['pack']:.4f}" in printed and f"{100 * found.recovered:.1f}%" in printed
+    assert f"{found.kl['pack']:.4f}" in printed and f"{100 * found.recovered():.1f}%" in printed
+
+
+def test_packs_of_fewer_vectors(made, distiller, llm, workdir, tmp_path, capsys):
+    whole, short = load_pack(made(), llm), load_pack(made("--vectors=2"), llm)
+    assert (whole.shorter, short.shorter, short.num_vectors) == ((1, 2), (1,), 2)
+    np.testing.assert_allclose(short.vectors, whole.vectors[:2], atol=1e-6)
+    np.testing.assert_array_equal(whole.first(2).vectors, whole.vectors[:2])
+    assert whole.first(2).shorter == (1,) and whole.first(4) is whole
+    with says("4 vectors", "cut to 3", "1, 2, 4"):
+        whole.first(3)
+    given = [f"--distiller={workdir}", f"--demos={tmp_path / 'demos.jsonl'}", f"--out={tmp_path / 'b.safetensors'}"]
+    assert command(distill.distill, "--vectors=3", "--cache=", *given) == 2
+    assert "1, 2, 4 vectors, not of 3" in capsys.readouterr().err
+
+
+def test_the_shortest_length_that_is_enough_is_written(made, llm, tmp_path, capsys):
+    path, out = made("--keep_demos"), tmp_path / "short.pack.safetensors"
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "w4", "output": "w50"}, {"input": "w8 w9"}])
+    given = (str(path), str(queries), "", "w50,w51")
+    found = fidelity.report(*given, choose_length=True, tolerance=0.05, out=str(out))
+    pack, enough = load_pack(path), 0.95 * found.recovered()
+    for count in (1, 2):  # what is measured of a length is what is measured of its pack
+        cut = tmp_path / f"{count}.pack.safetensors"
+        pack.first(count).save(cut)
+        alone = fidelity.report(str(cut), *given[1:])
+        assert alone.kl["pack"] == pytest.approx(found.kl[f"first {count}"], abs=1e-6)
+        assert alone.recovered() == pytest.approx(found.recovered(f"first {count}"), abs=1e-4)
+    wanted = min([n for n in (1, 2) if found.recovered(f"first {n}") >= enough], default=4)
+    assert load_pack(out, llm).num_vectors == wanted
+    assert f"{wanted} vectors are enough" in capsys.readouterr().out
+    assert measure.shortest(found, (1, 2), tolerance=10.0) == 1
+    with says("one trained length", "prefix.nested"):
+        fidelity.report(str(tmp_path / "1.pack.safetensors"), *given[1:], choose_length=True)
+    with says("--out", "--choose_length"):
+        fidelity.report(*given, out=str(out))
 
 
 def test_fidelity_needs_the_demonstrations(made, tmp_path):

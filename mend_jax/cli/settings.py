@@ -72,6 +72,7 @@ NOT_REACHED = {
 TUPLES = {  # the type of the elements, and whether the tuple may be empty
     "data.demo_buckets": (int, False),
     "data.query_buckets": (int, False),
+    "prefix.nested": (int, True),
     "evaluate.methods": (str, False),
     "evaluate.seeds": (int, False),
     "evaluate.tasks": (str, True),
@@ -93,6 +94,7 @@ def check(config: ConfigDict) -> None:
             _check_range(key, value)
     for method in config.experiment.methods:
         check_choice("experiment.methods", method, METHODS)
+    _check_nested(config)
     _check_weights(config)
     _check_text_share(config)
     _check_attention(config)
@@ -118,6 +120,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return SequenceMatcher(None, name, other).ratio() + last
 
     return max(known, key=likeness)
+
+
+def _check_nested(config: ConfigDict) -> None:
+    """Each shorter length is one, and is named once."""
+    nested, length = config.prefix.nested, config.prefix.length
+    wrong = [count for count in nested if not 0 < count < length or nested.count(count) > 1]
+    if wrong:
+        raise UserError(
+            f"prefix.nested holds {wrong[0]}: name lengths below prefix.length={length}, at least 1, each once."
+        )
 
 
 def _check_weights(config: ConfigDict) -> None:

@@ -37,6 +37,7 @@ class Batch:
     demos_length: np.ndarray  # (B,) int32
     query: Query  # tokens (B,Q), length (B,), target_start (B,), int32
     ids: np.ndarray  # (B,) int64, row numbers, for `Batches.describe`
+    vectors: np.ndarray | None = None  # (B,) int32, how many vectors of each row the LLM reads, with prefix.nested
     # The teacher's context: the same text in the LLM's own tokens or, with release_truncation, a longer text.
     teacher_demos: np.ndarray | None = None
     teacher_demos_length: np.ndarray | None = None
@@ -47,11 +48,14 @@ class Batches:
     """`batches[step]` is this process's part of the global batch of a step; it depends on nothing but the step.
 
     `steps` is the number of batches of a validation split; None for training, which has no end.
+    `lengths` are the numbers of vectors that are trained, if there are several: each row draws one.
     `contents` identifies the files of these batches and of their validation: {"data.text" or "data.tasks": a hash}.
     """
 
-    def __init__(self, rows, config, steps, sort: bool, share=(0, 1), separate_targets=False, contents=None):
-        self.rows, self.steps, self.contents = rows, steps, contents or {}
+    def __init__(
+        self, rows, config, steps, sort: bool, share=(0, 1), separate_targets=False, contents=None, lengths=()
+    ):
+        self.rows, self.steps, self.contents, self.lengths = rows, steps, contents or {}, lengths
         process_index, process_count = share
         self.batch_size, self.window = config.train.batch_size, config.data.bucket_window if sort else 1
         self.seed, self.prefetch = config.seed, config.data.prefetch
@@ -77,6 +81,9 @@ class Batches:
         if teachers[0] is not None:  # one size for the global batch: every process needs the same shape
             teacher, teacher_length = pad(teachers, self._teacher_size(rows, demo_size))
             batch = batch.replace(teacher_demos=teacher, teacher_demos_length=teacher_length)
+        if self.lengths:
+            drawn = [sampling.row_rng(self.seed, 7, int(row)).choice(self.lengths) for row in mine]
+            batch = batch.replace(vectors=np.asarray(drawn, np.int32))
         return batch
 
     def _demo_size(self, rows, demos_length) -> int:
@@ -197,7 +204,8 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
     else:
         rows = SequenceRows(config, store, documents, tasks, train, readers)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
-    return Batches(rows, config, steps, train and stage != "lm", share, readers.separate_targets, contents)
+    lengths = (*config.prefix.nested, config.prefix.length) if train and stage != "lm" and config.prefix.nested else ()
+    return Batches(rows, config, steps, train and stage != "lm", share, readers.separate_targets, contents, lengths)
 
 
 def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> dict:

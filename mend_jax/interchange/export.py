@@ -17,20 +17,24 @@ from mend_jax.models.folders import convert_model, save_model, settings_here
 from mend_jax.run.files import whole_folder
 
 
-def export(workdir: str | Path, out: str | Path, backbone: str | Path | None = None) -> str:
+def export(
+    workdir: str | Path, out: str | Path, backbone: str | Path | None = None, weights: str = "float32", llm: str = ""
+) -> str:
     """Writes the model trained in `workdir` to the new folder `out`, completely or not at all; returns a sentence about it.
 
     Args:
         workdir: a workdir of mend_jax.train, of any stage; its best checkpoint is exported.
         out: a folder that does not exist or is empty.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), if it has moved.
+        weights: of a distiller's backbone: "float32", "bfloat16", or "int8".
+        llm: a name under which others have the LLM, such as "gpt2-large", in the place of the path that this run read it from.
     Raises:
         UserError: no such workdir, no complete checkpoint, a missing backbone, an `out` with content, a full disk.
     """
     out = new_folder(out)
     config, model, meta = read_workdir(workdir, backbone)
     with written(out) as folder:
-        sentence = _write(folder, workdir, config, model, meta, backbone)
+        sentence = _write(folder, workdir, config, model, meta, backbone, weights, llm)
     return f"{sentence} Step {meta['step']} of {workdir} is in {out}."
 
 
@@ -67,18 +71,22 @@ def written(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def _write(folder, workdir, config, model, meta, backbone) -> str:
+def _write(folder, workdir, config, model, meta, backbone, weights, llm) -> str:
     """Fills the new folder; returns a sentence about it."""
     card = folder / "README.md"
     if config["stage"] == "lm":
+        if weights != "float32" or llm:
+            raise UserError(f"{workdir} holds an LLM: --weights and --llm are for distillers, leave them out.")
         source = source_folder(config["llm"]["path"], backbone, workdir)
         settings = lm_settings(config, source)
         check_backbone_params(model, settings, source, workdir)
         save_model(folder, settings, model, source)
         card.write_text(llm_card(config, meta, workdir))
         return "An LLM as a Hugging Face folder: AutoModelForCausalLM.from_pretrained reads it."
-    sentence = model.write(folder)
-    llm = settings_here(config["llm"]["path"])
-    encoder_decoder = None if llm is None else isinstance(llm, EncoderDecoderConfig)
+    sentence = model.write(folder, weights, llm)
+    known = settings_here(config["llm"]["path"])
+    encoder_decoder = None if known is None else isinstance(known, EncoderDecoderConfig)
+    if llm:
+        config = {**config, "llm": {**config["llm"], "path": llm}}
     card.write_text(prefix_card(config, meta, workdir, model, encoder_decoder))
     return f"{sentence} {model.write_release(folder / 'release')}".strip()

@@ -57,6 +57,7 @@ def make_packs(
         "distiller_fingerprint": trained_fingerprint(path),
         "kind": model.name,
         "template": model.template,
+        "shorter": model.shorter,
         "bos": model.bos or NONE,
     }
     room, contexts = _room(llm), []

@@ -36,14 +36,17 @@ class Asked(NamedTuple):
 
 
 class Fidelity(NamedTuple):
-    """What was measured; the names of the methods are "pack", "demonstrations" and "nothing"."""
+    """What was measured; the names of the methods are "pack", "demonstrations", "nothing" and "first N", a pack's first N vectors."""
 
     kl: dict[str, float]  # KL(demonstrations || method) in nats per token of the query and its answer
     agreement: dict[str, float]  # share of the queries on which a method chooses as the demonstrations do
     accuracy: dict[str, float | None]  # share of right answers, where they are known
     positions: dict[str, int]  # of the LLM
-    recovered: float  # 1 - KL(pack) / KL(nothing)
     queries: int
+
+    def recovered(self, name: str = "pack") -> float:
+        """1 - KL(method) / KL(nothing): the share of what the demonstrations change."""
+        return 1 - self.kl[name] / self.kl["nothing"] if self.kl["nothing"] else 0.0
 
 
 def fidelity(
@@ -51,6 +54,7 @@ def fidelity(
     pack: Pack,
     demos: Sequence[tuple[str, str]],
     asked: Sequence[Asked],
+    lengths: Sequence[int] = (),
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Fidelity:
@@ -62,8 +66,9 @@ def fidelity(
         demos: the demonstrations, which the LLM itself reads for comparison.
         asked: queries that are no demonstrations, each with its options. The KL is measured on x and the right answer or, where it
             is not known, the answer that the demonstrations lead to.
+        lengths: of `pack.shorter`: they are measured too.
         batch_size: rows in one pass of the LLM.
-        progress: called with the number of passes over all queries finished since the last call: five in all.
+        progress: called with the number of passes over all queries finished since the last call: `passes(lengths)` in all.
     Raises:
         UserError: no query, or one that with its prefix is longer than the LLM's window.
     """
@@ -73,6 +78,7 @@ def fidelity(
     prefixes = {
         "demonstrations": demonstrations_prefix(llm, demos, pack.template),
         "pack": pack.prefix,
+        **{f"first {count}": pack.first(count).prefix for count in lengths},
         "nothing": no_prefix(1, llm.config.width),
     }
     tokens = partial(query_tokens, llm)
@@ -104,9 +110,19 @@ def fidelity(
             for name, said in chosen.items()
         },
         positions={name: int(to_host(p.length)[0]) for name, p in {**prefixes, "demonstrations": taught}.items()},
-        recovered=1 - kl["pack"] / kl["nothing"] if kl["nothing"] else 0.0,
         queries=len(asked),
     )
+
+
+def passes(lengths: Sequence[int] = ()) -> int:
+    """The passes over all queries of a measurement."""
+    return 5 + 2 * len(lengths)
+
+
+def shortest(measured: Fidelity, lengths: Sequence[int], tolerance: float) -> int | None:
+    """The least of the `lengths` that recovers at least (1 - tolerance) of what the whole pack recovers; None if none does."""
+    enough = (1 - tolerance) * measured.recovered()
+    return min((count for count in lengths if measured.recovered(f"first {count}") >= enough), default=None)
 
 
 def _share(said: Sequence[str], wanted: Sequence[str]) -> float:

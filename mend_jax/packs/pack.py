@@ -6,6 +6,7 @@
     distiller           as it was given; `distiller_fingerprint`, `kind` (of prefix)
     num_vectors         l
     num_demonstrations  K, those that were read; `dropped` are the numbers (from 0) of those that did not fit, as JSON
+    shorter             numbers of vectors, as JSON: the first so many are a prefix that the distiller was trained to make too
     template            the three texts around x and y, as JSON; `bos`: what the vectors stand behind
     demonstrations      [[x, y], ...] as JSON; only where they were asked to be kept
 
@@ -37,7 +38,7 @@ SUFFIX = ".pack.safetensors"
 TENSOR = "vectors"
 LARGEST = 2**30  # bytes of a pack that is read: thousands of times an ordinary one
 NUMBERS = ("num_vectors", "num_demonstrations")
-LISTS = ("template", "dropped", "demonstrations")
+LISTS = ("template", "dropped", "demonstrations", "shorter")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Pack:
     num_demonstrations: int
     dropped: tuple[int, ...] = ()
     demonstrations: tuple[tuple[str, str], ...] | None = None
+    shorter: tuple[int, ...] = ()  # lengths for `first`
 
     @property
     def num_vectors(self) -> int:
@@ -65,6 +67,18 @@ class Pack:
     def prefix(self) -> Prefix:
         """The vectors as a `Prefix` of one row."""
         return Prefix(jnp.asarray(self.vectors)[None], jnp.asarray([len(self.vectors)], jnp.int32))
+
+    def first(self, count: int) -> "Pack":
+        """The pack of the first `count` vectors. Raises UserError for a length that the distiller was not trained with."""
+        if count == self.num_vectors:
+            return self
+        if count not in self.shorter:
+            known = ", ".join(map(str, (*sorted(self.shorter), self.num_vectors)))
+            raise UserError(
+                f"A pack of {self.num_vectors} vectors cannot be cut to {count}: its distiller was trained with {known}."
+            )
+        shorter = tuple(number for number in self.shorter if number < count)
+        return dataclasses.replace(self, vectors=self.vectors[:count], shorter=shorter)
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises OSError where it cannot be written."""
@@ -131,6 +145,17 @@ def load_pack(path: str | Path, llm=None) -> Pack:
     return pack
 
 
+def save_pack(pack: Pack, target: Path) -> None:
+    """Writes a pack for a command. Raises UserError where it cannot be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pack.save(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): free some space, or give another --out."
+        ) from None
+
+
 def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "float32", weights: str = "full"):
     """The LLM that a pack, read from `path`, is for: in `llm`, or else where the pack says. Raises UserError for another."""
     try:
@@ -163,6 +188,7 @@ def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
     fields["template"] = Template(*map(_text, fields["template"]))
     fields["num_demonstrations"] = int(fields["num_demonstrations"])
     fields["dropped"] = tuple(map(int, fields["dropped"]))
+    fields["shorter"] = tuple(map(int, fields.get("shorter", ())))
     if "demonstrations" in fields:
         fields["demonstrations"] = tuple((_text(x), _text(y)) for x, y in fields["demonstrations"])
     if int(facts["num_vectors"]) != len(vectors):

@@ -272,8 +272,8 @@ class Chunked(Kind):
         own = {"kind": self.name, "join": self.join, "chunk_demos": self.chunk_demos, "chunk_tokens": self.width}
         return self.distiller.settings() | own
 
-    def write(self, folder: Path) -> str:
-        write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings())
+    def write(self, folder: Path, dtype: str = "float32", llm: str = "") -> str:
+        write_folder(dataclasses.replace(self.distiller, params=self.params), folder, self.settings(), dtype, llm)
         return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
 
 import dataclasses
-import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
+from mend_jax.prefixes.stored_weights import read_backbone, write_backbone
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -70,14 +70,14 @@ In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 {rule}; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
-WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings, which this folder does not hold."
+WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings and tokenizer, which this folder does not hold."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distiller(Kind):
     """A distiller with its parameters and its tokenizer: MEND or HyperTuning, which differ only in their losses."""
 
-    name, title, reads_demos = "distiller", "a distiller", True
+    name, title, reads_demos, can_nest = "distiller", "a distiller", True, True
     begins_with = ("distiller",)
     same_fields = (
         "prefix.length",
@@ -101,6 +101,7 @@ class Distiller(Kind):
     template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
     bos: str = NONE  # what its vectors stand behind: config.data.bos of its training
     embeddings: str = TRAINED  # what its backbone reads with (embeddings.py)
+    nested: tuple[int, ...] = ()  # shorter numbers of vectors: config.prefix.nested of its training
 
     @property
     def num_vectors(self) -> int:
@@ -124,9 +125,18 @@ class Distiller(Kind):
         settings = self.projection, self.dtype, self.attention, self.remat
         return DistillerModule(self.config, num_vectors, self.llm_width, *settings)
 
-    def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32, each L)."""
-        return make_vectors(self.module, params, demos, length)
+    def apply(self, params, demos, length, vectors=None) -> Prefix:
+        """(B,N) int32 tokens with lengths (B,) int32 -> Prefix((B,L,llm_width) in `dtype`, (B,) int32: `vectors`, else each L)."""
+        return make_vectors(self.module, params, demos, length, vectors)
+
+    def _cut(self, count: int) -> "Distiller":
+        params = {**self.params, "placeholders": self.params["placeholders"][:count]}
+        return dataclasses.replace(self, params=params, nested=tuple(n for n in self.nested if n < count))
+
+    @property
+    def shorter(self) -> tuple[int, ...]:
+        # A decoder's first vectors do not see the later ones; an encoder's do.
+        return () if isinstance(self.config, EncoderDecoderConfig) else self.nested
 
     def read(self, demos):
         """Tokens (B,N) and lengths (B,) of the input of `distill`; N is one of few sizes, because each is compiled."""
@@ -201,6 +211,7 @@ class Distiller(Kind):
             params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
         arithmetic = prefix.dtype, llm.attention, prefix.remat
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
+        rest["nested"] = tuple(prefix.nested)
         made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
         return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
 
@@ -239,7 +250,7 @@ class Distiller(Kind):
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, tokenizer = config["data"], load_tokenizer(backbone)
-        rest = chosen(data["template"]), data.get("bos", NONE), whose(config)
+        rest = chosen(data["template"]), data.get("bos", NONE), whose(config), tuple(config["prefix"].get("nested", ()))
         return cls.of(settings, params, projection, tokenizer, *rest)
 
     @classmethod
@@ -258,7 +269,8 @@ class Distiller(Kind):
         if self.embeddings != LLM or has_tokens(backbone):
             return self
         whole = with_tokens(backbone, of_llm(llm, self.config))
-        return dataclasses.replace(self, params={**self.params, "backbone": whole})
+        tokenizer = self.tokenizer or llm.tokenizer
+        return dataclasses.replace(self, params={**self.params, "backbone": whole}, tokenizer=tokenizer)
 
     @classmethod
     def of(
@@ -270,10 +282,11 @@ class Distiller(Kind):
         template: Template = SPACE,
         bos: str = NONE,
         embeddings: str = TRAINED,
+        nested: tuple[int, ...] = (),
     ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        rest = {"template": template, "bos": bos, "embeddings": embeddings}
+        rest = {"template": template, "bos": bos, "embeddings": embeddings, "nested": nested}
         return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, **rest)
 
     @classmethod
@@ -286,8 +299,8 @@ class Distiller(Kind):
 
     def settings(self) -> dict:
         """The content of `SETTINGS` in an exported folder."""
-        rest = {"bos": self.bos, "embeddings": self.embeddings}
-        usual = {"bos": NONE, "embeddings": TRAINED}  # not written, so that older files say the same
+        rest = {"bos": self.bos, "embeddings": self.embeddings, "nested": list(self.nested)}
+        usual = {"bos": NONE, "embeddings": TRAINED, "nested": []}  # not written, so that older files say the same
         return {
             "num_vectors": self.num_vectors,
             "width": self.config.width,
@@ -296,8 +309,8 @@ class Distiller(Kind):
             **as_fields(self.template),
         } | {name: value for name, value in rest.items() if value != usual[name]}
 
-    def write(self, folder: Path) -> str:
-        write_folder(self, folder)
+    def write(self, folder: Path, dtype: str = "float32", llm: str = "") -> str:
+        write_folder(self, folder, dtype=dtype, llm=llm)
         return f"{self.title[0].upper()}{self.title[1:]} as a Hugging Face folder, with {MODULE} for PyTorch."
 
     def write_release(self, folder: Path) -> str:
@@ -321,7 +334,7 @@ class Distiller(Kind):
             window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
             **in_words(self.template),
             **first_lines(self.bos),
-            given=", llm=llm" if self.embeddings == LLM else "",
+            given=", llm=llm, tokenizer=tokenizer" if self.embeddings == LLM else "",
             alone=WITHOUT_TOKENS
             if self.embeddings == LLM
             else f"`{_loader(self.config)}.from_pretrained(folder)`\nloads the backbone alone.",
@@ -353,19 +366,22 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
 # The exported folder
 
 
-def write_folder(distiller: Distiller, folder: str | Path, settings: dict | None = None) -> None:
-    """Writes the distiller as a Hugging Face folder, without card and release files; `settings` replace its own."""
+def write_folder(
+    distiller: Distiller, folder: str | Path, settings: dict | None = None, dtype: str = "float32", llm: str = ""
+) -> None:
+    """Writes the distiller as a Hugging Face folder, without card and release files; `settings` replace its own, `dtype` is that
+    of the backbone's file (stored_weights.py), `llm` the LLM's name where everybody has it under one."""
     folder, params = Path(folder), distiller.params
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
-    weights.write_file(_contiguous(_backbone_tensors(distiller)), folder / "model.safetensors")
+    write_backbone(folder, distiller.config, params["backbone"], distiller.embeddings, dtype)
     tensors = {"placeholders": np.asarray(params["placeholders"])}
     if "projection" in params:
         tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
         tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
     weights.write_file(_contiguous(tensors), folder / TENSORS)
-    _write_json(folder / SETTINGS, settings or distiller.settings())
-    if distiller.tokenizer is not None:
+    _write_json(folder / SETTINGS, (settings or distiller.settings()) | ({"llm": llm} if llm else {}))
+    if distiller.tokenizer is not None and distiller.embeddings != LLM:  # else it is the LLM's too
         distiller.tokenizer.save_pretrained(folder)
     shutil.copyfile(Path(__file__).parent / MODULE, folder / MODULE)
 
@@ -375,6 +391,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
     settings = read_settings(folder)
     try:
         projection, llm_width, template = settings["projection"], int(settings["llm_width"]), from_fields(settings)
+        nested = tuple(map(int, settings.get("nested", ())))
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from None
     if projection not in PROJECTIONS:
@@ -384,10 +401,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
     config, where = from_hf_config(folder), folder / TENSORS
     own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
     embeddings = settings.get("embeddings", TRAINED)
-    if embeddings == LLM:
-        params = {"backbone": _read_without_tokens(folder, config)}
-    else:
-        params = {"backbone": read_weights(folder, config, place=place)}
+    params = {"backbone": read_backbone(folder, config, embeddings, place)}
     params["placeholders"] = weights.take(own, "placeholders", (None, config.width), where)
     if projection != "identity":
         kernel = weights.take(own, "projection.weight", (llm_width, config.width), where).T
@@ -397,24 +411,8 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    rest = template, settings.get("bos", NONE), embeddings
+    rest = template, settings.get("bos", NONE), embeddings, nested
     return Distiller.of(config, params, projection, load_tokenizer(folder), *rest)
-
-
-def _backbone_tensors(distiller: Distiller) -> dict[str, np.ndarray]:
-    """The backbone's tensors in an exported folder, which has no token embeddings if they are the LLM's."""
-    config, backbone = distiller.config, distiller.params["backbone"]
-    if distiller.embeddings != LLM:
-        return weights.to_tensors(config, backbone, prefix="")
-    tensors = weights.to_tensors(config, with_tokens(backbone, np.zeros(0)), prefix="")
-    return {name: tensor for name, tensor in tensors.items() if name != weights.tokens_name(config)}
-
-
-def _read_without_tokens(folder: Path, config: Config) -> dict:
-    """The tree of the backbone in a folder that has no token embeddings."""
-    none = (weights.tokens_name(config), np.broadcast_to(np.float32(0), (config.vocab_size, config.width)))
-    tensors = itertools.chain(weights.read_file(folder / "model.safetensors"), [none])
-    return without_tokens(weights.from_tensors(tensors, config, where=str(folder)))[0]
 
 
 def read_settings(folder: Path) -> dict:

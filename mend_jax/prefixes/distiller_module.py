@@ -33,27 +33,34 @@ class DistillerModule(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, demos, length):
-        """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`."""
+    def __call__(self, demos, length, vectors=None):
+        """(B,N) int32 tokens with lengths (B,) int32 -> vectors (B,L,llm_width) in `dtype`.
+
+        `vectors` (B,) int32: how many of a row are to be read; the first so many are what a network of that length makes.
+        """
         # The backbone's tree is one param, in the form that models/ reads; only `init` makes a random one.
         given = self.has_variable("params", "backbone")
         backbone = self.get_variable("params", "backbone") if given else self.param("backbone", self._random_backbone)
         own = self.param("placeholders", nn.initializers.normal(0.02), (self.length, self.config.width))
         context = Prefix(rows(backbone["embed"]["tokens"], demos, self.dtype, self.config.embed_scale), length)
-        vectors = self._states_at(jnp.broadcast_to(own, (demos.shape[0], *own.shape)), backbone, context)
+        placeholders = jnp.broadcast_to(own, (demos.shape[0], *own.shape))
+        states = self._states_at(placeholders, backbone, context, vectors)
         if self.projection != "identity":
-            vectors = _Projection(self.llm_width, self.dtype, name="projection")(vectors)
-        return jnp.tanh(vectors) if self.projection == "tanh" else vectors
+            states = _Projection(self.llm_width, self.dtype, name="projection")(states)
+        return jnp.tanh(states) if self.projection == "tanh" else states
 
     def _random_backbone(self, key):
         return init_params(self.config, key)
 
-    def _states_at(self, placeholders, backbone, context: Prefix):
+    def _states_at(self, placeholders, backbone, context: Prefix, vectors):
         """The backbone's states at the placeholders (B,L,D), which it reads after the context."""
         dtype = jnp.dtype(self.dtype)
         if isinstance(self.config, EncoderDecoderConfig):
             L = placeholders.shape[1]
-            joined, length = join(context, placeholders, jnp.full_like(context.length, L))
+            seen = (
+                jnp.full_like(context.length, L) if vectors is None else vectors
+            )  # an encoder would see later ones too
+            joined, length = join(context, placeholders, seen)
             return take_rows(encode(self.config, backbone, joined, length, dtype, self.remat), context.length, L)
         model = Decoder(self.config, dtype, self.attention, self.remat)
         return continue_after(model, backbone, context, placeholders)
@@ -85,7 +92,7 @@ class _Projection(nn.Module):
         return x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
-def make_vectors(module: DistillerModule, params, demos, length) -> Prefix:
+def make_vectors(module: DistillerModule, params, demos, length, vectors=None) -> Prefix:
     """`Distiller.apply` as a function of its module."""
-    vectors = module.apply({"params": params}, demos, length)
-    return Prefix(vectors, jnp.full((demos.shape[0],), vectors.shape[1], jnp.int32))
+    made = module.apply({"params": params}, demos, length, vectors)
+    return Prefix(made, jnp.full((demos.shape[0],), made.shape[1], jnp.int32) if vectors is None else vectors)

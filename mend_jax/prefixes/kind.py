@@ -42,6 +42,10 @@ class Kind:
     params: Any  # the tree that is trained, or None
     llm_width: int  # of the vectors it makes
     num_vectors = 0  # positions of the LLM that it takes at least, whatever the demonstrations
+    nested: tuple[
+        int, ...
+    ] = ()  # shorter numbers of vectors that it was trained with as well: prefix.nested of its training
+    can_nest: ClassVar[bool] = False  # whether a run can train it with `prefix.nested`
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
     template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
@@ -107,8 +111,32 @@ class Kind:
         return self.template.separator
 
     def apply(self, params, demos, length) -> Prefix:
-        """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`."""
+        """(B,N) int32 tokens with lengths (B,) -> a Prefix of B rows. Differentiable in `params`.
+
+        A kind that `can_nest` takes `vectors` (B,) int32 besides: of each row the prefix has only the first so many.
+        """
         raise NotImplementedError
+
+    def first(self, count: int) -> "Kind":
+        """The same, making only its first `count` vectors. Raises UserError for a number that it was not trained with."""
+        if count == self.num_vectors:
+            return self
+        if count not in self.nested:
+            known = ", ".join(map(str, (*sorted(self.nested), self.num_vectors)))
+            raise UserError(
+                f"This is {self.title} of {known} vectors, not of {count}: take one of these lengths, or train with"
+                " --config.prefix.nested."
+            )
+        return self._cut(count)
+
+    def _cut(self, count: int) -> "Kind":
+        """`first`, of one of the `nested` lengths."""
+        raise NotImplementedError
+
+    @property
+    def shorter(self) -> tuple[int, ...]:
+        """Those of the `nested` lengths whose vectors are the first ones of any longer prefix, so that vectors can be cut."""
+        return ()
 
     def distill(self, demos=()) -> Prefix:
         """The prefix of demonstrations, texts or token ids as `Distiller.distill` reads them, with its own parameters.
@@ -214,8 +242,12 @@ class Kind:
         """The instance in an exported folder."""
         raise TypeError(f"{cls.title} is not exported")
 
-    def write(self, folder: Path) -> str:
-        """Writes the files that `from_folder` reads and those to use it without this project; returns a sentence about them."""
+    def write(self, folder: Path, dtype: str = "float32", llm: str = "") -> str:
+        """Writes the files that `from_folder` reads and those to use it without this project; returns a sentence about them.
+
+        `dtype` is that of its backbone's weights: "float32", "bfloat16", or "int8"; `llm` a name under which everybody has its
+        LLM, which the files then say, or "". Raises UserError for one that it cannot write.
+        """
         raise TypeError(f"{self.title} is not exported")
 
     def write_release(self, folder: Path) -> str:

@@ -51,19 +51,19 @@ class MendDistiller(nn.Module):
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None) -> "MendDistiller":
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None, tokenizer=None) -> "MendDistiller":
         """The distiller of an exported folder, in evaluation mode on the CPU.
 
-        `llm` is the transformers model whose token embeddings it reads with, where distiller_config.json says
-        `"embeddings": "llm"`.
+        `llm` and `tokenizer` are the transformers model whose token embeddings it reads with, and its tokenizer, where
+        distiller_config.json says `"embeddings": "llm"`.
         """
         folder = Path(folder)
         settings = json.loads((folder / "distiller_config.json").read_text())
         has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
-        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else tokenizer
         kind = T5EncoderModel if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
-        if settings.get("embeddings") == "llm":
-            backbone = _with_embeddings_of(llm, folder, kind, dtype)
+        if settings.get("embeddings") == "llm" or (folder / "model.int8.safetensors").exists():
+            backbone = _backbone(llm, folder, kind, settings).to(dtype)
         else:
             backbone = kind.from_pretrained(folder, dtype=dtype)
         names = ("num_vectors", "llm_width", "projection")
@@ -99,20 +99,24 @@ class MendDistiller(nn.Module):
         """The token ids (1,T) of an output y, or of an option, behind its query."""
         return torch.tensor([_ids(tokenizer, self.answer + y)])
 
-    def forward(self, input_ids, lengths=None):
-        """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width)."""
+    def forward(self, input_ids, lengths=None, num_vectors=None):
+        """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width).
+
+        `num_vectors` is one of the shorter lengths that it was trained with ("nested" in distiller_config.json), or None.
+        """
         B, N = input_ids.shape
         if self.window < N:
             raise ValueError(f"the demonstrations have {N} tokens, but the distiller reads at most {self.window}")
         if lengths is None:
             lengths = torch.full((B,), N, device=input_ids.device)
         embeds = self.backbone.get_input_embeddings()(input_ids)
-        L, D = self.placeholders.shape
+        placeholders = self.placeholders[:num_vectors]
+        L, D = placeholders.shape
         embeds = torch.cat([embeds, embeds.new_zeros(B, L, D)], dim=1)
         # The placeholders come right after each row's last token: causal attention then never sees padding, but T5's
         # encoder must be told where the padding begins.
         places = (lengths[:, None] + torch.arange(L, device=input_ids.device))[..., None].expand(B, L, D)
-        embeds = embeds.scatter(1, places, self.placeholders.to(embeds.dtype).expand(B, L, D))
+        embeds = embeds.scatter(1, places, placeholders.to(embeds.dtype).expand(B, L, D))
         options = {"use_cache": False}
         if isinstance(self.backbone, T5EncoderModel):
             options = {"attention_mask": torch.arange(N + L, device=input_ids.device) < (lengths + L)[:, None]}
@@ -120,10 +124,10 @@ class MendDistiller(nn.Module):
         return self.activation(states if self.projection is None else self.projection(states))
 
     @torch.no_grad()
-    def distill(self, demos):
+    def distill(self, demos, num_vectors=None):
         """The vectors of demonstrations: token ids of one context or of several, or (x, y) string pairs of one context.
 
-        A distiller of chunks takes the demonstrations of one context: (x, y) string pairs, or the token ids of each.
+        A distiller of chunks takes the demonstrations of one context: (x, y) string pairs, or the token ids of each. `num_vectors` as in `forward`.
         """
         if len(demos) == 0 or (isinstance(demos[0], (tuple, list)) and len(demos[0]) == 0):
             raise ValueError("there are no demonstrations, or an empty context: give at least one token")
@@ -139,7 +143,7 @@ class MendDistiller(nn.Module):
         device = self.placeholders.device
         rows = [torch.tensor(row, dtype=torch.long, device=device) for row in demos]
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        vectors = self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+        vectors = self(nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths, num_vectors)
         if self.chunks is None:
             return vectors
         return vectors.flatten(0, 1)[None] if self.chunks[0] == "concat" else vectors.mean(0, keepdim=True)
@@ -165,20 +169,37 @@ def _ids(tokenizer, *texts):
     return sum(pieces, [])
 
 
-def _with_embeddings_of(llm, folder, kind, dtype):
-    """The backbone of a folder without token embeddings, with those of `llm`."""
-    if llm is None:
-        raise ValueError(f"{folder} reads with the LLM's token embeddings: give from_pretrained(..., llm=model)")
+def _backbone(llm, folder, kind, settings):
+    """The backbone of a folder that transformers alone cannot read: without token embeddings, or in 8 bits."""
     config = AutoConfig.from_pretrained(folder)
-    table = llm.get_input_embeddings().weight.detach()
-    if tuple(table.shape) != (config.vocab_size, config.hidden_size):
-        raise ValueError(f"{folder} was trained for another LLM: its embeddings are not {tuple(table.shape)}")
-    backbone = kind(config) if kind is T5EncoderModel else kind.from_config(config)
-    backbone.get_input_embeddings().weight = nn.Parameter(table.clone())
-    found = backbone.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    missing = [
-        name for name in found.missing_keys if not name.endswith(("wte.weight", "embed_tokens.weight", "shared.weight"))
-    ]
+    backbone, given = kind(config) if kind is T5EncoderModel else kind.from_config(config), ()
+    if settings.get("embeddings") == "llm":
+        _take_embeddings(backbone, llm, folder)
+        given = ("wte.weight", "embed_tokens.weight", "shared.weight")
+    found = backbone.load_state_dict(_weights(folder), strict=False)
+    tied = ("encoder.embed_tokens.weight",) if kind is T5EncoderModel else ()
+    missing = [name for name in found.missing_keys if not name.endswith((*given, *tied))]
     if missing or found.unexpected_keys:
-        raise ValueError(f"{folder}: model.safetensors lacks {missing} and has unknown {found.unexpected_keys}")
-    return backbone.to(dtype)
+        raise ValueError(f"{folder}: the backbone's file lacks {missing} and has unknown {found.unexpected_keys}")
+    return backbone
+
+
+def _take_embeddings(backbone, llm, folder):
+    if llm is None:
+        raise ValueError(
+            f"{folder} reads with the LLM's token embeddings: give from_pretrained(..., llm=model, tokenizer=its tokenizer)"
+        )
+    table, own = llm.get_input_embeddings().weight.detach(), backbone.get_input_embeddings().weight
+    if table.shape != own.shape:
+        raise ValueError(f"{folder} was trained for another LLM: its embeddings are not {tuple(table.shape)}")
+    backbone.get_input_embeddings().weight = nn.Parameter(table.clone())
+
+
+def _weights(folder):
+    """The backbone's tensors; a matrix in 8 bits has a scale for each row beside it."""
+    packed = folder / "model.int8.safetensors"
+    if not packed.exists():
+        return load_file(folder / "model.safetensors")
+    tensors = load_file(packed)
+    scales = {name: tensors.pop(name + ".scale")[:, None] for name in list(tensors) if name + ".scale" in tensors}
+    return {name: tensor.float() * scales[name] if name in scales else tensor for name, tensor in tensors.items()}

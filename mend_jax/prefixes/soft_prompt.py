@@ -92,7 +92,11 @@ class SoftPrompt(Kind):
         metadata = weights.read_metadata(folder / FILE)
         return cls._of(tensors, folder / FILE, metadata.get("bos", NONE), _read_template(metadata, folder / FILE))
 
-    def write(self, folder: Path) -> str:
+    def write(self, folder: Path, dtype: str = "float32", llm: str = "") -> str:
+        if dtype != "float32":
+            raise UserError(
+                f"A soft prompt has few numbers, which are exported as float32: leave --weights={dtype} out."
+            )
         metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
         metadata |= {} if self.template == SPACE else _in_texts(as_fields(self.template))
         weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)

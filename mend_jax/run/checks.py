@@ -69,6 +69,15 @@ def check_kind(config, models: Models) -> None:
         models.kind.check(config, models.backbone, models.llm)
 
 
+def check_nested(config, models: Models) -> None:
+    """The kind of prefix can be trained with several lengths."""
+    if config.stage != "lm" and config.prefix.nested and not models.kind.can_nest:
+        able = ", ".join(name for name, kind in KINDS.items() if kind.can_nest)
+        raise UserError(
+            f'prefix.nested trains several lengths, which prefix.kind="{config.prefix.kind}" cannot: use {able}, or set it to ().'
+        )
+
+
 def check_lengths(config, models: Models) -> None:
     """Prefix, queries and sequences fit the models' windows."""
     vectors = None if models.kind is None else models.kind.positions(config)
@@ -123,7 +132,16 @@ def check_files(config, models: Models) -> None:
         find_tasks(config, "train")
 
 
-CONFIG_CHECKS = (check_lm, check_kind, check_lengths, check_mesh, check_contrast, check_teacher_cache, check_files)
+CONFIG_CHECKS = (
+    check_lm,
+    check_kind,
+    check_nested,
+    check_lengths,
+    check_mesh,
+    check_contrast,
+    check_teacher_cache,
+    check_files,
+)
 
 
 def check_config(config, batch_size: str = "train.batch_size") -> None:
