@@ -21,15 +21,12 @@ from mend_jax.run import checkpoint
 from mend_jax.run.best import is_finished
 from mend_jax.run.sharding import Place
 
-CARRIED = Path(__file__).parents[1] / "distillers"  # trained models in this package, each a folder that export wrote
-
 
 def load_distiller(path, llm, backbone=None) -> Distiller:
     """A trained distiller.
 
     Args:
-        path: a training workdir, an exported folder, the public release's own .safetensors / .bin file, or the name of one that
-            the package carries (mend_jax/distillers).
+        path: a training workdir, an exported folder, or the public release's own .safetensors / .bin file.
         llm: the LLM, from `load_llm`, that its vectors are for.
         backbone: the Hugging Face folder of its backbone (config.json and tokenizer): needed for the release's file, and
             for a workdir whose backbone has moved.
@@ -94,7 +91,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
     With `place` (sharding.py), the parameters of a workdir and the backbone of an exported folder are read shard by shard
     to the devices that it gives.
     """
-    path = carried(path)
+    path = Path(path).expanduser()
     if path.is_file():
         if backbone is None:
             raise UserError(
@@ -113,12 +110,6 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
             f"{path} holds an LLM (stage lm), not a distiller: name the workdir of a pretrain or finetune run."
         )
     return model
-
-
-def carried(path: str | Path) -> Path:
-    """Where a trained model is: one that this package carries (mend_jax/distillers) is known by its name alone."""
-    here, own = Path(path).expanduser(), CARRIED / str(path)
-    return own if Path(path).name == str(path) and not here.exists() and own.is_dir() else here
 
 
 def read_release(path: str | Path, backbone: str | Path) -> Distiller:
@@ -157,7 +148,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
 
 def own_llm(path: str | Path) -> str | None:
     """The LLM that a training workdir was for, as its config names it, or that an exported distiller names; None if it does not."""
-    path = carried(path)
+    path = Path(path).expanduser()
     if (path / checkpoint.FOLDER).is_dir():
         return checkpoint.read_config(path)["llm"]["path"]
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None
@@ -166,7 +157,7 @@ def own_llm(path: str | Path) -> str | None:
 
 def trained_fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with anything that decides what `load_prefix` reads from a workdir, folder or file."""
-    path = carried(path)
+    path = Path(path).expanduser()
     if (path / checkpoint.FOLDER).is_dir():
         steps = [path / checkpoint.FOLDER / str(step) / checkpoint.CHECKSUMS for step in checkpoint.whole_steps(path)]
         return text_fingerprint((path / checkpoint.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))

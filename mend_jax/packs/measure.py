@@ -120,8 +120,8 @@ def passes(lengths: Sequence[int] = ()) -> int:
 
 
 def shortest(measured: Fidelity, lengths: Sequence[int], tolerance: float) -> int | None:
-    """The least of the `lengths` that recovers at least (1 - tolerance) of what the whole pack recovers; None if none does."""
-    enough = (1 - tolerance) * measured.recovered()
+    """The least of the `lengths` that recovers what the whole pack recovers but for a share, `tolerance`; None if none does."""
+    enough = measured.recovered() - tolerance * abs(measured.recovered())
     return min((count for count in lengths if measured.recovered(f"first {count}") >= enough), default=None)
 
 
