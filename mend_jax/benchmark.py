@@ -1,4 +1,5 @@
-"""Measure: the train step against PyTorch, MEND against Vanilla ICL, int8 weights against float32, objectives against the forward KL.
+"""Measure: the train step against PyTorch, MEND against Vanilla ICL, int8 weights against float32, objectives against the forward
+KL, a server's requests with packs against those with demonstrations.
 
     python -m mend_jax.benchmark step --llm=gpt2 --out=step.json
     python -m mend_jax.benchmark step --llm=opt-6.7b --dtype=bfloat16 --weights=int8 --no_pytorch  # a GPU
@@ -7,8 +8,9 @@
     python -m mend_jax.benchmark inference --against=pytorch --llm=SmolLM2-135M --items=40
     python -m mend_jax.benchmark objectives --batch_size=8
     python -m mend_jax.benchmark quantization --llm=gpt2,opt-125m,SmolLM2-135M,t5-small-lm-adapt --demos=96
+    python -m mend_jax.benchmark serving --distiller=runs/quickstart/mend/finetune
 
-Weights are random and sizes are known (model_sizes.py), so nothing is downloaded. Each side runs in its own process, so that its
+Weights are random and sizes are known (model_sizes.py), so nothing is downloaded; `serving` alone has a real LLM and distiller. Each side runs in its own process, so that its
 peak memory is measured alone; the sides take turns step by step, so that a busy moment of the machine affects both. Figures are
 medians. Use a quiet machine.
 """
@@ -27,6 +29,7 @@ from mend_jax.measure.jax_side import CHUNK, Settings
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
 from mend_jax.measure.objectives import measure_objectives
 from mend_jax.measure.scoring import measure_scoring
+from mend_jax.measure.serving import measure_serving
 from mend_jax.measure.step import measure_largest, measure_step
 from mend_jax.models.families import DecoderConfig
 from mend_jax.run.files import write_report
@@ -40,9 +43,9 @@ DEFAULTS = {
 
 
 def benchmark(
-    what: Literal["step", "inference", "quantization", "objectives"],
+    what: Literal["step", "inference", "quantization", "objectives", "serving"],
     /,
-    llm="gpt2",
+    llm="",
     distiller="",
     dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
     attention: Literal["auto", *CHOICES["llm.attention"]] = "auto",
@@ -64,6 +67,9 @@ def benchmark(
     names="",
     seed=13,
     rows=32,
+    clients="1,8,32",
+    packs=4,
+    seconds=2.0,
     template: Literal[*TEMPLATES] = "newline",
     out="",
 ) -> int:
@@ -72,8 +78,8 @@ def benchmark(
     Args:
         what: the workload.
         llm, distiller: the name of a published model (gpt2, opt-6.7b, t5-large-lm-adapt, SmolLM2-1.7B, ...), or a folder with a
-            config.json. Empty distiller: the smallest model of the LLM's family. quantization: several LLMs separated by commas;
-            a folder that has weights is measured with them.
+            config.json. Empty llm: gpt2; empty distiller: the smallest model of the LLM's family. quantization: several LLMs
+            separated by commas; a folder that has weights is measured with them. serving: as in `python -m mend_jax.serve`.
         dtype: of the LLM and of the distiller's arithmetic.
         attention: "auto" is cudnn in bfloat16 on a GPU, xla elsewhere.
         remat: recompute activations in the backward pass.
@@ -96,11 +102,19 @@ def benchmark(
         tasks: inference against pytorch: a folder of MetaICL's files; empty: random tokens.
         names: task names, separated by commas; empty: emo, ethos-religion, wiki_qa and yelp_polarity.
         seed: the seed of the tasks' 16 demonstrations.
-        rows: inference against pytorch: rows in one pass of our side, as evaluate.batch_size.
+        rows: inference against pytorch: rows in one pass of our side, as evaluate.batch_size; serving: --batch_size of the server.
+        clients: serving: numbers of clients, separated by commas.
+        packs: serving: different sets of demonstrations that are asked for in turn.
+        seconds: serving: of each measurement.
         template: the texts around the tasks' inputs and outputs, as data.template.
         out: a JSON file for the figures.
     """
     arguments = SimpleNamespace(**locals(), lengths_given=bool(query))
+    if out and not Path(out).expanduser().absolute().parent.is_dir():
+        raise UserError(f"The folder of --out={out} does not exist: create it, or name another file.")
+    if what == "serving":
+        return _finished(*_serving(arguments), out)
+    arguments.llm = llm or "gpt2"
     arguments.query = query or DEFAULTS[what]["query"]
     arguments.target = target or DEFAULTS[what]["target"]
     arguments.lengths = _lengths(demos)
@@ -112,8 +126,6 @@ def benchmark(
         raise UserError(f"--up_to={up_to} is for `step` alone: {what} measures the --batch_size that it is given.")
     if up_to and up_to < batch_size:
         raise UserError(f"--up_to={up_to} is less than --batch_size={batch_size}: give at least as many.")
-    if out and not Path(out).expanduser().absolute().parent.is_dir():
-        raise UserError(f"The folder of --out={out} does not exist: create it, or name another file.")
     if what == "quantization":
         report, text, same = measure_weights(arguments)
     elif what == "objectives":
@@ -123,10 +135,25 @@ def benchmark(
     else:
         measured = {"step": measure_largest if up_to else measure_step, "inference": measure_inference}[what]
         report, text, same = measured(arguments, settings_of(arguments))
+    return _finished(report, text, same, out)
+
+
+def _finished(report: dict, text: str, same: bool, out: str) -> int:
+    """Prints a report and writes it; returns the exit code."""
     print(text)
     if out:
         write_report(out, report)
     return 0 if same else 1
+
+
+def _serving(arguments) -> tuple[dict, str, bool]:
+    """(report, its text, True) for a server under load."""
+    if not arguments.distiller:
+        raise UserError("serving compares vectors with demonstrations: name the distiller, --distiller=WORKDIR.")
+    arguments.clients = _lengths(arguments.clients, "clients")
+    if min(*arguments.clients, arguments.packs, arguments.repeats, arguments.rows) < 1 or not arguments.seconds > 0:
+        raise UserError("--clients, --packs, --repeats, --rows and --seconds must be 1 or more.")
+    return measure_serving(arguments)
 
 
 def measure_weights(arguments) -> tuple[dict, str, bool]:
@@ -169,11 +196,11 @@ def settings_of(arguments) -> Settings:
     return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
 
 
-def _lengths(demos: str) -> list[int]:
-    """The numbers of --demos, ascending."""
-    words = [word.strip() for word in demos.split(",")]
+def _lengths(text: str, flag: str = "demos") -> list[int]:
+    """The numbers of a flag, ascending."""
+    words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise UserError(f"--demos={demos} is not a number of tokens, or several separated by commas: give some.")
+        raise UserError(f"--{flag}={text} is not a number, or several separated by commas: give some.")
     return sorted({int(word) for word in words})
 
 

@@ -50,7 +50,7 @@ def generate(
         weights: "full", or "int8": 8 bits.
         batch_size: queries that are answered together.
     """
-    require_one_source(input, inputs, out)
+    require_one_source(input, inputs, out, stop)
     rows = [row for _, row in read_queries(inputs)] if inputs else [{"input": input}]
     found = load_pack(pack)
     model = load_packs_llm(found, pack, llm, dtype, weights)

@@ -15,6 +15,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import columns
+from mend_jax.data.json_lines import is_text
 from mend_jax.data.query import query_tokens
 from mend_jax.packs.pack import load_pack, load_packs_llm
 from mend_jax.packs.queries import options_of, read_queries, write_answers
@@ -45,7 +46,7 @@ def predict(
         weights: "full", or "int8": 8 bits.
         batch_size: rows in one pass of the LLM.
     """
-    require_one_source(input, inputs, out)
+    require_one_source(input, inputs, out, options)
     rows = read_queries(inputs) if inputs else [("--input", {"input": input})]
     asked = [(row["input"], options_of(where, row, options)) for where, row in rows]
     found = load_pack(pack)
@@ -65,8 +66,11 @@ def predict(
     print(columns([[word, f"{score:.3f}"] for word, score in ranked]))
 
 
-def require_one_source(input: str, inputs: str, out: str) -> None:
-    """Raises UserError unless there is one query, or a file of queries and one for their answers."""
+def require_one_source(input: str, inputs: str, out: str, *texts: str) -> None:
+    """Raises UserError unless there is one query, or a file of queries and one for their answers; and for `texts` that are none."""
+    wrong = next((text for text in (input, *texts) if not is_text(text)), None)
+    if wrong is not None:
+        raise UserError(f"The text {wrong[:40]!r} is not UTF-8: write it as UTF-8, or read it from a file, --inputs.")
     if bool(input.strip()) == bool(inputs):
         raise UserError('Give a query, --input="...", or a file of queries, --inputs=FILE.jsonl, one of them.')
     if bool(inputs) != bool(out):

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import pickle
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizer_files
-from facts import says
+from facts import says, states
 from safetensors.numpy import load_file, save_file
 from test_export import make_workdir
 
@@ -255,6 +258,41 @@ def test_packs_with_wrong_content(made, tmp_path, facts, vectors, said):
         load_pack(bad)
 
 
+def test_hostile_files_are_one_sentence(made, tmp_path, capsys):
+    """Archives and pickles, a header of endless depth or of offsets beyond the file, half a character, folders and devices."""
+    whole, bad = made().read_bytes(), tmp_path / "bad.safetensors"
+    pack = load_pack(tmp_path / "a.pack.safetensors")
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    beyond = b'{"vectors": {"dtype": "F32", "shape": [4, 32], "data_offsets": [0, 99999999]}}'
+    headers = [
+        len(header).to_bytes(8, "little") + header for header in (deep, beyond, b"{}", b"[]", b'{"__metadata__": 3}')
+    ]
+    for content in (*headers, pickle.dumps(pack.vectors), b"PK\x03\x04" + bytes(200), whole[:8] + b"\xff" + whole[9:]):
+        bad.write_bytes(content)
+        with says(bad, re.compile("make it again|no pack")):
+            load_pack(bad)
+    for facts in ({"template": r'["\ud800", "", " "]'}, {"dropped": "[" * 100_000}, {"num_vectors": "9" * 5000}):
+        save_file({"vectors": pack.vectors}, bad, pack.metadata() | facts)
+        with says(bad, "make it again"):
+            load_pack(bad)
+    for path in (tmp_path, Path("/dev/null"), tmp_path / "a.pack.safetensors" / "b"):
+        with says(path, "mend_jax.distill"):
+            load_pack(path)
+    save_file({"vectors": pack.vectors}, bad, pack.metadata() | {"llm": "\x1b[2Jgone", "kind": "\x07"})
+    capsys.readouterr()
+    assert command(inspect.inspect, f"--pack={bad}") == 0
+    assert command(predict.predict, f"--pack={bad}", "--input=w1", "--options=w2,w3") == 2
+    said = capsys.readouterr()
+    assert not {"\x1b", "\x07"} & {*said.out, *said.err} and r"\x1b[2Jgone" in said.out and said.err.count("\n") == 1
+
+
+def test_a_file_that_is_too_large_is_not_read(made, monkeypatch):
+    path = made()
+    monkeypatch.setattr("mend_jax.packs.pack.LARGEST", 100)
+    with says(path, f"{path.stat().st_size:,} bytes"):
+        load_pack(path)
+
+
 def test_a_file_of_weights_is_no_pack(tmp_path):
     save_file({"vectors": np.zeros((1, 2), np.float32)}, tmp_path / "a.safetensors")
     with says(tmp_path / "a.safetensors", "no pack"):
@@ -286,6 +324,9 @@ def test_bad_demonstrations_name_file_and_line(tmp_path):
         '{"input": 3, "output": "b"}': ("input",),
         '["a", "b"]': ("JSON object",),
         '{"input": "a", "output"': ("JSON",),
+        r'{"input": "\ud83d", "output": "b"}': ("half of a character",),
+        '{"input": ' + "[" * 100_000: ("too deep",),
+        '{"input": ' + "9" * 5000 + "}": ("too long",),
     }.items():
         file.write_text('{"input": "a", "output": "b"}\n\n' + line + "\n")
         with says(file, "line 3", *facts):
@@ -479,10 +520,41 @@ def test_bad_questions_are_one_sentence(made, flags, facts, capsys):
     assert said.count("\n") == 1 and all(fact in said for fact in facts)
 
 
+def test_questions_that_cannot_be_asked_are_one_sentence(made, llm, tmp_path, capsys, monkeypatch):
+    """Beyond the window, of no tokens, of bytes that are no UTF-8: of every command that asks."""
+    path, long = made("--keep_demos"), "w1 " * 200
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": long, "options": ["w2", "w3"]}])
+    monkeypatch.setattr("mend_jax.packs.pack.load_llm", lambda *_, **__: llm)
+    monkeypatch.setattr("mend_jax.packs.pack.Pack.check", lambda *_: None)
+    odd = dataclasses.replace(llm, tokenizer=tokenizer_files.dropping(llm.tokenizer, " w7"))
+    for main, flags, reader, facts in (
+        (predict.predict, [f"--input={long}", "--options=w2,w3"], llm, ("256",)),
+        (predict.predict, [f"--inputs={queries}", f"--out={tmp_path / 'o'}"], llm, ("256",)),
+        (generate.generate, [f"--input={long}"], llm, ("256", "max_tokens")),
+        (fidelity.report, [f"--queries={queries}"], llm, ("256",)),
+        (generate.generate, ["--input=w1", "--max_tokens=252"], llm, ("256", "252")),
+        (generate.generate, ["--input=w1", "--seed=99999999999"], llm, ("seed", "99999999999")),
+        (predict.predict, ["--input=w1", "--options=w2,w7"], odd, ("option", "empty")),
+        (predict.predict, ["--input=\udcff", "--options=w2,w3"], llm, ("UTF-8",)),
+        (predict.predict, ["--input=w1", "--options=w2,\udcff"], llm, ("UTF-8",)),
+        (generate.generate, ["--input=\udcff"], llm, ("UTF-8",)),
+        (generate.generate, ["--input=w1", "--stop=\udcff"], llm, ("UTF-8",)),
+    ):
+        monkeypatch.setattr("mend_jax.packs.pack.load_llm", lambda *_, reader=reader, **__: reader)
+        capsys.readouterr()
+        assert command(main, f"--pack={path}", *flags) == 2
+        states(capsys.readouterr().err.rstrip("\n"), *facts)
+    assert not (tmp_path / "o").exists()
+
+
 def test_bad_files_of_queries_name_file_and_line(made, tmp_path, capsys):
     path, queries = made(), tmp_path / "q.jsonl"
     for line, facts in {
         '{"inputs": "a"}': ("line 2", "input"),
+        '{"input": "  "}': ("line 2", "input"),
+        '{"input": NaN}': ("line 2", "input"),
+        r'{"input": "a \ud800"}': ("line 2", "half of a character"),
+        "[" * 100_000: ("line 2", "too deep"),
         '{"input": "a", "options": "b"}': ("line 2", "options"),
     }.items():
         queries.write_text('{"input": "w1", "options": ["w2"]}\n' + line)

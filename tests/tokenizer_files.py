@@ -43,6 +43,17 @@ def save_piece_tokenizer(folder):
     return _save(tokenizer, folder)
 
 
+def dropping(tokenizer, text):
+    """A copy of a tokenizer of transformers that reads a text as nothing at all."""
+    import copy
+
+    from tokenizers import normalizers
+
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.normalizer = normalizers.Replace(text, "")
+    return made
+
+
 def _save(tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

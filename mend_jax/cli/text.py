@@ -27,6 +27,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
 
 
+def printable(text: str) -> str:
+    """A text of somebody else's in one line, whose control characters do nothing to a terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns are also aligned as plain text."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

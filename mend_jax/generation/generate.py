@@ -19,7 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import Template
 from mend_jax.generation.sampling import choose
-from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.context import bucket, bucket_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 from mend_jax.scoring.options import cache_prefix, prefix_and_template
@@ -89,15 +89,18 @@ def generate_text(
         stop = around.before.strip(" ") if llm.tokenizer is not None else ()
     stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
     wanted = Wanted(max_tokens, temperature, top_p, stop, seed, around.answer)
-    _check(llm, wanted, batch_size)
-    rows = [query_tokens(llm, query, "query", around.query) for query in ([queries] if single else queries)]
-    _check_rows(llm, int(to_host(prefix.length)[0]), rows, max_tokens)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+    _check(llm, wanted)
+    length = int(to_host(prefix.length)[0])
+    rows = [read_query(llm, query, around, length, wanted) for query in ([queries] if single else queries)]
     params = llm.params if params is None else params
     cache, answers = cache_prefix(llm, prefix, params), [Answer("", [], LENGTH)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # queries of like lengths together
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for i, answer in zip(batch, _answer(llm, params, cache, [rows[i] for i in batch], batch, wanted), strict=True):
+        made = answer_rows(llm, params, cache, [rows[i] for i in batch], batch, [wanted] * len(batch))
+        for i, answer in zip(batch, made, strict=True):
             answers[i] = answer
         if progress is not None:
             progress(len(batch))
@@ -110,12 +113,23 @@ def end_tokens(llm) -> tuple[int, ...]:
     return () if end is None else (int(end),)
 
 
-def _check(llm, wanted: Wanted, batch_size: int) -> None:
+def read_query(llm, query, around: Template, prefix_length: int, wanted: Wanted) -> list[int]:
+    """The tokens of a query in its template, which with its prefix and its answer fits the LLM's window.
+
+    Raises the UserErrors of `generate_text`.
+    """
+    _check(llm, wanted)
+    row = query_tokens(llm, query, "query", around.query)
+    _check_row(llm, prefix_length, row, wanted.max_tokens)
+    return row
+
+
+def _check(llm, wanted: Wanted) -> None:
     for name, value, holds, range_ in (
         ("max_tokens", wanted.max_tokens, wanted.max_tokens >= 1, "at least 1"),
         ("temperature", wanted.temperature, 0 <= wanted.temperature < float("inf"), "0 or more"),
         ("top_p", wanted.top_p, 0 < wanted.top_p <= 1, "above 0 and at most 1"),
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("seed", wanted.seed, -(2**31) <= wanted.seed < 2**31, "a whole number of 32 bits"),
     ):
         if not holds:
             raise UserError(f"{name} is {value}: it must be {range_}.")
@@ -123,48 +137,64 @@ def _check(llm, wanted: Wanted, batch_size: int) -> None:
         raise UserError(f"Stop strings need a tokenizer, but the LLM in {llm.path} has none: give stop=().")
 
 
-def _check_rows(llm, prefix_length: int, rows: Sequence[Sequence[int]], max_tokens: int) -> None:
-    for row in rows:
-        if len(row) == 0:
-            raise UserError("A query is empty: it needs at least one token.")
-        if not 0 <= min(row) <= max(row) < llm.config.vocab_size:
-            wrong = min(row) if min(row) < 0 else max(row)
-            raise UserError(
-                f"A query holds token {wrong}, but the LLM in {llm.path} knows {llm.config.vocab_size} tokens: use the LLM's own tokenizer."
-            )
-        needed = prefix_length + len(row) + max_tokens
-        if needed > llm.window:
-            raise UserError(
-                f"A query of {len(row)} tokens and an answer of {max_tokens} need {needed} positions, {prefix_length} of them the prefix; the"
-                f" LLM reads at most {llm.window}: shorten the query, ask for fewer tokens (max_tokens), or make the prefix shorter."
-            )
+def _check_row(llm, prefix_length: int, row: Sequence[int], max_tokens: int) -> None:
+    if len(row) == 0:
+        raise UserError("A query is empty: it needs at least one token.")
+    if not 0 <= min(row) <= max(row) < llm.config.vocab_size:
+        wrong = min(row) if min(row) < 0 else max(row)
+        raise UserError(
+            f"A query holds token {wrong}, but the LLM in {llm.path} knows {llm.config.vocab_size} tokens: use the LLM's own tokenizer."
+        )
+    needed = prefix_length + len(row) + max_tokens
+    if needed > llm.window:
+        raise UserError(
+            f"A query of {len(row)} tokens and an answer of {max_tokens} need {needed} positions, {prefix_length} of them the prefix; the"
+            f" LLM reads at most {llm.window}: shorten the query, ask for fewer tokens (max_tokens), or make the prefix shorter."
+        )
 
 
-def _answer(llm, params, cache, rows, numbers, wanted: Wanted) -> list[Answer]:
-    """The answers to one batch; `numbers` are those of the rows among all queries."""
-    B, steps = bucket_rows(len(rows)), min(STEPS, wanted.max_tokens)
+def answer_rows(llm, params, cache, rows, numbers, wanted: Sequence[Wanted], room: int = 0) -> list[Answer]:
+    """The answers to one batch of queries.
+
+    Args:
+        cache: the one prefix of all of them, or one for each of `bucket_rows(len(rows))` rows.
+        rows: their tokens, from `read_query`.
+        numbers: the place of each among the queries of its seed: its draws depend on the two.
+        wanted: what is asked for each; the temperature is 0 for all or for none.
+        room: tokens of an answer that there is room for at least: each number is compiled.
+    """
+    B, most = bucket_rows(len(rows)), max(room, *(one.max_tokens for one in wanted))
+    steps = min(STEPS, most)
     inputs = np.zeros((B, bucket(max(map(len, rows)))), np.int32)
     for target, row in zip(inputs, rows, strict=False):
         target[: len(row)] = row
     length = np.asarray([len(row) for row in rows] + [1] * (B - len(rows)), np.int32)
-    kept, states = _prefill(llm, params, cache, inputs, length, -(-wanted.max_tokens // steps) * steps)
-    keys = _keys(wanted.seed, np.asarray([*numbers, *[0] * (B - len(rows))], np.int32))
+    kept, states = _prefill(llm, params, cache, inputs, length, -(-most // steps) * steps)
+    seeds, numbers, temperature, top_p = _of_rows(B, numbers, wanted)
+    keys = _keys(seeds, numbers)
     ends = np.asarray(end_tokens(llm) or (-1,), np.int32)
     made, over = np.zeros((B, 0), np.int32), np.arange(B) >= len(rows)
     found: list[Answer | None] = [None] * len(rows)
-    draws = (wanted.temperature or 1.0, wanted.top_p) if wanted.temperature else None
+    draws = (temperature, top_p) if temperature.any() else None
     while not over.all():
         kept, states, tokens = _decode(llm, params, kept, states, keys, made.shape[1], draws, steps)
         made = np.concatenate([made, to_host(tokens)], 1)
         for b in np.flatnonzero(~over):
-            found[b] = _finished(llm.tokenizer, made[b], ends, wanted)
+            found[b] = _finished(llm.tokenizer, made[b], ends, wanted[b])
             over[b] = found[b] is not None
     return found
 
 
-def bucket_rows(rows: int) -> int:
-    """The padded number of rows: a power of two, because each is compiled."""
-    return 1 << (rows - 1).bit_length()
+def _of_rows(count: int, numbers, wanted: Sequence[Wanted]):
+    """Seeds (B,), numbers (B,) int32, temperatures (B,1) and top_p (B,1) float32 of `count` rows, the last of them padding."""
+    padding = [wanted[0]] * (count - len(wanted))
+    wanted, numbers = [*wanted, *padding], [*numbers, *[0] * len(padding)]
+    ints = (np.asarray(values, np.int32) for values in ([one.seed for one in wanted], numbers))
+    floats = (
+        np.asarray(values, np.float32)[:, None]
+        for values in zip(*((one.temperature, one.top_p) for one in wanted), strict=True)
+    )
+    return *ints, *floats
 
 
 def _finished(tokenizer, made: np.ndarray, ends, wanted: Wanted) -> Answer | None:
@@ -188,16 +218,16 @@ def _prefill(llm, params, cache, inputs, length, room):
 
 
 @jax.jit
-def _keys(seed, numbers):
+def _keys(seeds, numbers):
     """A key for each row."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
 
 
 @partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
 def _decode(llm, params, kept, states, keys, done, draws, steps):
     """`steps` tokens more of each answer, which has `done`: (kept, states (B,D), tokens (B,steps)).
 
-    `draws` is None, for the likeliest token each time, or (temperature, top_p).
+    `draws` is None, for the likeliest token each time, or (temperature (B,1), top_p (B,1)).
     """
 
     def step(carry, at):

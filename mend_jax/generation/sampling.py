@@ -11,8 +11,8 @@ def choose(logits, keys, temperature, top_p):
     """A token (B,) int32 of each row of logits (B,V) float32, drawn with a key (B,) of each row.
 
     Args:
-        temperature: () the logits are divided by it.
-        top_p: () in (0, 1]: only the likeliest tokens are drawn, so many that their probabilities add up to it (nucleus
+        temperature: () or (B,1): the logits are divided by it.
+        top_p: () or (B,1) in (0, 1]: only the likeliest tokens are drawn, so many that their probabilities add up to it (nucleus
             sampling, Holtzman et al., 2020); the likeliest always is one.
     """
     logits = logits / temperature

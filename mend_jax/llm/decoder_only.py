@@ -4,6 +4,7 @@ Axes: B batch, R queries after each prefix, P prefix, Q query tokens, T any sequ
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -55,9 +56,13 @@ class LLM(FrozenLLM):
 
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
         """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it; the BOS is one of them."""
+        keys, values, length = self.prefix_caches(params, prefix)
+        return Cache(keys[:, 0], values[:, 0], length[0])
+
+    def prefix_caches(self, params, prefix: Prefix) -> Cache:
+        """Those of each of B prefixes."""
         prefix = self.begin(params, prefix)
-        keys, values = self._keys_and_values(params, prefix)
-        return Cache(keys[:, 0], values[:, 0], prefix.length[0])
+        return Cache(*self._keys_and_values(params, prefix), prefix.length)
 
     def _keys_and_values(self, params, prefix: Prefix):
         return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
@@ -82,14 +87,16 @@ class LLM(FrozenLLM):
         return self.model.apply({"params": params}, embeds, length + positions, cache, within)
 
     def prefill(self, params, cache: Cache, inputs, length, room: int):
-        """Reads inputs (B,X) with lengths (B,) after the one prefix: (what `decode_next` needs for answers of at most `room`
-        tokens, states (B,D) that predict the first)."""
+        """Reads inputs (B,X) with lengths (B,) after the one prefix, or each after its own: (what `decode_next` needs for answers
+        of at most `room` tokens, states (B,D) that predict the first)."""
         (B, X), at = inputs.shape, jnp.arange(inputs.shape[1])[None]
         within = jnp.broadcast_to(jnp.tril(jnp.ones((X, X), bool)), (B, X, X))
-        states, own = self._with_keys(params, cache, inputs, jnp.broadcast_to(cache.length + at, (B, X)), within)
+        positions = jnp.broadcast_to(cache.length[..., None] + at, (B, X))
+        states, own = self._with_keys(params, cache, inputs, positions, within)
         # Each row gets the prefix's keys, its own behind them, and room behind these: what is no row's is overwritten.
+        put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2) if cache.length.ndim == 0 else _put_rows
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(_with_room(before, B, X + room), new, cache.length, 2)
+            put(_with_room(before, B, X + room), new, cache.length)
             for before, new in zip((cache.keys, cache.values), own, strict=True)
         )
         return Cache(keys, values, cache.length + length), states[jnp.arange(B), length - 1]
@@ -98,8 +105,9 @@ class LLM(FrozenLLM):
         """Reads the next token (B,) of each answer: (`kept` with it, states (B,D) that predict the one after)."""
         within = jnp.ones((len(tokens), 1, 1), bool)
         states, own = self._with_keys(params, kept, tokens[:, None], kept.length[:, None], within)
-        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 1), (1, 1, 0), 1)
-        keys, values = (put(old, new, kept.length) for old, new in zip((kept.keys, kept.values), own, strict=True))
+        keys, values = (
+            _put_rows(old, new, kept.length) for old, new in zip((kept.keys, kept.values), own, strict=True)
+        )
         return Cache(keys, values, kept.length + 1), states[:, 0]
 
     def _with_keys(self, params, cache, tokens, positions, within):
@@ -109,9 +117,17 @@ class LLM(FrozenLLM):
 
 
 def _with_room(a, rows: int, room: int):
-    """A prefix's keys (layers,P,G,F) for each of several rows, with `room` columns more: (layers,rows,P+room,G,F)."""
-    a = jnp.broadcast_to(a[:, None], (len(a), rows, *a.shape[1:]))
+    """A prefix's keys (layers,P,G,F) for each of several rows, or those that each has, with `room` columns more:
+    (layers,rows,P+room,G,F)."""
+    if a.ndim == 4:
+        a = jnp.broadcast_to(a[:, None], (len(a), rows, *a.shape[1:]))
     return jnp.pad(a, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+
+
+def _put_rows(kept, new, at):
+    """Keys (layers,B,S,G,F) with those of each row's new tokens (layers,B,T,G,F) from its column `at` (B,) on."""
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 1), (1, 1, 0), 1)
+    return put(kept, new, at)
 
 
 def load_llm(

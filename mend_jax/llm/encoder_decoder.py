@@ -8,6 +8,7 @@ Axes: B batch, P prefix, Q query tokens, Y tokens of y, X tokens of x, T any seq
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,14 +22,28 @@ from mend_jax.prefixes.prefix import Prefix, join
 
 
 class KeptPrefix(NamedTuple):
-    """One prefix, shared by every row that follows it."""
+    """One prefix, shared by every row that follows it; or a prefix for each row."""
 
-    embeds: jax.Array  # (P,D)
-    length: jax.Array  # () int32: later rows are padding
+    embeds: jax.Array  # (P,D), or (B,P,D)
+    length: jax.Array  # () or (B,) int32: later rows are padding
 
     @property
     def columns(self) -> int:
-        return self.embeds.shape[0]
+        return self.embeds.shape[-2]
+
+    @classmethod
+    def join(cls, caches: "Sequence[KeptPrefix]") -> "KeptPrefix":
+        """Of single prefixes, of as many columns each, one of them all."""
+        return cls(*(jnp.stack(parts) for parts in zip(*caches, strict=True)))
+
+    def take(self, rows) -> "KeptPrefix":
+        """Of several prefixes, for each of some rows (B,) int32 the one with this number."""
+        return KeptPrefix(self.embeds[rows], self.length[rows])
+
+    def of_rows(self, count: int) -> Prefix:
+        """The prefix of each of `count` rows."""
+        shape = (count, *self.embeds.shape[-2:])
+        return Prefix(jnp.broadcast_to(self.embeds, shape), jnp.broadcast_to(self.length, (count,)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +82,11 @@ class EncoderDecoderLLM(FrozenLLM):
         del params
         return KeptPrefix(prefix.embeds[0], prefix.length[0])
 
+    def prefix_caches(self, params, prefix: Prefix) -> KeptPrefix:
+        """Those of each of B prefixes."""
+        del params
+        return KeptPrefix(prefix.embeds, prefix.length)
+
     def cached_states(self, params, cache: KeptPrefix, inputs, input_length, tokens, segments):
         """States (B,T,D) of answer options: the encoder reads the prefix and an item's x once for all of them.
 
@@ -75,17 +95,14 @@ class EncoderDecoderLLM(FrozenLLM):
             tokens: (B,T) int32, the options one after another, each with the start token in front and without its last token.
             segments: (B,T) int32: a token sees only its own segment; each option is one.
         """
-        rows = inputs.shape[0]
-        prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))
-        encoded, length = self._encode(params, prefix, inputs, input_length)
+        encoded, length = self._encode(params, cache.of_rows(len(inputs)), inputs, input_length)
         return self._decode(params, tokens, encoded, length, segments)
 
     def prefill(self, params, cache: KeptPrefix, inputs, length, room: int):
-        """Reads inputs (B,X) with lengths (B,) after the one prefix: (what `decode_next` needs for answers of at most `room`
-        tokens, states (B,D) that predict the first)."""
+        """Reads inputs (B,X) with lengths (B,) after the one prefix, or each after its own: (what `decode_next` needs for answers
+        of at most `room` tokens, states (B,D) that predict the first)."""
         rows = len(inputs)
-        prefix = Prefix(jnp.broadcast_to(cache.embeds, (rows, *cache.embeds.shape)), jnp.full(rows, cache.length))
-        encoded, length = self._encode(params, prefix, inputs, length)
+        encoded, length = self._encode(params, cache.of_rows(rows), inputs, length)
         kept = begin_decoding(self.config, params, encoded, length, room + 1, jnp.dtype(self.dtype))  # the start token
         return self.decode_next(params, kept, jnp.full(rows, self.start_token))
 

@@ -5,6 +5,7 @@ H heads, G heads of keys and values, F width of a head, V vocabulary.
 The layers are scanned: their parameters are stacked, (layers, ...), and compile time does not grow with depth.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -42,6 +43,15 @@ class Cache(NamedTuple):
     @property
     def columns(self) -> int:
         return self.keys.shape[-3]
+
+    @classmethod
+    def join(cls, caches: "Sequence[Cache]") -> "Cache":
+        """Of single prefixes, of as many columns each, one of them all."""
+        return cls(*(jnp.stack(parts, axis) for parts, axis in zip(zip(*caches, strict=True), (1, 1, 0), strict=True)))
+
+    def take(self, rows) -> "Cache":
+        """Of several prefixes, for each of some rows (B,) int32 the one with this number."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.length[rows])
 
 
 class Seen(NamedTuple):

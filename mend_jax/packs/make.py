@@ -48,8 +48,13 @@ def make_packs(
     Raises:
         UserError: a model that reads no demonstrations or has no tokenizer, or a set whose first demonstration does not fit.
     """
+    return packs_of(llm, model, sets, facts_of(llm, model, path, llm_named), keep, progress)
+
+
+def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
+    """What all packs of a model say of it and of the LLM; arguments and errors are those of `make_packs`. Reads all weights' files."""
     require_reader(model, path)
-    facts = {
+    return {
         "llm": llm_named or str(llm.path),
         "llm_fingerprint": folders.fingerprint(llm.path),
         "tokenizer_fingerprint": tokenizer_fingerprint(llm.tokenizer),
@@ -60,6 +65,10 @@ def make_packs(
         "shorter": model.shorter,
         "bos": model.bos or NONE,
     }
+
+
+def packs_of(llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = False, progress=None) -> list[Pack]:
+    """`make_packs` with its `facts_of`."""
     room, contexts = _room(llm), []
     for pairs in sets:
         tokens = [_tokens(model, pair) for pair in pairs]

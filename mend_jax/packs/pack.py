@@ -15,15 +15,17 @@ All values are strings, as safetensors wants them. Reading a pack runs no code o
 
 import dataclasses
 import json
-import struct
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import safetensors.numpy
+from safetensors import SafetensorError, deserialize
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import printable
 from mend_jax.data.bos import bos_token
+from mend_jax.data.json_lines import is_text
 from mend_jax.data.templates import Template
 from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.data.tokenize import tokenizer_text
@@ -34,6 +36,7 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import whole_file
 
 FORMAT = 1
+READ = tuple(map(str, range(1, FORMAT + 1)))  # formats, as files have them
 SUFFIX = ".pack.safetensors"
 TENSOR = "vectors"
 LARGEST = 2**30  # bytes of a pack that is read: thousands of times an ordinary one
@@ -85,6 +88,10 @@ class Pack:
         with whole_file(path) as temporary:
             write_file({TENSOR: np.ascontiguousarray(self.vectors, np.float32)}, temporary, self.metadata())
 
+    def to_bytes(self) -> bytes:
+        """The content of its file."""
+        return safetensors.numpy.save({TENSOR: np.ascontiguousarray(self.vectors, np.float32)}, self.metadata())
+
     def metadata(self) -> dict[str, str]:
         """The metadata of its file."""
         facts = {"pack_format": FORMAT, "num_vectors": self.num_vectors}
@@ -99,7 +106,7 @@ class Pack:
         theirs = folders.fingerprint(llm.path)
         if theirs != self.llm_fingerprint:
             raise UserError(
-                f"{where} holds vectors for the LLM {self.llm} ({self.llm_fingerprint}), not for {llm.path} ({theirs}): load"
+                f"{where} holds vectors for the LLM {printable(self.llm)} ({printable(self.llm_fingerprint)}), not for {llm.path} ({theirs}): load"
                 " that LLM, or distil the demonstrations for this one."
             )
         if tokenizer_fingerprint(llm.tokenizer) != self.tokenizer_fingerprint:
@@ -107,9 +114,7 @@ class Pack:
                 f"{where} was made with another tokenizer than {llm.path} has now: distil the demonstrations again."
             )
         if bos_token(self.bos, llm.tokenizer, llm.path) != llm.bos:
-            raise UserError(
-                f'{where} is for an LLM that reads with bos="{self.bos}": load the LLM so, load_llm(..., bos="{self.bos}").'
-            )
+            raise UserError(f'{where} is for an LLM that reads with bos="{printable(self.bos)}": load the LLM so.')
         if self.vectors.shape[1] != llm.config.width or self.num_vectors > llm.window:
             raise UserError(
                 f"{where} holds {self.num_vectors} vectors of width {self.vectors.shape[1]}, but {llm.path} reads {llm.window} of width"
@@ -132,14 +137,10 @@ def load_pack(path: str | Path, llm=None) -> Pack:
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a pack: name another file.")
     try:
-        with safe_open(path, "np") as file:
-            facts = file.metadata() or {}
-            _check_format(path, facts)
-            vectors = file.get_tensor(TENSOR)
-        pack = _from_facts(vectors, facts)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, struct.error) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} cannot be read as a pack ({reason}): copy or make it again.") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): copy or make it again.") from None
+    pack = pack_of(content, str(path))
     if llm is not None:
         pack.check(llm, str(path))
     return pack
@@ -156,6 +157,18 @@ def save_pack(pack: Pack, target: Path) -> None:
         ) from None
 
 
+def pack_of(content: bytes, where: str = "The file") -> Pack:
+    """The pack in a file's content. Raises UserError, as `load_pack` does, which names the file by `where`."""
+    try:
+        deserialize(content)  # raises for all that is damaged or cut, before the header is read once more
+        facts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        _check_format(where, facts)
+        return _from_facts(safetensors.numpy.load(content)[TENSOR], facts)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{where} cannot be read as a pack ({reason}): copy or make it again.") from None
+
+
 def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "float32", weights: str = "full"):
     """The LLM that a pack, read from `path`, is for: in `llm`, or else where the pack says. Raises UserError for another."""
     try:
@@ -164,18 +177,20 @@ def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "fl
         if llm:
             raise
         raise UserError(
-            f"{path} is for the LLM {pack.llm}, which cannot be read ({error}): say where it is, --llm=FOLDER."
+            f"{path} is for the LLM {printable(pack.llm)}, which cannot be read ({printable(str(error))}): say where it is, --llm=FOLDER."
         ) from None
     pack.check(found, str(path))
     return found
 
 
-def _check_format(path: Path, facts: dict[str, str]) -> None:
+def _check_format(where: str, facts: dict[str, str]) -> None:
     number = facts.get("pack_format")
     if number is None:
-        raise UserError(f"{path} is a safetensors file but no pack: make one with `python -m mend_jax.distill`.")
-    if not number.isdigit() or int(number) > FORMAT:
-        raise UserError(f"{path} is a pack of format {number[:20]}, this program reads up to {FORMAT}: update it.")
+        raise UserError(f"{where} is a safetensors file but no pack: make one with `python -m mend_jax.distill`.")
+    if number not in READ:
+        raise UserError(
+            f"{where} is a pack of format {printable(number[:20])}, this program reads up to {FORMAT}: update it."
+        )
 
 
 def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
@@ -197,7 +212,7 @@ def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
 
 
 def _text(value) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not is_text(value):
         raise TypeError(f"{value!r} is not a text")
     return value
 

@@ -54,6 +54,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def bucket_rows(rows: int) -> int:
+    """The padded number of rows of what comes in any number: a power of two, because each is compiled."""
+    return 1 << (rows - 1).bit_length()
+
+
 def pad_columns(tokens, window: int):
     """(B,N) tokens with N padded to its bucket, or to the window if that is smaller."""
     return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))

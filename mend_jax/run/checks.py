@@ -11,7 +11,7 @@ Each check raises `UserError`: one sentence that says what is wrong, where, and 
 | models are loaded | tokenizers fit their models and each other | `check_models` |
 | | saved weights have the model's shapes; an exported folder has its backbone's | `checkpoint.check_shapes`, `trained.check_backbone_params` |
 | data are read | a task has enough examples; an item has several options | `finetune.check_enough_examples`, `evaluation.check_options` |
-| | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items` |
+| | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items`, `options.check_rows` |
 | | the data are those that the run began with | `resume.check_data` |
 | an evaluation has its models and tasks | `EVALUATION_CHECKS`, in their order, for each method | `check_evaluation` |
 | an experiment of several trainings begins | all of the above that needs no weights, for each training | `check_experiment` |

@@ -32,6 +32,7 @@ ATTENTION_BYTES = (
 CPU_TOKENS = (
     1152  # tokens of one pass: enough for full speed, few enough that a layer's states stay in the processor's cache
 )
+CHUNK = 512  # states whose float32 logits exist at one time
 ROW = 128  # tokens of a row that holds several items: one block of attention
 
 
@@ -112,7 +113,7 @@ def score_items(
     items: Sequence[Any],
     batch_size: int,
     params=None,
-    chunk: int = 512,
+    chunk: int = CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """Option scores of many items after one prefix, in the items' order.
@@ -139,7 +140,7 @@ def score_items(
 
 def check_items(llm, prefix_length: int, items) -> None:
     """Raises the UserErrors that `score_items` would raise after a prefix of this length, without running the LLM."""
-    _check_rows(llm, prefix_length, [lay_out(item.x_tokens, item.options_tokens) for item in items])
+    check_rows(llm, prefix_length, [lay_out(item.x_tokens, item.options_tokens) for item in items])
 
 
 def cache_prefix(llm, prefix: Prefix, params=None):
@@ -212,21 +213,21 @@ def _lay_out_separate(x, options, start_token: int) -> Row:
 
 
 def score_rows(
-    llm, cache, rows: Sequence[Row], batch_size: int, params=None, chunk=512, progress=None
+    llm, cache, rows: Sequence[Row], batch_size: int, params=None, chunk=CHUNK, progress=None
 ) -> list[np.ndarray]:
     """`score_items` for rows that are already laid out."""
     params = llm.params if params is None else params
-    _check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
+    check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a pass while the host lays out the next and reads the last
     for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):
         items = [i for row in batch.rows for i in row]
-        started = (items, [rows[i] for i in items], _start(llm, params, cache, rows, batch, chunk))
+        started = (items, [rows[i] for i in items], start(llm, params, cache, rows, batch, chunk))
         if waiting is not None:
-            _finish(waiting, scores, progress)
+            finish(waiting, scores, progress)
         waiting = started
     if waiting is not None:
-        _finish(waiting, scores, progress)
+        finish(waiting, scores, progress)
     return scores
 
 
@@ -239,15 +240,19 @@ def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pa
     lengths, ways, P = [len(row.tokens) for row in rows], row_parts(mesh), cache.columns
     found = []
     for columns in row_columns(max(lengths), -(-sum(lengths) // ways)):
-        bins, most = fill(lengths, columns), max(1, ATTENTION_BYTES // (4 * llm.config.heads * columns * (P + columns)))
-        if jax.default_backend() == "cpu":
-            most = min(most, max(1, CPU_TOKENS // columns))
-        count = row_count(len(bins), min(most, batch_size), ways)
+        bins = fill(lengths, columns)
+        count = row_count(len(bins), min(most_rows(llm, P, columns), batch_size), ways)
         # A token's other products cost about as much as attention to this many more keys.
         cost = len(bins) + -len(bins) % count, 3 * llm.config.width + P + columns / 2
         found.append((cost[0] * columns * cost[1], columns, count, bins))
     _, columns, count, bins = min(found, key=lambda one: one[0])
     return [Pass(bins[start : start + count], count, 0, columns) for start in range(0, len(bins), count)]
+
+
+def most_rows(llm, prefix: int, columns: int) -> int:
+    """How many rows of so many columns go through a decoder-only LLM at once, after a prefix of `prefix` columns."""
+    most = ATTENTION_BYTES // (4 * llm.config.heads * columns * (prefix + columns))
+    return max(1, min(most, CPU_TOKENS // columns) if jax.default_backend() == "cpu" else most)
 
 
 def row_columns(longest: int, total: int) -> list[int]:
@@ -297,8 +302,16 @@ def _plan_separate(llm, cache, rows, batch_size):
         order = order[count:]
 
 
-def _start(llm, params, cache, rows, batch: Pass, chunk):
-    """Dispatches one pass; returns a list of (log-probabilities (C,K) on the device, how many of the C rows count)."""
+def _states_padded(count: int) -> int:
+    """The padded number of states that go through the head together: one of few sizes, because each is compiled."""
+    return bucket(count) if count <= 64 else count + -count % 32
+
+
+def start(llm, params, cache, rows, batch: Pass, chunk=CHUNK, states_padded=_states_padded):
+    """Dispatches one pass; returns a list of (log-probabilities (C,K) on the device, how many of the C rows count).
+
+    `cache` holds the one prefix of all rows of the pass, or one for each; `states_padded` pads the number of states.
+    """
     tokens, positions = np.zeros((2, batch.count, batch.columns), np.int32)
     inputs, input_length = np.zeros((batch.count, batch.inputs), np.int32), np.zeros(batch.count, np.int32)
     segments, items = np.full((2, batch.count, batch.columns), -1, np.int32)
@@ -324,19 +337,14 @@ def _start(llm, params, cache, rows, batch: Pass, chunk):
     parts = []
     for start in range(0, len(source), chunk):
         stop = min(start + chunk, len(source))
-        padding = min(chunk, _states_padded(stop - start)) - (stop - start)
+        padding = min(chunk, states_padded(stop - start)) - (stop - start)
         part = [np.pad(a[start:stop], ((0, padding), *((0, 0),) * (a.ndim - 1))) for a in (where, source, targets)]
         parts.append((_log_probs(llm, params, states, *part), stop - start))
     return parts
 
 
-def _states_padded(count: int) -> int:
-    """The padded number of states that go through the head together: one of few sizes, because each is compiled."""
-    return bucket(count) if count <= 64 else count + -count % 32
-
-
-def _finish(waiting, scores, progress) -> None:
-    """Waits for a pass and writes its rows' scores in place."""
+def finish(waiting, scores, progress=None) -> None:
+    """Waits for a pass, (its items, their rows, what `start` returned), and writes its items' scores in place."""
     batch, rows, parts = waiting
     log_probs = np.concatenate([to_host(values)[:count] for values, count in parts]).astype(np.float64)
     start = 0
@@ -350,7 +358,9 @@ def _finish(waiting, scores, progress) -> None:
         progress(len(batch))
 
 
-def _check_rows(llm, prefix_length: int, rows) -> None:
+def check_rows(llm, prefix_length: int, rows: Sequence[Row]) -> None:
+    """Raises UserError for a row that, after a prefix of this length, is longer than the LLM's window, or that holds tokens which
+    the LLM does not know."""
     for row in rows:
         needed = prefix_length + int(row.positions.max()) + 1
         if needed > llm.window:

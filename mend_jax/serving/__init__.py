@@ -1,0 +1,1 @@
+"""A small HTTP server of packs: demonstrations in, answers out."""
