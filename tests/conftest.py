@@ -109,6 +109,14 @@ def tiny_backbone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def serving_models(tmp_path_factory):
+    """What a server of the tests has: (llm, distiller, its workdir), as serving_client.py makes them."""
+    from serving_client import make_models
+
+    return make_models(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="session")
 def torch_llm(tiny_llm):
     """PyTorch's model of `tiny_llm`."""
     from transformers import GPT2LMHeadModel

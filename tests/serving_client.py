@@ -20,6 +20,8 @@ from mend_jax.serving.listen import make_server
 
 JSON, LINES, FILE = "application/json", "application/x-ndjson", "application/octet-stream"
 DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
+OBJECTS = [{"input": x, "output": y} for x, y in DEMOS]
+OPTIONS = ["w50", "w51"]
 NOTHING = "\u200b"  # a character that the tokenizer drops
 SECONDS = 60  # that a test waits for what must happen
 
@@ -74,6 +76,11 @@ class Client:
         made = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
         made.sendall(content)
         return made
+
+
+def score(client, **fields):
+    """The server's answer to a question for the likeliest of OPTIONS."""
+    return client.post("/score", {"input": "w4 w8", "options": OPTIONS} | fields)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser's driver is not here: pip install playwright")
-from serving_client import make_engine, make_models, running  # noqa: E402
+from serving_client import make_engine, running  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no browser here: apt-get install chromium")]
@@ -15,8 +15,8 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(make_engine(make_models(tmp_path_factory.mktemp("models")))) as client:
+def server(serving_models):
+    with running(make_engine(serving_models)) as client:
         yield client
 
 
