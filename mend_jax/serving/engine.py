@@ -84,6 +84,7 @@ class Engine:
         self.llm, self.distiller, self.batch_size, self.limits = llm, distiller, batch_size, limits
         self.facts = facts
         self.caches: Kept[Any] = Kept(limits.cache_bytes, _bytes)
+        self._sizes: dict[int, int] = {}  # bytes of the keys and values of so many columns
 
     def answer(self, kind: tuple[Hashable, ...], asked: Sequence) -> Sequence:
         """An answer, or a UserError, to each request of a kind."""
@@ -227,7 +228,12 @@ class Engine:
         return rows, length
 
     def _cache_bytes(self, columns: int) -> int:
-        return _size(self.llm, columns)
+        """Bytes of the keys and values of a prefix of so many columns."""
+        if columns not in self._sizes:
+            llm = self.llm
+            prefix = Prefix(jnp.zeros((1, min(columns, llm.window), llm.config.width)), jnp.zeros(1, jnp.int32))
+            self._sizes[columns] = _bytes(jax.eval_shape(llm.prefix_cache, llm.params, prefix))
+        return self._sizes[columns]
 
     def _score(self, cache, of, rows) -> list[np.ndarray]:
         return score_several(self.llm, cache, of, rows, self.batch_size)
@@ -258,13 +264,6 @@ def _bytes(cache) -> int:
 def _join(caches: Sequence):
     """Several prefixes as one argument; as many as a power of two, because each number is compiled."""
     return type(caches[0]).join([*caches, *[caches[0]] * (bucket_rows(len(caches)) - len(caches))])
-
-
-@functools.lru_cache(maxsize=64)
-def _size(llm, columns: int) -> int:
-    """Bytes of the keys and values of a prefix of so many columns."""
-    prefix = Prefix(jnp.zeros((1, min(columns, llm.window), llm.config.width)), jnp.zeros(1, jnp.int32))
-    return _bytes(jax.eval_shape(llm.prefix_cache, llm.params, prefix))
 
 
 def _prefix(llm, params, content, length) -> Prefix:

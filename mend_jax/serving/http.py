@@ -55,6 +55,10 @@ class Edge:
         self.open += 1
         try:
             self._require_known_host(scope)
+            if self.open > self.limits.max_connections:
+                raise busy(
+                    f"{self.limits.max_connections} requests are open, the most that may: try again in a moment."
+                )
             body = await self._body(scope, receive)
             self.held += len(body)
             await self.app(scope, _again(body, receive), counted)
@@ -69,8 +73,6 @@ class Edge:
 
     def _require_known_host(self, scope) -> None:
         """A page of another site whose name leads here (DNS rebinding) is not to read packs."""
-        if self.open > self.limits.max_connections:
-            raise busy(f"{self.limits.max_connections} requests are open, the most that may: try again in a moment.")
         name = _header(scope, b"host").rpartition("@")[2]
         name = name.partition("]")[0].lstrip("[") if name.startswith("[") else name.partition(":")[0]
         if self.names is not None and name not in self.names:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 
 from mend_jax.cli.errors import UserError
@@ -113,8 +114,9 @@ class Service:
         stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         if len(stop) > self.limits.max_options:
             raise Refused(422, f"There are more than {self.limits.max_options} stop strings: send fewer.")
-        wanted = Wanted(tokens, asked.temperature, asked.top_p, stop, asked.seed, before.template.answer)
-        kind = GENERATE, asked.temperature > 0, (tokens - 1).bit_length()  # of like numbers of steps
+        temperature = float(np.float32(asked.temperature))  # which is 0 where the device would divide by 0
+        wanted = Wanted(tokens, temperature, asked.top_p, stop, asked.seed, before.template.answer)
+        kind = GENERATE, temperature > 0, (tokens - 1).bit_length()  # of like numbers of steps
         done = await self.ask(request, kind, len(inputs), Asked(before, inputs, wanted=wanted))
         answers = [{"text": one.text, "finish": one.finish, "tokens": len(one.tokens)} for one in done.value.found]
         return _answered(done, answers)
