@@ -22,7 +22,7 @@ from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange.export import export
 from mend_jax.packs import make, measure
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
-from mend_jax.packs.pack import load_pack
+from mend_jax.packs.pack import load_pack, save_pack
 
 DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
 
@@ -584,7 +584,7 @@ def test_a_full_disk_leaves_no_half_pack(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr("mend_jax.packs.pack.write_file", full)
     with says(path, "No space left on device", "--out"):
-        distill._save(load_pack(path), path)
+        save_pack(load_pack(path), path)
     assert path.read_bytes() == before and not list(tmp_path.glob(".*tmp"))
 
 
