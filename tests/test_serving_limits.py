@@ -94,6 +94,7 @@ BAD = {  # name: (path, body, content type, status, facts)
     "no demonstrations": ("/score", QUESTION | {"demonstrations": []}, JSON, 422, ("demonstrations",)),
     "many tokens": ("/generate", {"input": "w1", "max_tokens": 21}, JSON, 422, ("21", "20")),
     "no tokens": ("/generate", {"input": "w1", "max_tokens": 0}, JSON, 422, ("max_tokens",)),
+    "temperature": ("/generate", {"input": "w1", "temperature": 1e308}, JSON, 422, ("temperature", "1000")),
     "top_p": ("/generate", {"input": "w1", "top_p": 1.5}, JSON, 422, ("top_p",)),
     "seed": ("/generate", {"input": "w1", "seed": 2**31}, JSON, 422, ("seed",)),
     "many stop strings": ("/generate", {"input": "w1", "stop": list("abcd")}, JSON, 422, ("3", "stop")),

@@ -60,7 +60,9 @@ class GenerateRequest(Question):
     max_tokens: int | None = Field(
         None, ge=1, description=f"Tokens of an answer, at most; null: {TOKENS}, if the server makes so many."
     )
-    temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time; else tokens are drawn.")
+    temperature: float = Field(
+        0.0, ge=0, le=1000, description="0: the likeliest token each time; else tokens are drawn."
+    )
     top_p: float = Field(
         1.0, gt=0, le=1, description="Only the likeliest tokens are drawn whose probabilities add up to it."
     )
