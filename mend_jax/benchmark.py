@@ -150,7 +150,7 @@ def _serving(arguments) -> tuple[dict, str, bool]:
     """(report, its text, True) for a server under load."""
     if not arguments.distiller:
         raise UserError("serving compares vectors with demonstrations: name the distiller, --distiller=WORKDIR.")
-    arguments.clients = _lengths(arguments.clients, "clients")
+    arguments.clients = _lengths(arguments.clients, "clients", "clients")
     if min(*arguments.clients, arguments.packs, arguments.repeats, arguments.rows) < 1 or not arguments.seconds > 0:
         raise UserError("--clients, --packs, --repeats, --rows and --seconds must be 1 or more.")
     return measure_serving(arguments)
@@ -196,11 +196,11 @@ def settings_of(arguments) -> Settings:
     return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
 
 
-def _lengths(text: str, flag: str = "demos") -> list[int]:
+def _lengths(text: str, flag: str = "demos", what: str = "tokens") -> list[int]:
     """The numbers of a flag, ascending."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise UserError(f"--{flag}={text} is not a number, or several separated by commas: give some.")
+        raise UserError(f"--{flag}={text} is not a number of {what}, or several separated by commas: give some.")
     return sorted({int(word) for word in words})
 
 

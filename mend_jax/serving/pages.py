@@ -38,7 +38,9 @@ def reference(openapi: dict) -> Page:
         .partition("<style>")[2]
         .partition("</style>")[0]
     )
-    errors = "".join(f"<tr><th>{code}<td>{_text(said['description'])}" for code, said in _errors(openapi).items())
+    errors = "".join(
+        f"<tr><th><code>{code}</code><td>{_text(said['description'])}" for code, said in _errors(openapi).items()
+    )
     return _page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>MEND-JAX: reference</title><style>{style}</style><main><h1>Reference</h1>"
