@@ -31,8 +31,10 @@ from mend_jax.models import encoder_decoder  # noqa: E402
 from mend_jax.models.families import from_hf_config  # noqa: E402
 from mend_jax.packs import make  # noqa: E402
 from mend_jax.prefixes.prefix import Prefix  # noqa: E402
+from mend_jax.scoring.tasks import programs_compiled  # noqa: E402
 from mend_jax.serving import pages  # noqa: E402
 from mend_jax.serving.engine import Asked, Before, Engine  # noqa: E402
+from mend_jax.serving.examples import Example  # noqa: E402
 from mend_jax.serving.kept import Kept  # noqa: E402
 from mend_jax.serving.limits import Limits  # noqa: E402
 from mend_jax.serving.service import bytes_of  # noqa: E402
@@ -289,3 +291,17 @@ def test_the_reference_escapes_what_it_shows():
         and "/<b>" not in page.html
         and "script-src 'none'" in page.headers["Content-Security-Policy"]
     )
+
+
+def test_a_question_like_the_example_compiles_nothing_after_the_warm_up(serving_models):
+    """Programs of other tests are dropped before."""
+    jax.clear_caches()
+    engine = make_engine(serving_models)
+    engine.warm_up(Example(DEMOS, "w4", OPTIONS))
+    assert [key for key, _ in engine.caches.items()] == [""]
+    with running(engine) as client:
+        before, pack = programs_compiled(), client.post("/packs", OBJECTS)["id"]
+        for fields in ({"pack": pack}, {"demonstrations": OBJECTS}, {}):
+            assert score(client, **fields, input="w5")["answers"]
+            assert client.post("/generate", fields | {"input": "w5", "max_tokens": 16})["answers"]
+        assert programs_compiled() == before

@@ -117,7 +117,7 @@ class Engine:
         template = SPACE if self.distiller is None else self.distiller.template
         demos, wanted = list(example.demonstrations), Wanted(16, 0.0, 1.0, (), 0, template.answer)
         sets = [[Before(template, key="")], [Before(template, demos=tuple(demos))]]
-        packs = [] if self.distiller is None else self.distil([demos, demos[1:]])
+        packs = [] if self.distiller is None else [self.distil([some])[0] for some in (demos, demos[1:])]
         befores = [Before(template, pack, key=f"warm up {i}") for i, pack in enumerate(packs) if isinstance(pack, Pack)]
         for power in range(bucket_rows(rows).bit_length() if befores else 0):
             sets += [befores[:1] * 2**power, (befores * 2**power)[: 2**power]]
