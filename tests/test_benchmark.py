@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
+import os
+import threading
 from functools import partial
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import jax
@@ -42,6 +46,21 @@ def folder(tmp_path):
     fields = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     return tmp_path
+
+
+class Thread(threading.Thread):
+    """In the place of a process, which has seconds of imports before it: with an end of the pipe of its own, as a process has."""
+
+    def __init__(self, target, args, daemon):
+        pipe, *rest = args
+        super().__init__(target=target, args=(Connection(os.dup(pipe.fileno())), *rest), daemon=daemon)
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Real ones are those of test_step_command and of the last tests."""
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Thread)
+    monkeypatch.setattr(measure, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
 
 
 def command(*arguments) -> int:
@@ -190,6 +209,7 @@ def test_pytorch_computes_every_family_of_decoders():
     )  # of 1e-4, a difference of larger numbers
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_step_command_without_pytorch(folder, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
@@ -200,6 +220,7 @@ def test_step_command_without_pytorch(folder, capsys, monkeypatch):
     assert "PyTorch" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_step_command_with_as_many_sequences_as_pay(folder, capsys):
     out = folder / "step.json"
     arguments = [f"--llm={folder}", f"--distiller={folder}", *TINY, "--batch_size=1", f"--out={out}"]
@@ -250,6 +271,7 @@ class Full(StepSide):
 
 
 @pytest.mark.parametrize(("first", "rows"), [(1, [1, 2, 4]), (8, [8, 4, 2])])
+@pytest.mark.usefixtures("no_processes")
 def test_a_full_memory_ends_the_trying(first, rows, folder, monkeypatch):
     monkeypatch.setattr(benchmark_step, "StepSide", Full)
     monkeypatch.setattr(benchmark_step, "GROWTH", 0.0)
@@ -264,6 +286,7 @@ def test_a_full_memory_ends_the_trying(first, rows, folder, monkeypatch):
         states(line, one["rows"])
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_inference_command(folder, capsys):
     out = folder / "inference.json"
     arguments = ["inference", f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=3", f"--out={out}"]
@@ -278,6 +301,7 @@ def test_inference_command(folder, capsys):
     assert "cached: " in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_inference_at_several_lengths(folder, capsys):
     out = folder / "inference.json"
     arguments = [f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=2", f"--out={out}", "--demos=20,10"]
@@ -295,6 +319,7 @@ AGAINST = ["inference", "--against=pytorch", "--items=3", "--repeats=1"]
 LENGTHS = ["--demos=20", "--query=9", "--options=2", "--target=3"]
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_scoring_against_pytorch(folder, capsys):
     pytest.importorskip("torch"), pytest.importorskip("transformers")
     out = folder / "scoring.json"
@@ -337,6 +362,7 @@ def test_quantization_command(folder, capsys):
     assert "random" in text and f"{int8['gradient_cosine']:.6f}" in text
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_step_command_in_8_bits(folder, capsys):
     arguments = ["step", f"--llm={folder}", f"--distiller={folder}", *TINY, "--weights=int8"]
     assert command(*arguments) == 2
@@ -347,6 +373,7 @@ def test_step_command_in_8_bits(folder, capsys):
     assert held.llm.params["layers"]["up"]["kernel"].dtype == jnp.int8 and held.flops == full.flops
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_step_command_of_an_encoder_decoder(folder, capsys):
     fields = {
         "model_type": "t5",
@@ -409,8 +436,6 @@ def test_a_mistake_in_a_process_comes_back_as_one():
 
 
 def os_exit():
-    import os
-
     os._exit(3)
 
 

@@ -141,17 +141,24 @@ def test_a_run_of_before_goes_on_without_it(folder, tmp_path):
         resume.check_resume(tmp_path, c, finished=False)
 
 
+ONE_STEP = {"data.bos": "auto", "train.steps": 1, "train.eval_every": 1, "train.log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def first_losses(folder, plain, llm):
+    """The first step's loss with the BOS and without it, on one device."""
+    c = config(folder, **ONE_STEP)
+    model, batch = build.build(c, llm), RandomBatches(c, None)[0]
+    return [jax.jit(make_loss_fn(c, one, model))(model.params, one.params, batch)[1]["kd"] for one in (llm, plain)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])
-def test_training_reads_behind_it(folder, plain, llm, tmp_path, monkeypatch, parallel):
+def test_training_reads_behind_it(folder, first_losses, tmp_path, monkeypatch, parallel):
     """On several devices; the first step's loss is that of the LLM with its BOS."""
     monkeypatch.setattr(build, "make_batches", RandomBatches)
-    fields = {"train.steps": 1, "train.eval_every": 1, "train.log_every": 1, "train.parallel": parallel}
-    c = config(folder, **{"data.bos": "auto", **fields})
+    c = config(folder, **ONE_STEP | {"train.parallel": parallel})
     assert train.train(c, tmp_path / "run") == 0
     [found] = [line["kd"] for line in reporting.read_lines(tmp_path / "run" / "metrics.jsonl") if "kd" in line]
-    model, batch = build.build(c, llm), RandomBatches(c, None)[0]
-    wanted, other = (
-        jax.jit(make_loss_fn(c, one, model))(model.params, one.params, batch)[1]["kd"] for one in (llm, plain)
-    )
+    wanted, other = first_losses
     assert found == pytest.approx(float(wanted), rel=1e-4) and found != pytest.approx(float(other), rel=1e-3)

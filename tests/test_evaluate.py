@@ -1,10 +1,10 @@
 """The evaluate command on a folder of MetaICL's files: its scores, its files, going on after an interruption."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,14 @@ def distiller(llm, tiny_backbone):
     return make_distiller(llm, tiny_backbone)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_llm():
+    """Each LLM is compiled for anew: all evaluations on one device share theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ev, "load_llm", functools.cache(ev.load_llm))
+        yield
+
+
 @pytest.fixture
 def config(folder, tiny_llm):
     return make_config(folder, tiny_llm)
@@ -45,7 +53,7 @@ def models(monkeypatch, distiller, llm):
     return known_models(monkeypatch, distiller, llm)
 
 
-@partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def log_probs_of(llm, embeds):
     return jax.nn.log_softmax(llm.logits(llm.params, llm.model.apply({"params": llm.params}, embeds))[0])
 

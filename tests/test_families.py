@@ -24,9 +24,19 @@ from mend_jax.scoring.options import score_options
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=ROWS)
-def row(request, tmp_path_factory):
-    return make_row(request.param, tmp_path_factory.mktemp(request.param))
+# One for each way to know positions (learnt, with an offset, RoPE with scaled frequencies, windows in all or some layers)
+# and each kind of norm and projection: the others go through the same code with other numbers.
+DISTINCT = ("gpt2", "opt-350m", "llama-3", "qwen2-sliding", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return functools.cache(lambda name: make_row(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(params=ROWS)
+def row(request, rows):
+    return rows(request.param)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,6 +78,7 @@ def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row):
     assert np.abs(logits[0, : lengths[0]] - whole[0, P:].numpy()).max() < 1e-4
 
 
+@pytest.mark.parametrize("row", DISTINCT, indirect=True)
 def test_scores_after_a_shared_cache_are_those_of_rereading_everything(row):
     torch = pytest.importorskip("torch")
     demos, x, options = tokens(20).tolist(), [5, 6, 7], [[8, 9, 10], [11], [12, 13]]
@@ -104,6 +115,7 @@ def test_costs_are_what_is_computed_and_kept(row):
     assert after == costs.reading(computed, 8, positions + 8).forward
 
 
+@pytest.mark.parametrize("row", DISTINCT, indirect=True)
 def test_bfloat16_is_close(row):
     half = load_llm(row.folder, dtype="bfloat16")
     ids = tokens(1, 16)

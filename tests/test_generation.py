@@ -20,7 +20,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.prefixes.prefix import Prefix
 
-DECODERS = ("gpt2", "opt-350m", "llama-3", "mistral", "gemma3")
+DECODERS = ("gpt2", "opt-350m", "mistral", "gemma3")  # positions learnt, offset, by RoPE; windows in all or some layers
 T5 = ("t5-small", "flan-t5-xl")
 QUERIES = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [17]]
 

@@ -133,7 +133,7 @@ def kept_alive(pids):
 @pytest.mark.parametrize(
     ("mode", "first", "flags", "then"),
     [
-        ("pmap", 2, [], 4),
+        ("pmap", 1, [], 2),
         ("mesh", 4, ["--config.mesh.tensor=2"], 2),  # then fsdp alone: the checkpoint is of another mesh
     ],
 )
@@ -177,26 +177,34 @@ def test_dev_scores_of_a_mesh_are_those_of_one_process(machine, tmp_path, monkey
     np.testing.assert_allclose(*([line["kd"] for line in part if "kd" in line] for part in lines), rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "mesh"])
-def test_evaluation_is_shared_and_the_same(machine, alone, mode, tmp_path):
-    """By tasks, or with both models in parts: the predictions of one process, to the last digits; going on scores nothing."""
-    methods = ("zero_shot", "icl", f"mend={alone}")
-    config = load_config(f"{machine.folder}/tiny.py")
+@pytest.fixture(scope="module")
+def evaluated(machine, alone):
+    """(methods, the workdir of their evaluation by one process)."""
+    config, methods = load_config(f"{machine.folder}/tiny.py"), ("zero_shot", "icl", f"mend={alone}")
     config.evaluate.methods = methods
-    evaluate(config, tmp_path / "alone")
-    expected = json.loads((tmp_path / "alone" / "scores.json").read_text())
+    evaluate(config, machine.folder / "evaluated")
+    return methods, machine.folder / "evaluated"
+
+
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_evaluation_is_shared_and_the_same(machine, evaluated, mode, tmp_path):
+    """By tasks, or with both models in parts: the predictions of one process, to the last digits; going on scores nothing."""
+    methods, one = evaluated
+    expected = json.loads((one / "scores.json").read_text())
     flags = [f"--config.train.parallel={mode}", f"--config.evaluate.methods={','.join(methods)}"]
     said = machine.run(2, "evaluate", tmp_path / "both", *flags)
     assert said.count("| icl ") == 1
     found = json.loads((tmp_path / "both" / "scores.json").read_text())
     for name, method in expected["methods"].items():
         assert found["methods"][name]["per_task"] == method["per_task"]
-    files = [sorted(folder.glob("predictions/*/*.jsonl")) for folder in (tmp_path / "alone", tmp_path / "both")]
+    files = [sorted(folder.glob("predictions/*/*.jsonl")) for folder in (one, tmp_path / "both")]
     assert len(files[0]) == len(files[1]) == 6
     lines = [[json.loads(line) for file in part for line in file.read_text().splitlines()] for part in files]
     for ours, theirs in zip(*lines, strict=True):
         np.testing.assert_allclose(ours.pop("scores"), theirs.pop("scores"), atol=2e-5)
         assert ours == theirs
+    if mode == "pmap":  # the next test is one of going on
+        return
     written = {file: file.stat().st_mtime_ns for file in files[1]}
     machine.run(2, "evaluate", tmp_path / "both", *flags)
     assert written == {file: file.stat().st_mtime_ns for file in files[1]}

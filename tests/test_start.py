@@ -32,8 +32,13 @@ def rms(x):
     return float(jnp.sqrt(jnp.mean(jnp.square(x))))
 
 
-@pytest.mark.parametrize("projection", ["identity", "linear", "tanh"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "projection"),
+    [
+        *(("gpt2", projection) for projection in ("identity", "linear", "tanh")),
+        ("opt-350m", "identity"), ("tinyllama", "tanh"), ("gemma3", "identity"), ("t5", "linear"),
+    ],
+)  # fmt: skip
 @pytest.mark.slow
 def test_the_first_vectors_are_as_large_as_embeddings(family, projection, tmp_path):
     folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
@@ -122,17 +127,32 @@ LEFT = ("wte.weight", "embed_tokens.weight", "shared.weight")  # token embedding
 FROZEN = {"prefix.train_embeddings": False, "train.eval_every": 2, "train.save_every": 2, "train.steps": 4}
 
 
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """family -> (its folder, the workdir of a run with FROZEN)."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = save_random(folder / "llm", FAMILIES[family], 0), folder / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(build, "make_batches", RandomBatches)
+                assert train.train(config(made[family][0], **FROZEN), made[family][1]) == 0
+        return made[family]
+
+    return of
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "t5"])
 @pytest.mark.slow
-def test_embeddings_that_are_not_trained_are_left_to_the_llm(family, tmp_path, monkeypatch):
-    folder = save_random(tmp_path / "llm", FAMILIES[family], 0)
-    monkeypatch.setattr(build, "make_batches", RandomBatches)
-    assert train.train(config(folder, **FROZEN), tmp_path / "run") == 0
-    params, meta = checkpoint.load_best(tmp_path / "run")
+def test_embeddings_that_are_not_trained_are_left_to_the_llm(family, frozen, tmp_path):
+    folder, run = frozen(family)
+    params, meta = checkpoint.load_best(run)
     assert "tokens" not in params["backbone"].get("embed", {}) and not [n for n in meta["shapes"] if "tokens" in n]
-    found, llm = read_distiller(tmp_path / "run"), load_llm(folder)
+    found, llm = read_distiller(run), load_llm(folder)
     np.testing.assert_array_equal(found.params["backbone"]["embed"]["tokens"], llm.params["embed"]["tokens"])
-    export(tmp_path / "run", tmp_path / "out")
+    export(run, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
         names = list(file.keys())
     assert not [name for name in names if name.endswith(LEFT)]
@@ -200,11 +220,10 @@ def test_a_frozen_table_of_another_backbone_is_exported(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_distiller_with_frozen_embeddings_goes_on_and_is_bound_to_its_llm(tmp_path, monkeypatch):
-    folder = model_folder(tmp_path / "llm")
+def test_a_distiller_with_frozen_embeddings_goes_on_and_is_bound_to_its_llm(frozen, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "make_batches", RandomBatches)
-    assert train.train(config(folder, **FROZEN), tmp_path / "run") == 0
-    later = config(folder, **FROZEN | {"prefix.start_from": str(tmp_path / "run"), "train.steps": 2})
+    folder, run = frozen("gpt2")
+    later = config(folder, **FROZEN | {"prefix.start_from": str(run), "train.steps": 2})
     assert train.train(later, tmp_path / "next") == 0
     with says("prefix.train_embeddings", "false", "true"):
         later.prefix.train_embeddings = True

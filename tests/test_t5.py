@@ -70,9 +70,17 @@ def torch_model(fields, seed=0):
     return model
 
 
-@pytest.fixture(scope="module", params=ROWS)
-def row(request, tmp_path_factory):
-    return make_row(request.param, tmp_path_factory.mktemp(request.param))
+DISTINCT = ("t5-small", "flan-t5-xl")  # tied and scaled without a gate; a head and gates, other depths
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return functools.cache(lambda name: make_row(name, tmp_path_factory.mktemp("row")))
+
+
+@pytest.fixture(params=ROWS)
+def row(request, rows):
+    return rows(request.param)
 
 
 def make_row(name, folder):
@@ -98,7 +106,9 @@ def logits_and_gradient(llm, embeds, length, query, direction):
     return logits, gradient
 
 
-@pytest.mark.parametrize("input_columns", [None, 7])
+@pytest.mark.parametrize(
+    ("row", "input_columns"), [*((name, 7) for name in ROWS), *((name, None) for name in DISTINCT)], indirect=["row"]
+)
 def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, input_columns):
     """Logits, and the gradient with respect to the prefix; the last row has no prefix, the first no x."""
     torch = pytest.importorskip("torch")
@@ -126,6 +136,7 @@ def test_a_padded_batch_of_prefixes_gives_what_pytorch_gives_one_by_one(row, inp
     np.testing.assert_array_equal(target.tokens[1, :9], ids[1, 7:])
 
 
+@pytest.mark.parametrize("row", DISTINCT, indirect=True)
 def test_padding_changes_no_number(row):
     llm, ids, embeds = row.llm, tokens(1, 12), np.random.randn(1, 9, row.llm.config.width).astype(np.float32)
     query = Query(ids, np.array([12]), np.array([5]), input_columns=5, target_columns=7)
@@ -137,6 +148,7 @@ def test_padding_changes_no_number(row):
     np.testing.assert_allclose(alone, padded, atol=2e-5)
 
 
+@pytest.mark.parametrize("row", [*DISTINCT, "v1.1 as transformers 5 makes it"], indirect=True)
 def test_options_scored_after_one_reading_of_x_are_those_of_reading_everything(row):
     torch = pytest.importorskip("torch")
     demos, x, options = tokens(20).tolist(), [5, 6, 7], [[8, 9, 10], [11], [12, 13]]

@@ -40,9 +40,12 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 pytestmark = pytest.mark.slow
 
 PAIRS = {  # the LLM, its distiller's backbone
-    "t5-small-lm-adapt to t5-large-lm-adapt": (V11 | {"d_model": 32, "num_layers": 3, "num_decoder_layers": 3}, V11),
-    "flan-t5-base to flan-t5-xl": (V11 | {"d_kv": 12, "num_heads": 4}, V11 | {"d_kv": 8}),
-    "t5-small to t5-small": (V1, V1),
+    # v1.1: a wider and deeper LLM (a projection), heads that together are wider or narrower than the states, a head of its own
+    "flan-t5-base to flan-t5-xl": (
+        V11 | {"d_model": 32, "num_layers": 3, "num_decoder_layers": 3, "d_kv": 12, "num_heads": 4},
+        V11,
+    ),
+    "t5-small to t5-small": (V1, V1),  # the first T5: a tied head, states scaled, no gate, vectors as they are
 }
 
 

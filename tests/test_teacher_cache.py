@@ -7,7 +7,7 @@ import pytest
 import test_t5
 from facts import says
 from family_rows import save_random
-from tiny_training import RandomBatches, config, model_folder
+from tiny_training import RandomBatches, config, model_folder, programs_made_once
 
 from mend_jax import train
 from mend_jax.losses import TopK, head_loss
@@ -17,6 +17,12 @@ from mend_jax.run.teacher_cache import TeacherCache
 
 B, Q, D, V = 3, 8, 12, 50
 FIELDS = {"train.steps": 4, "train.log_every": 1, "train.eval_every": 4, "train.save_every": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_made_once():
+    with programs_made_once():
+        yield
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 import tiny_training
 from conftest import ONE_DEVICE
 from facts import says, states
-from tiny_training import RandomBatches, config, model_folder
+from tiny_training import RandomBatches, config, model_folder, programs_made_once
 
 from mend_jax import train
 from mend_jax.llm.decoder_only import load_llm
@@ -35,6 +35,12 @@ SCRIPT = tiny_training.__file__
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_made_once():
+    with programs_made_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

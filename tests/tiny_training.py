@@ -4,6 +4,8 @@ As a program (`python tests/tiny_training.py WORKDIR [field=value ...]`) it trai
 """
 
 import ast
+import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -99,6 +101,41 @@ class RandomBatches:
 
     def describe(self, row):
         return f"random row {row}"
+
+
+@contextlib.contextmanager
+def programs_made_once():
+    """Within it, runs of the same settings share their train step and their evaluation, whose tracing takes ten times as long
+    as the rest of a tiny run. (Runs of several processes trace their own: test_end_to_end.py, test_processes.py, and the
+    killed runs of test_train.py.)"""
+    import pytest
+
+    from mend_jax import train
+    from mend_jax.run import build
+
+    made, make_step, make_layout, evaluation = {}, train.make_train_step, train.make_layout, build.evaluation
+
+    def once(what, config, make):
+        key = what, config.to_json(), train.make_loss_fn  # a test may have put another loss in its place
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def layout_of(*settings):
+        layout = make_layout(*settings)
+
+        def compile_step(step, state):
+            if step not in made:
+                made[step] = layout.compile_step(step, state)
+            return made[step]
+
+        return dataclasses.replace(layout, compile_step=compile_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_layout", layout_of)
+        patch.setattr(train, "make_train_step", lambda c, *rest: once("step", c, lambda: make_step(c, *rest)))
+        patch.setattr(build, "evaluation", lambda c, *rest: once("evaluation", c, lambda: evaluation(c, *rest)))
+        yield
 
 
 def main(workdir, *fields):
