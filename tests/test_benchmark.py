@@ -287,32 +287,23 @@ def test_a_full_memory_ends_the_trying(first, rows, folder, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_processes")
-def test_inference_command(folder, capsys):
-    out = folder / "inference.json"
-    arguments = ["inference", f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=3", f"--out={out}"]
-    assert command(*arguments) == 0
-    report = json.loads(out.read_text())
-    assert [(row["method"], row["reuse"]) for row in report["rows"]] == [
-        ("icl", False), ("icl", True), ("mend", False), ("mend", True)
-    ]  # fmt: skip
-    icl, mend = report["rows"][1], report["rows"][3]
-    assert icl["cache_bytes"] == 5 * mend["cache_bytes"] and mend["store_bytes"] == 4 * 16 * 4
-    assert report["same"]["largest_difference"] < 1e-3
-    assert "cached: " in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("no_processes")
-def test_inference_at_several_lengths(folder, capsys):
+def test_inference_command_at_several_lengths(folder, capsys):
     out = folder / "inference.json"
     arguments = [f"--llm={folder}", f"--distiller={folder}", *TINY, "--items=2", f"--out={out}", "--demos=20,10"]
     assert command("inference", *arguments) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["demos"] for row in rows] == 4 * [10, 20]
-    for row in rows:
+    report = json.loads(out.read_text())
+    assert [(row["method"], row["reuse"], row["demos"]) for row in report["rows"]] == [
+        (method, reuse, demos) for method in ("icl", "mend") for reuse in (False, True) for demos in (10, 20)
+    ]
+    for row in report["rows"]:
         settings = dataclasses.replace(SETTINGS, distiller=LLM.headless, demos=row["demos"])
         expected = benchmark_inference.inference_flops(settings, row["method"], row["reuse"], 2, 3)
         assert row["task_flops"] == expected["task_flops"]
-    assert capsys.readouterr().out.count("K/V cache MB") == 2
+    icl, mend = report["rows"][3], report["rows"][7]  # of 20
+    assert icl["cache_bytes"] == 5 * mend["cache_bytes"] and mend["store_bytes"] == 4 * 16 * 4
+    assert report["same"]["largest_difference"] < 1e-3
+    printed = capsys.readouterr().out
+    assert "cached: " in printed and printed.count("K/V cache MB") == 2
 
 
 AGAINST = ["inference", "--against=pytorch", "--items=3", "--repeats=1"]

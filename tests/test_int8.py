@@ -4,6 +4,7 @@ Axes: B batch, N demonstration tokens, L vectors, Q query tokens, D width.
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -81,11 +82,19 @@ ROWS = {
 WORDS, B, N, L, Q = 61, 2, 12, 3, 10
 
 
-@pytest.fixture(scope="module", params=ROWS)
-def row(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return functools.cache(lambda family: make_row(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture(params=ROWS)
+def row(request, rows):
     """One family: its folder, the LLM in 8 bits, and the same LLM in float32 with the numbers that 8 bits hold."""
-    folder = tmp_path_factory.mktemp(request.param)
-    fields = {"model_type": request.param, "vocab_size": WORDS} | ROWS[request.param]
+    return rows(request.param)
+
+
+def make_row(family, folder):
+    fields = {"model_type": family, "vocab_size": WORDS} | ROWS[family]
     model, rng = from_hf_config(fields), np.random.default_rng(1)
     params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), init_params(model, 0))
     save_model(folder, model, params, folder)
@@ -169,6 +178,7 @@ def test_what_is_read_from_files_is_what_the_whole_tree_gives(row):
 # What is computed
 
 
+@pytest.mark.parametrize("row", ["gpt2", "gemma3_text", "t5"], indirect=True)  # tables, gates and norms, two stacks
 def test_losses_and_the_gradient_of_the_prefix_are_those_of_the_numbers_that_are_held(row):
     """And so the gradient flows through the integers; near to those of the weights themselves."""
     vectors = jnp.asarray(np.random.randn(L, row.exact.config.width), jnp.float32)
