@@ -83,4 +83,4 @@ def _batch(rows, columns, limits) -> Batch:
     teacher, teacher_length = pad(shown, columns[1])
     tokens, query_length = pad([np.concatenate(pair) for pair in zip(x, y, strict=True)], columns[2])
     query = Query(tokens, query_length, np.asarray([len(a) for a in x], np.int32), *limits)
-    return Batch(demos, length, query, None, teacher, teacher_length)
+    return Batch(demos, length, query, None, teacher_demos=teacher, teacher_demos_length=teacher_length)
