@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
     evaluate.limit = 0  # test items per task and seed; 0 is all
     evaluate.batch_size = 32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
+    evaluate.option_score = "mean"  # an option's log-probability per token (MetaICL's), or its "sum", the probability of the whole option (docs/protocol.md)
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
 
     c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods

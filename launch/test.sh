@@ -3,6 +3,7 @@
 #
 #   ./launch/test.sh                       # all
 #   ./launch/test.sh quick                 # after each change: without the tests marked slow
+#   ./launch/test.sh attack                # an hour of odd input, damaged files and kills (docs/reliability.md)
 #   ./launch/test.sh tests/test_cli.py -x  # arguments are passed to pytest, also after "quick"
 
 set -euo pipefail
@@ -12,6 +13,12 @@ explain "$@"
 if [ "${1:-}" = quick ]; then
     shift
     set -- -m "not slow" "$@"
+fi
+
+if [ "${1:-}" = attack ]; then
+    shift
+    export MEND_ATTACK=1
+    set -- tests/attack "$@"
 fi
 
 install requirements-test.txt

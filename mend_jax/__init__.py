@@ -14,10 +14,18 @@ A mistake by the caller raises `UserError` with one sentence. Names are imported
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 
 if sys.argv[:1] == ["-m"]:  # one of our commands: XLA, which reads this when it loads, then prints only errors
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    def _stopped(*_):
+        os.write(2, b"\nStopped. The same command resumes where it stopped.\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the command itself takes over (cli.run)
+        signal.signal(signal.SIGINT, _stopped)
 
 if importlib.util.find_spec("torch") is None:
     # transformers would warn that it can load no models, which we load ourselves.

@@ -4,7 +4,8 @@
         --config.evaluate.methods=zero_shot,icl,mend=runs/mend
 
 For each task and seed, the seed's k examples are the demonstrations. Their prefix is made once and the LLM reads it once; all
-items and options share its keys and values. The prediction is the option with the highest mean log-probability per token.
+items and options share its keys and values. The prediction is the option with the highest mean log-probability per token, or
+with evaluate.option_score=sum the highest probability.
 An interrupted evaluation resumes: a task and seed whose file is complete is not computed again (results.py).
 
 Several processes share the tasks, and each holds both models whole on its first device. With evaluate.parallel="mesh" ("auto":
@@ -30,10 +31,12 @@ from mend_jax.models.folders import fingerprint
 from mend_jax.prefixes import KINDS, Kind
 from mend_jax.run import checks, distributed, sharding
 from mend_jax.run.layout import Layout, make_layout
+from mend_jax.run.lock import alone_in
 from mend_jax.run.reporting import say
 from mend_jax.scoring import costs, results
 from mend_jax.scoring.metrics import aggregate
 from mend_jax.scoring.tasks import (
+    MEAN,
     Method,
     content_of,
     evaluate_task,
@@ -43,6 +46,7 @@ from mend_jax.scoring.tasks import (
     scoring_options,
 )
 
+LOCK = ".evaluating.lock"
 BUILT_IN = {kind.method: kind for kind in KINDS.values() if kind.method}  # methods without a trained model
 
 
@@ -50,9 +54,14 @@ def evaluate(config, workdir) -> dict:
     """Evaluates config.evaluate.methods, writes the files in `workdir`, prints the table and returns the content of scores.json.
 
     Raises:
-        UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk.
+        UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk, another
+            evaluation in `workdir`.
     """
-    workdir = Path(workdir)
+    with alone_in(Path(workdir), LOCK, "evaluating"):
+        return _evaluate(config, Path(workdir))
+
+
+def _evaluate(config, workdir: Path) -> dict:
     layout = evaluation_layout(config)
     llm, methods = load_models(config, layout)
     results.write_config(workdir, config)
@@ -179,6 +188,8 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
     facts |= {"llm": read_from, "llm_dtype": config.llm.dtype, "llm_weights": config.llm.weights, "method": method.name}
     if config.data.bos != NONE:
         facts |= {"bos": config.data.bos}
+    if config.evaluate.option_score != MEAN:
+        facts |= {"option_score": config.evaluate.option_score}
     if not method.model.method:
         facts |= {"model": results.tree_hash(method.model.params)} | method.model.facts()
     return facts

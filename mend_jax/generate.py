@@ -12,6 +12,7 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
+from mend_jax.cli.text import shown
 from mend_jax.generation.generate import generate_text
 from mend_jax.packs.pack import load_pack, load_packs_llm
 from mend_jax.packs.queries import read_queries, write_answers
@@ -65,7 +66,7 @@ def generate(
         texts = [row["input"] for row in rows]
         answers = generate_text(model, found, texts, max_tokens, **sampling, progress=bar.update)
     if not inputs:
-        print(answers[0].text)
+        print(shown(answers[0].text, keep="\n\t"))
         return
     write_answers(out, (row | {"answer": a.text, "finish": a.finish} for row, a in zip(rows, answers, strict=True)))
     print(f"{len(answers):,} answers are in {out}.")

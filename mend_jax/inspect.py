@@ -4,7 +4,7 @@ python -m mend_jax.inspect --pack=reviews.pack.safetensors
 """
 
 from mend_jax.cli.command_line import run
-from mend_jax.cli.text import columns, printable
+from mend_jax.cli.text import columns
 from mend_jax.packs.pack import load_pack
 
 
@@ -21,7 +21,7 @@ def inspect(pack: str, demos: bool = False) -> None:
     facts["demonstrations"] = "not kept" if kept is None else "kept (--demos prints them)"
     facts["width"] = found.vectors.shape[1]
     facts["rms"] = f"{(found.vectors.astype(float) ** 2).mean() ** 0.5:.4g}"
-    print(columns([[printable(name), printable(str(value))] for name, value in facts.items()], left=2))
+    print(columns([[name, str(value)] for name, value in facts.items()], left=2))
     if demos:
         for x, y in found.demonstrations or ():
             print(f"{x!r} -> {y!r}")

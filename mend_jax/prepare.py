@@ -25,8 +25,8 @@ def prepare(config) -> dict:
         UserError: bad input, a tokenizer that does not fit the LLM, a full disk.
     """
     folder = local_folder(config.llm.path)
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, from_hf_config(folder).vocab_size, config.llm.path)
+    settings, tokenizer = from_hf_config(folder), load_tokenizer(folder)
+    check_tokenizer(tokenizer, settings.vocab_size, config.llm.path)
     if not config.data.text and not config.data.tasks:
         raise UserError("There is nothing to prepare: set config.data.text, config.data.tasks or both.")
     own, made = _distiller_tokenizer(config, tokenizer), {}

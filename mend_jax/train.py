@@ -15,9 +15,6 @@ again. Files in the workdir: config.json, sources.json, params.txt, checkpoints/
 (times), tensorboard/ and, after stage "lm" has ended, llm/: its best weights as a Hugging Face folder.
 """
 
-import contextlib
-import fcntl
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +30,9 @@ from mend_jax.run.best import is_finished, lines_until, score_of
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
 from mend_jax.run.layout import make_layout
+from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
+from mend_jax.run.sealed import write_checksums
 from mend_jax.run.teacher_cache import TeacherCache, is_used
 from mend_jax.scoring.results import tree_hash
 from mend_jax.step import TrainState, init_state, make_loss_fn, make_optimizer, make_train_step
@@ -50,7 +49,7 @@ def train(config, workdir) -> int:
     """
     workdir = Path(workdir).absolute()
     try:
-        with _alone_in(workdir):
+        with alone_in(workdir, LOCK, "training"):
             return _train(config, workdir)
     except OSError as error:
         if is_disk_full(error):
@@ -165,40 +164,8 @@ def _write_llm(config, workdir):
     params, meta = checkpoint.load_best(workdir)
     with whole_folder(target) as temporary:
         save_model(temporary, lm_settings(config, folder), params, folder)
+        write_checksums(temporary)
     reporting.say(f"Wrote the weights of step {meta['step']} to {target} as a Hugging Face folder.")
-
-
-@contextlib.contextmanager
-def _alone_in(workdir):
-    """Locks the workdir, so that two runs never write the same files. A new workdir is removed if an error leaves it empty."""
-    new = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / LOCK, "a")  # noqa: SIM115
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(f"The workdir {workdir} cannot be written ({error.strerror}): name another.") from error
-    with file:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another run is training in {workdir}: wait for it, or name another workdir."
-                ) from None
-        try:
-            yield
-        except UserError:
-            if new and jax.process_index() == 0:
-                _remove_unused(workdir)
-            raise
-
-
-def _remove_unused(workdir):
-    """Removes a workdir that holds nothing but the lock and empty folders."""
-    if all(path.is_dir() or path.name == LOCK for path in workdir.rglob("*")):
-        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":

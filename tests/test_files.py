@@ -11,22 +11,28 @@ from mend_jax.run.files import temporary_for, whole_file, whole_folder, write_js
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
+    """Of this machine at once; of others, and of older versions, only what nobody has written to for a day."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = socket.gethostname()
-    names = [
+    mine = temporary_for(tmp_path / "a[1].jsonl").name.split(f".{os.getpid()}.")[0]
+    gone = [f"{mine}.{dead.pid}.0123.tmp", f".a[1].jsonl.another-pod.{dead.pid}.0123.tmp"]
+    kept = [
         "a[1].jsonl",
-        f".a[1].jsonl.{host}.{os.getppid()}.tmp",
-        f".a[1].jsonl.{host}.{dead.pid}.tmp",
-        f".a1.jsonl.{host}.{dead.pid}.tmp",
-        f".a[1].jsonl.other-{host}.{dead.pid}.tmp",
-        f".a[1].jsonl.{host}.x.tmp",
+        f"{mine}.{os.getppid()}.0123.tmp",
+        f".a1.jsonl.{mine.rpartition('.')[2]}.{dead.pid}.0123.tmp",
+        f".a[1].jsonl.{socket.gethostname()}.{dead.pid}.tmp",
+        f"{mine}.x.tmp",
     ]
-    for name in names:
+    for name in (*gone, *kept):
         (tmp_path / name).write_text("half")
+    os.utime(tmp_path / gone[1], (0, 0))
     ours = temporary_for(tmp_path / "a[1].jsonl")
     assert ours.parent == tmp_path and str(os.getpid()) in ours.name
-    assert {p.name for p in tmp_path.iterdir()} == set(names) - {names[2]}
+    assert {p.name for p in tmp_path.iterdir()} == set(kept)
+
+
+def test_no_two_temporary_names_are_the_same(tmp_path):
+    assert temporary_for(tmp_path / "a") != temporary_for(tmp_path / "a")
 
 
 def test_a_folder_that_is_not_there(tmp_path):

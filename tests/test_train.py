@@ -24,6 +24,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
 from mend_jax.run import build, checkpoint, reporting
 from mend_jax.run.distributed import STOPPED
+from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
 from mend_jax.step import init_state, make_loss_fn, make_train_step
 
@@ -423,7 +424,7 @@ def test_soft_prompt_trains(model, tmp_path):
 
 
 def test_two_runs_in_one_workdir(model, tmp_path):
-    with train._alone_in(tmp_path), says(tmp_path, "Another run"):
+    with alone_in(tmp_path, train.LOCK, "training"), says(tmp_path, "Another run"):
         train.train(config(model), tmp_path)
 
 

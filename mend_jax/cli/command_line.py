@@ -9,10 +9,12 @@ A user error ends in one sentence and exit code 2.
 
 import ast
 import contextlib
+import errno
 import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -29,6 +31,7 @@ from mend_jax.cli import compile_cache
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.imports import hide_pytorch
 from mend_jax.cli.settings import PATHS, check, check_choice, dotted_fields, nearest
+from mend_jax.cli.text import shown
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.files import is_disk_full
@@ -47,6 +50,8 @@ def run(main, argv=None, several=False) -> None:
         argv: for tests; None means sys.argv.
         several: whether the command may run as several processes (distributed.py); other commands run as one.
     """
+    if argv is None and callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # mend_jax/__init__.py has another for the imports
     if several and argv is None:  # training and evaluation, which compute nothing with it
         hide_pytorch()
     code = _code_of(main, sys.argv if argv is None else argv, several)
@@ -75,7 +80,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         distributed.say_stopped()
         return STOPPED
     except UserError as error:
-        print(f"{distributed.label()}error: {error}", file=sys.stderr)
+        print(f"{distributed.label()}error: {shown(str(error))}", file=sys.stderr)
         return MISTAKE
     except BrokenPipeError:  # the output went to a program, such as head, that has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,22 +88,40 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes where it stopped.", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
-        if not is_disk_full(error):
-            if not distributed.is_running():
-                raise
-            traceback.print_exc()  # here, because `leave` may end the process before Python would print it
-            return FAILED
-        print(
-            "error: the disk is full: free some space, then the same command resumes where it stopped.", file=sys.stderr
+    except BaseException as error:
+        if sentence := _of_the_machine(error):
+            print(f"{distributed.label()}error: {shown(sentence)}", file=sys.stderr)
+            return MISTAKE
+        if not distributed.is_running() or not isinstance(error, Exception):
+            raise
+        traceback.print_exc()  # here, because `leave` may end the process before Python would print it
+        return FAILED
+
+
+def _of_the_machine(error: BaseException) -> str:
+    """What the machine lacks, in a sentence, if that is what an error of any library comes from; else ""."""
+    if is_disk_full(error):
+        return "the disk is full: free some space, then the same command resumes where it stopped."
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return "too many files are open at once: raise the limit (ulimit -n 1024), then run the same command again."
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return "this user has no home folder, where ~ would lead: set HOME, or give paths without ~."
+    if type(error).__name__ == "PanicException":  # of the tokenizers' own code; its class is no Exception
+        return (
+            f"the tokenizer cannot read a text ({text[:200]}): its tokenizer.json holds a pattern that cannot be used."
         )
-        return MISTAKE
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return (
+            f"{error.filename} cannot be read or written ({error.strerror}): check that it is there and that you may."
+        )
+    return ""
 
 
 def _plain_warnings() -> None:
     """Prints warnings as "warning: SENTENCE", each once: two stages of one command may give the same warning."""
     handler, printed = StreamHandler(), set()
-    handler.setFormatter(Formatter("warning: %(message)s"))
+    handler.setFormatter(_Shown("warning: %(message)s"))
     handler.addFilter(lambda record: not (record.getMessage() in printed or printed.add(record.getMessage())))
     root = getLogger()
     for other in list(root.handlers):  # a library may have called logging.basicConfig, whose format is for programmers
@@ -106,6 +129,13 @@ def _plain_warnings() -> None:
             root.removeHandler(other)
     if not root.handlers:
         root.addHandler(handler)
+
+
+class _Shown(Formatter):
+    """Warnings name what stands in data: nothing of it is obeyed by the terminal."""
+
+    def format(self, record) -> str:
+        return shown(super().format(record), keep="\n")
 
 
 def parse(main, argv) -> list:

@@ -6,7 +6,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from mend_jax.cli.text import clock, size
+from mend_jax.cli.text import clock, shown, size
 from mend_jax.run import distributed
 
 QUIET_SECONDS = 20  # the least time between lines if the output is not a terminal
@@ -34,7 +34,7 @@ class Progress:
 
     def at(self, what: str) -> None:
         """Names the current piece of work."""
-        self.what = what
+        what = self.what = shown(what)
         if self.bar is not None:
             self.bar.set_description(what, refresh=False)
 

@@ -23,6 +23,7 @@ CHOICES = {
     "train.parallel": ("pmap", "mesh"),
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),
+    "evaluate.option_score": ("mean", "sum"),
 }
 PATHS = (
     "llm.path",

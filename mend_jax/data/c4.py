@@ -9,11 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.json_lines import parse_object
+from mend_jax.data.json_lines import parse_object, text_field
+from mend_jax.run.reading import lines_of, read_json, require_regular
+
+AGAIN = "download the file again"
+FEATURES = "tensorflow_datasets.core.features."  # where the classes are that a tfds folder may name
 
 
 def text_files(folder) -> dict[str, list[Path]]:
-    """{"train": files, "validation": files} of a folder of `*.json.gz`. Raises UserError if there is no training file."""
+    """{"train": files, "validation": files} of a folder of `*.json.gz`.
+
+    Raises UserError if there is no training file, or one that is no regular file, or empty.
+    """
     if not str(folder):
         raise UserError("No text is given: set config.data.text to a folder of C4's *.json.gz files.")
     path = Path(folder).expanduser()
@@ -23,6 +30,9 @@ def text_files(folder) -> dict[str, list[Path]]:
         )
     files = {"train": [], "validation": []}
     for file in sorted(path.glob("*.json.gz")):
+        require_regular(file, AGAIN)
+        if not file.stat().st_size:
+            raise UserError(f"{file} is empty, not even an archive of nothing: {AGAIN}.")
         files["validation" if "validation" in file.name else "train"].append(file)
     if not files["train"]:
         raise UserError(f"{path} holds no *.json.gz files of training text: set config.data.text to C4's folder.")
@@ -34,23 +44,18 @@ def read_documents(file, report=None) -> Iterator[dict]:
 
     Raises UserError (file and line) for a line that is not a JSON object with a text, and for a damaged file.
     """
+    require_regular(file, AGAIN)
     number = 0
     try:
-        with open(file, "rb") as raw, gzip.open(raw, "rt", encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parse(line, f"{file}, line {number}")
+        with open(file, "rb") as raw, gzip.open(raw, "rb") as packed:
+            for number, (where, line) in enumerate(lines_of(packed, file, AGAIN), 1):
+                row = parse_object(line, where)
+                text_field(row, "text", where)
+                yield row
                 if report and number % 256 == 0:
                     report(raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file} is damaged after line {number} ({error}): download the file again.") from error
-
-
-def _parse(line: str, where: str) -> dict:
-    row = parse_object(line, where)
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"{where} has no text in the field 'text': correct or remove the line.")
-    return row
+        raise UserError(f"{file} is damaged after line {number} ({error}): {AGAIN}.") from error
 
 
 def tfds_folder(folder) -> Path | None:
@@ -65,9 +70,14 @@ def tfds_folder(folder) -> Path | None:
 
 def open_tfds(folder):
     """The builder of a prepared tfds dataset. Raises UserError if reading its files needs TensorFlow."""
+    _require_plain_features(Path(folder))
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # of many kinds: what a damaged dataset_info.json or features.json leads to
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{folder} cannot be read as a tfds dataset ({reason}): prepare it again.") from error
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"{folder} was prepared as {builder.info.file_format.value}, which only TensorFlow can read: give the "
@@ -78,12 +88,41 @@ def open_tfds(folder):
     return builder
 
 
+def _require_plain_features(folder: Path) -> None:
+    """Raises UserError where features.json names a class that is not tfds' own: tfds would import its module, whatever that is."""
+    try:
+        left = [read_json(folder / "features.json", "prepare the dataset again")]
+    except FileNotFoundError:
+        return
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            for name in ("pythonClassName", "python_class_name", "type"):
+                given = part.get(name)
+                if isinstance(given, str) and "." in given and not given.startswith(FEATURES):
+                    raise UserError(
+                        f"{folder / 'features.json'} names the class {given}, whose module would be run: only those of"
+                        " tensorflow_datasets are read."
+                    )
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, str) and "ython" in part and "{" in part:  # JSON within JSON, as the oldest files have it
+            raise UserError(f"{folder / 'features.json'} is of an old form: prepare the dataset again.")
+
+
 def tfds_texts(folder, split: str, start: int, stop: int) -> Iterator[str]:
     """The texts `start` to `stop` - 1 of a split of a prepared tfds dataset."""
     source = open_tfds(folder).as_data_source(split)
     for i in range(start, stop, 256):
         for row in source.__getitems__(range(i, min(i + 256, stop))):
-            yield bytes(row["text"]).decode("utf-8", errors="replace")
+            try:
+                yield bytes(row["text"]).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{folder} holds a text in split {split!r}, from number {i} on, that is not UTF-8 (byte"
+                    f" {error.start}): prepare the dataset again."
+                ) from None
 
 
 def c4_builder(folder, data_dir):

@@ -87,6 +87,7 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalT
     examples = [example for demos, items in files.values() for example in (*demos, *items)]
     inputs = _read_inputs(tokenizer, [e.input for e in examples], template, data.max_input_tokens)
     outputs = encode_texts(tokenizer, (text for e in examples for text in (e.output, *e.options)), template.answer)
+    _warn_of_repeated_options(name, [item for _, items in files.values() for item in items])
     _warn_of_equal_options(name, [item for _, items in files.values() for item in items], outputs)
     tasks = []
     for seed, (demos, items) in files.items():
@@ -131,6 +132,19 @@ def check_options(items: list[metaicl.Example], path) -> None:
                 f"{path}, example {number} has {len(item.options)} different options: evaluation chooses among at least two, so "
                 f"leave free-form tasks like {item.task!r} out of the meta-test tasks."
             )
+
+
+def _warn_of_repeated_options(name: str, items: list[metaicl.Example]) -> None:
+    """Warns if lines list an option more than once: chance is another than such a line seems to say."""
+    found = {item for item in items if item.repeated}  # seeds often share their test items
+    if found:
+        logging.warning(
+            "%s: %d item%s an option more than once, such as %r: it counts once, where it stands first",
+            name,
+            len(found),
+            " lists" if len(found) == 1 else "s list",
+            min(found, key=lambda item: item.repeated).repeated[0],
+        )
 
 
 def _warn_of_equal_options(name: str, items: list[metaicl.Example], ids: dict[str, np.ndarray]) -> None:

@@ -1,29 +1,33 @@
 """Lines of JSON, the format of C4's and MetaICL's files."""
 
-import json
-import re
-
 from mend_jax.cli.errors import UserError
+from mend_jax.run.reading import Unreadable, described, parse_json
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half of a character
+REMEDY = "correct or remove the line"
 
 
 def parse_object(line: str, where: str) -> dict:
     """The JSON object of one line. Raises UserError for anything else; the message begins with `where` (file and line)."""
     try:
-        row = json.loads(line.rstrip())  # stripped, so that the error in a truncated line is at its end
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}): correct or remove the line."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a depth of thousands
-        reason = "nested too deep" if isinstance(error, RecursionError) else "a number is too long"
-        raise UserError(f"{where} cannot be read ({reason}): correct or remove the line.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object, {{...}}: correct or remove the line.")
-    if SURROGATE.search(line) and not is_text(json.dumps(row, ensure_ascii=False)):
-        raise UserError(f"{where} holds half of a character (an escape such as \\ud800): correct or remove the line.")
-    return row
+        return parse_json(line.rstrip(), dict)  # stripped, so that the error in a truncated line is at its end
+    except Unreadable as error:
+        raise UserError(f"{where} {error}: {REMEDY}.") from None
+
+
+def text_field(row: dict, name: str, where: str) -> str:
+    """The text in a field. Raises UserError, which begins with `where`, if there is none; it names what is there instead."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{where} has no text in the field {name!r}{instead(value)}: {REMEDY}.")
+    return value
+
+
+def instead(value) -> str:
+    """What stands in a text's place, and how to make it one: numbers and truth values only lack quotes."""
+    if value is None:
+        return ""
+    quotes = f', which would be one in quotes, "{str(value).lower()}"' if isinstance(value, bool | int | float) else ""
+    return f" but {described(value)}{quotes}"
 
 
 def is_text(value: str) -> bool:

@@ -3,7 +3,7 @@
     {"task": "ag_news", "input": "Stocks rose.", "output": "Business", "options": ["Business", "Sports", "World"]}
 
 `options` is empty (or null) if the output is free text: usable for training, not for evaluation. Options with the same text
-count as one (MetaICL's commonsense_qa, openbookqa and social_i_qa have some). A folder may have
+count as one, where the first of them stands (MetaICL's commonsense_qa, openbookqa and social_i_qa have some). A folder may have
 its own `partitions.json` ({name: {"train": [tasks], "test": [tasks]}}) and `tasks.json` ({task: {"task_type": ...}}).
 """
 
@@ -17,8 +17,10 @@ from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import nearest
-from mend_jax.data.json_lines import parse_object
+from mend_jax.data.json_lines import instead, parse_object, text_field
+from mend_jax.run.reading import described, read_json, read_lines
 
+LONGEST_NAME = 120  # bytes of a task's name: file systems take 255 for the name of a file, which holds more than this
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
 
 
@@ -30,6 +32,7 @@ class Example:
     input: str
     output: str
     options: tuple[str, ...]  # each once
+    repeated: tuple[str, ...] = ()  # those that the line lists more than once
 
 
 def data_folder(folder) -> Path:
@@ -63,7 +66,7 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
 
 def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | None:
     here = data_folder(folder) / task
-    pattern = re.compile(re.escape(task) + rf"_(\d+)_{seed}_{split}\.jsonl")
+    pattern = re.compile(re.escape(task) + rf"_([0-9]+)_{seed}_{split}\.jsonl")
     names = (pattern.fullmatch(path.name) for path in (here.iterdir() if here.is_dir() else ()) if path.is_file())
     sizes = sorted(int(match[1]) for match in names if match)
     size = next((size for size in sizes if size >= k), None)
@@ -73,10 +76,10 @@ def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | N
 def read_file(path) -> list[Example]:
     """All examples of a file. Raises UserError (file and line) for a line that is not a MetaICL example, or an empty file."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: check config.data.tasks and the task's name.")
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        examples = [parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    try:
+        examples = [parse_line(line, where) for where, line in read_lines(path, "write the file again")]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check config.data.tasks and the task's name.") from None
     if not examples:
         raise UserError(f"{path} holds no examples: remove the task from its partition or fill the file.")
     return examples
@@ -85,15 +88,20 @@ def read_file(path) -> list[Example]:
 def parse_line(line: str, where: str) -> Example:
     """The example in one line. Raises UserError, whose message begins with `where` (file and line)."""
     row = parse_object(line, where)
-    for field in ("task", "input", "output"):
-        if not isinstance(row.get(field), str):
-            raise UserError(f"{where} has no text in the field {field!r}: every example needs task, input and output.")
-    options = row.get("options") or ()
-    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
-        raise UserError(f"{where}: 'options' must be a list of texts, empty for a free-form task.")
-    if options and row["output"] not in options:
-        raise UserError(f"{where}: the output {row['output']!r} is not among the options {list(options)}.")
-    return Example(row["task"], row["input"], row["output"], tuple(dict.fromkeys(options)))
+    task, given, output = (text_field(row, field, where) for field in ("task", "input", "output"))
+    options = row.get("options") or []
+    if not isinstance(options, list):
+        raise UserError(
+            f"{where}: 'options' must be a list of texts, empty for a free-form task, but is {described(options)}."
+        )
+    other = next((option for option in options if not isinstance(option, str)), "")
+    if other != "":
+        raise UserError(f"{where}: 'options' must be a list of texts{instead(other)}.")
+    if options and output not in options:
+        raise UserError(f"{where}: the output {output!r} is not among the options {options}.")
+    once = tuple(dict.fromkeys(options))
+    repeated = tuple(option for option in once if options.count(option) > 1) if len(once) < len(options) else ()
+    return Example(task, given, output, once, repeated)
 
 
 def read_examples(folder, task: str, k: int, seed: int, split: str) -> list[Example]:
@@ -116,8 +124,7 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
     """
     partitions = dict(metaicl_partitions())
     own = data_folder(folder).parent / "partitions.json"
-    if own.is_file():
-        partitions |= _read_json(own)
+    partitions |= _read_json(own)
     if name not in partitions:
         raise UserError(
             f"There is no partition {name!r} in {own} or in MetaICL: did you mean {nearest(name, partitions)!r}? "
@@ -129,7 +136,20 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
         raise UserError(
             f"The partition {name!r} in {own} must be an object with two lists of task names, 'train' and 'test'."
         )
+    for task in (*sides[0], *sides[1]):
+        _require_name(task, f"The partition {name!r} in {own}")
     return {split: list(dict.fromkeys(partition[split])) for split in ("train", "test")}
+
+
+def _require_name(task: str, where: str) -> None:
+    """Raises UserError for a name of a task that would lead out of the folder of tasks, or that no file can have."""
+    what = ""
+    if any(part in ("", ".", "..") for part in task.split("/")) or "\0" in task:
+        what = "would lead out of the folder of tasks"
+    elif len(task.encode()) > LONGEST_NAME:
+        what = f"has {len(task.encode()):,} bytes, more than the {LONGEST_NAME} of a file's name"
+    if what:
+        raise UserError(f"{where} names the task {task[:LONGEST_NAME]!r}, which {what}: give it another name.")
 
 
 @functools.cache
@@ -206,15 +226,11 @@ def is_classification(folder, task: str, examples: list[Example]) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
+    """The object in a file that a folder may have; {} where it has none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold one JSON object.")
-    return content
+        return read_json(path, "correct the file")
+    except FileNotFoundError:
+        return {}
 
 
 def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[int, ...] = (13, 21, 42, 87, 100)):
@@ -257,6 +273,7 @@ def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[
             def _generate_examples(self, paths):
                 for path in paths:
                     for number, example in enumerate(read_file(path)):
-                        yield f"{path.name}/{number}", vars(example) | {"options": list(example.options)}
+                        fields = {name: getattr(example, name) for name in self.info.features}
+                        yield f"{path.name}/{number}", fields | {"options": list(example.options)}
 
         return MetaICL(data_dir=str(Path(data_dir).expanduser()), config=partition, file_format="array_record")

@@ -3,7 +3,8 @@
     <cache>/shards-<tokenizers, template>/<file>-<source>.array_record    one per source file
     <cache>/text-<key>.json, <cache>/tasks-<key>.json                     manifests that list a source's shards, written last
 
-A shard appears only when complete, so an interrupted `prepare` resumes with the first missing shard.
+A shard appears only when complete, so an interrupted `prepare` resumes with the first missing shard. Of a manifest only the
+numbers of items and tokens are believed, and these only where its checksum is right; all else is known without it.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from mend_jax.cli.progress import Progress
 from mend_jax.data import c4, metaicl
 from mend_jax.data.templates import Template, chosen
 from mend_jax.data.tokenize import fingerprint, readable, run_job, shard_counts, tokenizer_text
-from mend_jax.run.files import write_text
+from mend_jax.run.reading import require_regular
+from mend_jax.run.sealed import FIELD, read_sealed, write_sealed
 
 TFDS_SHARD = 20_000  # documents of a prepared tfds dataset in one of our shards
 IN_PROCESS = 4_000_000  # bytes of source; for fewer, starting processes takes longer than the work
@@ -117,6 +119,7 @@ def _file_fingerprint(file: Path) -> str:
 
     A gzip file ends with a checksum of its content.
     """
+    require_regular(file, c4.AGAIN)
     with readable(file):
         stat = file.stat()
         with file.open("rb") as content:
@@ -138,7 +141,9 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, template: str, confi
     shards = cache / f"shards-{shard_key}"
     manifest = cache / f"{kind}-{fingerprint(shard_key, *(job['name'] for job in jobs))}.json"
     source = str(config.data.text if kind == "text" else config.data.tasks)
-    if found := _read_manifest(manifest, shards, source, count):
+    for job in jobs:
+        job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype}
+    if found := _read_manifest(manifest, jobs, source, count):
         return found
     try:
         shards.mkdir(parents=True, exist_ok=True)
@@ -146,39 +151,59 @@ def _prepare(kind: str, jobs: list[dict], tokenizers: list, template: str, confi
         raise UserError(
             f"{shards} cannot be created ({error.strerror}): set config.data.cache to a folder that you can write to."
         ) from error
-    for job in jobs:
-        job |= {"out": str(shards / f"{job['name']}.array_record"), "dtype": dtype}
     with _lock(cache / f".{manifest.name}.lock"):
-        if found := _read_manifest(manifest, shards, source, count):  # another process made it in the meantime
+        if found := _read_manifest(manifest, jobs, source, count):  # another process made it in the meantime
             return found
         _run([job for job in jobs if not Path(job["out"]).exists()], texts, config.data.processes, kind)
-        made = [
-            {"file": Path(job["out"]).name, "split": job["split"], "task": job.get("task", "")}
-            | shard_counts(job["out"], job["kind"], count)
-            for job in jobs
-        ]
-        write_text(manifest, json.dumps({"dtype": dtype, "shards": made}, indent=1))
-        return _read_manifest(manifest, shards, source, count)
+        made = [_shard(job) | shard_counts(job["out"], job["kind"], count) for job in jobs]
+        try:
+            write_sealed(manifest, {"dtype": dtype, "shards": made})
+        except OSError as error:
+            raise UserError(f"{manifest} cannot be written ({error.strerror}): check config.data.cache.") from error
+        return _manifest(made, jobs, source, count)
 
 
-def _read_manifest(path: Path, shards: Path, source: str, tokenizers: int) -> dict | None:
-    """The manifest, or None if it or one of its shards is missing. A damaged manifest is made again."""
-    if not path.is_file():
-        return None
+def _shard(job: dict) -> dict:
+    """What a manifest says of a job's shard, but for the numbers of its items and tokens."""
+    return {"file": Path(job["out"]).name, "split": job["split"], "task": job.get("task", "")}
+
+
+def _manifest(made: list[dict], jobs: list[dict], source: str, tokenizers: int) -> dict:
+    listed = [shard | {"path": job["out"]} for shard, job in zip(made, jobs, strict=True)]
+    return {"dtype": jobs[0]["dtype"], "shards": listed, "source": source, "tokenizers": tokenizers}
+
+
+def _read_manifest(path: Path, jobs: list[dict], source: str, tokenizers: int) -> dict | None:
+    """The manifest, or None if it or one of its shards is missing. One that is damaged is made again."""
     try:
-        content = json.loads(path.read_text())
-        listed = [shard | {"path": str(shards / shard["file"])} for shard in content["shards"]]
-        content = {"dtype": content["dtype"], "shards": listed, "source": source, "tokenizers": tokenizers}
-    except (ValueError, KeyError, TypeError):
+        sealed = f'"{FIELD}"' in path.read_text(errors="replace")
+        made = read_sealed(path, "it is made again")["shards"]
+        known = [{name: shard[name] for name in ("file", "split", "task")} for shard in made]
+    except (OSError, UserError, KeyError, TypeError):
         return None
-    return content if all(os.path.exists(shard["path"]) for shard in content["shards"]) else None
+    if known != [_shard(job) for job in jobs] or not all(os.path.exists(job["out"]) for job in jobs):
+        return None
+    if not sealed:  # an older version wrote it, perhaps where nothing can be written now
+        made = [_shard(job) | shard_counts(job["out"], job["kind"], tokenizers) for job in jobs]
+    return _manifest(made, jobs, source, tokenizers)
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: doing the work twice is only slower
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}): set config.data.cache to a folder that you can write to."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another command that prepares the same data in {path.parent} ...", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: doing the work twice is only slower
+            pass
         yield
 
 

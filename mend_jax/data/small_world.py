@@ -105,7 +105,7 @@ def _description(world: World) -> str:
 
 def _is_written(folder: Path, world: World) -> bool:
     try:
-        return (folder / "world.json").read_text() == _description(world)
+        return (folder / "world.json").read_bytes() == _description(world).encode()
     except OSError:
         return False
 

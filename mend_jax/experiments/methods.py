@@ -17,7 +17,6 @@ The last two train the config's prefix.kind, by default a distiller.
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from mend_jax.cli.settings import METHODS
 from mend_jax.cli.text import minutes
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
+from mend_jax.run.reading import read_json
 
 # For each method its stages: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
 STAGES = {
@@ -145,9 +145,10 @@ class Times:
     def parts(self) -> dict:
         """The file's content, read again each time: another command may train another method in the same workdir."""
         try:
-            return json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # a file of times is not worth stopping for
+            found = read_json(self.path, "it is begun anew")
+        except (FileNotFoundError, UserError):  # a file of times is not worth stopping for
             return {}
+        return {name: part for name, part in found.items() if _is_part(part)}
 
     def run(self, name: str, part: Callable[[], int | None]) -> int:
         """Runs and times `part`; returns its result, 0 or None if it has finished."""
@@ -167,6 +168,11 @@ class Times:
             return
         parts[name] = {"seconds": round(before["seconds"] + seconds, 1), "finished": finished}
         write_json(self.path, parts)
+
+
+def _is_part(part) -> bool:
+    known = part if isinstance(part, dict) else {}
+    return isinstance(known.get("seconds"), int | float) and isinstance(known.get("finished"), bool)
 
 
 def _evaluate(config: ConfigDict, folder: Path, times: Times) -> None:

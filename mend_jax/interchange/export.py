@@ -1,6 +1,7 @@
 """Exports a trained model as files that need nothing from this project (listed in mend_jax/export.py). trained.py reads them."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mend_jax.interchange.trained import (
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.models.folders import convert_model, save_model, settings_here
 from mend_jax.run.files import whole_folder
+from mend_jax.run.sealed import write_checksums
 
 
 def export(
@@ -65,7 +67,10 @@ def written(out: Path) -> Iterator[Path]:
     try:
         with whole_folder(out) as folder:
             yield folder
+            write_checksums(folder)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{out} was written by another command in the meantime: name another folder.") from error
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): free some space, or name another folder."
         ) from error

@@ -9,6 +9,7 @@ from mend_jax.cli.text import markdown
 from mend_jax.data.bos import NONE, in_python
 from mend_jax.data.templates import QUERY, chosen, in_words
 from mend_jax.objectives import Numbers, Objective
+from mend_jax.run.best import lines_until
 
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # fields of a line of metrics.jsonl
 FORWARD_KL = Objective().name  # the paper's
@@ -110,10 +111,9 @@ def _objective(loss: dict) -> str:
 
 def _measured(workdir, step) -> dict[str, str]:
     """The measurements of a step in metrics.jsonl; a loss of exactly 0 was not computed."""
-    path, values = Path(workdir).expanduser() / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        if row.get("step") == step:
+    values = {}
+    for row in lines_until(Path(workdir).expanduser(), step):
+        if row["step"] == step:
             values |= {name: f"{value:.4f}" for name, value in row.items() if value and name not in NOT_MEASURED}
     return values
 

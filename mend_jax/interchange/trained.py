@@ -19,7 +19,10 @@ from mend_jax.prefixes import KINDS, Distiller, Kind, release
 from mend_jax.prefixes.distiller import SETTINGS, read_settings
 from mend_jax.run import checkpoint
 from mend_jax.run.best import is_finished
+from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place
+
+RELEASED = (".safetensors", ".bin")  # files of the public release
 
 
 def load_distiller(path, llm, backbone=None) -> Distiller:
@@ -93,6 +96,10 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
     """
     path = Path(path).expanduser()
     if path.is_file():
+        if path.suffix not in RELEASED:
+            raise UserError(
+                f"{path} is neither .safetensors nor .bin: name a folder; if it is an archive of one, unpack it."
+            )
         if backbone is None:
             raise UserError(
                 f"{path} holds no settings: read it with mend_jax.load_distiller(..., backbone=FOLDER), the folder of its "
@@ -101,6 +108,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
         return read_release(path, backbone)
     for kind in KINDS.values():
         if kind.is_in(path):
+            require_unchanged(path)
             return kind.from_folder(path, place)
     if not path.exists():
         raise UserError(f"{path} does not exist: name a training workdir, an exported folder, or a release's file.")
@@ -115,7 +123,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
 def read_release(path: str | Path, backbone: str | Path) -> Distiller:
     """The distiller of the public release's own .safetensors or .bin file (read as weights only, never as a pickle)."""
     path = Path(path)
-    if path.suffix not in (".safetensors", ".bin"):
+    if path.suffix not in RELEASED:
         raise UserError(f"{path} is neither .safetensors nor .bin: give the release's file, or a folder.")
     folder = local_folder(backbone)
     config = from_hf_config(folder)
@@ -178,7 +186,12 @@ def _sha256(file: Path) -> bytes:
 
 def _warn_if_unfinished(config: dict, workdir, meta: dict) -> None:
     newest = checkpoint.whole_steps(workdir)[-1]
-    if not is_finished(ConfigDict(config), workdir, newest):
+    try:
+        finished = is_finished(ConfigDict(config), workdir, newest)
+    except UserError as error:  # it is no part of what is read
+        logging.warning("Whether the training in %s has ended is not known: %s", workdir, error)
+        return
+    if not finished:
         logging.warning(
             "The training in %s has not ended (step %d of %d): its best checkpoint so far, of step %d, is taken.",
             workdir,

@@ -17,11 +17,14 @@ import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
 
 from mend_jax.cli.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
-from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, read_json, to_hf_config
+from mend_jax.models.families import Config, EncoderDecoderConfig, family_of, from_hf_config, read_json, to_hf_config
 from mend_jax.models.gguf.header import is_gguf
 from mend_jax.models.gguf.packaged import PACKAGED, packaged_file
 from mend_jax.models.gguf.tokenizer import gguf_tokenizer
 from mend_jax.models.split_weights import read_split
+from mend_jax.models.weights import AGAIN
+from mend_jax.run.reading import require_regular
+from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place, places
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")  # a tokenizer has one of them
@@ -63,6 +66,7 @@ def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, pla
 
 def read_weights(folder: Path, config: Config, dtype="float32", int8=False, place: Place | None = None) -> dict:
     """The tree of `load_model` alone."""
+    require_unchanged(folder)
     if place is not None:
         return read_split(folder, config, dtype, int8, place)
     return _to_device(weights.read_params(folder, config, dtype, int8))
@@ -206,6 +210,8 @@ def fingerprint(path: str | Path) -> str:
     files = [folder / name for name in VOCABULARIES if (folder / name).exists()]
     files = [] if is_gguf(folder) else [folder / "config.json", *files]
     files += weights.weight_files(folder) if weights.has_weights(folder) else []
+    for file in files:
+        require_regular(file, AGAIN)
     stats = [file.stat() for file in files]
     return _fingerprint(tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)))
 
@@ -229,13 +235,22 @@ def load_tokenizer(folder: str | Path):
     there = [name for name in VOCABULARIES if (folder / name).exists()]
     if not there:
         return None
+    if (folder / "config.json").exists():
+        family_of(
+            read_json(folder)
+        )  # before transformers, which would run the folder's code for a model it does not know
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            require_regular(folder / name, AGAIN)
     if there[0].endswith(".model") and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(f"{folder / there[0]} needs SentencePiece to be read: pip install sentencepiece.")
     from transformers import AutoTokenizer  # slow to import: only where texts are read
 
     try:
-        return _without_doubled_space(AutoTokenizer.from_pretrained(folder))
-    except Exception as error:  # of many kinds; tokenizers itself raises bare ones
+        return _without_doubled_space(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except BaseException as error:  # of many kinds; tokenizers itself raises bare ones, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}): copy it again.") from error
 

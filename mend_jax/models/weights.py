@@ -30,7 +30,9 @@ from mend_jax.models.gguf.header import is_gguf, parts
 from mend_jax.models.gguf.tensors import open_part
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
 from mend_jax.models.tables import Entry
+from mend_jax.run.reading import read_json, require_regular
 
+AGAIN = "copy the model's folder again"
 FORMAT = {"format": "pt"}  # transformers reads no .safetensors without it
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, which <name>.index.json lists
 NOT_TIED = (
@@ -207,15 +209,10 @@ def weight_files(folder: Path) -> list[Path]:
     for single in SINGLE_FILES:
         index = _index(folder, single)
         if (folder / single).exists():
+            require_regular(folder / single, AGAIN)
             return [folder / single]
         if index.exists():
-            shards = _shards(index)
-            missing = [shard for shard in shards if not (folder / shard).exists()]
-            if missing:
-                raise UserError(
-                    f"{folder / missing[0]} is not there, though {index.name} names it: copy the model's folder again."
-                )
-            return [folder / shard for shard in shards]
+            return _shards(index)
     raise UserError(f"{folder} holds no weights: model.safetensors or pytorch_model.bin is expected there.")
 
 
@@ -223,13 +220,20 @@ def _index(folder: Path, single: str) -> Path:
     return folder / f"{single}.index.json"
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index} is no index of weights ({type(error).__name__}: {error}): copy the model's folder again."
-        ) from None
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it. Raises UserError where it names another place, or what is not there."""
+    named = read_json(index, AGAIN).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index} is no index of weights (weight_map is no object of file names): {AGAIN}.")
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name or "\0" in name:
+            raise UserError(f"{index} names the file {name!r}, which is not one beside it: {AGAIN}.")
+        try:
+            require_regular(index.parent / name, AGAIN)
+        except FileNotFoundError:
+            raise UserError(f"{index.parent / name} is not there, though {index.name} names it: {AGAIN}.") from None
+    return [index.parent / name for name in names]
 
 
 def read_file(path: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.json_lines import parse_object
+from mend_jax.data.json_lines import instead, parse_object
 from mend_jax.packs.pack import SUFFIX
+from mend_jax.run.reading import read_lines
 
 ENDINGS = (".jsonl", ".json")
 
@@ -54,19 +55,16 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
 def lines_of(file: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", text) of each line that is not blank. Raises UserError for a file that is no UTF-8 text."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): name another file.") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{file}, line {number}", line
+        yield from read_lines(file, "name another file")
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: name another file.") from None
 
 
 def pair_of(row: dict, where: str) -> tuple[str, str]:
     """The (x, y) of a line's object. Raises UserError, which begins with `where`, if it has none."""
     for name in ("input", "output"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise UserError(f'{where} has no text "{name}": a demonstration has "input" and "output".')
+            raise UserError(
+                f'{where} has no text "{name}"{instead(row.get(name) or None)}: a demonstration has "input" and "output".'
+            )
     return row["input"], row["output"]

@@ -9,11 +9,13 @@
     shorter             numbers of vectors, as JSON: the first so many are a prefix that the distiller was trained to make too
     template            the three texts around x and y, as JSON; `bos`: what the vectors stand behind
     demonstrations      [[x, y], ...] as JSON; only where they were asked to be kept
+    checksum            of all of it; a pack without one, of an older version, is believed
 
 All values are strings, as safetensors wants them. Reading a pack runs no code of it.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +25,6 @@ import safetensors.numpy
 from safetensors import SafetensorError, deserialize
 
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.text import printable
 from mend_jax.data.bos import bos_token
 from mend_jax.data.json_lines import is_text
 from mend_jax.data.templates import Template
@@ -34,6 +35,8 @@ from mend_jax.models import folders
 from mend_jax.models.weights import write_file
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import whole_file
+from mend_jax.run.reading import parse_json, require_regular
+from mend_jax.run.sealed import FIELD, checksum
 
 FORMAT = 1
 READ = tuple(map(str, range(1, FORMAT + 1)))  # formats, as files have them
@@ -85,12 +88,19 @@ class Pack:
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all. Raises OSError where it cannot be written."""
+        vectors, facts = self._content()
         with whole_file(path) as temporary:
-            write_file({TENSOR: np.ascontiguousarray(self.vectors, np.float32)}, temporary, self.metadata())
+            write_file({TENSOR: vectors}, temporary, facts)
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
-        return safetensors.numpy.save({TENSOR: np.ascontiguousarray(self.vectors, np.float32)}, self.metadata())
+        vectors, facts = self._content()
+        return safetensors.numpy.save({TENSOR: vectors}, facts)
+
+    def _content(self) -> tuple[np.ndarray, dict[str, str]]:
+        """The vectors and the metadata of its file, with their checksum."""
+        vectors, facts = np.ascontiguousarray(self.vectors, np.float32), self.metadata()
+        return vectors, facts | {FIELD: _checksum(vectors, facts)}
 
     def metadata(self) -> dict[str, str]:
         """The metadata of its file."""
@@ -106,7 +116,7 @@ class Pack:
         theirs = folders.fingerprint(llm.path)
         if theirs != self.llm_fingerprint:
             raise UserError(
-                f"{where} holds vectors for the LLM {printable(self.llm)} ({printable(self.llm_fingerprint)}), not for {llm.path} ({theirs}): load"
+                f"{where} holds vectors for the LLM {self.llm} ({self.llm_fingerprint}), not for {llm.path} ({theirs}): load"
                 " that LLM, or distil the demonstrations for this one."
             )
         if tokenizer_fingerprint(llm.tokenizer) != self.tokenizer_fingerprint:
@@ -114,7 +124,7 @@ class Pack:
                 f"{where} was made with another tokenizer than {llm.path} has now: distil the demonstrations again."
             )
         if bos_token(self.bos, llm.tokenizer, llm.path) != llm.bos:
-            raise UserError(f'{where} is for an LLM that reads with bos="{printable(self.bos)}": load the LLM so.')
+            raise UserError(f'{where} is for an LLM that reads with bos="{self.bos}": load the LLM so.')
         if self.vectors.shape[1] != llm.config.width or self.num_vectors > llm.window:
             raise UserError(
                 f"{where} holds {self.num_vectors} vectors of width {self.vectors.shape[1]}, but {llm.path} reads {llm.window} of width"
@@ -132,8 +142,10 @@ def load_pack(path: str | Path, llm=None) -> Pack:
         UserError: no such file, a damaged or cut one, one that is no pack, of a newer format, or for another LLM.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path} is not there: name a pack, a file that `python -m mend_jax.distill` wrote.")
+    try:
+        require_regular(path, "name a pack")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: name a pack, a file that `python -m mend_jax.distill` wrote.") from None
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a pack: name another file.")
     try:
@@ -161,10 +173,14 @@ def pack_of(content: bytes, where: str = "The file") -> Pack:
     """The pack in a file's content. Raises UserError, as `load_pack` does, which names the file by `where`."""
     try:
         deserialize(content)  # raises for all that is damaged or cut, before the header is read once more
-        facts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+        facts = parse_json(header, dict).get("__metadata__", {})
         _check_format(where, facts)
-        return _from_facts(safetensors.numpy.load(content)[TENSOR], facts)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        vectors, known = safetensors.numpy.load(content)[TENSOR], facts.pop(FIELD, None)
+        if known not in (None, _checksum(vectors, facts)):
+            raise ValueError("it has changed since it was written")
+        return _from_facts(vectors, facts)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{where} cannot be read as a pack ({reason}): copy or make it again.") from None
 
@@ -177,7 +193,7 @@ def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "fl
         if llm:
             raise
         raise UserError(
-            f"{path} is for the LLM {printable(pack.llm)}, which cannot be read ({printable(str(error))}): say where it is, --llm=FOLDER."
+            f"{path} is for the LLM {pack.llm}, which cannot be read ({error}): say where it is, --llm=FOLDER."
         ) from None
     pack.check(found, str(path))
     return found
@@ -188,9 +204,7 @@ def _check_format(where: str, facts: dict[str, str]) -> None:
     if number is None:
         raise UserError(f"{where} is a safetensors file but no pack: make one with `python -m mend_jax.distill`.")
     if number not in READ:
-        raise UserError(
-            f"{where} is a pack of format {printable(number[:20])}, this program reads up to {FORMAT}: update it."
-        )
+        raise UserError(f"{where} is a pack of format {number[:20]}, this program reads up to {FORMAT}: update it.")
 
 
 def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
@@ -199,16 +213,26 @@ def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
         raise ValueError(f"its vectors are {vectors.dtype} {vectors.shape}, or not finite")
     fields = {field.name: facts[field.name] for field in dataclasses.fields(Pack) if field.name in facts}
     for name in set(LISTS) & fields.keys():
-        fields[name] = json.loads(fields[name])
+        fields[name] = parse_json(fields[name], list)
     fields["template"] = Template(*map(_text, fields["template"]))
     fields["num_demonstrations"] = int(fields["num_demonstrations"])
-    fields["dropped"] = tuple(map(int, fields["dropped"]))
-    fields["shorter"] = tuple(map(int, fields.get("shorter", ())))
+    fields["dropped"] = tuple(map(_number, fields["dropped"]))
+    fields["shorter"] = tuple(map(_number, fields.get("shorter", ())))
     if "demonstrations" in fields:
         fields["demonstrations"] = tuple((_text(x), _text(y)) for x, y in fields["demonstrations"])
     if int(facts["num_vectors"]) != len(vectors):
         raise ValueError(f"it says {facts['num_vectors']} vectors and holds {len(vectors)}")
     return Pack(vectors, **fields)
+
+
+def _checksum(vectors: np.ndarray, facts: dict[str, str]) -> str:
+    return checksum([facts, str(vectors.shape), hashlib.sha256(vectors.tobytes()).hexdigest()])
+
+
+def _number(value) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not the number of a demonstration")
+    return value
 
 
 def _text(value) -> str:

@@ -1,11 +1,12 @@
 """Files of queries: JSON lines with "input" and, where one of several answers is to be chosen, "options"."""
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.json_lines import parse_object
+from mend_jax.data.json_lines import instead, parse_object
 from mend_jax.packs.demonstrations import lines_of
 from mend_jax.run.files import write_text
 
@@ -16,7 +17,7 @@ def read_queries(file: str | Path) -> list[tuple[str, dict]]:
     for where, line in lines_of(Path(file).expanduser()):
         row = parse_object(line, where)
         if not isinstance(row.get("input"), str) or not row["input"].strip():
-            raise UserError(f'{where} has no text "input": a query has one.')
+            raise UserError(f'{where} has no text "input"{instead(row.get("input") or None)}: a query has one.')
         found.append((where, row))
     if not found:
         raise UserError(f"{file} has no queries: write a line for each.")
@@ -26,9 +27,15 @@ def read_queries(file: str | Path) -> list[tuple[str, dict]]:
 def options_of(where: str, row: dict, default: str) -> list[str]:
     """The options of a query, its own or the `default`, with commas between. Raises UserError, with file and line, if there are none."""
     options = row.get("options") or [word for word in map(str.strip, default.split(",")) if word]
+    other = next((o for o in options if not isinstance(o, str)), None) if isinstance(options, list) else None
+    if other is not None:
+        raise UserError(f'{where} has no text in its "options"{instead(other)}: correct the line.')
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):
         raise UserError(f'{where} has no "options", a list of texts: add them, or give --options for all lines.')
-    return options
+    once = list(dict.fromkeys(options))
+    if len(once) < len(options):
+        logging.warning("%s lists an option more than once: it counts once, where it stands first.", where)
+    return once
 
 
 def write_answers(file: str | Path, rows: Iterable[dict]) -> None:

@@ -30,6 +30,7 @@ from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
 from mend_jax.prefixes.stored_weights import read_backbone, write_backbone
+from mend_jax.run.reading import described, read_json
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -390,8 +391,12 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
     """The distiller that `write_folder` wrote. Raises UserError if a file is damaged or belongs to another model."""
     settings = read_settings(folder)
     try:
-        projection, llm_width, template = settings["projection"], int(settings["llm_width"]), from_fields(settings)
+        projection, llm_width, template = settings["projection"], settings["llm_width"], from_fields(settings)
         nested = tuple(map(int, settings.get("nested", ())))
+        if type(llm_width) is not int or llm_width < 1:
+            raise ValueError(f"llm_width is {described(llm_width)}, not a width")
+        if settings.get("bos", NONE) not in CHOICES["data.bos"]:
+            raise ValueError(f"bos is {described(settings['bos'])}, not one of {', '.join(CHOICES['data.bos'])}")
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(folder, error) from None
     if projection not in PROJECTIONS:
@@ -417,13 +422,7 @@ def read_folder(folder: Path, place: Place | None = None) -> Distiller:
 
 def read_settings(folder: Path) -> dict:
     """The settings in `SETTINGS` of an exported folder. Raises UserError if the file is damaged."""
-    try:
-        settings = json.loads((folder / SETTINGS).read_text())
-    except ValueError as error:
-        raise _unreadable(folder, error) from None
-    if not isinstance(settings, dict):
-        raise _unreadable(folder, "it is not a JSON object")
-    return settings
+    return read_json(folder / SETTINGS, "export the distiller again")
 
 
 def _unreadable(folder: Path, error) -> UserError:

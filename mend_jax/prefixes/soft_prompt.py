@@ -17,6 +17,7 @@ from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fie
 from mend_jax.models import weights
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
+from mend_jax.run.reading import parse_json
 from mend_jax.run.sharding import Place
 
 FILE = "soft_prompt.safetensors"
@@ -129,7 +130,9 @@ def _in_texts(fields: dict) -> dict[str, str]:
 def _read_template(metadata: dict[str, str], where: Path) -> Template:
     try:
         fields = (
-            {"template": json.loads(metadata["template"])} if "template" in metadata else {"separator": " "} | metadata
+            {"template": parse_json(metadata["template"], dict)}
+            if "template" in metadata
+            else {"separator": " "} | metadata
         )
         return from_fields(fields)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,9 +1,11 @@
 """Which score chooses a run's best checkpoint, and when a run has ended."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
-from mend_jax.run import reporting
+from mend_jax.cli.errors import UserError
+from mend_jax.run import checkpoint, reporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,19 @@ def score_of(config) -> Score:
 
 
 def lines_until(workdir, step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to a step."""
-    return [line for line in reporting.read_lines(Path(workdir) / reporting.METRICS) if line["step"] <= step]
+    """The lines of metrics.jsonl up to the step of a checkpoint, or 0.
+
+    Raises UserError if they are not those of which that checkpoint holds a checksum: patience and the best step come from them.
+    """
+    path = Path(workdir) / reporting.METRICS
+    if step and not path.exists():
+        logging.warning("%s is gone: the evaluations before step %d no longer count.", path, step)
+        return []
+    lines = [line for line in reporting.read_lines(path) if line["step"] <= step]
+    known = checkpoint.read_meta(checkpoint.step_folder(workdir, step)).get("metrics") if step else None
+    if known is not None and known != reporting.checksum_of_lines(lines):
+        raise UserError(f"{path} has changed since checkpoint {step} was written: {reporting.REMEDY}.")
+    return lines
 
 
 def is_finished(config, workdir, step: int) -> bool:

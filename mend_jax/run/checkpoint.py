@@ -1,16 +1,17 @@
 """Save and restore a run: `<workdir>/checkpoints/<step>/{params,opt_state,meta}` and `<step>/checksums.json`.
 
 Orbax writes a step in the background; when it has finished, the SHA-256 of every file of the step is written beside the files.
-A step without checksums was interrupted, and a step that does not match them is damaged: neither is ever used.
+A step without checksums was interrupted, and a step that does not match them is damaged: neither is ever used. A step that is
+no longer kept loses its checksums first, so that one whose deletion was interrupted is not taken for damaged.
 Only trainable params, their optimizer state and a few numbers are saved; the frozen LLM is always loaded from its source.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
-import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,12 +24,16 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from mend_jax.cli.errors import UserError
 from mend_jax.run.distributed import wait_for_all
-from mend_jax.run.files import is_disk_full, write_json
+from mend_jax.run.files import is_disk_full, sync, write_json
+from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
+from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.run.sharding import places
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 CONFIG = "config.json"
+META = "meta/metadata"  # of a step
+STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of its folder
 
 
 class Checkpoints:
@@ -49,9 +54,8 @@ class Checkpoints:
         if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
             sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
         self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
-        policy = managers.AnyPreservationPolicy([managers.LatestN(2), _KeepBest(self)])
         options = managers.CheckpointManagerOptions(
-            preservation_policy=policy, enable_async_checkpointing=True, **_waiting_beside_the_step()
+            preservation_policy=_NewestAndBest(self), enable_async_checkpointing=True, **_waiting_beside_the_step()
         )
         self.manager = _Manager(self.folder, options=options)
         self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
@@ -74,6 +78,11 @@ class Checkpoints:
         `meta` is JSON; `score` is that of the evaluation at this step.
         """
         self.wait()
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder} is gone, so checkpoint {step} cannot be written: someone removed the workdir while the run"
+                " went on; begin it again."
+            )
         meta = dict(meta, step=step, score=score, maximize=self.maximize, shapes=shapes_of(params))
         self.scores[step] = score
         items = ocp.args.Composite(
@@ -116,10 +125,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _clear_disk_errors(self, step):
-        """Turns a full disk, however orbax reports it, into a UserError of one sentence."""
+        """Turns a full disk, or a workdir that was removed, however orbax reports it, into a UserError of one sentence."""
         try:
             yield
         except Exception as error:
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{self.folder} is gone, so checkpoint {step} could not be written: someone removed the workdir while the"
+                    " run went on; begin it again."
+                ) from error
             if not is_disk_full(error):
                 raise
             earlier = "earlier checkpoints are intact" if len(self.steps) > 1 else "it would have been the first"
@@ -144,14 +158,22 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class _KeepBest:
-    """Orbax's preservation policy for the best checkpoint, by the scores in our own meta files."""
+class _NewestAndBest:
+    """Orbax's preservation policy: the newest two, and the best by the scores in our own meta files.
+
+    Those that are not kept lose their checksums here: orbax deletes them next, file by file.
+    """
 
     def __init__(self, checkpoints):
         self.checkpoints = checkpoints
 
     def should_preserve(self, checkpoints, *, context):
-        return [info.step == self.checkpoints.best_step for info in checkpoints]
+        kept = {*sorted(info.step for info in checkpoints)[-2:], self.checkpoints.best_step}
+        if jax.process_index() == 0:
+            for info in checkpoints:
+                if info.step not in kept:
+                    (self.checkpoints.folder / str(info.step) / CHECKSUMS).unlink(missing_ok=True)
+        return [info.step in kept for info in checkpoints]
 
 
 def load_best(workdir, place=None):
@@ -162,8 +184,7 @@ def load_best(workdir, place=None):
     """
     folder = Path(workdir).absolute() / FOLDER
     candidates = {}
-    for step in _steps(folder):
-        damage = find_damage(folder / str(step))
+    for step, damage in _damages(folder).items():
         if damage:
             logging.warning(damage)
         else:
@@ -188,9 +209,14 @@ def whole_steps(workdir):
     return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
 
 
+def step_folder(workdir, step):
+    """The folder of a step's checkpoint."""
+    return Path(workdir).absolute() / FOLDER / str(step)
+
+
 def read_step(workdir, step, place=None):
     """The params of one step, as a nested dict of numpy arrays or, with `place`, as in `load_best`."""
-    folder = Path(workdir).absolute() / FOLDER / str(step)
+    folder = step_folder(workdir, step)
     template = _template(read_meta(folder)["shapes"])
     if place is not None:
         template = jax.tree.map(
@@ -201,27 +227,44 @@ def read_step(workdir, step, place=None):
 
 def find_damage(folder):
     """A sentence that names a checkpoint's folder and what is wrong with it; None if it is complete."""
-    if not (folder / CHECKSUMS).exists():
-        return f"The checkpoint {folder} was not finished (it has no {CHECKSUMS}) and is not used."
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text())
-    except ValueError:
+        expected = parse_json(read_text(folder / CHECKSUMS, ""), dict)
+    except FileNotFoundError:
+        return f"The checkpoint {folder} was not finished (it has no {CHECKSUMS}) and is not used."
+    except (Unreadable, UserError):
         return f"The checkpoint {folder} is damaged: {CHECKSUMS} is not readable; it is not used."
+    if META not in expected or not all(_is_entry(entry) for entry in expected.values()):
+        return f"The checkpoint {folder} is damaged: {CHECKSUMS} does not list its files; it is not used."
     for name, (size, digest) in expected.items():
-        file = folder / name
-        if not file.exists():
+        try:
+            found = (folder / name).stat().st_size
+            changed = found == size and _sha256(folder / name) != digest
+        except OSError:
             return f"The checkpoint {folder} is damaged: {name} is missing; it is not used."
-        if file.stat().st_size != size:
-            found = file.stat().st_size
+        if found != size:
             return f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {size}; it is not used."
-        if _sha256(file) != digest:
+        if changed:
             return f"The checkpoint {folder} is damaged: the content of {name} has changed since it was written; it is not used."
     return None
 
 
+def _is_entry(entry):
+    """Whether it is what CHECKSUMS says of a file: its size and its digest."""
+    return isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+
+
+def _damages(folder):
+    """{step: what `find_damage` says}, without those whose deletion was interrupted: older than a complete one, not sealed."""
+    found = {step: find_damage(folder / str(step)) for step in _steps(folder)}
+    newest = max((step for step, damage in found.items() if damage is None), default=-1)
+    return {
+        step: damage for step, damage in found.items() if step > newest or (folder / str(step) / CHECKSUMS).exists()
+    }
+
+
 def read_meta(folder):
     """The metadata saved with a checkpoint: step, score, maximize, shapes and whatever train.py adds."""
-    return json.loads((folder / "meta" / "metadata").read_text())
+    return read_json(folder / META, "restore it, or remove this checkpoint")
 
 
 def shapes_of(params):
@@ -244,18 +287,20 @@ def check_shapes(saved, wanted, folder):
 def write_config(workdir, config):
     """Writes the resolved configuration to <workdir>/config.json."""
     content = config.to_dict() if hasattr(config, "to_dict") else config
-    write_json(Path(workdir) / CONFIG, content, sort_keys=True)
+    write_sealed(Path(workdir) / CONFIG, content, sort_keys=True)
 
 
 def read_config(workdir):
     """The resolved configuration (nested dict) of a training workdir. Raises UserError if there is none."""
     path = Path(workdir) / CONFIG
     try:
-        return json.loads(path.read_text())
+        config = read_sealed(path, "restore it, or use another workdir")
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}.") from None
-    except ValueError:
-        raise UserError(f"{path} is not readable JSON: restore it, or use another workdir.") from None
+    sections = ("llm", "prefix", "loss", "data", "train")
+    if not isinstance(config.get("stage"), str) or not all(isinstance(config.get(name), dict) for name in sections):
+        raise UserError(f"{path} is not the config of a training: name the workdir of one.")
+    return config
 
 
 def _without_orbax_traces(record):
@@ -276,12 +321,14 @@ class _WithoutClosedLoops:
 
 def _remove_unusable(folder):
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.isdigit() and "tmp" in path.name:
+        if path.is_dir() and not STEP.fullmatch(path.name) and "tmp" in path.name:
             shutil.rmtree(path)
+    damages = _damages(folder)
     for step in _steps(folder):
-        damage = find_damage(folder / str(step))
-        if damage:
-            _set_aside(folder, step, damage)
+        if step not in damages:  # the rest of a deletion
+            shutil.rmtree(folder / str(step))
+        elif damages[step]:
+            _set_aside(folder, step, damages[step])
 
 
 def _set_aside(folder, step, damage):
@@ -297,7 +344,9 @@ def _set_aside(folder, step, damage):
 
 
 def _steps(folder):
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name) and p.is_dir())
 
 
 def _best(scores, maximize):
@@ -334,6 +383,8 @@ def _template(shapes):
 
 def _checksums(folder):
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    for file in files:  # before what says that they are whole: after a power cut too
+        sync(file)
     return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in files}
 
 

@@ -5,16 +5,21 @@ The content reaches the disk before the renaming, so that not even a power cut l
 
 import contextlib
 import errno
+import functools
 import glob
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
+
+FORSAKEN = 24 * 3600  # seconds after which a temporary file that nobody can tell the owner of is taken for left behind
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -44,7 +49,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = temporary_for(path)
     with _removed_on_error(temporary):
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
 
 
@@ -56,27 +61,51 @@ def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
     Raises OSError if `path` is a folder with content by the end of the block.
     """
     path = Path(path)
-    temporary = temporary_for(path, secrets.token_hex(4))  # threads of one process may write the same path
+    temporary = temporary_for(path)
     temporary.mkdir(parents=True)
     with _removed_on_error(temporary):
         yield temporary
         for file in temporary.rglob("*"):
             if sync and file.is_file():
-                _sync(file)
+                sync(file)
         os.replace(temporary, path)
 
 
-def temporary_for(path: Path, word: str = "") -> Path:
-    """Where this process writes before renaming to `path`: `.<name>.<machine>.<process>[.<word>].tmp` in the same folder.
+def temporary_for(path: Path) -> Path:
+    """Where to write before renaming to `path`: `.<name>.<machine>.<process>.<random>.tmp` in the same folder, never the same.
 
-    Removes what killed processes of this machine left there; leaves the files of live processes and of other machines.
+    Removes what killed processes of this machine left there, and of all others what nobody has written to for a day; leaves
+    the files of live processes.
     """
-    mine = f".{path.name}.{socket.gethostname()}."
-    for other in path.parent.glob(f"{glob.escape(mine)}*.tmp"):
+    mine = f".{path.name}.{_machine()}."
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         number = other.name.removeprefix(mine).split(".")[0]
-        if number.isdigit() and not _lives(int(number)):
+        if number.isdecimal() and other.name.startswith(mine):
+            left = not _lives(int(number))
+        else:
+            left = time.time() - _last_written(other) > FORSAKEN
+        if left:
             _remove(other)
-    return path.with_name(f"{mine}{os.getpid()}{'.' * bool(word)}{word}.tmp")
+    return path.with_name(f"{mine}{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+@functools.cache
+def _machine() -> str:
+    """What process numbers are unique in: the machine since it was started, or a container on it. Names of hosts are not enough,
+    since the pods of a cluster may share one, and a disk."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux has both
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return f"{facts[0]}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:8]}"
+
+
+def _last_written(path: Path) -> float:
+    """When a file, or one in a folder, was last written to, in seconds; of one that is gone by now, this moment."""
+    try:
+        return max(file.stat().st_mtime for file in [path, *path.rglob("*")])
+    except OSError:
+        return time.time()
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -109,7 +138,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
+    """Waits until what a file holds has reached the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

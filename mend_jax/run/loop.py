@@ -131,8 +131,11 @@ class Loop:
             self.report.write({"step": step} | values)
             reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self.report.sync()
-        self.checkpoints.save(step, state.params, state.opt_state, {"window": self.window.kept()}, score)
+        self.checkpoints.save(step, state.params, state.opt_state, self._meta(), score)
         self.report.paused += time.monotonic() - began
+
+    def _meta(self):
+        return {"window": self.window.kept(), "metrics": self.report.checksum()}
 
     def _stops_early(self, step):
         if self.score.bad_evaluations(self.report.lines) < self.config.train.patience:

@@ -1,11 +1,12 @@
 """The reports of a training run: metrics.jsonl, speed.jsonl, TensorBoard, the progress bar and the table of parameters.
 
 metrics.jsonl holds only functions of the configuration, so that a run that was killed and resumed ends with exactly the file
-of an uninterrupted run. Times are in speed.jsonl.
+of an uninterrupted run; each checkpoint holds a checksum of it. Times are in speed.jsonl.
 """
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -22,14 +23,18 @@ with without_pytorch():  # tensorboardX imports it wherever it is installed: two
     from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from mend_jax.cli.text import clock, columns
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import clock, columns, shown
 from mend_jax.models.int8 import SCALE
 from mend_jax.run.files import write_text
+from mend_jax.run.reading import Unreadable, parse_json, read_text
+from mend_jax.run.sealed import checksum_of_text
 
 METRICS = "metrics.jsonl"
 SPEED = "speed.jsonl"
 PARAMS = "params.txt"
 BOARD = "tensorboard"
+REMEDY = "put the file back from a copy, or remove it: then patience counts from here on"  # where one is damaged
 QUIET_SECONDS = 15  # between progress lines if the output is not a terminal
 
 
@@ -47,7 +52,7 @@ class Reporter:
         if not self.writes:
             return
         cut(self.workdir / METRICS, start)
-        cut(self.workdir / SPEED, start)
+        cut(self.workdir / SPEED, start, strict=False)
         self.files = contextlib.ExitStack()  # closes all files, even if one cannot be written completely
         self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))  # noqa: SIM115
         self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))  # noqa: SIM115
@@ -121,6 +126,10 @@ class Reporter:
                 texts.append(f"{clock((self.steps - line['step']) * speed['seconds_per_step'])} left")
             say("  ".join(texts))
 
+    def checksum(self):
+        """Of the lines so far, for a checkpoint."""
+        return checksum_of_lines(self.lines)
+
     def sync(self):
         """Forces everything written so far to disk; called before each checkpoint."""
         if self.writes:
@@ -136,9 +145,9 @@ class Reporter:
 
 
 def say(text):
-    """Prints a line for the user, on process 0, without breaking the progress bar."""
+    """Prints a line for the user, on process 0, without breaking the progress bar. Names from data are `shown`."""
     if jax.process_index() == 0:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(shown(text), file=sys.stderr)
 
 
 class Window:
@@ -165,26 +174,54 @@ class Window:
         return line
 
 
-def read_lines(path):
-    """The complete lines of a .jsonl file; a truncated last line is left out."""
+def read_lines(path, strict=True):
+    """The complete lines of a .jsonl file of a run, each an object with its step; a last line that was cut is left out.
+
+    Raises UserError, with file and line, for another line that cannot be read, or where it is not `strict` leaves it out and says so.
+    """
     try:
-        texts = Path(path).read_text().splitlines()
+        *complete, cut_off = read_text(path, REMEDY).split("\n")
     except FileNotFoundError:
         return []
+    except UserError as error:
+        if strict:
+            raise
+        logging.warning("%s It is begun anew.", error)
+        return []
     lines = []
-    for text in texts:
+    for number, text in enumerate([*complete, cut_off], 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            lines.append(_line(text))
+        except Unreadable as error:
+            if number > len(complete):
+                break
+            if strict:
+                raise UserError(f"{path}, line {number} {error}: {REMEDY}.") from None
+            logging.warning("%s, line %d %s: it is left out.", path, number, error)
     return lines
 
 
-def cut(path, step):
+def _line(text):
+    line = parse_json(text, dict)
+    if type(line.get("step")) is not int:
+        raise Unreadable("has no step")
+    return line
+
+
+def cut(path, step, strict=True):
     """Drops the lines after `step` from a .jsonl file, in one atomic write, and returns the others."""
-    lines = [line for line in read_lines(path) if line["step"] <= step]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    lines = [line for line in read_lines(path, strict) if line["step"] <= step]
+    write_text(path, _as_text(lines))
     return lines
+
+
+def checksum_of_lines(lines):
+    """A checksum of what a .jsonl file of these lines holds."""
+    return checksum_of_text(_as_text(lines))
+
+
+def _as_text(lines):
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def parameter_table(trainable, frozen):

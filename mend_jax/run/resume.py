@@ -17,7 +17,7 @@ from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
 from mend_jax.run import checkpoint
-from mend_jax.run.files import write_json
+from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.results import tree_hash
 
 SOURCES = "sources.json"
@@ -140,17 +140,21 @@ def write_sources(workdir, config, contents: dict[str, str], start_hash: str | N
             entry["fingerprint"] = start_hash
         elif name == START and "fingerprint" in before.get(name, {}):
             entry["fingerprint"] = before[name]["fingerprint"]
-    write_json(Path(workdir) / SOURCES, sources, sort_keys=True)
+    write_sealed(Path(workdir) / SOURCES, sources, sort_keys=True)
 
 
 def read_sources(workdir) -> dict:
     """{field: {"folder", "fingerprint" of a model or of data}}; {} if an earlier version of this program wrote the workdir."""
+    path = Path(workdir) / SOURCES
     try:
-        return json.loads((Path(workdir) / SOURCES).read_text())
+        found = read_sealed(path, "restore it, or delete it")
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise UserError(f"{Path(workdir) / SOURCES} is not readable JSON: restore it, or delete it.") from None
+    if not all(
+        isinstance(e, dict) and all(isinstance(v, str) for v in e.values()) and "folder" in e for e in found.values()
+    ):
+        raise UserError(f"{path} does not say of each source where it is: restore it, or delete it.")
+    return found
 
 
 _PATHS = (*MODELS, START, *DATA)
@@ -177,7 +181,7 @@ def _matters(name: str, config, finished: bool) -> bool:
         return True
     validation = []
     if config.stage == "finetune":
-        validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit"]
+        validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit", "evaluate.option_score"]
         validation += ["evaluate.shuffle_demos"] if kind_of(config).reads_demos else []
     elif config.stage == "lm" and config.data.text_share < 1:
         validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds

@@ -6,23 +6,29 @@
     predictions/<method>-<key>/<task>_<seed>.cost.json    prefix length, FLOPs, seconds, and what was read
 
 The key is a hash of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
-is that of the tokens that were read. A file appears complete or not at all, the predictions last.
+is that of the tokens that were read, and its checksum that of the predictions. A file appears complete or not at all, the
+predictions last. What has changed since it was written is said, and computed again.
 """
 
 import hashlib
 import json
+import logging
+import math
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.text import markdown, number, size
+from mend_jax.cli.text import in_markdown, markdown, number, shown, size
 from mend_jax.run import checkpoint
 from mend_jax.run.distributed import to_host
 from mend_jax.run.files import is_disk_full, write_text
+from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
+from mend_jax.run.sealed import checksum_of_text, read_sealed, write_sealed
 from mend_jax.scoring.metrics import TITLES, percent
 
+AGAIN = "its items are scored again"
 FORMAT = 2  # of the prediction files: a new number makes older files invalid
 
 
@@ -33,22 +39,40 @@ class Store:
         facts = {"format": FORMAT, **facts}
         self.folder = Path(workdir) / "predictions" / f"{name}-{content_hash(facts)[:8]}"
         self.written = 0
-        _write(self.folder / "made_of.json", json.dumps(facts, indent=1) + "\n")
+        _make(self.folder / "made_of.json", write_text, json.dumps(facts, indent=1) + "\n")
 
     def read(self, task: str, seed: int, content: str, count: int) -> tuple[list[dict], dict] | None:
-        """(lines, cost) of a task and seed if it was completely evaluated on the same content, else None."""
+        """(lines, cost) of a task and seed if it was completely evaluated on the same content, else None.
+
+        Says where there are some that cannot be believed: those that have changed since they were written.
+        """
+        path = self._predictions(task, seed)
         try:
-            lines = [json.loads(line) for line in self._predictions(task, seed).read_text().splitlines()]
-            cost = json.loads(self._cost(task, seed).read_text())
-        except (FileNotFoundError, ValueError):
+            text, cost = read_text(path, AGAIN), read_sealed(self._cost(task, seed), AGAIN)
+            lines = [parse_json(line, dict) for line in text.removesuffix("\n").split("\n")]
+        except FileNotFoundError:
             return None
-        return (lines, cost) if cost.get("content") == content and len(lines) == count else None
+        except (UserError, Unreadable) as error:
+            logging.warning("%s: %s", path, error)
+            return None
+        if cost.get("content") != content or len(lines) != count:
+            return None
+        known = cost.pop("predictions", None)  # older versions of this program wrote none
+        if known not in (None, checksum_of_text(text)) or not (_is_cost(cost) and all(map(_is_prediction, lines))):
+            logging.warning("%s has changed since it was written: %s.", path, AGAIN)
+            return None
+        return lines, cost
 
     def write(self, task: str, seed: int, lines: list[dict], cost: dict) -> None:
         """Stores a complete task and seed; `cost` must have its "content"."""
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder} is gone: someone removed it while it was written; begin the evaluation again."
+            )
         self._predictions(task, seed).unlink(missing_ok=True)  # never old predictions beside a new cost
-        _write(self._cost(task, seed), json.dumps(cost) + "\n")
-        _write(self._predictions(task, seed), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        _make(self._cost(task, seed), write_sealed, cost | {"predictions": checksum_of_text(text)}, indent=None)
+        _make(self._predictions(task, seed), write_text, text)
         self.written += 1
 
     def _predictions(self, task, seed):
@@ -58,26 +82,42 @@ class Store:
         return self.folder / f"{_file_name(task)}_{seed}.cost.json"
 
 
+def _is_prediction(line: dict) -> bool:
+    """Whether a line says what its scores say: of options that score the same, to the digits that are kept, any."""
+    scores, options = line.get("scores"), line.get("options")
+    if not isinstance(scores, list) or not isinstance(options, list) or not scores or len(scores) != len(options):
+        return False
+    if not all(type(score) is float and math.isfinite(score) for score in scores):
+        return False
+    best = [option for option, score in zip(options, scores, strict=True) if score == max(scores)]
+    return line.get("prediction") in best and line.get("gold") in options and all(isinstance(o, str) for o in options)
+
+
+def _is_cost(cost: dict) -> bool:
+    """Whether all but the content are numbers; times may be missing."""
+    return all(isinstance(value, int | float | None) for name, value in cost.items() if name != "content")
+
+
 def write_config(workdir, config) -> None:
     """Writes the resolved configuration to <workdir>/config.json, unless that file belongs to a training or a model."""
     workdir = Path(workdir)
     if not (workdir / checkpoint.FOLDER).exists() and not _is_models(workdir / checkpoint.CONFIG):
-        _write(workdir / checkpoint.CONFIG, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+        _make(workdir / checkpoint.CONFIG, write_text, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
 
 
 def _is_models(path: Path) -> bool:
     """Whether a config.json is a Hugging Face model's, such as an exported distiller's."""
     try:
-        return "model_type" in json.loads(path.read_text())
-    except (OSError, ValueError):
+        return "model_type" in read_json(path, AGAIN)
+    except (OSError, UserError):
         return False
 
 
 def write_results(workdir, results: dict) -> str:
     """Writes scores.json and table.md; returns the table of the methods, for the terminal."""
     table, workdir = method_table(results), Path(workdir)
-    _write(workdir / "scores.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    _write(workdir / "table.md", f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
+    _make(workdir / "scores.json", write_text, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _make(workdir / "table.md", write_text, f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
     return table
 
 
@@ -104,7 +144,11 @@ def task_table(results: dict) -> str:
     methods = results["methods"]
     tasks = next(iter(methods.values()))["per_task"]
     rows = [
-        [task, TITLES[entry["primary"]], *(percent(method["per_task"][task]["score"]) for method in methods.values())]
+        [
+            in_markdown(task),
+            TITLES[entry["primary"]],
+            *(percent(method["per_task"][task]["score"]) for method in methods.values()),
+        ]
         for task, entry in tasks.items()
     ]
     return markdown(["task", "metric", *methods], rows)
@@ -129,7 +173,7 @@ def _notes(results: dict) -> str:
     seeds = ", ".join(str(seed) for seed in results["seeds"])
     tasks = next(iter(results["methods"].values()))["per_task"]
     text = (
-        f"{len(tasks)} task{'s' * (len(tasks) != 1)} of `{results['partition']}` ({results['split']}), seeds {seeds},"
+        f"{len(tasks)} task{'s' * (len(tasks) != 1)} of `{shown(results['partition']).replace('`', ' ')}` ({results['split']}), seeds {seeds},"
         f" k = {results['k']}."
         " The score is the mean over tasks of Macro-F1 for classification and accuracy for the rest; ± is the sample"
         " standard deviation over seeds. All scores x 100. Prefix length is in positions of the LLM; GFLOPs/item"
@@ -138,7 +182,7 @@ def _notes(results: dict) -> str:
         " none), with the cache, on the machine that ran it."
     )
     if results["missing_tasks"]:
-        text += f"\n\nTasks of the partition without files, left out: {', '.join(results['missing_tasks'])}."
+        text += f"\n\nTasks of the partition without files, left out: {', '.join(map(in_markdown, results['missing_tasks']))}."
     return text
 
 
@@ -146,10 +190,11 @@ def _file_name(task: str) -> str:
     return task.replace("/", "%2F")
 
 
-def _write(path: Path, text: str) -> None:
+def _make(path: Path, write, *content, **options) -> None:
+    """Writes a file, and its folders, with a function of files.py or sealed.py."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write(path, *content, **options)
     except OSError as error:
         if is_disk_full(error):
             raise UserError(

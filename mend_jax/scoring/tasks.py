@@ -33,6 +33,9 @@ jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _ev
 COMPILED = "/jax/core/compile/backend_compile_duration"  # a program was compiled, or read from the compile cache
 
 
+MEAN = "mean"  # config.evaluate.option_score of every evaluation before the field was there
+
+
 def programs_compiled() -> int:
     """How many programs this process has compiled, or read from the compile cache, so far."""
     return _events[COMPILED]
@@ -134,6 +137,7 @@ def evaluate_task(
     shuffle_demos: bool = False,
     params=None,
     chunk: int = 512,
+    option_score: str = MEAN,
     progress: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """Scores all options of all items of one task and seed.
@@ -146,6 +150,7 @@ def evaluate_task(
         shuffle_demos: whether every item gets its own order of the demonstrations, and so its own prefix.
         params: the LLM's; None means `llm.params`.
         chunk: see `score_items`.
+        option_score: config.evaluate.option_score: "mean", per token, or "sum".
         progress: called with the number of items finished since the last call.
     Raises:
         UserError: demonstrations or an item that do not fit, or scores that are not finite.
@@ -165,6 +170,9 @@ def evaluate_task(
         prefix_seconds += made - began
         seconds += time.perf_counter() - made
         positions += int(to_host(cache.length))
+    if option_score != MEAN:
+        lengths = ([len(option) for option in item.options_tokens] for item in task.items)
+        scores = [values * count for values, count in zip(scores, map(np.asarray, lengths), strict=True)]
     lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
     cost = {
         "prefix_length": positions / len(groups),
@@ -272,11 +280,13 @@ def scoring_options(config, method: Method) -> dict:
         "batch_size": config.evaluate.batch_size,
         "shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos,
         "chunk": config.loss.chunk,
+        "option_score": config.evaluate.option_score,
     }
 
 
 def scores_of(task: EvalTask, lines: list[dict]) -> dict:
-    return task_scores([line["prediction"] for line in lines], [line["gold"] for line in lines], task.classification)
+    golds = [item.options[item.label] for item in task.items]
+    return task_scores([line["prediction"] for line in lines], golds, task.classification)
 
 
 def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:

@@ -4,7 +4,6 @@ A family is a file of its own: `read` and `write` (config.json <-> `DecoderConfi
 tensor of its files lives in our tree. Weights are read and written by `weights.py`.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,9 @@ from mend_jax.models.config import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.families import gemma, gpt2, llama, opt, t5
 from mend_jax.models.gguf.config import hf_fields
 from mend_jax.models.gguf.header import is_gguf
+from mend_jax.models.sizes import require_fields
 from mend_jax.models.tables import Entry, Table
+from mend_jax.run import reading
 
 __all__ = [
     "Config",
@@ -22,6 +23,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "Family",
     "FAMILIES",
+    "family_of",
     "from_hf_config",
     "key_table",
     "to_hf_config",
@@ -81,15 +83,22 @@ def from_hf_config(source: dict | str | Path) -> Config:
         raise UserError(f"{source}: {error}") from None
 
 
-def _from_fields(source: dict) -> Config:
+def family_of(source: dict) -> str:
+    """The key of FAMILIES that a `config.json` names. Raises UserError where it is none."""
     model_type = source.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not supported: use one of {', '.join(sorted(FAMILIES))}.")
+    return model_type
+
+
+def _from_fields(source: dict) -> Config:
+    model_type = family_of(source)
     if source.get("quantization_config"):
         raise UserError(
             f"config.json of a {model_type} model says that its weights are quantised (quantization_config): take the model "
             'that they were made from, and llm.weights="int8" for 8 bits.'
         )
+    require_fields(source)
     try:
         config = FAMILIES[model_type].read(source)
     except KeyError as missing:
@@ -148,17 +157,8 @@ def read_json(path: Path) -> dict:
         return hf_fields(path)
     path = path / "config.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text())
+        return reading.read_json(path, "copy the model's folder again")
     except FileNotFoundError:
         found = next(iter(sorted(path.parent.glob("*.gguf"))), None)
         what = f"name the GGUF file beside it, {found}" if found else "a Hugging Face model folder holds a config.json"
         raise UserError(f"{path} is not there: {what}.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): copy the model's folder again."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: copy the model's folder again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object but {content!r:.40}: copy the model's folder again.")
-    return content

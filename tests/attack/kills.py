@@ -1,0 +1,227 @@
+"""Kills: every command that writes, killed at random moments, gone on with, and compared bit for bit with a run that was not.
+
+    python tests/attack/kills.py --kills=100 [--seed=N] [--out=counts.json]
+
+A round takes one command and a new place for what it writes, kills it one to three times, runs it to its end and compares. A
+moment is either a time since the start or a number of changes in the folder that it writes to (a file that is there, gone or
+longer), so that kills meet what lasts milliseconds: temporary files, unsealed checkpoints, lines of metrics. Some are SIGTERM or
+SIGINT in the place of SIGKILL. All draws come from the seed, which is printed; a round that fails prints its own.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # tests/, and the project
+
+import test_end_to_end as whole  # noqa: E402
+from data_files import make_world  # noqa: E402
+
+from mend_jax.run import checkpoint  # noqa: E402
+from mend_jax.run.sealed import FIELD  # noqa: E402
+
+SECONDS = 0.001  # between two looks at a folder
+LITTER = (".tmp", "damaged", "orbax-checkpoint")
+
+
+class Command:
+    """A command of the package: its flags for a place to write to, and how two of its results are compared."""
+
+    def __init__(self, name, flags, same):
+        self.name, self.flags, self.same = name, flags, same
+        self.seconds = self.changes = 0  # of a run that is not killed
+
+
+class Attack:
+    """The world that the commands read, and what they wrote there without being killed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        make_world(folder, seeds=whole.SEEDS)
+        whole._second_test_task(folder / "metaicl")
+        whole._model(folder / "llm", width=32, seed=1)
+        whole._model(folder / "backbone", width=24, seed=2)
+        (folder / "tiny.py").write_text(whole.CONFIG.format(folder=folder, seeds=whole.SEEDS))
+        self.program = whole.Program(folder)
+        config, trained = f"--config={folder}/tiny.py", folder / "unbroken" / "finetune"
+        few = "--config.experiment.methods=zero_shot,prompt_tuning,mend"
+        methods = f"--config.evaluate.methods=zero_shot,icl,mend={trained}"
+        train = ("train", config, "--config.train.steps=8", "--config.train.save_every=1", "--config.train.log_every=1")
+        self.commands = [
+            Command("prepare", lambda to: ("prepare", config, f"--config.data.cache={to}"), same_files),
+            Command("pretrain", lambda to: (*train, "--config.stage=pretrain", f"--workdir={to}"), same_training),
+            Command("finetune", lambda to: (*train, "--config.stage=finetune", f"--workdir={to}"), same_training),
+            Command("evaluate", lambda to: ("evaluate", config, methods, f"--workdir={to}"), same_evaluation),
+            Command("experiment", lambda to: ("experiments.methods", config, few, f"--workdir={to}"), same_experiment),
+            Command("export", lambda to: ("export", f"--workdir={trained}", f"--out={to}"), same_files),
+        ]
+
+    def unbroken(self, name):
+        return self.folder / "unbroken" / name
+
+    def measure(self):
+        """Runs each command twice, to its end: once to compile, once to see how long it takes and how much it changes."""
+        (self.folder / "unbroken").mkdir()
+        for command in self.commands:
+            self.program.run(*command.flags(self.unbroken(command.name)))
+            again = self.folder / f"measured-{command.name}"
+            began, run = time.monotonic(), self.program.start(*command.flags(again))
+            command.changes = watched(run, again)
+            self.program.check(run.wait())
+            command.seconds = time.monotonic() - began
+            command.same(self.unbroken(command.name), again)
+            print(f"{command.name}: {command.seconds:.1f} s, {command.changes} changes of files", flush=True)
+
+    def round(self, number, rng, counts):
+        """One command, killed one to three times, then run to its end and compared."""
+        command = rng.choice(self.commands)
+        target = self.folder / f"round-{number}"
+        for _ in range(rng.randint(1, 3)):
+            how = rng.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (20, 1, 1))[0]
+            run = self.program.start(*command.flags(target))
+            wait_for_moment(run, target, command, rng)
+            state = phase(target)
+            run.send_signal(how)
+            code = run.wait()
+            said = (self.folder / "log.txt").read_text()
+            assert "Traceback" not in said and "damaged" not in said, said
+            assert code in (-how, 0, 75, 130), (code, said)
+            counts["ended before" if code == 0 else how.name] += 1
+            if code == -signal.SIGKILL:
+                counts[f"{command.name}: {state}"] += 1
+        said = self.program.run(*command.flags(target))
+        assert "damaged" not in said, said
+        command.same(self.unbroken(command.name), target)
+        counts["rounds"] += 1
+
+
+def wait_for_moment(run, target, command, rng):
+    """Returns at a random moment of a run: a time, or a number of changes in the folder that it writes to."""
+    late, delay = rng.uniform(0, command.seconds), rng.choice((0, rng.uniform(0, 0.03)))
+    if rng.random() < 0.2 or not command.changes:
+        began = time.monotonic()
+        while run.poll() is None and time.monotonic() - began < late:
+            time.sleep(SECONDS)
+        return
+    watched(run, target, rng.randint(1, command.changes))
+    time.sleep(delay)
+
+
+def watched(run, folder, until=None):
+    """Counts the changes in a folder until there were so many, or the run has ended."""
+    before, count = look(folder), 0
+    while run.poll() is None and count != until:
+        now = look(folder)
+        count, before = count + (now != before), now
+        time.sleep(SECONDS)
+    return count
+
+
+def look(folder):
+    """{path: size} of what is in a folder at this moment."""
+    found = {}
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            try:
+                found[os.path.join(place, name)] = os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return found
+
+
+def phase(folder):
+    """What a run is doing at this moment, by what it has written."""
+    names = [os.path.relpath(path, folder) for path in look(folder)]
+    if not names:
+        return "startup"
+    if any("tmp" in name for name in names):
+        return "temporary files"
+    steps = {name for name in names if Path(name).name.isdecimal() and Path(name).parent.name == checkpoint.FOLDER}
+    if any(f"{step}/{checkpoint.CHECKSUMS}" not in names for step in steps):
+        return "unsealed checkpoint"
+    return "between two writes"
+
+
+def same_names(ours, theirs):
+    """The same files, but for those of TensorBoard, one for each start, and what is inside a checkpoint, which orbax names by chance."""
+
+    def names(folder):
+        found = {path.relative_to(folder) for path in folder.rglob("*")}
+        litter = [str(name) for name in found if any(word in str(name) for word in LITTER)]
+        assert not litter, litter
+        return {n for n in found if "tensorboard" not in n.parts and not {"params", "opt_state"} & set(n.parts)}
+
+    assert names(ours) == names(theirs), names(ours) ^ names(theirs)
+
+
+def same_files(ours, theirs):
+    same_names(ours, theirs)
+    for path in ours.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (theirs / path.relative_to(ours)).read_bytes(), path
+
+
+def same_training(ours, theirs):
+    same_names(ours, theirs)
+    whole.assert_same_training(ours, theirs)
+    assert (ours / "params.txt").read_text() == (theirs / "params.txt").read_text()
+    for step in checkpoint.whole_steps(ours):
+        first, second = (checkpoint.read_meta(checkpoint.step_folder(folder, step)) for folder in (ours, theirs))
+        assert first == second, step
+
+
+def same_evaluation(ours, theirs):
+    same_names(ours, theirs)
+    first, second = (
+        {name: without_seals(lines) for name, lines in whole.predictions(f).items()} for f in (ours, theirs)
+    )
+    assert first == second
+    assert whole.without_times(whole.scores(ours)) == whole.without_times(whole.scores(theirs))
+
+
+def without_seals(content):
+    """Costs hold seconds, and so their own checksum differs."""
+    return {k: v for k, v in content.items() if k != FIELD} if isinstance(content, dict) else content
+
+
+def same_experiment(ours, theirs):
+    same_names(ours, theirs)
+    for stage in ("prompt_tuning/finetune", "mend/pretrain", "mend/finetune"):
+        same_training(ours / stage, theirs / stage)
+    same_evaluation(ours / "evaluation", theirs / "evaluation")
+
+
+def attack(kills, seed, folder, out=None):
+    """Rounds until so many processes were killed; returns the counts. Raises AssertionError, with the seed, at the first fault."""
+    began, attack = time.monotonic(), Attack(folder)
+    attack.measure()
+    counts, number = collections.Counter(), 0
+    while counts["SIGKILL"] < kills:
+        number += 1
+        try:
+            attack.round(number, random.Random(f"{seed}-{number}"), counts)
+        except BaseException:
+            print(f"round {number} of --seed={seed} failed; its files are in {folder}", flush=True)
+            raise
+        counts["seconds"] = round(time.monotonic() - began)
+        print(f"round {number}: {dict(counts)}", flush=True)
+        if out:
+            Path(out).write_text(json.dumps({"seed": seed, **counts}, indent=1) + "\n")
+    return counts
+
+
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--kills", type=int, default=100)
+    flags.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    flags.add_argument("--out")
+    given = flags.parse_args()
+    print(f"the seed of these kills: --seed={given.seed}", flush=True)
+    attack(given.kills, given.seed, Path(tempfile.mkdtemp(prefix="kills")), given.out)

@@ -1,0 +1,368 @@
+"""Odd and hostile input, a case for each kind of fault that was found once: one sentence, or the right value."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, save_tokenizer
+from data_files import make_world, tiny_config, write_text
+from facts import says, states
+from tiny_training import model_folder
+
+from mend_jax.cli import command_line as cli
+from mend_jax.cli.text import in_markdown, markdown, shown
+from mend_jax.data import c4, metaicl, prepared
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.interchange.trained import read_trained
+from mend_jax.models import weights
+from mend_jax.models.families import from_hf_config
+from mend_jax.models.folders import fingerprint, load_model, load_tokenizer
+from mend_jax.packs.demonstrations import read_demonstrations
+from mend_jax.packs.queries import options_of
+from mend_jax.prefixes.distiller import read_settings
+from mend_jax.run import reading
+from mend_jax.run.lock import alone_in
+
+LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
+ROW = json.dumps(LINE)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """task(bytes or lines): the file of a task's examples."""
+
+    def write(content):
+        path = tmp_path / "t.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else "\n".join(content).encode() + b"\n")
+        return path
+
+    return write
+
+
+# Texts and lines
+
+
+@pytest.mark.parametrize(
+    ("line", "facts"),
+    [
+        (ROW.replace("a film", "\\ud800 x"), ["half a character", "\\ud800"]),
+        ("[" * 100_000, ["nested", 64]),
+        ('{"a":' * 80 + "1" + "}" * 80, ["nested", 64]),
+        (ROW[:-1] + ', "n": ' + "9" * 5000 + "}", ["5000 digits"]),
+        (json.dumps(LINE | {"output": 1, "options": [1, 2]}), ["'output'", "a whole number (1)", '"1"']),
+        (json.dumps(LINE | {"output": True, "options": [True, False]}), ["'output'", "a truth value (true)", '"true"']),
+        (json.dumps(LINE | {"options": ["good", 2.5]}), ["'options'", "a number (2.5)", '"2.5"']),
+        (json.dumps(LINE | {"options": {"good": 1}}), ["'options'", "an object"]),
+        ("null", ["JSON object", "null"]),
+        (ROW.replace("film", "fi\x00lm"), ["JSON", "control character"]),
+    ],
+)
+def test_lines_that_are_refused(line, facts, task):
+    path = task([ROW, line])
+    with says(f"{path}, line 2", *facts):
+        metaicl.read_file(path)
+
+
+@pytest.mark.parametrize("read", [metaicl.read_file, read_demonstrations], ids=["task", "demonstrations"])
+def test_a_file_in_latin_1_is_refused_with_its_place(read, task):
+    path = task(f"{ROW}\n{ROW.replace('film', 'café')}\n".encode("latin-1"))
+    with says(path, "UTF-8", "line 2", f"column {ROW.index('film') + 4}", "0xe9"):
+        read(path)
+
+
+def test_a_byte_order_mark_and_other_ends_of_lines_are_read(tmp_path, task):
+    plain = metaicl.read_file(task([ROW, ROW]))
+    assert metaicl.read_file(task(b"\xef\xbb\xbf" + f"{ROW}\n{ROW}\n".encode())) == plain
+    assert metaicl.read_file(task(f"{ROW}\r\n{ROW}\r{' '}".encode())) == plain
+    path = task(b"\xef\xbb\xbf" + ROW.encode())
+    assert read_demonstrations(path) == [("a film", "good")]
+    (tmp_path / "c4-train.json.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "one"}\n'))
+    assert [row["text"] for row in c4.read_documents(tmp_path / "c4-train.json.gz")] == ["one"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "partitions.json").write_bytes(b'\xef\xbb\xbf{"p": {"train": [], "test": ["t"]}}')
+    assert metaicl.load_partition(tmp_path, "p")["test"] == ["t"]
+
+
+def test_a_line_has_an_end(task, monkeypatch):
+    monkeypatch.setattr(reading, "LONGEST_LINE", 2000)
+    path = task([ROW, ROW.replace("film", "film" * 1000)])
+    with says(f"{path}, line 2", "longer"):
+        metaicl.read_file(path)
+
+
+def test_an_archive_of_one_endless_line_takes_no_memory(tmp_path, monkeypatch):
+    """A gzip bomb: a thousandth of what it unpacks to."""
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1 << 16)
+    path = tmp_path / "c4-train.json.gz"
+    path.write_bytes(gzip.compress(b" " * (1 << 24)))
+    with says(f"{path}, line 1", "longer"):
+        list(c4.read_documents(path))
+
+
+def test_an_empty_archive_is_damage(tmp_path):
+    path = write_text(tmp_path, "c4-train.1.json.gz", ["one"])
+    (tmp_path / "c4-train.2.json.gz").write_bytes(b"")
+    with says(tmp_path / "c4-train.2.json.gz", "empty"):
+        c4.text_files(tmp_path)
+    (tmp_path / "c4-train.2.json.gz").unlink()
+    (tmp_path / "c4-train.2.json.gz").symlink_to(tmp_path / "gone")
+    with says(tmp_path / "c4-train.2.json.gz", "link"):
+        c4.text_files(tmp_path)
+    assert path.exists()
+
+
+def test_options_that_stand_twice_are_said_once_per_task(tmp_path, caplog):
+    world = make_world(tmp_path)
+    for seed in (13, 21):
+        path = world / "metaicl" / "data" / "t" / f"t_4_{seed}_test.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(json.dumps(row | {"options": [*row["options"], row["options"][0]]}) + "\n" for row in rows)
+        )
+    folder = model_folder(tmp_path / "llm")
+    save_tokenizer(folder)
+    llm = type(
+        "LLM", (), {"tokenizer": load_tokenizer(folder), "config": type("C", (), {"vocab_size": 64}), "path": ""}
+    )
+    tasks, _ = load_tasks(tiny_config(world, "finetune"), llm, "test")
+    [said] = [message for message in caplog.messages if "more than once" in message]
+    states(said, "t: ", "items list", "'w50'", "first")
+    assert all(item.options == ("w50", "w51") for task in tasks for item in task.items)
+    caplog.clear()
+    assert options_of("q, line 1", {"options": ["a", "b", "a"]}, "") == ["a", "b"]
+    states(caplog.messages[0], "q, line 1", "once")
+
+
+# What is shown to people
+
+
+def test_what_a_terminal_obeys_is_shown():
+    evil = "\x1b[2J\x07good\u202e\u2028\n|<b>`x`\ud800\x9b31m"
+    assert shown(evil) == "\\x1b[2J\\x07good\\u202e\\u2028\\n|<b>`x`\\ud800\\x9b31m"
+    assert shown("Ünïcode, 漢字, 👩‍👧, a\nb", keep="\n") == "Ünïcode, 漢字, 👩‍👧, a\nb"
+    table = markdown(["task"], [[in_markdown(evil)], ["plain | bar"]])
+    assert [line.replace("\\|", "").count("|") for line in table.splitlines()] == [2, 2, 2, 2]
+    assert "\\<b\\>" in table and "\x1b" not in table
+
+
+def test_messages_and_warnings_are_shown(capsys):
+    def main(workdir="") -> None:
+        cli.getLogger().warning("a task \x1b[31mred")
+        raise cli.UserError("The task 'a\x1b[0m\nb' is not there.")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main, ["x"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "\x1b" not in said
+    states(said.splitlines()[-1], "error: The task 'a\\x1b[0m\\nb'")
+
+
+# Names that would lead elsewhere
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..", "", "a//b", "x\0y"])
+def test_names_of_tasks_that_lead_out_are_refused(name, tmp_path):
+    (tmp_path / "data").mkdir()
+    for side in ("train", "test"):
+        content = {"p": {"train": ["a"], "test": ["t"]} | {side: ["b", name]}}
+        (tmp_path / "partitions.json").write_text(json.dumps(content))
+        with says("'p'", repr(name), "out of the folder"):
+            metaicl.load_partition(tmp_path, "p")
+
+
+def test_a_name_longer_than_a_files_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "partitions.json").write_text(json.dumps({"p": {"train": ["a" * 5000], "test": []}}))
+    with says("'p'", "5,000 bytes", 120):
+        metaicl.load_partition(tmp_path, "p")
+
+
+@pytest.mark.parametrize("name", ["../m.safetensors", "/tmp/m.safetensors", "sub/m.safetensors", ".."])
+def test_an_index_that_names_another_place_is_refused(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with says(tmp_path / "model.safetensors.index.json", repr(name), "beside it"):
+        weights.weight_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with says(tmp_path / "model.safetensors.index.json", "weight_map"):
+        weights.weight_files(tmp_path)
+
+
+def test_an_archive_of_an_exported_folder_is_named(tmp_path):
+    (tmp_path / "mend.zip").write_bytes(b"PK")
+    with says(tmp_path / "mend.zip", "unpack"):
+        read_trained(tmp_path / "mend.zip")
+
+
+# Models
+
+
+SPY = """
+import pathlib
+pathlib.Path({mark!r}).write_text("it ran")
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.mark.parametrize("model_type", ["evil", "gpt2"])
+def test_code_in_a_models_folder_is_not_run(model_type, tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "llm")
+    (folder / "evil.py").write_text(SPY.format(mark=str(tmp_path / "mark")))
+    fields = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / "config.json").write_text(json.dumps(fields | {"model_type": model_type, "auto_map": auto}))
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with says(*(["model_type 'evil'"] if model_type == "evil" else [folder, "tokenizer"])):
+        load_tokenizer(folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_classes_that_a_prepared_dataset_names_are_not_imported(tmp_path):
+    names = ("evil.Feature", "tensorflow_datasets.scripts.cli.main.X", "os.path")
+    for name in names:
+        text = {"pythonClassName": name}
+        (tmp_path / "features.json").write_text(json.dumps({"featuresDict": {"features": {"text": text}}}))
+        with says(tmp_path / "features.json", name):
+            c4.open_tfds(tmp_path)
+    (tmp_path / "features.json").write_text(
+        json.dumps({"type": "x", "content": json.dumps({"pythonClassName": "a.b"})})
+    )
+    with says(tmp_path / "features.json"):
+        c4.open_tfds(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_layer", 1_000_000_000),
+        ("n_layer", [2]),
+        ("n_head", -2),
+        ("n_embd", 32.0),
+        ("n_embd", True),
+        ("vocab_size", 2**40),
+        ("vocab_size", "64"),
+        ("n_positions", 0),
+        ("layer_norm_epsilon", float("inf")),
+        ("layer_norm_epsilon", float("nan")),
+        ("layer_norm_epsilon", "1e-5"),
+        ("tie_word_embeddings", "no"),
+    ],
+)
+def test_numbers_that_no_model_has(field, value, tmp_path):
+    fields = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 96, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
+    with says(tmp_path, field):
+        from_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"llm_width": float("inf")}, {"llm_width": 32.0}, {"separator": 5}, {"bos": 3}, {"projection": ["tanh"]}]
+)
+def test_settings_of_an_exported_distiller(change, tmp_path):
+    folder = model_folder(tmp_path / "mend")
+    settings = {"projection": "tanh", "llm_width": 16, "separator": " ", "bos": "false"} | change
+    (folder / "distiller_config.json").write_text(json.dumps(settings))
+    (folder / "distiller.safetensors").write_bytes(b"")
+    with says(folder / "distiller_config.json"):
+        read_trained(folder)
+    (folder / "distiller_config.json").write_text("[" * 5000)
+    with says(folder / "distiller_config.json", "nested"):
+        read_settings(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    folder = model_folder(tmp_path / "llm")
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for read in (load_model, fingerprint):
+        with says(folder / name, "a pipe"):
+            read(folder)
+
+
+def test_a_pipe_as_data_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c4-train.json.gz")
+    with says(tmp_path / "c4-train.json.gz", "a pipe"):
+        c4.text_files(tmp_path)
+    with says(tmp_path / "c4-train.json.gz", "a pipe"):
+        metaicl.read_file(tmp_path / "c4-train.json.gz")
+
+
+def test_a_pattern_that_cannot_be_used_is_one_sentence(tmp_path):
+    folder = model_folder(tmp_path / "llm")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$(?<!"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(fields | {"pre_tokenizer": split}))
+    with says(folder, "tokenizer"):
+        load_tokenizer(folder)
+
+
+# Manifests
+
+
+def test_a_manifest_is_not_believed(tmp_path):
+    world = make_world(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer")
+    config, tokenizer = tiny_config(world, "pretrain"), load_tokenizer(tmp_path / "tokenizer")
+    made = prepared.prepare_text(config, tokenizer)
+    [path] = (world / "cache").glob("text-*.json")
+    whole = path.read_text()
+    for old, new in (('"uint16"', '"uint8"'), ('"items": 40', '"items": 39'), ("[", "[["), (whole, "{}")):
+        path.write_text(whole.replace(old, new, 1))
+        assert prepared.prepare_text(config, tokenizer) == made
+        assert path.read_text() == whole
+    older = {name: value for name, value in json.loads(whole).items() if name != "checksum"}
+    older["shards"][0]["items"] = 39
+    path.write_text(json.dumps(older))  # as an older version wrote it, or someone who took the checksum out
+    assert prepared.prepare_text(config, tokenizer) == made
+
+
+# The machine
+
+
+def test_two_commands_in_one_workdir(tmp_path):
+    with (
+        alone_in(tmp_path, ".lock", "training"),
+        says(tmp_path, "Another run is evaluating"),
+        alone_in(tmp_path, ".lock", "evaluating"),
+    ):
+        pass
+    with alone_in(tmp_path, ".lock", "training"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [
+        (OSError(24, "Too many open files", "a"), ["too many files", "ulimit"]),
+        (RuntimeError("Could not determine home directory."), ["HOME"]),
+        (PermissionError(13, "Permission denied", "/data/a b.json"), ["/data/a b.json", "Permission denied"]),
+        (type("PanicException", (BaseException,), {})("called `unwrap()` on a value"), ["tokenizer.json", "pattern"]),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(error, facts, capsys):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main, ["x"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in said
+    states(said.strip(), *facts)
+
+
+def test_an_interrupt_while_it_imports_ends_without_a_trace(tmp_path):
+    """As `python -m` begins: our package is imported first, then a module of ours, which is interrupted."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    script = f"import sys; sys.argv = ['-m']; import mend_jax; {code}; import time; time.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped. The same command resumes where it stopped.")
+    assert signal.getsignal(signal.SIGINT) is not None
