@@ -62,7 +62,7 @@ def test_partition_of_another_form(world):
         with says("'tiny'", world / "metaicl/partitions.json", "'train'", "'test'"):
             metaicl.load_partition(world / "metaicl", "tiny")
     (world / "metaicl" / "partitions.json").write_text('{"tiny":\n oops}')
-    with says(f"{world}/metaicl/partitions.json, line 2", "JSON"):
+    with says(f"{world}/metaicl/partitions.json", "JSON", "line 2"):
         metaicl.load_partition(world / "metaicl", "tiny")
 
 

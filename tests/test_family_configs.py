@@ -63,7 +63,7 @@ def test_an_unknown_model_type_is_told_the_known_ones():
             ["llama", "quantization_config", 'llm.weights="int8"'],
         ),
         (LLAMA, {"num_attention_heads": None}, ["llama", "wrong value", "NoneType"]),
-        (LLAMA, {"num_attention_heads": 0}, ["llama", "wrong value", "zero"]),
+        (LLAMA, {"num_attention_heads": 0}, ["llama", "num_attention_heads", 0]),
         (ROWS["gemma3"], {"hidden_activation": "gelu"}, ["hidden_activation='gelu'"]),
         (ROWS["gemma3"], {"final_logit_softcapping": 30.0}, ["final_logit_softcapping=30.0"]),
         (ROWS["gemma3"], {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),

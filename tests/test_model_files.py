@@ -84,7 +84,7 @@ def test_folders_that_are_none(tmp_path):
         with says(named):
             load_model(path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"')
-    with says(tmp_path / "config.json", "line 1"):
+    with says(tmp_path / "config.json", "column 22"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2]")
     with says(tmp_path / "config.json", "JSON object", "[1, 2]"):

@@ -1,5 +1,6 @@
 """Odd and hostile input, a case for each kind of fault that was found once: one sentence, or the right value."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -218,8 +219,8 @@ def test_code_in_a_models_folder_is_not_run(model_type, tmp_path, monkeypatch):
     settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("builtins.input", lambda *_: "yes")
-    with says(*(["model_type 'evil'"] if model_type == "evil" else [folder, "tokenizer"])):
-        load_tokenizer(folder)
+    with says("model_type 'evil'") if model_type == "evil" else contextlib.nullcontext():
+        load_tokenizer(folder)  # of a model that is known, transformers' own tokenizer reads the files
     assert not (tmp_path / "mark").exists()
 
 

@@ -37,28 +37,33 @@ TEXTS = ("rope_type", "type", "feed_forward_proj")
 PARTS = ("text_config", "rope_scaling", "rope_parameters", "full_attention", "sliding_attention")  # objects within it
 
 
-def require_fields(hf: Mapping) -> None:
-    """Raises UserError, which names the field, for a value that no model has; null stands for a field's usual value."""
+def require_fields(hf: Mapping, model: str) -> None:
+    """Raises UserError, which names the field, for a value that no model has; null stands for a field's usual value.
+
+    `model` is its `model_type`.
+    """
     for name, value in hf.items():
         if value is None:
             continue
         if name in SIZES:
             least, most = SIZES[name]
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise _wrong(name, value, f"a whole number from {least} to {most:,}")
+                raise _wrong(model, name, value, f"a whole number from {least} to {most:,}")
         elif name in NUMBERS:
             fits = isinstance(value, int | float) and not isinstance(value, bool)
             if not fits or not math.isfinite(value) or value <= 0:
-                raise _wrong(name, value, "a number above 0")
+                raise _wrong(model, name, value, "a number above 0")
         elif name in TRUTHS and not isinstance(value, bool):
-            raise _wrong(name, value, "true or false")
+            raise _wrong(model, name, value, "true or false")
         elif name in TEXTS and not isinstance(value, str):
-            raise _wrong(name, value, "a text")
+            raise _wrong(model, name, value, "a text")
         elif name in PARTS:
             if not isinstance(value, dict):
-                raise _wrong(name, value, "an object")
-            require_fields(value)
+                raise _wrong(model, name, value, "an object")
+            require_fields(value, model)
 
 
-def _wrong(name: str, value, wanted: str) -> UserError:
-    return UserError(f"config.json says {name} is {described(value)}, not {wanted}: take the model's own file.")
+def _wrong(model: str, name: str, value, wanted: str) -> UserError:
+    return UserError(
+        f"config.json of a {model} model says {name} is {described(value)}, not {wanted}: take the model's own file."
+    )

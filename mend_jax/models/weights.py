@@ -227,7 +227,7 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index} is no index of weights (weight_map is no object of file names): {AGAIN}.")
     names = sorted(set(named.values()))
     for name in names:
-        if Path(name).name != name or "\0" in name:
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise UserError(f"{index} names the file {name!r}, which is not one beside it: {AGAIN}.")
         try:
             require_regular(index.parent / name, AGAIN)

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from mend_jax.cli.errors import UserError
 from mend_jax.run.distributed import wait_for_all
-from mend_jax.run.files import is_disk_full, sync, write_json
+from mend_jax.run.files import is_disk_full, sync_file, write_json
 from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
 from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.run.sharding import places
@@ -384,7 +384,7 @@ def _template(shapes):
 def _checksums(folder):
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     for file in files:  # before what says that they are whole: after a power cut too
-        sync(file)
+        sync_file(file)
     return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in files}
 
 

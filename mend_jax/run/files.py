@@ -49,7 +49,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = temporary_for(path)
     with _removed_on_error(temporary):
         yield temporary
-        sync(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
 
 
@@ -67,7 +67,7 @@ def whole_folder(path: str | Path, sync: bool = True) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if sync and file.is_file():
-                sync(file)
+                sync_file(file)
         os.replace(temporary, path)
 
 
@@ -138,7 +138,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def sync(file: Path) -> None:
+def sync_file(file: Path) -> None:
     """Waits until what a file holds has reached the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:

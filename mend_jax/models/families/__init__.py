@@ -98,7 +98,7 @@ def _from_fields(source: dict) -> Config:
             f"config.json of a {model_type} model says that its weights are quantised (quantization_config): take the model "
             'that they were made from, and llm.weights="int8" for 8 bits.'
         )
-    require_fields(source)
+    require_fields(source, model_type)
     try:
         config = FAMILIES[model_type].read(source)
     except KeyError as missing:
