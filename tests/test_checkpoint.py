@@ -146,6 +146,44 @@ def test_interrupted_saves_are_cleared_away(tmp_path):
     assert not left.exists()
 
 
+def test_a_deletion_that_was_interrupted_is_ended_without_a_word(tmp_path, caplog, monkeypatch):
+    """A kill while orbax deletes what is no longer kept, file by file: its checksums went first."""
+    saved(tmp_path, [None, None])
+    checkpoints, left = Checkpoints(tmp_path, False), tmp_path / "checkpoints" / "1"
+    monkeypatch.setattr(
+        checkpoints.manager, "_checkpoint_deleter", SimpleNamespace(delete_steps=lambda steps: None, close=lambda: None)
+    )
+    checkpoints.save(3, *trees(3), {})
+    checkpoints.close()
+    assert left.exists() and not (left / checkpoint.CHECKSUMS).exists()
+    (left / "_CHECKPOINT_METADATA").unlink()
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 3
+    assert restore(tmp_path)[0] == 3
+    assert not left.exists() and not caplog.messages
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    saved(tmp_path, [None, None])
+    for name in ("12", "²", "007", "x", "1" * 30):
+        (tmp_path / "checkpoints" / name).write_text("") if name == "12" else (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.whole_steps(tmp_path) == [1, 2]
+    checkpoints = Checkpoints(tmp_path, False)
+    checkpoints.save(3, *trees(3), {})
+    checkpoints.close()
+    assert checkpoint.whole_steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", '{"meta/metadata": 3}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_checksums_of_another_shape_are_damage(content, tmp_path, caplog):
+    saved(tmp_path, [None, None])
+    (tmp_path / "checkpoints" / "2" / checkpoint.CHECKSUMS).write_text(content)
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 1
+    states(caplog.messages[0], tmp_path / "checkpoints/2", "damaged")
+
+
 def test_all_damaged_is_said(tmp_path):
     saved(tmp_path, [None])
     cut_short(largest_file(tmp_path / "checkpoints" / "1"))

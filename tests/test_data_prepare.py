@@ -223,7 +223,7 @@ def test_a_source_that_cannot_be_read_is_named(world, tokenizer, monkeypatch):
 
 def test_a_source_that_cannot_be_opened_is_named(world, tokenizer):
     (world / "c4" / "c4-train.00002.json.gz").mkdir()
-    with says(world / "c4/c4-train.00002.json.gz", "Is a directory"):
+    with says(world / "c4/c4-train.00002.json.gz", "a folder"):
         prepared.prepare_text(tiny_config(world, "pretrain"), tokenizer)
 
 

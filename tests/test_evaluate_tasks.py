@@ -160,5 +160,5 @@ def test_an_item_that_cannot_be_scored_is_said_with_its_task(llm):
 
 def test_a_workdir_that_cannot_be_written_is_said(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with says(tmp_path / "file/config.json", "cannot be written"):
+    with says(tmp_path / "file", "cannot be written"):
         ev.evaluate(config, tmp_path / "file")

@@ -428,6 +428,27 @@ def test_two_runs_in_one_workdir(model, tmp_path):
         train.train(config(model), tmp_path)
 
 
+def test_metrics_that_have_changed_are_refused(model, finished, tmp_path):
+    """A bit in an early line would end patience, or choose another best step, without a word."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_text()
+    digit = whole.replace('"loss": ', '"loss": 1', 1)
+    for changed, facts in (
+        (digit, ["checkpoint 12"]),
+        (whole.replace("{", "k", 1), ["line 1"]),
+        ("null\n" + whole, ["line 1", "null"]),
+    ):
+        path.write_text(changed)
+        with says(path, *facts, "remove it"):
+            train.train(config(model), tmp_path / "run")
+    path.write_bytes(whole.encode() + b"\xff")
+    with says(path, "UTF-8"):
+        train.train(config(model), tmp_path / "run")
+    path.write_text(whole + '{"step": 13, "lo')  # a line that a kill cut
+    assert train.train(config(model), tmp_path / "run") == 0
+
+
 def test_metrics_are_cut_back_to_whole_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')

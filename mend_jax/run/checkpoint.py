@@ -168,7 +168,8 @@ class _NewestAndBest:
         self.checkpoints = checkpoints
 
     def should_preserve(self, checkpoints, *, context):
-        kept = {*sorted(info.step for info in checkpoints)[-2:], self.checkpoints.best_step}
+        known = set(self.checkpoints.scores)  # orbax takes more names of folders for steps than ours
+        kept = {*sorted(known)[-2:], self.checkpoints.best_step, *({info.step for info in checkpoints} - known)}
         if jax.process_index() == 0:
             for info in checkpoints:
                 if info.step not in kept:

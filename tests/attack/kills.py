@@ -2,14 +2,18 @@
 
     python tests/attack/kills.py --kills=100 [--seed=N] [--out=counts.json]
 
-A round takes one command and a new place for what it writes, kills it one to three times, runs it to its end and compares. A
+A round takes one command and a new place for what it writes, kills it two to five times, runs it to its end and compares. A
 moment is either a time since the start or a number of changes in the folder that it writes to (a file that is there, gone or
 longer), so that kills meet what lasts milliseconds: temporary files, unsealed checkpoints, lines of metrics. Some are SIGTERM or
 SIGINT in the place of SIGKILL. All draws come from the seed, which is printed; a round that fails prints its own.
+
+Most runs are forks of this process, which has imported the program and done nothing else: an import takes longer than all the
+rest. One in ten is a process of its own, as users start it, so that kills meet the imports too.
 """
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import random
@@ -17,25 +21,85 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # tests/, and the project
 
+from conftest import ONE_DEVICE  # noqa: E402  (before JAX: its settings are of the environment)
+
+os.environ.update(ONE_DEVICE)
+
+import jax  # noqa: E402
 import test_end_to_end as whole  # noqa: E402
 from data_files import make_world  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402, F401  (imported here, once)
 
+from mend_jax.cli import command_line  # noqa: E402
 from mend_jax.run import checkpoint  # noqa: E402
 from mend_jax.run.sealed import FIELD  # noqa: E402
 
-SECONDS = 0.001  # between two looks at a folder
+COMMANDS = {  # name: whether it may run as several processes
+    "prepare": False, "train": True, "evaluate": True, "experiments.methods": True, "export": False,
+}  # fmt: skip
+MODULES = {name: importlib.import_module(f"mend_jax.{name}") for name in COMMANDS}
+SECONDS = 0.004  # between two looks at a folder
 LITTER = (".tmp", "damaged", "orbax-checkpoint")
+
+
+class Fork:
+    """A fork of this process that calls a function; of `subprocess.Popen` what is needed here."""
+
+    def __init__(self, function, log):
+        sys.stdout.flush()
+        self.pid, self.returncode = os.fork(), None
+        if self.pid:
+            return
+        code = 1
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            function()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _ended(self, options):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def poll(self):
+        return self._ended(os.WNOHANG)
+
+    def wait(self):
+        return self._ended(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def run_command(name, *flags):
+    """In a fork: what `python -m mend_jax.NAME` does after its imports."""
+    module = MODULES[name]
+    sys.argv = [f"mend_jax.{name}", *flags]
+    command_line.run(module.train if name == "train" else module.main, several=COMMANDS[name])
 
 
 class Command:
     """A command of the package: its flags for a place to write to, and how two of its results are compared."""
 
-    def __init__(self, name, flags, same):
-        self.name, self.flags, self.same = name, flags, same
+    def __init__(self, name, weight, flags, same):
+        self.name, self.weight, self.flags, self.same = name, weight, flags, same
         self.seconds = self.changes = 0  # of a run that is not killed
 
 
@@ -43,62 +107,74 @@ class Attack:
     """The world that the commands read, and what they wrote there without being killed."""
 
     def __init__(self, folder):
-        self.folder = folder
-        make_world(folder, seeds=whole.SEEDS)
-        whole._second_test_task(folder / "metaicl")
-        whole._model(folder / "llm", width=32, seed=1)
-        whole._model(folder / "backbone", width=24, seed=2)
-        (folder / "tiny.py").write_text(whole.CONFIG.format(folder=folder, seeds=whole.SEEDS))
+        self.folder, self.log = folder, folder / "log.txt"
         self.program = whole.Program(folder)
+        jax.config.update("jax_compilation_cache_dir", self.program.environment["JAX_COMPILATION_CACHE_DIR"])
+        self.in_fork(self._write_world)
         config, trained = f"--config={folder}/tiny.py", folder / "unbroken" / "finetune"
         few = "--config.experiment.methods=zero_shot,prompt_tuning,mend"
         methods = f"--config.evaluate.methods=zero_shot,icl,mend={trained}"
         train = ("train", config, "--config.train.steps=8", "--config.train.save_every=1", "--config.train.log_every=1")
         self.commands = [
-            Command("prepare", lambda to: ("prepare", config, f"--config.data.cache={to}"), same_files),
-            Command("pretrain", lambda to: (*train, "--config.stage=pretrain", f"--workdir={to}"), same_training),
-            Command("finetune", lambda to: (*train, "--config.stage=finetune", f"--workdir={to}"), same_training),
-            Command("evaluate", lambda to: ("evaluate", config, methods, f"--workdir={to}"), same_evaluation),
-            Command("experiment", lambda to: ("experiments.methods", config, few, f"--workdir={to}"), same_experiment),
-            Command("export", lambda to: ("export", f"--workdir={trained}", f"--out={to}"), same_files),
+            Command("prepare", 3, lambda to: ("prepare", config, f"--config.data.cache={to}"), same_files),
+            Command("pretrain", 4, lambda to: (*train, "--config.stage=pretrain", f"--workdir={to}"), same_training),
+            Command("finetune", 4, lambda to: (*train, "--config.stage=finetune", f"--workdir={to}"), same_training),
+            Command("evaluate", 4, lambda to: ("evaluate", config, methods, f"--workdir={to}"), same_evaluation),
+            Command(
+                "experiment", 1, lambda to: ("experiments.methods", config, few, f"--workdir={to}"), same_experiment
+            ),
+            Command("export", 3, lambda to: ("export", f"--workdir={trained}", f"--out={to}"), same_files),
         ]
+
+    def _write_world(self):
+        folder = make_world(self.folder, seeds=whole.SEEDS)
+        whole._second_test_task(folder / "metaicl")
+        whole._model(folder / "llm", width=32, seed=1)
+        whole._model(folder / "backbone", width=24, seed=2)
+        (folder / "tiny.py").write_text(whole.CONFIG.format(folder=folder, seeds=whole.SEEDS))
+
+    def start(self, *command):
+        return Fork(lambda: run_command(*command), self.log)
+
+    def in_fork(self, function):
+        """Calls what uses JAX, so that this process never does. Raises AssertionError where it fails."""
+        assert Fork(function, self.folder / "check.txt").wait() == 0, (self.folder / "check.txt").read_text()
 
     def unbroken(self, name):
         return self.folder / "unbroken" / name
 
     def measure(self):
-        """Runs each command twice, to its end: once to compile, once to see how long it takes and how much it changes."""
+        """Runs each command to its end, which compiles its programs, and sees how long it takes and how much it changes."""
         (self.folder / "unbroken").mkdir()
         for command in self.commands:
-            self.program.run(*command.flags(self.unbroken(command.name)))
-            again = self.folder / f"measured-{command.name}"
-            began, run = time.monotonic(), self.program.start(*command.flags(again))
-            command.changes = watched(run, again)
+            target = self.unbroken(command.name)
+            began, run = time.monotonic(), self.start(*command.flags(target))
+            command.changes = watched(run, target)
             self.program.check(run.wait())
             command.seconds = time.monotonic() - began
-            command.same(self.unbroken(command.name), again)
             print(f"{command.name}: {command.seconds:.1f} s, {command.changes} changes of files", flush=True)
 
     def round(self, number, rng, counts):
-        """One command, killed one to three times, then run to its end and compared."""
-        command = rng.choice(self.commands)
+        """One command, killed two to five times, then run to its end and compared."""
+        [command] = rng.choices(self.commands, [command.weight for command in self.commands])
         target = self.folder / f"round-{number}"
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(2, 5)):
             how = rng.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (20, 1, 1))[0]
-            run = self.program.start(*command.flags(target))
+            start = self.program.start if rng.random() < 0.1 else self.start
+            run = start(*command.flags(target))
             wait_for_moment(run, target, command, rng)
             state = phase(target)
             run.send_signal(how)
             code = run.wait()
-            said = (self.folder / "log.txt").read_text()
+            said = self.log.read_text()
             assert "Traceback" not in said and "damaged" not in said, said
             assert code in (-how, 0, 75, 130), (code, said)
             counts["ended before" if code == 0 else how.name] += 1
             if code == -signal.SIGKILL:
                 counts[f"{command.name}: {state}"] += 1
-        said = self.program.run(*command.flags(target))
+        said = self.program.check(self.start(*command.flags(target)).wait())
         assert "damaged" not in said, said
-        command.same(self.unbroken(command.name), target)
+        self.in_fork(lambda: command.same(self.unbroken(command.name), target))
         counts["rounds"] += 1
 
 

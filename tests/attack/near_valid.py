@@ -51,7 +51,7 @@ def values(draw, valid):
         elif change == "number":
             container[key] = draw(st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=8))
         elif change == "add" and isinstance(container, dict):
-            container[draw(st.text(max_size=5))] = draw(st.sampled_from(HOSTILE))
+            container[draw(st.text(max_size=5))] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
         else:
             container[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
     return value

@@ -63,7 +63,7 @@ def one_sentence(read, *arguments):
         return read(*arguments)
     except UserError as error:
         said = shown(str(error))
-        assert said and "\n" not in said and said.endswith("."), said
+        assert said and "\n" not in said and said.rstrip(")").endswith((".", "?")), said
         return None
 
 

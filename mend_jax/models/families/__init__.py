@@ -4,6 +4,7 @@ A family is a file of its own: `read` and `write` (config.json <-> `DecoderConfi
 tensor of its files lives in our tree. Weights are read and written by `weights.py`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -109,9 +110,19 @@ def _from_fields(source: dict) -> Config:
         raise UserError(
             f"config.json of a {model_type} model holds a wrong value ({error}): take the model's own file."
         ) from None
+    config = _of_its_types(config, model_type)
     if isinstance(config, DecoderConfig):
         _check_heads(config, source)
     return config
+
+
+def _of_its_types(config: Config, model_type: str) -> Config:
+    """`config`, in which a truth that config.json has as null is false, as for transformers. Raises UserError for a number that is null."""
+    nothing = {field.name: field.type for field in dataclasses.fields(config) if getattr(config, field.name) is None}
+    number = next((name for name, kind in nothing.items() if kind in (int, float)), None)
+    if number:
+        raise UserError(f"config.json of a {model_type} model has null for its {number}: take the model's own file.")
+    return dataclasses.replace(config, **{name: False for name, kind in nothing.items() if kind is bool})
 
 
 def _check_heads(config: DecoderConfig, source: dict) -> None:
