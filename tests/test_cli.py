@@ -297,7 +297,7 @@ def test_warnings_are_sentences_and_said_once(monkeypatch, capsys):
     basic.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
     logger.addHandler(basic)  # as a library's basicConfig does
     for _ in range(2):
-        cli._plain_warnings()
+        cli.plain_warnings()
         logger.warning("%s is missing", "t")
     logger.warning("so is u")
     assert capsys.readouterr().err == "warning: t is missing\nwarning: so is u\n"

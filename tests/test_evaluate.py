@@ -253,6 +253,22 @@ def test_on_a_mesh_both_models_lie_in_parts_and_predict_as_on_one_device(config,
         ev.evaluate(config, tmp_path / "mesh")
 
 
+def test_the_sum_is_the_mean_times_the_length(config, models, tmp_path):
+    """evaluate.option_score: another choice of answers, and predictions of their own."""
+    config.evaluate.methods, config.evaluate.limit, config.evaluate.seeds = ("zero_shot",), 3, (13,)
+    ev.evaluate(config, tmp_path)
+    config.evaluate.option_score = "sum"
+    ev.evaluate(config, tmp_path)
+    both = [json.loads(line) for text in files(tmp_path).values() for line in text.splitlines()]
+    assert len(both) == 12
+    for line in both:
+        twins = [other for other in both if (other["item"], other["options"]) == (line["item"], line["options"])]
+        lengths = [len(option.split()) for option in line["options"]]
+        means, sums = (np.asarray(twin["scores"]) for twin in sorted(twins, key=lambda twin: -sum(twin["scores"])))
+        np.testing.assert_allclose(sums, means * lengths, atol=1e-4)
+        assert line["prediction"] == line["options"][int(np.argmax(line["scores"]))]
+
+
 def test_times_are_of_what_was_not_compiled_on_the_way(config, models, tmp_path):
     config.evaluate.methods, config.evaluate.seeds = ("mend=a/distiller",), (13, 21)
     jax.clear_caches()

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from mend_jax.packs.queries import options_of
 from mend_jax.prefixes.distiller import read_settings
 from mend_jax.run import reading
 from mend_jax.run.lock import alone_in
+from mend_jax.scoring import results
 
 LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
 ROW = json.dumps(LINE)
@@ -152,7 +154,7 @@ def test_what_a_terminal_obeys_is_shown():
 
 def test_messages_and_warnings_are_shown(capsys):
     def main(workdir="") -> None:
-        cli.getLogger().warning("a task \x1b[31mred")
+        logging.getLogger().warning("a task \x1b[31mred")
         raise cli.UserError("The task 'a\x1b[0m\nb' is not there.")
 
     with pytest.raises(SystemExit) as left:
@@ -324,6 +326,34 @@ def test_a_manifest_is_not_believed(tmp_path):
     older["shards"][0]["items"] = 39
     path.write_text(json.dumps(older))  # as an older version wrote it, or someone who took the checksum out
     assert prepared.prepare_text(config, tokenizer) == made
+
+
+# Predictions
+
+
+def test_changed_predictions_are_scored_again(tmp_path, caplog):
+    """`prediction` set to `gold` once took zero-shot from 41.67 to 100."""
+    store = results.Store(tmp_path, "zero_shot", {})
+    lines = [
+        {"item": i, "scores": [-1.0, -2.0], "options": ["a", "b\u2028"], "prediction": "a", "gold": "b\u2028"}
+        for i in range(3)
+    ]
+    cost = {"content": "c", "prefix_length": 0.0, "compiled": True}
+    store.write("t", 13, lines, cost)
+    assert store.read("t", 13, "c", 3) == (lines, cost) and not caplog.messages
+    [path], [beside] = tmp_path.glob("predictions/*/t_13.jsonl"), tmp_path.glob("predictions/*/t_13.cost.json")
+    whole, sealed = path.read_text(), beside.read_text()
+    path.write_text(whole.replace('"prediction": "a"', '"prediction": "b\u2028"'))
+    assert store.read("t", 13, "c", 3) is None
+    states(caplog.messages[0], path, "changed", "scored again")
+    old = {name: value for name, value in json.loads(sealed).items() if name not in ("checksum", "predictions")}
+    beside.write_text(json.dumps(old))  # as an older version wrote it: held against its scores
+    assert store.read("t", 13, "c", 3) is None
+    path.write_text(whole)
+    assert store.read("t", 13, "c", 3) == (lines, cost)
+    for content in ("[]", "null", "{", '{"content": "c", "item_seconds": "5"}', "\xff"):
+        beside.write_text(content, encoding="latin-1")
+        assert store.read("t", 13, "c", 3) is None
 
 
 # The machine

@@ -9,7 +9,6 @@ A user error ends in one sentence and exit code 2.
 
 import ast
 import contextlib
-import errno
 import importlib.util
 import inspect
 import os
@@ -19,7 +18,6 @@ import sys
 import textwrap
 import traceback
 from difflib import SequenceMatcher
-from logging import BASIC_FORMAT, Formatter, StreamHandler, getLogger
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -30,11 +28,11 @@ from ml_collections.config_flags import config_flags
 from mend_jax.cli import compile_cache
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.imports import hide_pytorch
+from mend_jax.cli.messages import of_the_machine, plain_warnings
 from mend_jax.cli.settings import PATHS, check, check_choice, dotted_fields, nearest
 from mend_jax.cli.text import shown
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
-from mend_jax.run.files import is_disk_full
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds configs/ and the package
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
@@ -62,7 +60,7 @@ def run(main, argv=None, several=False) -> None:
 def _code_of(main, argv: list[str], several: bool) -> int:
     """Runs `main` and returns the exit code; prints errors."""
     logging.set_verbosity(logging.WARNING)  # libraries report their every step at INFO
-    _plain_warnings()
+    plain_warnings()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch, which is missing on purpose
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -89,53 +87,13 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         print("\nStopped. The same command resumes where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except BaseException as error:
-        if sentence := _of_the_machine(error):
+        if sentence := of_the_machine(error):
             print(f"{distributed.label()}error: {shown(sentence)}", file=sys.stderr)
             return MISTAKE
         if not distributed.is_running() or not isinstance(error, Exception):
             raise
         traceback.print_exc()  # here, because `leave` may end the process before Python would print it
         return FAILED
-
-
-def _of_the_machine(error: BaseException) -> str:
-    """What the machine lacks, in a sentence, if that is what an error of any library comes from; else ""."""
-    if is_disk_full(error):
-        return "the disk is full: free some space, then the same command resumes where it stopped."
-    text = " ".join(str(error).split())
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return "too many files are open at once: raise the limit (ulimit -n 1024), then run the same command again."
-    if isinstance(error, RuntimeError) and "home directory" in text:
-        return "this user has no home folder, where ~ would lead: set HOME, or give paths without ~."
-    if type(error).__name__ == "PanicException":  # of the tokenizers' own code; its class is no Exception
-        return (
-            f"the tokenizer cannot read a text ({text[:200]}): its tokenizer.json holds a pattern that cannot be used."
-        )
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return (
-            f"{error.filename} cannot be read or written ({error.strerror}): check that it is there and that you may."
-        )
-    return ""
-
-
-def _plain_warnings() -> None:
-    """Prints warnings as "warning: SENTENCE", each once: two stages of one command may give the same warning."""
-    handler, printed = StreamHandler(), set()
-    handler.setFormatter(_Shown("warning: %(message)s"))
-    handler.addFilter(lambda record: not (record.getMessage() in printed or printed.add(record.getMessage())))
-    root = getLogger()
-    for other in list(root.handlers):  # a library may have called logging.basicConfig, whose format is for programmers
-        if getattr(other.formatter, "_fmt", "") == BASIC_FORMAT:
-            root.removeHandler(other)
-    if not root.handlers:
-        root.addHandler(handler)
-
-
-class _Shown(Formatter):
-    """Warnings name what stands in data: nothing of it is obeyed by the terminal."""
-
-    def format(self, record) -> str:
-        return shown(super().format(record), keep="\n")
 
 
 def parse(main, argv) -> list:
