@@ -138,9 +138,10 @@ def bytes_of(*folders):
 
 
 def without_times(tree):
-    """JSON-like content without what differs between two workdirs: seconds, and paths of models."""
+    """JSON-like content without what differs between two workdirs: seconds, checksums of files with seconds, and paths of models."""
     if isinstance(tree, dict):
-        return {k: without_times(v) for k, v in tree.items() if not k.endswith(("seconds", "compiled")) and k != "path"}
+        ending = ("seconds", "compiled", "path", "checksum")
+        return {name: without_times(value) for name, value in tree.items() if not name.endswith(ending)}
     return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 

@@ -328,6 +328,20 @@ def test_a_manifest_is_not_believed(tmp_path):
     assert prepared.prepare_text(config, tokenizer) == made
 
 
+def test_a_dataset_that_was_edited_in_its_middle_is_another(tmp_path):
+    """Files of tfds are told by their beginnings and ends, and in full where those do not differ."""
+    file, cache = tmp_path / "c4-train.array_record", tmp_path / "cache"
+    file.write_bytes(bytes(300_000))
+    first = prepared._tfds_key([file], cache)
+    os.utime(file, (1, 1))  # copied
+    assert prepared._tfds_key([file], cache) == first == prepared._tfds_key([file], tmp_path / "elsewhere")
+    file.write_bytes(bytes(150_000) + b"1" + bytes(149_999))
+    other = prepared._tfds_key([file], cache)
+    assert other != first and prepared._tfds_key([file], cache) == other
+    file.write_bytes(bytes(300_000))
+    assert prepared._tfds_key([file], cache) == first
+
+
 # Predictions
 
 

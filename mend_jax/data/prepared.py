@@ -9,6 +9,7 @@ numbers of items and tokens are believed, and these only where its checksum is r
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -38,7 +39,8 @@ def prepare_text(config, tokenizer, distiller_tokenizer=None) -> dict:
     Returns {"shards": [{"path", "split", "items", "tokens"}], "dtype", "tokenizers": 1 or 2}. Raises UserError.
     """
     text = str(config.data.text)
-    jobs = _tfds_jobs(text) if (text and c4.tfds_folder(text)) else _file_jobs(text)
+    tfds = text and c4.tfds_folder(text)
+    jobs = _tfds_jobs(text, Path(config.data.cache).expanduser()) if tfds else _file_jobs(text)
     return _prepare("text", jobs, _several(tokenizer, distiller_tokenizer), "", config)
 
 
@@ -97,10 +99,10 @@ def _file_jobs(folder) -> list[dict]:
     ]  # fmt: skip
 
 
-def _tfds_jobs(folder) -> list[dict]:
+def _tfds_jobs(folder, cache: Path) -> list[dict]:
     path = c4.tfds_folder(folder)
     info, jobs = c4.open_tfds(path).info, []
-    key = fingerprint(*(_file_fingerprint(file) for file in sorted(path.iterdir())))
+    key = _tfds_key(sorted(path.iterdir()), cache)
     for split in ("train", "validation"):
         count = info.splits[split].num_examples if split in info.splits else 0
         for start in range(0, count, TFDS_SHARD):
@@ -112,6 +114,34 @@ def _tfds_jobs(folder) -> list[dict]:
     if not any(job["split"] == "train" for job in jobs):
         raise UserError(f"{path} has no split 'train': set config.data.text to a prepared C4.")
     return jobs
+
+
+def _tfds_key(files: list[Path], cache: Path) -> str:
+    """A hash of the beginnings and ends of files and, where others with the same ones were seen first, of all that they hold.
+
+    Unlike gzip's, the files of tfds do not end with a checksum. They are read in full once for each size and time of change.
+    """
+    key = fingerprint(*map(_file_fingerprint, files))
+    record, stats = cache / f"tfds-{key}.json", [file.stat() for file in files]
+    now = fingerprint(
+        *(part for file, s in zip(files, stats, strict=True) for part in (file.name, s.st_size, s.st_mtime_ns))
+    )
+    try:
+        known = read_sealed(record, "it is made again")
+    except (FileNotFoundError, UserError):
+        known = {}
+    seen = known.get("seen", {})
+    if now not in seen:
+        seen[now] = fingerprint(*map(_sha256, files))
+        with contextlib.suppress(OSError):  # a cache that is only read
+            cache.mkdir(parents=True, exist_ok=True)
+            write_sealed(record, {"first": known.get("first", seen[now]), "seen": seen})
+    return key if seen[now] == known.get("first", seen[now]) else fingerprint(key, seen[now])
+
+
+def _sha256(file: Path) -> bytes:
+    with readable(file), open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _file_fingerprint(file: Path) -> str:

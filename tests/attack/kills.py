@@ -37,7 +37,6 @@ from transformers import AutoTokenizer  # noqa: E402, F401  (imported here, once
 
 from mend_jax.cli import command_line  # noqa: E402
 from mend_jax.run import checkpoint  # noqa: E402
-from mend_jax.run.sealed import FIELD  # noqa: E402
 
 COMMANDS = {  # name: whether it may run as several processes
     "prepare": False, "train": True, "evaluate": True, "experiments.methods": True, "export": False,
@@ -208,15 +207,21 @@ def watched(run, folder, until=None):
 
 
 def look(folder):
-    """{path: size} of what is in a folder at this moment."""
+    """{path: size} of what is in a folder at this moment, and in the temporary ones beside it."""
     found = {}
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            try:
-                found[os.path.join(place, name)] = os.lstat(os.path.join(place, name)).st_size
-            except OSError:
-                continue
+    for whole_one in (folder, *beside(folder)):
+        for place, folders, files in os.walk(whole_one):
+            for name in (*folders, *files):
+                try:
+                    found[os.path.join(place, name)] = os.lstat(os.path.join(place, name)).st_size
+                except OSError:
+                    continue
     return found
+
+
+def beside(folder):
+    """The temporary folders that become this one."""
+    return folder.parent.glob(f".{folder.name}.*")
 
 
 def phase(folder):
@@ -237,7 +242,7 @@ def same_names(ours, theirs):
 
     def names(folder):
         found = {path.relative_to(folder) for path in folder.rglob("*")}
-        litter = [str(name) for name in found if any(word in str(name) for word in LITTER)]
+        litter = [str(name) for name in (*found, *beside(folder)) if any(word in str(name) for word in LITTER)]
         assert not litter, litter
         return {n for n in found if "tensorboard" not in n.parts and not {"params", "opt_state"} & set(n.parts)}
 
@@ -262,16 +267,8 @@ def same_training(ours, theirs):
 
 def same_evaluation(ours, theirs):
     same_names(ours, theirs)
-    first, second = (
-        {name: without_seals(lines) for name, lines in whole.predictions(f).items()} for f in (ours, theirs)
-    )
-    assert first == second
+    assert whole.predictions(ours) == whole.predictions(theirs)
     assert whole.without_times(whole.scores(ours)) == whole.without_times(whole.scores(theirs))
-
-
-def without_seals(content):
-    """Costs hold seconds, and so their own checksum differs."""
-    return {k: v for k, v in content.items() if k != FIELD} if isinstance(content, dict) else content
 
 
 def same_experiment(ours, theirs):
