@@ -14,6 +14,7 @@ distiller_config.json, the tokenizer, a model card, mend_distiller.py (one PyTor
 MEND's public release. A stage "lm" run becomes a Hugging Face folder of its LLM, a soft prompt a file of its vectors, a pack
 of vectors an adapter of PEFT (mend_jax/packs/adapter.py). With --format=jax a distiller and its LLM become two programs of
 `jax.export` with their weights (mend_jax/interchange/jax_export.py).
+checksums.json lists the files that decide what is read from a folder: one that has changed is refused.
 
 mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
