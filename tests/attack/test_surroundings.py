@@ -4,6 +4,7 @@ Each in a process of its own, as its users start it, so only in the whole attack
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from data_files import make_world
 from facts import states
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FULL, reason="./launch/test.sh attack")]
-NOBODY = 65534
+NOBODY = 54321  # a number without a name
 
 
 @pytest.fixture(scope="module")
@@ -66,29 +67,46 @@ def test_paths_with_spaces_and_other_letters(program, tmp_path):
     assert (out / "distiller.safetensors").exists()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody")
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder on a disk that can only be read."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "experiments.methods"])
-def test_a_workdir_that_cannot_be_written(command, program, tmp_path):
-    for folder in (program.folder, *program.folder.parents, tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o005 != 0o005:
-            folder.chmod(folder.stat().st_mode | 0o055)
-    home = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": None}
-    (tmp_path / "run").mkdir(mode=0o555)
-    refused(program, flags(program, command, tmp_path / "run" / "deep"), tmp_path / "run/deep", env=home, user=NOBODY)
+def test_a_workdir_that_cannot_be_written(command, program, read_only):
+    refused(program, flags(program, command, read_only / "run"), read_only / "run", "Read-only file system")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user that nobody knows")
+def test_a_cache_that_cannot_be_written(program, read_only):
+    arguments = [*flags(program, "prepare"), f"--config.data.cache={read_only}/cache"]
+    refused(program, arguments, re.compile(str(read_only)), "config.data.cache")
+
+
 def test_no_home(program, tmp_path):
+    """A user that the system does not know, as in many containers."""
     for folder in (program.folder, *program.folder.parents):
         folder.chmod(folder.stat().st_mode | 0o055)
+    try:
+        subprocess.run([sys.executable, "-c", ""], user=NOBODY, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("another user cannot run this Python")
     nothing = {"HOME": None, "JAX_COMPILATION_CACHE_DIR": None}
     arguments = [*flags(program, "prepare"), "--config.data.cache=~/.cache/mend_jax"]
-    refused(program, arguments, "HOME", env=nothing, user=54321)
+    refused(program, arguments, "HOME", env=nothing, user=NOBODY)
     tmp_path.chmod(0o777)
-    ended(program, [*flags(program, "prepare"), f"--config.data.cache={tmp_path}/c"], 0, env=nothing, user=54321)
+    ended(program, [*flags(program, "prepare"), f"--config.data.cache={tmp_path}/c"], 0, env=nothing, user=NOBODY)
 
 
-@pytest.mark.parametrize("limit", [24, 40, 64])
+@pytest.mark.parametrize("limit", [48, 64])
 def test_few_open_files(limit, program, tmp_path):
     """It works, or says so."""
     for command in ("prepare", "train"):
@@ -111,7 +129,7 @@ def test_a_workdir_that_is_removed(command, program, tmp_path):
     shutil.rmtree(moved, ignore_errors=True)
     code, said = run.wait(), (program.folder / "log.txt").read_text()
     assert code == 2 and "Traceback" not in said, said
-    states(next(line for line in said.splitlines() if line.startswith("error: ")), workdir, "removed")
+    states(next(line for line in said.splitlines() if line.startswith("error: ")), re.compile(re.escape(str(workdir))))
 
 
 def test_two_at_a_time(program, tmp_path):
