@@ -52,10 +52,10 @@ def task(tmp_path):
 @pytest.mark.parametrize(
     ("line", "facts"),
     [
-        (ROW.replace("a film", "\\ud800 x"), ["half a character", "\\ud800"]),
-        ("[" * 100_000, ["nested", 64]),
-        ('{"a":' * 80 + "1" + "}" * 80, ["nested", 64]),
-        (ROW[:-1] + ', "n": ' + "9" * 5000 + "}", ["5000 digits"]),
+        (ROW.replace("a film", "\\ud800 x"), ["half of a character", "\\ud800"]),
+        ("[" * 100_000, ["nested too deep", 64]),
+        ('{"a":' * 80 + "1" + "}" * 80, ["nested too deep", 64]),
+        (ROW[:-1] + ', "n": ' + "9" * 5000 + "}", ["too long, of 5000 digits"]),
         (json.dumps(LINE | {"output": 1, "options": [1, 2]}), ["'output'", "a whole number (1)", '"1"']),
         (json.dumps(LINE | {"output": True, "options": [True, False]}), ["'output'", "a truth value (true)", '"true"']),
         (json.dumps(LINE | {"options": ["good", 2.5]}), ["'options'", "a number (2.5)", '"2.5"']),
