@@ -55,18 +55,24 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     """
     runs = []
     for stage, kd, pred, clm in STAGES[method]:
-        c = config.copy_and_resolve_references().unlock()
-        c.stage = stage
+        c = stage_config(config, stage, kd, pred, clm).unlock()
         if method == "prompt_tuning":
             c.prefix.kind = "soft_prompt"
-        c.prefix.start_from = ""
-        c.loss.kd = config.loss.kd if kd is None else kd
-        c.loss.pred, c.loss.clm = pred, clm
-        c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
-        if stage == "pretrain" and config.experiment.pretrain_batch_size:
-            c.train.batch_size = config.experiment.pretrain_batch_size
         runs.append((stage, c.lock()))
     return runs
+
+
+def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:
+    """The config of one run: a stage with its weights of the losses (kd None: the experiment's lambda) and the experiment's steps."""
+    c = config.copy_and_resolve_references().unlock()
+    c.stage = stage
+    c.prefix.start_from = ""
+    c.loss.kd = config.loss.kd if kd is None else kd
+    c.loss.pred, c.loss.clm = pred, clm
+    c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
+    if stage == "pretrain" and config.experiment.pretrain_batch_size:
+        c.train.batch_size = config.experiment.pretrain_batch_size
+    return c.lock()
 
 
 def main(config: ConfigDict, workdir: str) -> int:

@@ -44,7 +44,7 @@ def check_resume(workdir, config, finished: bool) -> None:
     read = _paths_read(config)
     for name in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(name), wanted.get(name)
-        if not _matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
+        if not matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
             continue
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
@@ -169,7 +169,7 @@ def _paths_read(config) -> list[str]:
     return [name for name in _PATHS if reads[name]]
 
 
-def _matters(name: str, config, finished: bool) -> bool:
+def matters(name: str, config, finished: bool = False) -> bool:
     """Whether another value of a field changes the rest of a run; in evaluate.* only the fields that validation reads do."""
     if name.startswith(FREE_FIELDS):
         return False
