@@ -29,7 +29,7 @@ def rows(config):
         for join in JOINS:
             joined, labels = fields | {"prefix.join": join}, {"method": f"mend, chunks {join}", "K": k}
             made += of_trainings(
-                config, "mend", labels, lambda seed: of_method(config, "mend", seed), fields=joined, kind=CHUNKED
+                config, "mend", labels, lambda seed: of_method(config, "mend", seed), fields=joined, used_as=CHUNKED
             )
             made += of_trainings(
                 config,

@@ -85,7 +85,7 @@ def main(config: ConfigDict, workdir: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir {folder} cannot be created ({error.strerror}): name another.") from error
-    check_experiment(config, _trainings(config))
+    check_experiment(config, _trainings(config), [config])
     _prepare_training_data(config, folder)
     times = Times(folder / "times.json")
     for method in config.experiment.methods:
@@ -115,19 +115,24 @@ def _trainings(config: ConfigDict) -> list[tuple[ConfigDict, str]]:
 
 
 def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
-    """Tokenises and checks the data of all trainings that have not begun, so that errors in later ones are found now."""
+    """Tokenises and checks the data of all trainings that have not begun."""
+    runs = ((method, stage, c) for method in config.experiment.methods for stage, c in stage_configs(config, method))
+    prepare_training_data([c for method, stage, c in runs if not (folder / method / stage / "checkpoints").exists()])
+
+
+def prepare_training_data(configs: list[ConfigDict]) -> None:
+    """Tokenises and checks what these trainings read, so that errors in later ones are found now."""
     from mend_jax.data.batches import make_batches
     from mend_jax.run.build import readers_by_folders
 
     known = set()
-    for method in config.experiment.methods:
-        for stage, c in stage_configs(config, method):
-            kind = stage, c.prefix.kind
-            if kind in known or (folder / method / stage / "checkpoints").exists():
-                continue
-            known.add(kind)
-            for split in ("train", "validation") if stage == "pretrain" else ("train",):
-                make_batches(c, readers_by_folders(c), split)
+    for c in configs:
+        reads = c.stage, c.prefix.kind, c.prefix.length, c.prefix.join, c.data.to_json()
+        if reads in known:
+            continue
+        known.add(reads)
+        for split in ("train", "validation") if c.stage == "pretrain" else ("train",):
+            make_batches(c, readers_by_folders(c), split)
 
 
 def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:

@@ -1,22 +1,31 @@
-"""How many vectors (paper, Figure 4b): MEND with l = 1, 10, 50, 100, 200, trained for each l.
+"""How many vectors (paper, Figure 4b): MEND with l = 1, 10, 50, 100, 200, trained for each l, and trained once for all of them.
 
-python -m mend_jax.experiments.num_vectors --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.num_vectors --config=configs/small_world.py:experiments --workdir=runs/experiments
+
+The one that is trained once has nested lengths (prefix.nested): its first l vectors are used.
 """
 
 from mend_jax.experiments.run import run_experiment
-from mend_jax.experiments.table import Experiment, of_methods
+from mend_jax.experiments.table import Experiment, of_methods, of_trainings
+from mend_jax.experiments.trainings import of_method
 
 
 def rows(config):
-    return [
-        row
-        for length in config.experiment.num_vectors
-        for method, trained_with in (
-            ("icl", {}),
-            ("mend", {} if length == config.prefix.length else {"prefix.length": length}),
+    made, lengths = [], config.experiment.num_vectors
+    longest = max(lengths)
+    nested = {"prefix.length": longest, "prefix.nested": tuple(length for length in lengths if length != longest)}
+    for length in lengths:
+        trained_with = {} if length == config.prefix.length else {"prefix.length": length}
+        made += of_methods(config, ["icl"], {"l": length})
+        made += of_methods(config, ["mend"], {"l": length}, trained_with=trained_with)
+        made += of_trainings(
+            config,
+            "mend",
+            {"method": "mend, nested", "l": length},
+            lambda seed: of_method(config, "mend", seed, nested),
+            used_as="" if length == longest else f"first{length}",
         )
-        for row in of_methods(config, [method], {"l": length}, trained_with=trained_with)
-    ]
+    return made
 
 
 EXPERIMENT = Experiment("num_vectors", "The number of vectors", "Figure 4b", rows, x="l")

@@ -33,23 +33,26 @@ class Row:
     evaluation: ConfigDict  # what `evaluate` is given, but evaluate.methods
     training: Training | None = None
     seed: int | None = None  # of the training
-    kind: str = ""  # the kind of prefix it is used as, if it is not that of its training
+    used_as: str = ""  # "chunked" or "first8", as in evaluate.methods: another use than that of its training
 
     @property
     def name(self) -> str:
         """Its key among the methods of the evaluation."""
-        return self.method if self.training is None else f"{self.method}-{self.training.key}"
+        parts = [self.method, *filter(None, [self.used_as]), *([] if self.training is None else [self.training.key])]
+        return "-".join(parts)
 
     @property
     def folder(self) -> str:
         """Where its evaluation is below the experiments' workdir."""
-        fields = dotted_fields(self.evaluation.to_dict())
-        kept = {
-            name: value
-            for name, value in fields.items()
-            if name in READ or not name.startswith((*NOT_READ, *FREE_FIELDS))
-        }
-        return f"evaluations/{content_hash(kept)[:8]}"
+        return f"evaluations/{evaluation_key(self.evaluation)}"
+
+
+def evaluation_key(config: ConfigDict) -> str:
+    """8 hexadecimal digits, the same for evaluations with the same predictions of a method."""
+    fields, other = dotted_fields(config.to_dict()), (*NOT_READ, *FREE_FIELDS)
+    return content_hash({name: value for name, value in fields.items() if name in READ or not name.startswith(other)})[
+        :8
+    ]
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def reading(config: ConfigDict) -> list[str]:
 def of_trainings(
     config: ConfigDict, method: str, labels: dict[str, Any], train: Callable[[int], Training], **more
 ) -> list[Row]:
-    """A row for each training seed of what `train(seed)` is. `more`: `fields` of the evaluation, and `kind`."""
+    """A row for each training seed of what `train(seed)` is. `more`: `fields` of the evaluation, and `used_as`."""
     evaluation = with_fields(config, more.pop("fields", {}))
     named = {name: str(value) for name, value in labels.items()}
     return [Row(named, method, evaluation, train(seed), seed, **more) for seed in config.experiment.training_seeds]
