@@ -2,6 +2,7 @@
 
     python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
     python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
+    python -m mend_jax.experiments.all --config=configs/small_world.py:experiments --workdir=runs/experiments
 
 On 2 cores of an Intel Xeon the first takes 5 minutes: MEND 99.3, Vanilla ICL 100 (one training). The second took 64 minutes of
 one core; in it a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4,
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from configs import base
 from mend_jax.cli.errors import UserError
 
-NAMES = ("backbone", "llm", "pretrain", "finetune", "quick", "full")
+NAMES = ("backbone", "llm", "pretrain", "finetune", "quick", "full", "experiments")
 
 
 def get_config(name: str = "quick") -> ConfigDict:
@@ -57,6 +58,8 @@ def get_config(name: str = "quick") -> ConfigDict:
         _quick(c, name)
     elif name == "full":
         _full(c)
+    elif name == "experiments":
+        _experiments(c)
     else:
         raise UserError(f"configs/small_world.py has no {name!r}: use {', '.join(NAMES[:-1])} or {NAMES[-1]}.")
     return c
@@ -102,3 +105,22 @@ def _full(c: ConfigDict) -> None:
     c.train.steps = c.experiment.finetune_steps
     c.train.eval_every = 500
     c.train.save_every = 250
+
+
+def _experiments(c: ConfigDict) -> None:
+    # As `full`, at a budget that lets all experiments end in half an hour: the numbers show that they run, and little else.
+    c.data.tasks = "small_world_wrong_labels"
+    c.loss.kd = 10.0
+    c.experiment.pretrain_steps = 100
+    c.experiment.finetune_steps = 150
+    c.experiment.training_seeds = (0,)
+    c.experiment.partitions = ("small_world", "small_world_four")
+    c.experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)
+    c.experiment.num_vectors = (1, 2, 4, 8, 16)  # the window has 96 positions
+    c.experiment.many_demonstrations = (16, 64, 256, 1024)
+    c.experiment.domains = "small_world_domains"
+    c.train.steps = c.experiment.finetune_steps
+    c.train.batch_size = 16
+    c.train.eval_every = c.train.save_every = 1_000  # at the end alone
+    c.optimizer.warmup_steps = 20
+    c.evaluate.seeds = (13, 21)

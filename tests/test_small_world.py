@@ -21,7 +21,7 @@ from mend_jax.data.small_world_language import LABELS, SEEDS, World
 from mend_jax.models.families import from_hf_config, to_hf_config
 
 TINY = World(train_tasks=3, test_tasks=3, four_tasks=2, train_documents=6, validation_documents=2)
-CONFIGS = ("llm", "backbone", "quick", "full", "pretrain", "finetune")
+CONFIGS = ("llm", "backbone", "quick", "full", "experiments", "pretrain", "finetune")
 
 
 @pytest.fixture(scope="module")
