@@ -9,7 +9,7 @@ from mend_jax.data.metaicl import Example
 from mend_jax.data.perturbations import NOT_SHOWN, PERTURBATIONS, perturbed, reordered
 
 OPTIONS = ("amber", "blue", "coral")
-EXAMPLES = [Example("t", f"some words number {i}", OPTIONS[i % 3], OPTIONS) for i in range(48)]
+EXAMPLES = [Example("t", f"some words ({i}) z{i}", OPTIONS[i % 3], OPTIONS) for i in range(48)]
 OTHERS = [Example(f"u{i % 2}", f"elsewhere {i}", "yes", ("yes", "no")) for i in range(8)]
 
 
