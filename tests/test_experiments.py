@@ -196,9 +196,11 @@ class Fakes:
         score = {"mean": 0.5, "std": 0.1, "per_seed": {"13": 0.4, "21": 0.6}}
         names = [spec.partition("=") for spec in config.evaluate.methods]
         self.calls.append(tuple(name for name, *_ in names))
-        entry = {"score": score, "accuracy": score, "macro_f1": score, "per_task": {}}
+        entry = {"score": score, "accuracy": score, "macro_f1": score}
+        entry["per_task"] = {"t": entry | {"primary": "macro_f1"}}
         cost = {"prefix_length": 3.0, "cache_bytes": 1, "item_flops": 1, "item_flops_uncached": 1, "item_seconds": 1}
         found = {"methods": {name: {"path": path, **entry, "cost": cost} for name, _, path in names}}
+        found |= {"partition": "tiny", "split": "test", "k": 4, "seeds": [13, 21], "missing_tasks": []}
         Path(workdir).mkdir(parents=True, exist_ok=True)
         (Path(workdir) / "scores.json").write_text(json.dumps(found))
         return found
