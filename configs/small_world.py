@@ -116,8 +116,11 @@ def _experiments(c: ConfigDict) -> None:
     c.experiment.training_seeds = (0,)
     c.experiment.partitions = ("small_world", "small_world_four")
     c.experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)
-    c.experiment.num_vectors = (1, 2, 4, 8, 16)  # the window has 96 positions
+    c.experiment.num_vectors = (2, 8, 16)  # the window has 96 positions
     c.experiment.many_demonstrations = (16, 64, 256, 1024)
+    c.experiment.betas = (0.5, 0.8)
+    c.experiment.gammas = (0.1, 1.0)
+    c.experiment.lambdas = (1.0, 10.0)
     c.experiment.domains = "small_world_domains"
     c.train.steps = c.experiment.finetune_steps
     c.train.batch_size = 16

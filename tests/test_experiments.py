@@ -12,8 +12,17 @@ from facts import says
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.progress import Parts
+from mend_jax.experiments import (
+    ablations,
+    many_demonstrations,
+    num_vectors,
+    objectives,
+    order,
+    perturbations,
+    run,
+    templates,
+)
 from mend_jax.experiments import all as every
-from mend_jax.experiments import many_demonstrations, num_vectors, objectives, order, perturbations, run, templates
 from mend_jax.experiments.table import Experiment, evaluation_key, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method, of_stages, trained_elsewhere, with_fields
 
@@ -75,7 +84,7 @@ def test_what_is_the_same_is_trained_once(config):
         one.folder for one in mend.chain
     }
     lengths = [one.config.prefix.length for one in trainings(num_vectors.rows(config)).values() if one.start is None]
-    assert sorted(lengths) == sorted([*(2 * list(config.experiment.num_vectors)), 16, 16])
+    assert sorted(lengths) == sorted([*(2 * config.experiment.num_vectors), 16, 16])
 
 
 def test_a_training_is_known_by_what_decides_it(config):
@@ -141,6 +150,10 @@ def test_what_was_trained_elsewhere(config, tmp_path):
     [row] = of_methods(config, ["mend"], {})
     assert (row.seed, row.training.folder, row.training.chain) == (None, str(tmp_path), [])
     assert {one.config.stage for one in trainings(objectives.rows(config)).values()} == {"finetune"}
+    elsewhere = [row for row in ablations.rows(config) if row.training is not None and row.training.config is None]
+    assert [(row.seed, row.labels["pretraining"]) for row in elsewhere] == [
+        (None, "L_distill")
+    ]  # once, not for each seed
     config.experiment.trained = (f"mendd={tmp_path}",)
     with says("experiment.trained", f"'mendd={tmp_path}'", "did you mean mend=...?"):
         trained_elsewhere(config)

@@ -5,7 +5,7 @@ lists its rows as the table that it makes does.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -99,7 +99,9 @@ def reading(config: ConfigDict) -> list[str]:
 def of_trainings(
     config: ConfigDict, method: str, labels: dict[str, Any], train: Callable[[int], Training], **more
 ) -> list[Row]:
-    """A row for each training seed of what `train(seed)` is. `more`: `fields` of the evaluation, and `used_as`."""
+    """A row for each training seed of what `train(seed)` is, or one if it was trained elsewhere. `more`: `fields` of the evaluation,
+    and `used_as`."""
     evaluation = with_fields(config, more.pop("fields", {}))
     named = {name: str(value) for name, value in labels.items()}
-    return [Row(named, method, evaluation, train(seed), seed, **more) for seed in config.experiment.training_seeds]
+    rows = [Row(named, method, evaluation, train(seed), seed, **more) for seed in config.experiment.training_seeds]
+    return rows if rows[0].training.config is not None else [replace(rows[0], seed=None)]
