@@ -1,7 +1,6 @@
 """Experiments as data: their rows, what they share, and the runner that goes on where it stopped."""
 
 import json
-import logging
 import signal
 from pathlib import Path
 
@@ -296,24 +295,28 @@ def test_a_result_that_is_lost_is_made_again(tiny, fakes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tiny_experiment(tiny, tmp_path, capsys, caplog):
-    """Everything for real: four finetunings from two pretrainings, scored with perturbed and with retrieved demonstrations."""
-    tiny.data.k = 2
+def test_a_tiny_experiment(tiny, tmp_path, capsys):
+    """All of it for real: a training, scored with the files' demonstrations, perturbed ones and neighbours."""
+    tiny.data.k, tiny.experiment.training_seeds = 2, (0,)
 
     def rows(c):
-        made = tiny_rows(c)[:3]
-        for fields in ({"evaluate.perturb": "no_label"}, {"evaluate.demos": "dense"}):
-            made += of_methods(c, ["icl"], {"finetuning": next(iter(fields.values()))}, fields)
-        return made
+        return [
+            row
+            for what, fields in {
+                "file": {},
+                "no_label": {"evaluate.perturb": "no_label"},
+                "dense": {"evaluate.demos": "dense"},
+            }.items()
+            for row in of_methods(c, ["icl", "prompt_tuning"], {"demonstrations": what}, fields)
+        ]
 
-    caplog.set_level(logging.WARNING)
     assert run.run_experiment(Experiment("tiny", "Tiny", "none", rows), tiny, tmp_path / "run") == 0
     content = json.loads((tmp_path / "run" / "tiny" / "experiment.json").read_text())
     assert len({row["evaluation"] for row in content["rows"]}) == 3
     for row in content["rows"]:
         scores = json.loads((tmp_path / "run" / row["evaluation"] / "scores.json").read_text())
         assert 0 <= scores["methods"][row["method"]]["score"]["mean"] <= 1
-    assert len(list((tmp_path / "run" / "trainings").iterdir())) == 4
+    assert len(list((tmp_path / "run" / "trainings").iterdir())) == 1
     assert capsys.readouterr().out.count("| icl") == 3
 
 

@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation_world import files, known_models, make_config, make_distiller, write_tasks
+from evaluation_world import files, make_config, write_tasks
 from facts import says
 from test_evaluate import naive_scores
 
@@ -13,6 +14,7 @@ from mend_jax import evaluate as ev
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.llm.embeddings import encoder_of, mean_states
+from mend_jax.prefixes import Demonstrations
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import tasks as task_scoring
 
@@ -34,11 +36,6 @@ def config(folder, tiny_llm, tmp_path):
     return c
 
 
-@pytest.fixture
-def models(monkeypatch, llm, tiny_backbone):
-    return known_models(monkeypatch, make_distiller(llm, tiny_backbone), llm)
-
-
 def shown(task, item):
     return task.demos if item.shown is None else [task.demos[i] for i in item.shown]
 
@@ -47,25 +44,20 @@ def texts(task, item):
     return [(x.tolist(), y.tolist()) for x, y in shown(task, item)]
 
 
-def test_each_item_after_its_own_prefix_equals_a_naive_evaluation(config, models, llm, tmp_path):
+def test_each_item_after_its_own_prefix_equals_a_naive_evaluation(config, llm, tmp_path):
     """Batches of prefixes and items, of which the last is not full, and rows of several lengths."""
-    config.evaluate.methods, config.evaluate.tasks = ("icl", "mend=a/distiller"), ("choice",)
+    config.evaluate.methods, config.evaluate.tasks = ("icl",), ("choice",)
     config.evaluate.demos, config.data.k, config.evaluate.limit, config.evaluate.batch_size = "random", 2, 5, 3
-    ev.evaluate(config, tmp_path / "run")
+    ev.evaluate(config, tmp_path / "run", llm)
     [task], _ = load_tasks(config, llm, "test")
     assert len({item.shown for item in task.items}) > 1 and all(len(item.shown) == 2 for item in task.items)
-    distiller = models["a/distiller"]
-    for i, item in enumerate(task.items):
-        demos = jnp.asarray([np.concatenate([np.concatenate(pair) for pair in shown(task, item)])], jnp.int32)
-        length = jnp.asarray([demos.shape[1]])
-        prefixes = {
-            "icl": Prefix(llm.embed(llm.params, demos), length),
-            "mend": distiller.apply(distiller.params, demos, length),
-        }
-        for name, prefix in prefixes.items():
-            path = next((tmp_path / "run").glob(f"predictions/{name}-*/choice_13.jsonl"))
-            line = json.loads(path.read_text().splitlines()[i])
-            np.testing.assert_allclose(line["scores"], naive_scores(llm, prefix, item), atol=2e-5)
+    lines = next((tmp_path / "run").glob("predictions/icl-*/choice_13.jsonl")).read_text().splitlines()
+    embed = jax.jit(lambda tokens: llm.embed(llm.params, tokens))
+    for line, item in zip(lines, task.items, strict=True):
+        demos = np.concatenate([np.concatenate(pair) for pair in shown(task, item)])
+        embeds = embed(np.pad(demos, (0, 32 - len(demos)))[None])
+        expected = naive_scores(llm, Prefix(embeds, np.asarray([len(demos)])), item)
+        np.testing.assert_allclose(json.loads(line)["scores"], expected, atol=2e-5)
 
 
 def test_the_neighbours_of_the_llms_own_states(config, llm):
@@ -78,7 +70,7 @@ def test_the_neighbours_of_the_llms_own_states(config, llm):
     alone = [mean_states(llm, [text])[0] for text in sentences]
     np.testing.assert_allclose(encoder[1](sentences), alone, atol=1e-5)
     tokens = jnp.asarray([llm.tokenizer(sentences[0], add_special_tokens=False)["input_ids"]], jnp.int32)
-    states = llm.model.apply({"params": llm.params}, llm.embed(llm.params, tokens))
+    states = jax.jit(lambda ids: llm.model.apply({"params": llm.params}, llm.embed(llm.params, ids)))(tokens)
     np.testing.assert_allclose(alone[0], np.asarray(states)[0].mean(0), atol=1e-5)
 
 
@@ -110,8 +102,8 @@ def test_the_demonstrations_of_another_task(config, llm):
         load_tasks(config, llm, "test")
 
 
-def test_validation_in_training_reads_the_files(config, llm, models):
-    model = models["a/distiller"]
+def test_validation_in_training_reads_the_files(config, llm):
+    model = Demonstrations.beside(llm)
     plain = task_scoring.dev_tasks(config, llm, model)
     config.evaluate.demos, config.evaluate.perturb, config.evaluate.order = "random", "wrong_label", 2
     found = task_scoring.dev_tasks(config, llm, model)
@@ -120,16 +112,22 @@ def test_validation_in_training_reads_the_files(config, llm, models):
     ]
 
 
-def test_predictions_after_other_demonstrations_are_kept_apart(config, models, tmp_path):
+def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monkeypatch, tmp_path):
+    def answered(llm, prefix_of, task, **_):
+        lines = [{"prediction": "w1", "gold": item.options[item.label]} for item in task.items]
+        cost = {"prefix_length": 1.0, "prefix_seconds": 0.0, "item_seconds": 0.0, "compiled": False}
+        return task_scoring.TaskResult(lines, cost)
+
+    monkeypatch.setattr(ev, "evaluate_task", answered)
     config.evaluate.methods, config.evaluate.limit, config.evaluate.seeds = ("zero_shot", "icl"), 2, (13, 21)
-    ev.evaluate(config, tmp_path)
+    ev.evaluate(config, tmp_path, llm)
     before = files(tmp_path)
     config.evaluate.perturb = "wrong_label"
-    ev.evaluate(config, tmp_path, prints=False)
+    ev.evaluate(config, tmp_path, llm, prints=False)
     after = files(tmp_path)
     assert before.items() <= after.items() and len(after) == len(before) + 4  # of icl alone
     config.evaluate.perturb, config.evaluate.demos, config.data.k = "none", "bm25", 2
-    found = ev.evaluate(config, tmp_path, prints=False)
+    found = ev.evaluate(config, tmp_path, llm, prints=False)
     assert found["methods"]["icl"]["scored"] == 2  # of two seeds with the same items and neighbours, one
 
 
