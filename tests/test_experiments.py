@@ -197,6 +197,7 @@ class Fakes:
         monkeypatch.setattr("mend_jax.evaluate.evaluate", self.evaluate)
         monkeypatch.setattr("mend_jax.evaluate.load_the_llm", lambda *_: self.calls.append("llm"))
         monkeypatch.setattr(run, "check", lambda *_: self.calls.append("checked"))
+        monkeypatch.setattr(run, "_release", lambda: None)  # half a second each time
 
     def train(self, config, workdir):
         self.calls.append((config.stage, config.seed, config.prefix.start_from))

@@ -163,8 +163,6 @@ class Work:
         return STOPPED if distributed.is_running() and distributed.told_to_stop() else 0
 
     def _train(self, training: Training) -> int:
-        import jax
-
         from mend_jax.train import train
 
         workdir, c = self.folder / training.folder, training.config
@@ -175,14 +173,11 @@ class Work:
             training.folder, lambda: train(with_fields(c, {"prefix.start_from": start}), str(workdir))
         )
         self.parts.end("training", c.train.steps, time.monotonic() - began)
-        jax.clear_caches()  # its programs hold its models
-        gc.collect()
+        _release()
         return code
 
     def score(self, rows: Sequence[Row]) -> None:
         """Scores what is not scored; the evaluations share one LLM."""
-        import jax
-
         from mend_jax.evaluate import evaluation_layout, load_the_llm
 
         unscored, loaded = self._unscored(rows), {}
@@ -198,8 +193,7 @@ class Work:
                 self.parts.end("evaluation", len(left), time.monotonic() - began)
         if unscored:
             loaded.clear()
-            jax.clear_caches()
-            gc.collect()
+            _release()
 
     def _score(self, rows: list[Row], llm) -> None:
         from mend_jax.evaluate import evaluate
@@ -219,6 +213,14 @@ class Work:
 
     def _begin(self, what: str) -> None:
         say(f"{self.parts.begin()}: {what}")
+
+
+def _release() -> None:
+    """Frees the models of what has ended, which compiled programs hold."""
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def _methods(folder: Path) -> dict:

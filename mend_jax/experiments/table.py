@@ -4,6 +4,7 @@ A row is its labels, the training that it needs and the evaluation that scores i
 lists its rows as the table that it makes does.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,7 @@ class Row:
         parts = [self.method, *filter(None, [self.used_as]), *([] if self.training is None else [self.training.key])]
         return "-".join(parts)
 
-    @property
+    @functools.cached_property
     def folder(self) -> str:
         """Where its evaluation is below the experiments' workdir."""
         return f"evaluations/{evaluation_key(self.evaluation)}"
