@@ -5,7 +5,6 @@ Everything is checked before work starts, and a command that was stopped goes on
 
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,18 +12,19 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mend_jax.cli.command_line import ROOT, STOPPED
+from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Parts
 from mend_jax.cli.settings import dotted_fields
 from mend_jax.experiments.methods import Times
 from mend_jax.experiments.table import Experiment, Row, evaluation_key
 from mend_jax.experiments.trainings import Training, with_fields
+from mend_jax.experiments.written import ROWS, TABLE, head, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
-from mend_jax.run.files import write_json, write_text
+from mend_jax.run.files import write_json
 from mend_jax.run.resume import FREE_FIELDS
 
-CONFIG, ROWS, TABLE, TIMES = "experiments.json", "experiment.json", "table.md", "times.json"
+CONFIG, TIMES = "experiments.json", "times.json"
 COMPILED = (
     "compiled"  # JAX's compile cache of a workdir, where the user has none: experiments compile the same programs
 )
@@ -63,7 +63,7 @@ def run_experiments(experiments: Sequence[Experiment], config: ConfigDict, workd
             return code
         work.score(part)
         if distributed.is_first():
-            write(experiment, config, folder, part)
+            write(experiment, config, folder, part, {row.folder: _methods(folder / row.folder) for row in part})
     return 0
 
 
@@ -233,53 +233,6 @@ def _methods(folder: Path) -> dict:
 
 def _is_scored(folder: Path, row: Row) -> bool:
     return row.name in _methods(folder / row.folder)
-
-
-def write(experiment: Experiment, config: ConfigDict, folder: Path, rows: Sequence[Row]) -> None:
-    """Writes experiment.json and table.md of a finished experiment, and prints the table."""
-    from mend_jax.experiments.printed import printed_table
-
-    there = folder / experiment.name
-    there.mkdir(exist_ok=True)
-    content = head(experiment.name, experiment.title, experiment.paper, config) | {
-        "rows": [
-            {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name}
-            for row in rows
-        ],
-        "varied": list(rows[0].labels),
-        "x": experiment.x,
-    }
-    table = printed_table(content, {row.folder: _methods(folder / row.folder) for row in rows})
-    write_text(there / TABLE, table + "\n")
-    write_json(there / ROWS, content)
-    print(f"{experiment.title} ({experiment.paper})\n\n{table}\n", flush=True)
-
-
-def head(name: str, title: str, paper: str, config: ConfigDict) -> dict:
-    """What every experiment.json begins with."""
-    from mend_jax.measure.machine import machine
-
-    here = machine()
-    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)} of {here['cpu']}"
-    return {
-        "experiment": name,
-        "title": title,
-        "paper": paper,
-        "command": here["command"],
-        "commit": _commit(),
-        "machine": f"{cores}, load {here['load_before']:.1f} at the end",
-        "date": here["date"][:10],
-        "config": json.loads(config.to_json()),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the program, with a + if files differ from it; None where it is no checkout."""
-    try:
-        asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _compile_into(folder: Path) -> None:

@@ -138,6 +138,7 @@ def evaluate_task(
     task: EvalTask,
     batch_size: int,
     shuffle_demos: bool = False,
+    reads_demos: bool = True,
     params=None,
     chunk: int = 512,
     progress: Callable[[int], None] | None = None,
@@ -150,13 +151,14 @@ def evaluate_task(
         task: the demonstrations and the items.
         batch_size: rows in one pass of the LLM, see `score_items`.
         shuffle_demos: whether every item gets its own order of its demonstrations, and so its own prefix.
+        reads_demos: whether the prefix depends on the demonstrations; else all items share it.
         params: the LLM's; None means `llm.params`.
         chunk: see `score_items`.
         progress: called with the number of items finished since the last call.
     Raises:
         UserError: demonstrations or an item that do not fit, or scores that are not finite.
     """
-    where, orders = f"{task.task}, seed {task.seed}", _orders(task, shuffle_demos)
+    where, orders = f"{task.task}, seed {task.seed}", _orders(task, shuffle_demos) if reads_demos else None
     before, parts = programs_compiled(), _parts(llm, task, orders, batch_size, params)
     scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
     for shown, items in parts:
@@ -304,6 +306,7 @@ def scoring_options(config, method: Method) -> dict:
     return {
         "batch_size": config.evaluate.batch_size,
         "shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos,
+        "reads_demos": method.model.reads_demos,
         "chunk": config.loss.chunk,
     }
 
