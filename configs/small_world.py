@@ -52,6 +52,9 @@ def get_config(name: str = "quick") -> ConfigDict:
     c.train.log_every = 20
     c.train.patience = 1000  # no early stopping: the runs are short and the learning rate has to come down
     c.evaluate.batch_size = 64
+    c.experiment.num_vectors = (2, 8, 16)  # the window has 96 positions
+    c.experiment.many_demonstrations = (16, 64, 256, 1024)
+    c.experiment.domains = "small_world_domains"  # the LLM knows no digits
     if name in ("backbone", "llm"):
         _language_model(c, name)
     elif name in ("quick", "pretrain", "finetune"):
@@ -115,13 +118,9 @@ def _experiments(c: ConfigDict) -> None:
     c.experiment.finetune_steps = 150
     c.experiment.training_seeds = (0,)
     c.experiment.partitions = ("small_world", "small_world_four")
-    c.experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)
-    c.experiment.num_vectors = (2, 8, 16)  # the window has 96 positions
-    c.experiment.many_demonstrations = (16, 64, 256, 1024)
     c.experiment.betas = (0.5, 0.8)
     c.experiment.gammas = (0.1, 1.0)
     c.experiment.lambdas = (1.0, 10.0)
-    c.experiment.domains = "small_world_domains"
     c.train.steps = c.experiment.finetune_steps
     c.train.batch_size = 16
     c.train.eval_every = c.train.save_every = 1_000  # at the end alone
