@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     evaluate.batch_size = 32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
-    # What `evaluate` shows instead of the files' demonstrations (docs/experiments.md); validation in training shows these.
+    # What `evaluate` shows instead of the files' demonstrations (docs/experiments.md); of them validation in training follows evaluate.demos="pool" alone.
     evaluate.demos = "file"  # "file": the seed's; from the task's training pool "pool": drawn for all items, or for each item "random", "bm25" (shared words), "dense" (near embeddings)
     evaluate.encoder = ""  # demos "dense": the model whose mean last states are the embeddings, named as llm.path; "" is the LLM itself
     evaluate.perturb = "none"  # "no_label", "no_input", "random_label", "wrong_label" (Table 3), "adversarial" (labels exchanged), "typos", "irrelevant" (of other tasks)

@@ -105,7 +105,9 @@ def test_the_demonstrations_of_another_task(config, llm):
 def test_validation_in_training_reads_the_files(config, llm):
     model = Demonstrations.beside(llm)
     plain = task_scoring.dev_tasks(config, llm, model)
-    config.evaluate.demos, config.evaluate.perturb, config.evaluate.order = "random", "wrong_label", 2
+    config.evaluate.demos, config.data.k = "pool", 5  # more than a file has
+    assert {len(task.demos) for task in task_scoring.dev_tasks(config, llm, model)} == {5}
+    config.data.k, config.evaluate.demos, config.evaluate.perturb, config.evaluate.order = 4, "random", "wrong_label", 2
     found = task_scoring.dev_tasks(config, llm, model)
     assert [task_scoring.content_of(task, True) for task in plain] == [
         task_scoring.content_of(task, True) for task in found

@@ -14,11 +14,12 @@ AS_IN_FILES = {
 }  # of config.evaluate: the file's, unchanged, in its order
 
 
-def as_in_files(config):
-    """A copy of the config whose evaluations show the demonstrations of the files, as validation in training does."""
+def as_in_validation(config):
+    """A copy of the config whose evaluations show what validation in training does: the files' demonstrations as they are, or with
+    evaluate.demos="pool" those of the pool, for a K that no file has."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.evaluate.update(AS_IN_FILES)
+        config.evaluate.update(AS_IN_FILES | {"demos": "pool" if config.evaluate.demos == "pool" else "file"})
     return config
 
 

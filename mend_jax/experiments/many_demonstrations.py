@@ -17,7 +17,7 @@ CHUNKED = "chunked"
 
 
 def in_chunks(config, join, seed):
-    fields = {"prefix.kind": CHUNKED, "prefix.join": join, "data.k": 2 * config.data.k}
+    fields = {"prefix.kind": CHUNKED, "prefix.join": join, "data.k": 2 * config.data.k, "evaluate.demos": "pool"}
     return of_stages(config, [FINETUNING], seed, fields, pretraining(config, seed))
 
 

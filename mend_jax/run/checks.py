@@ -27,7 +27,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import find_tasks
 from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
-from mend_jax.data.demonstrations import as_in_files
+from mend_jax.data.demonstrations import as_in_validation
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.rows.windows import check_windows
 from mend_jax.data.templates import chosen
@@ -246,7 +246,7 @@ def check_experiment(config, trainings, evaluations) -> None:
     llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
     finetunings = {c.data.to_json(): c for c, _ in trainings if c.stage == "finetune"}
     reads = [(_without_encoder(c), c.evaluate.split) for c in evaluations]
-    reads += [(as_in_files(c), "dev") for c in finetunings.values()]
+    reads += [(as_in_validation(c), "dev") for c in finetunings.values()]
     for c, split in {(c.to_json(), split): (c, split) for c, split in reads}.values():
         tasks, _ = load_tasks(c, llm, split)
         if finetunings:

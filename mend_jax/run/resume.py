@@ -178,6 +178,7 @@ def matters(name: str, config, finished: bool = False) -> bool:
     validation = []
     if config.stage == "finetune":
         validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit"]
+        validation += ["evaluate.demos"] if config.evaluate.demos == "pool" else []  # data/demonstrations.py
         validation += ["evaluate.shuffle_demos"] if kind_of(config).reads_demos else []
     elif config.stage == "lm" and config.data.text_share < 1:
         validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds

@@ -17,7 +17,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
-from mend_jax.data.demonstrations import as_in_files
+from mend_jax.data.demonstrations import as_in_validation
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
 from mend_jax.data.sampling import join_demos, release_truncation, row_rng
 from mend_jax.data.templates import chosen
@@ -263,7 +263,7 @@ def dev_tasks(config, llm: LLM, model: Kind) -> list[EvalTask]:
     Raises:
         UserError: missing or bad files, demonstrations or an item that do not fit beside the model's vectors.
     """
-    tasks, _ = load_tasks(as_in_files(config), llm, "dev")
+    tasks, _ = load_tasks(as_in_validation(config), llm, "dev")
     for task in tasks:
         _check_task(llm, model.num_vectors, task, task.items, "dev")
         make_context(config, llm, model, task)
