@@ -276,6 +276,10 @@ def test_a_workdir_belongs_to_one_config(tiny, fakes, tmp_path):
         run.run_experiment(TINY, with_fields(tiny, {"data.k": 3}), workdir)
     with says(workdir, "experiment.finetune_steps=2", 9):
         run.run_experiment(TINY, with_fields(tiny, {"experiment.finetune_steps": 9}), workdir)
+    older = json.loads((workdir / "experiments.json").read_text())
+    del older["evaluate"]["order"]
+    (workdir / "experiments.json").write_text(json.dumps(older))
+    run.open_workdir(tiny, workdir)  # a field that is younger than the workdir had its default
     (workdir / "experiments.json").write_text("{")
     with says(workdir / "experiments.json", "JSON"):
         run.open_workdir(tiny, workdir)

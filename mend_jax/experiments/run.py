@@ -22,7 +22,7 @@ from mend_jax.experiments.trainings import Training, with_fields
 from mend_jax.experiments.written import ROWS, TABLE, head, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
-from mend_jax.run.resume import FREE_FIELDS
+from mend_jax.run.resume import FREE_FIELDS, defaults
 
 CONFIG, TIMES = "experiments.json", "times.json"
 COMPILED = (
@@ -85,7 +85,7 @@ def open_workdir(config: ConfigDict, workdir) -> Path:
             write_json(path, json.loads(config.to_json()), sort_keys=True)
         return folder
     try:
-        saved = dotted_fields(json.loads(path.read_text()))
+        saved = defaults() | dotted_fields(json.loads(path.read_text()))  # a field may be younger than the workdir
     except ValueError:
         raise UserError(f"{path} is not readable JSON: restore it, or name another workdir.") from None
     for name in sorted(saved.keys() | wanted.keys()):

@@ -40,7 +40,7 @@ def check_resume(workdir, config, finished: bool) -> None:
     A field that the saved config lacks had the default of configs/base.py. `finished`: nothing will be computed.
     """
     saved, wanted = dotted_fields(checkpoint.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
-    saved, recorded = _defaults() | saved, read_sources(workdir)
+    saved, recorded = defaults() | saved, read_sources(workdir)
     read = _paths_read(config)
     for name in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(name), wanted.get(name)
@@ -75,7 +75,7 @@ def check_start(config) -> None:
     if not checkpoint.has_checkpoint(folder):
         raise UserError(f"{START}={given} holds no complete checkpoint: train there first, or name another workdir.")
     saved, wanted = dotted_fields(checkpoint.read_config(folder)), dotted_fields(json.loads(config.to_json()))
-    saved, recorded = _defaults() | saved, read_sources(folder)
+    saved, recorded = defaults() | saved, read_sources(folder)
     if saved["stage"] == "lm":
         raise UserError(
             f'{START}={given} was trained with stage="lm", so it holds an LLM: set llm.path or prefix.backbone to its '
@@ -230,7 +230,7 @@ def _absolute(path: str) -> str:
 
 
 @functools.cache
-def _defaults() -> dict:
+def defaults() -> dict:
     """What a field means for a run older than the field: its value in BEFORE, else in configs/base.py, which may be missing."""
     base = base_config()
     return ({} if base is None else dotted_fields(json.loads(base.to_json()))) | BEFORE
