@@ -112,11 +112,31 @@ def get_config() -> ConfigDict:
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.option_score = "mean"  # an option's log-probability per token (MetaICL's), or its "sum", the probability of the whole option (docs/protocol.md)
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
+    # What `evaluate` shows instead of the files' demonstrations (docs/experiments.md); of them validation in training follows evaluate.demos="pool" alone.
+    evaluate.demos = "file"  # "file": the seed's; from the task's training pool "pool": drawn for all items, or for each item "random", "bm25" (shared words), "dense" (near embeddings)
+    evaluate.encoder = ""  # demos "dense": the model whose mean last states are the embeddings, named as llm.path; "" is the LLM itself
+    evaluate.perturb = "none"  # "no_label", "no_input", "random_label", "wrong_label" (Table 3), "adversarial" (labels exchanged), "typos", "irrelevant" (of other tasks)
+    evaluate.perturb_share = 1.0  # the share of the demonstrations that is perturbed
+    evaluate.order = 0  # the n-th of the seed's orders of the demonstrations; 0 is the file's
 
-    c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.methods: train and evaluate several methods
+    c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.NAME: train and evaluate (docs/experiments.md)
     # Each run of it sets stage, train.steps, prefix.kind, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too.
     experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
     experiment.pretrain_steps = 30_000  # train.steps of every pretraining
     experiment.finetune_steps = 30_000  # and of every finetuning
     experiment.pretrain_batch_size = 0  # train.batch_size of every pretraining; 0: as in finetuning
+    # The rest is of all experiments but `methods`.
+    experiment.training_seeds = (0, 1, 2)  # config.seed of the trainings of what is trained: as many of each
+    experiment.trained = ()  # "METHOD=WORKDIR": use what was trained there; "pretraining=WORKDIR": begin MEND's finetunings with it
+    experiment.partitions = ()  # main_table: its settings; () is data.partition alone
+    experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)  # num_demonstrations: K; more than data.k are drawn from the tasks' pools
+    experiment.num_vectors = (1, 10, 50, 100, 200)  # num_vectors: l
+    experiment.many_demonstrations = (16, 32, 64, 256, 1024)  # many_demonstrations: K, drawn from the tasks' pools
+    experiment.betas = (0.1, 0.5, 0.8, 0.9)  # hyperparameters: data.beta
+    experiment.gammas = (0.01, 0.1, 1.0, 10.0)  # weight of L_distill beside L_CLM in pretraining
+    experiment.lambdas = (0.01, 0.1, 1.0, 10.0)  # weight of L_distill in finetuning
+    experiment.templates = ("space", "newline")  # templates: each is trained with, and tested with
+    experiment.orders = 10  # order: of the same demonstrations
+    experiment.domains = "domains"  # domains: a folder of MetaICL's files with a partition "domains"; "domains": generated ones, "small_world_domains": in the small world's words
+    experiment.shares = (0.25, 0.5, 1.0)  # domains: shares of demonstrations that are perturbed
     return c

@@ -24,9 +24,11 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.bos import NONE
+from mend_jax.data.demonstrations import AS_IN_FILES
 from mend_jax.data.evaluation import EvalTask, load_tasks
 from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
+from mend_jax.llm.embeddings import encoder_of
 from mend_jax.models.folders import fingerprint
 from mend_jax.prefixes import KINDS, Kind
 from mend_jax.run import checks, distributed, sharding
@@ -50,9 +52,14 @@ LOCK = ".evaluating.lock"
 BUILT_IN = {kind.method: kind for kind in KINDS.values() if kind.method}  # methods without a trained model
 
 
-def evaluate(config, workdir) -> dict:
+def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True) -> dict:
     """Evaluates config.evaluate.methods, writes the files in `workdir`, prints the table and returns the content of scores.json.
 
+    Args:
+        config: the config of a whole run.
+        workdir: a folder, new or of an earlier evaluation.
+        llm: that of the config, from `load_models`, if it is loaded already.
+        prints: whether the table is printed.
     Raises:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk, another
             evaluation in `workdir`.
@@ -63,9 +70,10 @@ def evaluate(config, workdir) -> dict:
 
 def _evaluate(config, workdir: Path) -> dict:
     layout = evaluation_layout(config)
-    llm, methods = load_models(config, layout)
+    llm = load_the_llm(config, layout) if llm is None else llm
+    methods = load_methods(config, llm, layout)
     results.write_config(workdir, config)
-    tasks, missing = load_tasks(config, llm, config.evaluate.split)
+    tasks, missing = load_tasks(config, llm, config.evaluate.split, encoder_of(config, llm))
     checks.check_evaluation(config, llm, methods, tasks, layout.mesh)
     read_from, found = fingerprint(config.llm.path), {}
     stores = [results.Store(workdir, method.name, prediction_facts(config, method, read_from)) for method in methods]
@@ -88,9 +96,10 @@ def _evaluate(config, workdir: Path) -> dict:
         "methods": found,
     }
     if distributed.is_first():
-        print(results.write_results(workdir, summary))
-        more = f"Column meanings and scores by task: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}."
-        say(more)
+        table = results.write_results(workdir, summary)
+        if prints:
+            print(table)
+            say(f"Column meanings and scores by task: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}.")
     return summary
 
 
@@ -132,9 +141,14 @@ def evaluation_layout(config) -> Layout:
 
 def load_models(config, layout: Layout) -> tuple[LLM, list[Method]]:
     """The LLM and the methods of a config, placed by `layout`."""
-    c = config.llm
-    llm = load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place, bos=config.data.bos)
+    llm = load_the_llm(config, layout)
     return llm, load_methods(config, llm, layout)
+
+
+def load_the_llm(config, layout: Layout) -> LLM:
+    """The LLM of a config, placed by `layout`."""
+    c = config.llm
+    return load_llm(c.path, c.dtype, c.attention, weights=c.weights, place=layout.place, bos=config.data.bos)
 
 
 def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
@@ -185,6 +199,9 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
     facts = {name: config.data[name] for name in data}
     facts |= {"split": config.evaluate.split, "limit": config.evaluate.limit}
     facts |= {"shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos}
+    if method.model.reads_demos:
+        facts |= {name: config.evaluate[name] for name, plain in AS_IN_FILES.items() if config.evaluate[name] != plain}
+        facts |= {"perturb_share": config.evaluate.perturb_share} if "perturb" in facts else {}
     facts |= {"llm": read_from, "llm_dtype": config.llm.dtype, "llm_weights": config.llm.weights, "method": method.name}
     if config.data.bos != NONE:
         facts |= {"bos": config.data.bos}
@@ -196,7 +213,8 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
 
 
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
-    """One method's entry in scores.json. Seeds that differ only in demonstrations the method does not read are scored once."""
+    """One method's entry in scores.json. Seeds that differ only in demonstrations the method does not read are scored once, and
+    so are those whose items have the same demonstrations."""
     scores, spent, known, prefix_of, model = {}, [], {}, prefix_maker(config, llm, method), method.model
     together = sharding.mesh_of(llm.params) is not None  # all processes compute, the first one writes
     for task in tasks:
@@ -216,7 +234,7 @@ def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
                 store.write(task.task, task.seed, *kept)
         else:
             bar.skip(len(task.items))
-        if not model.reads_demos:
+        if not model.reads_demos or not task.shares_demos:
             known[content] = kept
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, kept[0])
         spent.append(kept[1])

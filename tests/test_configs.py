@@ -26,7 +26,7 @@ PARTITIONS = [
 ]
 VARIANTS = {
     "base": [],
-    "small_world": ["quick", "pretrain", "finetune", "full", "llm", "backbone"],
+    "small_world": ["quick", "pretrain", "finetune", "full", "experiments", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
     "smollm2_135m": [],
     **dict.fromkeys(

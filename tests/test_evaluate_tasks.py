@@ -96,17 +96,21 @@ def test_dev_score_takes_the_order_of_the_demonstrations_of_the_test(config, llm
     original, orders = task_scoring.evaluate_task, []
 
     def watched(llm, prefix_of, task, *args, **options):
-        return original(llm, lambda t, order=None: orders.append(order) or prefix_of(t, order), task, *args, **options)
+        return original(llm, lambda t, *own: orders.append(own) or prefix_of(t, *own), task, *args, **options)
 
     monkeypatch.setattr(task_scoring, "evaluate_task", watched)
     config.evaluate.shuffle_demos, config.evaluate.seeds, config.evaluate.limit = shuffled, (13,), 2
     tasks = task_scoring.dev_tasks(config, llm, distiller)
     task_scoring.dev_score(config, llm, distiller, distiller.params, tasks)
-    assert [order is not None for order in orders] == ([True] * 4 if shuffled else [False] * 2)
+    assert len(orders) == 2 and all(len(own) == shuffled for own in orders)
+    for [of_items] in orders if shuffled else ():
+        assert (
+            len(of_items) == 2 and of_items[0] != of_items[1] and all(sorted(one) == [0, 1, 2, 3] for one in of_items)
+        )
     orders.clear()
     prompt = SoftPrompt({"vectors": distiller.params["projection"]["kernel"][:3]})
     task_scoring.dev_score(config, llm, prompt, prompt.params, tasks)
-    assert orders == [None, None]
+    assert orders == [(), ()]
 
 
 def test_the_hash_of_weights_sees_every_change():

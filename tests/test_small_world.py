@@ -21,7 +21,7 @@ from mend_jax.data.small_world_language import LABELS, SEEDS, World
 from mend_jax.models.families import from_hf_config, to_hf_config
 
 TINY = World(train_tasks=3, test_tasks=3, four_tasks=2, train_documents=6, validation_documents=2)
-CONFIGS = ("llm", "backbone", "quick", "full", "pretrain", "finetune")
+CONFIGS = ("llm", "backbone", "quick", "full", "experiments", "pretrain", "finetune")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,8 @@ def test_tasks_are_metaicls_format(world):
         if task in tasks["train"]:
             assert names == {f"{task}_16384_100_train.jsonl"}
         else:
-            assert names == {f"{task}_16_{s}_{part}.jsonl" for s in SEEDS for part in ("train", "dev", "test")}
+            parts = {f"{task}_16_{s}_{part}.jsonl" for s in SEEDS for part in ("train", "dev", "test")}
+            assert names == parts | {f"{task}_16384_100_train.jsonl"}
         for name in names:
             for row in rows(world, task, name.removeprefix(f"{task}_").removesuffix(".jsonl")):
                 assert set(row) == {"task", "input", "output", "options"}

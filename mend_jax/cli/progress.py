@@ -108,3 +108,31 @@ class Progress:
             self.thread.join()
         if self.bar is not None:
             self.bar.close()
+
+
+class Parts:
+    """Work in parts of several kinds, and how long the rest of it will take, kind by kind."""
+
+    def __init__(self, parts: list[tuple[str, float]]):
+        """`parts`: (kind, weight) of each that is left, in the order in which they will be done."""
+        self.left, self.total, self.spent = list(parts), len(parts), {}
+
+    def begin(self) -> str:
+        """Where the next part stands: "part 3 of 21, 0:14:05 left"; without a time before any part has ended."""
+        place = f"part {self.total - len(self.left) + 1} of {self.total}"
+        seconds = self.seconds_left()
+        return place if seconds is None else f"{place}, {clock(seconds)} left"
+
+    def end(self, kind: str, weight: float, seconds: float) -> None:
+        """The next part of this kind has ended after so many seconds."""
+        before = self.spent.get(kind, (0.0, 0.0))
+        self.spent[kind] = before[0] + weight, before[1] + seconds
+        at = next((i for i, (other, _) in enumerate(self.left) if other == kind), None)
+        if at is not None:
+            del self.left[at]
+
+    def seconds_left(self) -> float | None:
+        """By the seconds per weight of each kind so far; a kind of which nothing has ended yet is not counted. None if there is
+        nothing to go by."""
+        known = [(weight, self.spent[kind]) for kind, weight in self.left if kind in self.spent]
+        return sum(weight * seconds / done for weight, (done, seconds) in known) if known else None

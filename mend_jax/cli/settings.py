@@ -24,6 +24,17 @@ CHOICES = {
     "evaluate.split": ("test", "dev"),
     "evaluate.parallel": ("auto", "tasks", "mesh"),
     "evaluate.option_score": ("mean", "sum"),
+    "evaluate.demos": ("file", "pool", "random", "bm25", "dense"),
+    "evaluate.perturb": (
+        "none",
+        "no_label",
+        "no_input",
+        "random_label",
+        "wrong_label",
+        "adversarial",
+        "typos",
+        "irrelevant",
+    ),  # fmt: skip
 }
 PATHS = (
     "llm.path",
@@ -33,6 +44,8 @@ PATHS = (
     "data.text",
     "data.tasks",
     "data.cache",
+    "evaluate.encoder",
+    "experiment.domains",
 )
 METHODS = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")  # for experiment.methods
 # (lowest, highest) of a number; those not listed are at least 1. A bound in NOT_REACHED is itself not allowed.
@@ -56,6 +69,8 @@ RANGES = {
     "loss.top_k": (2, math.inf),  # of one word, which has all of the mass, the KL is always 0
     "prefix.rms": (-1, math.inf),
     "evaluate.limit": (0, math.inf),
+    "evaluate.perturb_share": (0, 1),
+    "evaluate.order": (0, math.inf),
     "experiment.pretrain_batch_size": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
@@ -78,6 +93,25 @@ TUPLES = {  # the type of the elements, and whether the tuple may be empty
     "evaluate.seeds": (int, False),
     "evaluate.tasks": (str, True),
     "experiment.methods": (str, False),
+    "experiment.training_seeds": (int, False),
+    "experiment.trained": (str, True),
+    "experiment.partitions": (str, True),
+    "experiment.num_demonstrations": (int, False),
+    "experiment.num_vectors": (int, False),
+    "experiment.many_demonstrations": (int, False),
+    "experiment.betas": (float, False),
+    "experiment.gammas": (float, False),
+    "experiment.lambdas": (float, False),
+    "experiment.templates": (str, False),
+    "experiment.shares": (float, False),
+}
+ELEMENTS = {  # the field that each element of a tuple becomes, whose values it may have; other numbers are at least 1
+    "experiment.training_seeds": "seed",
+    "experiment.betas": "data.beta",
+    "experiment.gammas": "loss.clm",
+    "experiment.lambdas": "loss.kd",
+    "experiment.templates": "data.template",
+    "experiment.shares": "evaluate.perturb_share",
 }
 
 
@@ -181,19 +215,30 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
 
 
 def _check_tuple(key: str, value: tuple, kind: type, may_be_empty: bool) -> None:
-    what = "whole numbers" if kind is int else "names"
+    what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
     if not value and not may_be_empty:
         raise UserError(f"{key} must hold at least one of its {what}: separate them with commas.")
     for element in value:
-        if type(element) is not kind:
+        if type(element) is not kind and (kind, type(element)) != (float, int):
             raise UserError(f"{key} must hold {what}, not {element!r}: separate them with commas.")
+        if key.startswith("experiment."):
+            _check_element(key, element)
         if key.endswith("_buckets") and element < 1:
             raise UserError(f"{key} holds lengths in tokens, which are at least 1, not {element}: take it out.")
 
 
-def _check_range(key: str, value: float) -> None:
-    lowest, highest = RANGES.get(key, (1, math.inf))
-    excluded = NOT_REACHED.get(key, ())
+def _check_element(key: str, value) -> None:
+    field = ELEMENTS.get(key, key)
+    if field in CHOICES:
+        check_choice(key, value, CHOICES[field])
+    elif not isinstance(value, str):
+        _check_range(key, value, field)
+
+
+def _check_range(key: str, value: float, field: str = "") -> None:
+    """`field`: whose values are allowed, if it is not `key`."""
+    lowest, highest = RANGES.get(field or key, (1, math.inf))
+    excluded = NOT_REACHED.get(field or key, ())
     if lowest <= value <= highest and value not in excluded and math.isfinite(value):
         return
     words = [f"more than {lowest}" if lowest in excluded else f"at least {lowest}"]

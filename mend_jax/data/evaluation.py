@@ -14,6 +14,9 @@ from tokenizers import Tokenizer
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import nearest
 from mend_jax.data import alignment, metaicl, sampling
+from mend_jax.data.demonstrations import demonstrations, files_for
+from mend_jax.data.perturbations import NOT_SHOWN
+from mend_jax.data.retrieval import PER_ITEM
 from mend_jax.data.templates import Template, chosen
 from mend_jax.data.tokenize import check_tokenizer, encode, readings, tokenizer_text
 
@@ -26,6 +29,9 @@ class Item:
     options_tokens: list[np.ndarray]  # int32, never cut
     options: tuple[str, ...]
     label: int  # index of the correct option
+    shown: tuple[int, ...] | None = (
+        None  # the numbers of its demonstrations among the task's, in order; None: all of them
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +45,22 @@ class EvalTask:
     classification: bool  # scored by Macro-F1, else by accuracy
     texts: tuple[
         tuple[str, str], ...
-    ] = ()  # the demonstrations' (x, y), each with the template's text in front: for another tokenizer
+    ] = ()  # the demonstrations' (x, y), each with the template's text in front: for another tokenizer; "" is not shown
+
+    @property
+    def shares_demos(self) -> bool:
+        """Whether all items have the same demonstrations, and so the same prefix."""
+        return self.items[0].shown is None
 
 
-def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
+def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], list[str]]:
     """The meta-test tasks of config.data.partition, one `EvalTask` per task and seed, and the names of missing tasks.
 
     Args:
         config: the config of a whole run.
         llm: the LLM, whose `.tokenizer` is used.
         split: "test", or "dev" for the validation examples.
+        encoder: of config.evaluate.demos "dense", see `demonstrations`.
     Raises:
         UserError: bad files, a tokenizer that does not fit the LLM, free-form items, an unknown name
             in config.evaluate.tasks, or no task with files.
@@ -63,42 +75,53 @@ def load_tasks(config, llm, split: str) -> tuple[list[EvalTask], list[str]]:
                 f"config.evaluate.tasks names {name!r}, which is not a meta-test task of {data.partition!r}{hint}"
             )
     names = [name for name in names if name in config.evaluate.tasks or not config.evaluate.tasks]
-    present, missing = metaicl.present_tasks(data.tasks, names, split, data.k, seeds)
+    present, missing = metaicl.present_tasks(data.tasks, names, split, files_for(config), seeds)
     if not present:
-        raise metaicl.none_present(data.tasks, data.partition, names, split, data.k, seeds)
+        raise metaicl.none_present(data.tasks, data.partition, names, split, files_for(config), seeds)
     if missing:
         logging.warning(
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
         )
     tokenizer = Tokenizer.from_str(tokenizer_text(llm.tokenizer))
-    return [task for name in present for task in read_task(config, tokenizer, name, split)], missing
+    return [task for name in present for task in read_task(config, tokenizer, name, split, present, encoder)], missing
 
 
-def read_task(config, tokenizer: Tokenizer, name: str, split: str) -> list[EvalTask]:
-    """One task, for every seed of config.evaluate.seeds. Raises UserError for bad files."""
+def read_task(config, tokenizer: Tokenizer, name: str, split: str, tasks=(), encoder=None) -> list[EvalTask]:
+    """One of the `tasks`, for every seed of config.evaluate.seeds. Raises UserError for bad files."""
     data, limit, template = config.data, config.evaluate.limit, chosen(config.data.template)
-    files = {}
+    others, files = [other for other in tasks if other != name], {}
     for seed in config.evaluate.seeds:
-        demos = metaicl.read_examples(data.tasks, name, data.k, seed, "train")
-        path = metaicl.example_file(data.tasks, name, data.k, seed, split)
+        path = metaicl.example_file(data.tasks, name, files_for(config), seed, split)
         items = metaicl.read_file(path)
         check_options(items, path)
-        files[seed] = demos, items[:limit] if limit else items
-    examples = [example for demos, items in files.values() for example in (*demos, *items)]
+        demos = demonstrations(config, name, seed, items, others, encoder)
+        items = items[:limit] if limit else items
+        files[seed] = demos[: len(items)], items
+    examples = [e for demos, items in files.values() for part in (*demos, items) for e in part]
     inputs = _read_inputs(tokenizer, [e.input for e in examples], template, data.max_input_tokens)
     outputs = encode_texts(tokenizer, (text for e in examples for text in (e.output, *e.options)), template.answer)
     _warn_of_repeated_options(name, [item for _, items in files.values() for item in items])
     _warn_of_equal_options(name, [item for _, items in files.values() for item in items], outputs)
-    tasks = []
+    made = []
     for seed, (demos, items) in files.items():
-        pairs = [(inputs[e.input], outputs[e.output]) for e in demos]
-        texts = tuple((template.before + e.input, template.answer + e.output) for e in demos)
-        made = [
-            Item(inputs[e.input], [outputs[o] for o in e.options], e.options, e.options.index(e.output)) for e in items
+        numbers = {example: i for i, example in enumerate(dict.fromkeys(e for part in demos for e in part))}
+        demos_of = [None] * len(items)
+        if config.evaluate.demos in PER_ITEM:
+            demos_of = [tuple(numbers[example] for example in part) for part in demos]
+        shown = list(numbers) if demos_of[0] is not None else demos[0]
+        pairs = [(inputs[e.input], outputs[e.output]) for e in shown]
+        texts = tuple((_before(template.before, e.input), _before(template.answer, e.output)) for e in shown)
+        answered = [
+            Item(inputs[e.input], [outputs[o] for o in e.options], e.options, e.options.index(e.output), of_item)
+            for e, of_item in zip(items, demos_of, strict=True)
         ]
         kind = metaicl.is_classification(data.tasks, name, items)
-        tasks.append(EvalTask(name, int(seed), pairs, made, kind, texts))
-    return tasks
+        made.append(EvalTask(name, int(seed), pairs, answered, kind, texts))
+    return made
+
+
+def _before(before: str, text: str | None) -> str:
+    return "" if text is NOT_SHOWN else before + text
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,16 +129,17 @@ def read_twice(texts: tuple, tokenizers: tuple, max_input_tokens: int, between: 
     """Text demonstrations (x, y) as token ids of two Hugging Face tokenizers: ([(x, y), ...], [(x, y), ...]), int32.
 
     Each x is cut where both tokenizers end a token, at no more than `max_input_tokens` of either (as in the training data); the
-    tokens of `between` are put behind it.
+    tokens of `between` are put behind it. An x or y that is "" is not shown.
     """
     plain = [_plain(tokenizer) for tokenizer in tokenizers]
     inputs, outputs = (list(readings(plain, part)) for part in zip(*texts, strict=True))
     behind = [encode(tokenizer, [between] if between else []) for tokenizer in plain]
     both = [], []
-    for (x, marks), (y, _) in zip(inputs, outputs, strict=True):
-        kept = alignment.cut(marks, (max_input_tokens, max_input_tokens))
+    for (text, _), (x, marks), (y, _) in zip(texts, inputs, outputs, strict=True):
+        kept = alignment.cut(marks, (max_input_tokens, max_input_tokens)) if text else (0, 0)
         for pairs, x_ids, y_ids, count, ids in zip(both, x, y, kept, behind, strict=True):
-            pairs.append((np.asarray(sum(ids, x_ids[:count]), np.int32), np.asarray(y_ids, np.int32)))
+            x_ids = sum(ids, x_ids[:count]) if text else []
+            pairs.append((np.asarray(x_ids, np.int32), np.asarray(y_ids, np.int32)))
     return both
 
 
@@ -168,11 +192,13 @@ def _read_inputs(tokenizer: Tokenizer, texts: Iterable[str], template: Template,
     """{text: int32 ids} of inputs, each cut to `limit` tokens, then the template's text between x and y."""
     between = encode_texts(tokenizer, [template.between] if template.between else [], "").values()
     ids = encode_texts(tokenizer, texts, template.before)
-    return {text: np.concatenate([sampling.cut_input(row, limit), *between]) for text, row in ids.items()}
+    nothing = {NOT_SHOWN: ids.pop(NOT_SHOWN)} if NOT_SHOWN in ids else {}
+    return {text: np.concatenate([sampling.cut_input(row, limit), *between]) for text, row in ids.items()} | nothing
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], before: str) -> dict[str, np.ndarray]:
-    """{text: int32 ids, with `before` in front} of texts, each tokenised once: seeds often share their test items."""
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str | None], before: str) -> dict[str | None, np.ndarray]:
+    """{text: int32 ids, with `before` in front} of texts, each tokenised once: seeds often share their test items. A text that is
+    NOT_SHOWN has none."""
     texts = list(dict.fromkeys(texts))  # keeps the order, unlike a set
-    ids = encode(tokenizer, [before + text for text in texts])
+    ids = encode(tokenizer, [_before(before, text) for text in texts])
     return {text: np.asarray(row, np.int32) for text, row in zip(texts, ids, strict=True)}

@@ -170,10 +170,13 @@ def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tupl
 def held_out_files(config) -> list[Path]:
     """The files that a run's validation reads: demonstrations and dev examples of the meta-test tasks that have files."""
     data, seeds, chosen = config.data, tuple(config.evaluate.seeds), config.evaluate.tasks
+    from_pool = config.evaluate.demos == "pool"
+    k = 1 if from_pool else data.k
     names = [name for name in load_partition(data.tasks, data.partition)["test"] if name in chosen or not chosen]
-    present, _ = present_tasks(data.tasks, names, "dev", data.k, seeds)
+    present, _ = present_tasks(data.tasks, names, "dev", k, seeds)
     parts = [(task, seed, split) for task in present for seed in seeds for split in ("train", "dev")]
-    return [example_file(data.tasks, task, data.k, seed, split) for task, seed, split in parts]
+    pools = [path for task in present if from_pool and (path := meta_train_file(data.tasks, task)).is_file()]
+    return [example_file(data.tasks, task, k, seed, split) for task, seed, split in parts] + pools
 
 
 def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:

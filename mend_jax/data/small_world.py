@@ -13,7 +13,8 @@ have four, which is more than a few vectors can carry; "small_world_first" has o
 tasks.
 
 The small world of *wrong labels* differs only in that a quarter of the meta-training examples and of the demonstrations
-have the label of another class, as data labelled by people does. Test and dev items are labelled correctly.
+have the label of another class, as data labelled by people does. Test and dev items are labelled correctly. Each meta-test
+task also has a pool of training examples, as MetaICL's meta-training tasks have, to take other demonstrations from.
 
 Configs use the special values "small_world" and, for the tasks, "small_world_wrong_labels" instead of a path; `resolve`
 writes the world when needed and replaces the values by paths.

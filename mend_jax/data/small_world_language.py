@@ -47,6 +47,7 @@ class World:
     four_tasks: int = 12  # meta-test tasks of four classes
     demonstrations: int = 16
     demonstrations_per_class: int = 4  # at least
+    pool: int = 1_024  # training examples of each meta-test task, to take demonstrations from (config.evaluate.demos)
     dev_examples: int = 32
     test_examples: int = 60
     train_documents: int = 40_000
@@ -184,14 +185,29 @@ def test_files(rng: random.Random, world: World, task: str, meaning: dict) -> di
     test = draw_examples(rng, world, task, meaning, labels, test_inputs)
     files = {}
     for seed in SEEDS:
-        k, shown = world.demonstrations, []
-        while len(shown) < k:
-            seen, count = set(test_inputs), min(DISTINCT, k - len(shown))
-            labels = _labels(rng, meaning, count, min(world.demonstrations_per_class, count // len(meaning)))
-            shown += draw_examples(rng, world, task, meaning, labels, seen)
+        k = world.demonstrations
+        shown, seen = _demonstrations(rng, world, task, meaning, k, test_inputs)
         files[f"{k}_{seed}_train"] = _labelled(world, shown)
         # The dev and test rows, which select and score methods, are labelled correctly.
         labels = _labels(rng, meaning, world.dev_examples, world.dev_examples // len(meaning))
         files[f"{k}_{seed}_dev"] = draw_examples(rng, world, task, meaning, labels, seen)
         files[f"{k}_{seed}_test"] = test
+    if world.pool:
+        draw = random.Random(
+            f"{world.seed} {task} pool"
+        )  # so that all other draws are the same with and without a pool
+        pool, _ = _demonstrations(draw, world, task, meaning, world.pool, test_inputs)
+        files["16384_100_train"] = _labelled(world, pool)
     return files
+
+
+def _demonstrations(
+    rng: random.Random, world: World, task: str, meaning: dict, count: int, test_inputs: set[str]
+) -> tuple[list[dict], set[str]]:
+    """(`count` examples, the inputs that the last of them leave): of every DISTINCT one after another, no two inputs are equal."""
+    shown, seen = [], set(test_inputs)
+    while len(shown) < count:
+        seen, part = set(test_inputs), min(DISTINCT, count - len(shown))
+        labels = _labels(rng, meaning, part, min(world.demonstrations_per_class, part // len(meaning)))
+        shown += draw_examples(rng, world, task, meaning, labels, seen)
+    return shown, seen

@@ -55,18 +55,24 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     """
     runs = []
     for stage, kd, pred, clm in STAGES[method]:
-        c = config.copy_and_resolve_references().unlock()
-        c.stage = stage
+        c = stage_config(config, stage, kd, pred, clm).unlock()
         if method == "prompt_tuning":
             c.prefix.kind = "soft_prompt"
-        c.prefix.start_from = ""
-        c.loss.kd = config.loss.kd if kd is None else kd
-        c.loss.pred, c.loss.clm = pred, clm
-        c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
-        if stage == "pretrain" and config.experiment.pretrain_batch_size:
-            c.train.batch_size = config.experiment.pretrain_batch_size
         runs.append((stage, c.lock()))
     return runs
+
+
+def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:
+    """The config of one run: a stage with its weights of the losses (kd None: the experiment's lambda) and the experiment's steps."""
+    c = config.copy_and_resolve_references().unlock()
+    c.stage = stage
+    c.prefix.start_from = ""
+    c.loss.kd = config.loss.kd if kd is None else kd
+    c.loss.pred, c.loss.clm = pred, clm
+    c.train.steps = config.experiment.pretrain_steps if stage == "pretrain" else config.experiment.finetune_steps
+    if stage == "pretrain" and config.experiment.pretrain_batch_size:
+        c.train.batch_size = config.experiment.pretrain_batch_size
+    return c.lock()
 
 
 def main(config: ConfigDict, workdir: str) -> int:
@@ -79,7 +85,7 @@ def main(config: ConfigDict, workdir: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir {folder} cannot be created ({error.strerror}): name another.") from error
-    check_experiment(config, _trainings(config))
+    check_experiment(config, _trainings(config), [config])
     _prepare_training_data(config, folder)
     times = Times(folder / "times.json")
     for method in config.experiment.methods:
@@ -109,19 +115,24 @@ def _trainings(config: ConfigDict) -> list[tuple[ConfigDict, str]]:
 
 
 def _prepare_training_data(config: ConfigDict, folder: Path) -> None:
-    """Tokenises and checks the data of all trainings that have not begun, so that errors in later ones are found now."""
+    """Tokenises and checks the data of all trainings that have not begun."""
+    runs = ((method, stage, c) for method in config.experiment.methods for stage, c in stage_configs(config, method))
+    prepare_training_data([c for method, stage, c in runs if not (folder / method / stage / "checkpoints").exists()])
+
+
+def prepare_training_data(configs: list[ConfigDict]) -> None:
+    """Tokenises and checks what these trainings read, so that errors in later ones are found now."""
     from mend_jax.data.batches import make_batches
     from mend_jax.run.build import readers_by_folders
 
     known = set()
-    for method in config.experiment.methods:
-        for stage, c in stage_configs(config, method):
-            kind = stage, c.prefix.kind
-            if kind in known or (folder / method / stage / "checkpoints").exists():
-                continue
-            known.add(kind)
-            for split in ("train", "validation") if stage == "pretrain" else ("train",):
-                make_batches(c, readers_by_folders(c), split)
+    for c in configs:
+        reads = c.stage, c.prefix.kind, c.prefix.length, c.prefix.join, c.data.to_json()
+        if reads in known:
+            continue
+        known.add(reads)
+        for split in ("train", "validation") if c.stage == "pretrain" else ("train",):
+            make_batches(c, readers_by_folders(c), split)
 
 
 def evaluation_config(config: ConfigDict, folder: Path) -> ConfigDict:

@@ -54,6 +54,12 @@ class LLM(FrozenLLM):
         states = self.cached_states(params, cache, tokens.reshape(at.shape), position, 1 + segment)
         return states.reshape(*tokens.shape, -1)
 
+    def text_states(self, params, tokens, length):
+        """The states (B,T,D) of texts alone, behind nothing but the BOS where there is one."""
+        rows = len(tokens)
+        nothing = Prefix(jnp.zeros((rows, 0, self.config.width), self.dtype), jnp.zeros(rows, jnp.int32))
+        return self.states(params, nothing, Query(tokens, length, jnp.zeros_like(length)))
+
     def prefix_cache(self, params, prefix: Prefix) -> Cache:
         """Keys and values of one prefix (B == 1; P may be 0), to be shared by every query after it; the BOS is one of them."""
         keys, values, length = self.prefix_caches(params, prefix)

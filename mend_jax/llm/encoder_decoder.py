@@ -77,6 +77,10 @@ class EncoderDecoderLLM(FrozenLLM):
         start = jnp.full((targets.shape[0], 1), self.start_token, targets.dtype)
         return self._decode(params, jnp.concatenate([start, targets[:, :-1]], 1), encoded, length)
 
+    def text_states(self, params, tokens, length):
+        """The encoder's states (B,T,D) of texts alone."""
+        return encode(self.config, params, self.embed(params, tokens), length, jnp.dtype(self.dtype), self.remat)
+
     def prefix_cache(self, params, prefix: Prefix) -> KeptPrefix:
         """One prefix (B == 1; P may be 0), which every query after it shares; nothing can be computed from it without x."""
         del params

@@ -14,7 +14,8 @@ Each check raises `UserError`: one sentence that says what is wrong, where, and 
 | | texts, contexts and items fit the windows | `windows.check_window`, `windows.check_sequence_length`, `tasks.check_longest`, `options.check_items`, `options.check_rows` |
 | | the data are those that the run began with | `resume.check_data` |
 | an evaluation has its models and tasks | `EVALUATION_CHECKS`, in their order, for each method | `check_evaluation` |
-| an experiment of several trainings begins | all of the above that needs no weights, for each training | `check_experiment` |
+| an experiment of several trainings begins | its workdir has none of another config | `experiments.run.open_workdir` |
+| | all of the above that needs no weights, for each training and evaluation | `check_experiment` |
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import find_tasks
 from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
+from mend_jax.data.demonstrations import as_in_validation
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.rows.windows import check_windows
 from mend_jax.data.templates import chosen
@@ -228,12 +230,13 @@ def check_evaluation(config, llm, methods, tasks, mesh) -> None:
             check(config, llm, method, tasks, mesh)
 
 
-def check_experiment(config, trainings) -> None:
+def check_experiment(config, trainings, evaluations) -> None:
     """Checks an experiment before hours of training: reads all test data and checks that it fits the models' windows.
 
     Args:
         config: the experiment's config.
         trainings: (config, name of the field of its batch size) of each training.
+        evaluations: the config of each evaluation.
     """
     for c, batch_size in trainings:
         check_config(c, batch_size)
@@ -241,8 +244,20 @@ def check_experiment(config, trainings) -> None:
     tokenizer = load_tokenizer(folder)
     bos = bos_token(config.data.bos, tokenizer, config.llm.path)
     llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
-    finetuned = any(c.stage == "finetune" for c, _ in trainings)
-    for split in {config.evaluate.split} | ({"dev"} if finetuned else set()):
-        tasks, _ = load_tasks(config, llm, split)
-        if finetuned:
+    finetunings = {c.data.to_json(): c for c, _ in trainings if c.stage == "finetune"}
+    reads = [(_without_encoder(c), c.evaluate.split) for c in evaluations]
+    reads += [(as_in_validation(c), "dev") for c in finetunings.values()]
+    for c, split in {(c.to_json(), split): (c, split) for c, split in reads}.values():
+        tasks, _ = load_tasks(c, llm, split)
+        if finetunings:
             check_longest(llm, config.prefix.length, tasks, split)
+
+
+def _without_encoder(config):
+    """The config with drawn neighbours in the place of near ones: the pool must be as large, but no model is needed."""
+    if config.evaluate.demos != "dense":
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.evaluate.demos = "random"
+    return config

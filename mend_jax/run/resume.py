@@ -40,11 +40,11 @@ def check_resume(workdir, config, finished: bool) -> None:
     A field that the saved config lacks had the default of configs/base.py. `finished`: nothing will be computed.
     """
     saved, wanted = dotted_fields(checkpoint.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
-    saved, recorded = _defaults() | saved, read_sources(workdir)
+    saved, recorded = defaults() | saved, read_sources(workdir)
     read = _paths_read(config)
     for name in sorted(saved.keys() | wanted.keys()):
         there, here = saved.get(name), wanted.get(name)
-        if not _matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
+        if not matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
             continue
         if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
@@ -75,7 +75,7 @@ def check_start(config) -> None:
     if not checkpoint.has_checkpoint(folder):
         raise UserError(f"{START}={given} holds no complete checkpoint: train there first, or name another workdir.")
     saved, wanted = dotted_fields(checkpoint.read_config(folder)), dotted_fields(json.loads(config.to_json()))
-    saved, recorded = _defaults() | saved, read_sources(folder)
+    saved, recorded = defaults() | saved, read_sources(folder)
     if saved["stage"] == "lm":
         raise UserError(
             f'{START}={given} was trained with stage="lm", so it holds an LLM: set llm.path or prefix.backbone to its '
@@ -173,7 +173,7 @@ def _paths_read(config) -> list[str]:
     return [name for name in _PATHS if reads[name]]
 
 
-def _matters(name: str, config, finished: bool) -> bool:
+def matters(name: str, config, finished: bool = False) -> bool:
     """Whether another value of a field changes the rest of a run; in evaluate.* only the fields that validation reads do."""
     if name.startswith(FREE_FIELDS):
         return False
@@ -182,6 +182,7 @@ def _matters(name: str, config, finished: bool) -> bool:
     validation = []
     if config.stage == "finetune":
         validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit", "evaluate.option_score"]
+        validation += ["evaluate.demos"] if config.evaluate.demos == "pool" else []  # data/demonstrations.py
         validation += ["evaluate.shuffle_demos"] if kind_of(config).reads_demos else []
     elif config.stage == "lm" and config.data.text_share < 1:
         validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds
@@ -233,7 +234,7 @@ def _absolute(path: str) -> str:
 
 
 @functools.cache
-def _defaults() -> dict:
+def defaults() -> dict:
     """What a field means for a run older than the field: its value in BEFORE, else in configs/base.py, which may be missing."""
     base = base_config()
     return ({} if base is None else dotted_fields(json.loads(base.to_json()))) | BEFORE

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.data.demonstrations import as_in_validation
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
 from mend_jax.data.sampling import join_demos, release_truncation, row_rng
 from mend_jax.data.templates import chosen
@@ -25,6 +26,7 @@ from mend_jax.llm.decoder_only import LLM
 from mend_jax.prefixes import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
+from mend_jax.scoring.each import cache_prefixes, prefixes_at_once, score_each
 from mend_jax.scoring.metrics import aggregate, task_scores
 from mend_jax.scoring.options import cache_prefix, check_items, score_items
 
@@ -51,7 +53,7 @@ class Method:
 
 
 def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[..., Prefix]:
-    """prefix_of(task, order=None) -> Prefix (B == 1): a method's prefix of an `EvalTask`'s demonstrations.
+    """prefix_of(task, orders=(None,)) -> Prefix: a method's prefix of an `EvalTask`'s demonstrations, a row for each order.
 
     Args:
         config: the config of a whole run.
@@ -60,20 +62,23 @@ def prefix_maker(config, llm: LLM, method: Method, params=None) -> Callable[...,
         params: params for the method's model; None means its own. (Training passes the current ones.)
     """
 
-    def prefix_of(task: EvalTask, order=None) -> Prefix:
+    def prefix_of(task: EvalTask, orders=(None,)) -> Prefix:
         model = method.model
-        context = make_context(config, llm, model, task, order)
-        columns = model.columns(len(context), config.data.demo_buckets) if model.reads_demos else 1
-        tokens, length = np.zeros((1, columns), np.int32), np.asarray([len(context)], np.int32)
-        tokens[0, : len(context)] = context
+        contexts = [make_context(config, llm, model, task, order) for order in orders]
+        length = np.asarray([len(context) for context in contexts], np.int32)
+        columns = model.columns(int(length.max()), config.data.demo_buckets) if model.reads_demos else 1
+        tokens = np.zeros((len(contexts), columns), np.int32)
+        for row, context in zip(tokens, contexts, strict=True):
+            row[: len(context)] = context
         return _apply(model, model.params if params is None else params, tokens, length)
 
     return prefix_of
 
 
 def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> np.ndarray:
-    """The context (N,) of a task's demonstrations, in the tokens of the model that reads it, in the file's order or in `order`;
-    empty for a kind that reads no demonstrations.
+    """The context (N,) of a task's demonstrations, in the tokens of the model that reads it: in the file's order or, by their
+    numbers, those of `order`; where each item has its own, None means the first item's. Empty for a kind that reads no
+    demonstrations.
 
     Examples that do not fit beside the task's longest query are left out; with data.release_truncation the last one is cut, as
     in the release.
@@ -105,6 +110,7 @@ def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[lis
     """The demonstrations (x, y) in the LLM's tokens and in those of the kind's own tokenizer, usually the LLM's."""
     tokenizer = other_tokenizer(llm.tokenizer, model.tokenizer)
     both = task.demos, task.demos
+    order = task.items[0].shown if order is None else order
     if tokenizer is not None:  # each x is cut where it is the same text to both, as in training
         check_truncation(config)
         between = chosen(config.data.template).between
@@ -135,6 +141,7 @@ def evaluate_task(
     task: EvalTask,
     batch_size: int,
     shuffle_demos: bool = False,
+    reads_demos: bool = True,
     params=None,
     chunk: int = 512,
     option_score: str = MEAN,
@@ -147,7 +154,8 @@ def evaluate_task(
         prefix_of: from `prefix_maker`.
         task: the demonstrations and the items.
         batch_size: rows in one pass of the LLM, see `score_items`.
-        shuffle_demos: whether every item gets its own order of the demonstrations, and so its own prefix.
+        shuffle_demos: whether every item gets its own order of its demonstrations, and so its own prefix.
+        reads_demos: whether the prefix depends on the demonstrations; else all items share it.
         params: the LLM's; None means `llm.params`.
         chunk: see `score_items`.
         option_score: config.evaluate.option_score: "mean", per token, or "sum".
@@ -155,32 +163,58 @@ def evaluate_task(
     Raises:
         UserError: demonstrations or an item that do not fit, or scores that are not finite.
     """
-    where, groups = f"{task.task}, seed {task.seed}", [(None, task.items)]
-    if shuffle_demos:
-        groups = [(row_rng(task.seed, i).permutation(len(task.demos)), [item]) for i, item in enumerate(task.items)]
-    scores, prefix_seconds, seconds, positions, before = [], 0.0, 0.0, 0, programs_compiled()
-    for order, items in groups:
+    where, orders = f"{task.task}, seed {task.seed}", _orders(task, shuffle_demos) if reads_demos else None
+    before, parts = programs_compiled(), _parts(llm, task, orders, batch_size, params)
+    scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
+    for shown, items in parts:
         began = time.perf_counter()
-        cache = jax.block_until_ready(cache_prefix(llm, prefix_of(task, order), params))
+        prefix = prefix_of(task) if orders is None else prefix_of(task, shown)
+        keep = cache_prefix if orders is None else cache_prefixes
+        cache = jax.block_until_ready(keep(llm, prefix, params))
         made = time.perf_counter()
         try:
-            scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+            if orders is None:
+                scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
+            else:
+                scores += score_each(llm, cache, items, task.items, params, chunk, progress)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         prefix_seconds += made - began
         seconds += time.perf_counter() - made
-        positions += int(to_host(cache.length))
+        positions += int(to_host(cache.length).ravel()[: 1 if orders is None else len(items)].sum())
     if option_score != MEAN:
         lengths = ([len(option) for option in item.options_tokens] for item in task.items)
         scores = [values * count for values, count in zip(scores, map(np.asarray, lengths), strict=True)]
     lines = [_line(i, item, values, where) for i, (item, values) in enumerate(zip(task.items, scores, strict=True))]
+    prefixes = 1 if orders is None else len(orders)
     cost = {
-        "prefix_length": positions / len(groups),
-        "prefix_seconds": prefix_seconds / len(groups),
+        "prefix_length": positions / prefixes,
+        "prefix_seconds": prefix_seconds / prefixes,
         "item_seconds": seconds / len(task.items),
         "compiled": programs_compiled() > before,  # then the seconds include compilation
     }
     return TaskResult(lines, cost)
+
+
+def _orders(task: EvalTask, shuffle_demos: bool) -> list | None:
+    """The numbers of each item's demonstrations, in order; None where all items share theirs, and so the prefix."""
+    if task.shares_demos and not shuffle_demos:
+        return None
+    shown = [range(len(task.demos)) if item.shown is None else item.shown for item in task.items]
+    if not shuffle_demos:
+        return shown
+    return [np.asarray(one)[row_rng(task.seed, i).permutation(len(one))].tolist() for i, one in enumerate(shown)]
+
+
+def _parts(llm: LLM, task: EvalTask, orders, batch_size: int, params) -> Iterator[tuple[list, list]]:
+    """(orders, items) of the prefixes that are made together; the last orders are repeated, so that all parts have one shape."""
+    if orders is None:
+        yield [None], task.items
+        return
+    together = prefixes_at_once(llm, batch_size, len(orders), llm.params if params is None else params)
+    for start in range(0, len(orders), together):
+        part = orders[start : start + together]
+        yield part + [part[-1]] * (together - len(part)), task.items[start : start + together]
 
 
 def evaluate_prefix(
@@ -223,7 +257,8 @@ def content_of(task: EvalTask, demos: bool = False, context: Iterable[int] = ())
     made of them) and the correct options."""
     shown = [[_ints(x), _ints(y)] for x, y in task.demos] if demos else []
     items = [[_ints(i.x_tokens), [_ints(o) for o in i.options_tokens], i.label, list(i.options)] for i in task.items]
-    return [shown, _ints(context), items, task.classification]
+    each = [] if task.shares_demos or not demos else [[_ints(item.shown) for item in task.items]]
+    return [shown, _ints(context), items, task.classification, *each]
 
 
 def _ints(ids) -> list[int]:
@@ -236,7 +271,7 @@ def dev_tasks(config, llm: LLM, model: Kind) -> list[EvalTask]:
     Raises:
         UserError: missing or bad files, demonstrations or an item that do not fit beside the model's vectors.
     """
-    tasks, _ = load_tasks(config, llm, "dev")
+    tasks, _ = load_tasks(as_in_validation(config), llm, "dev")
     for task in tasks:
         _check_task(llm, model.num_vectors, task, task.items, "dev")
         make_context(config, llm, model, task)
@@ -279,6 +314,7 @@ def scoring_options(config, method: Method) -> dict:
     return {
         "batch_size": config.evaluate.batch_size,
         "shuffle_demos": config.evaluate.shuffle_demos and method.model.reads_demos,
+        "reads_demos": method.model.reads_demos,
         "chunk": config.loss.chunk,
         "option_score": config.evaluate.option_score,
     }

@@ -1,0 +1,44 @@
+"""Ablations (paper, Table 4): MEND without a loss or a stage.
+
+    python -m mend_jax.experiments.ablations --config=configs/small_world.py:experiments --workdir=runs/experiments
+
+Vanilla ICL and the whole MEND come first.
+"""
+
+from mend_jax.experiments.run import run_experiment
+from mend_jax.experiments.table import Experiment, of_methods, of_trainings
+from mend_jax.experiments.trainings import of_method, of_stages
+
+# Stages as in methods.STAGES: (stage, weight of L_distill, None for lambda, of L_pred, of L_CLM).
+L_DISTILL, CLM, BOTH = ("pretrain", 1.0, 0.0, 0.0), ("pretrain", 0.0, 0.0, 1.0), ("pretrain", 1.0, 0.0, 1.0)
+FINETUNING = ("finetune", None, 1.0, 0.0)
+ABLATIONS = {  # (pretraining, finetuning)
+    ("none", "L_pred + L_distill"): [FINETUNING],
+    ("CLM", "L_pred + L_distill"): [CLM, FINETUNING],
+    ("CLM + L_distill", "L_pred + L_distill"): [BOTH, FINETUNING],
+    ("L_distill", "L_distill"): [L_DISTILL, ("finetune", None, 0.0, 0.0)],
+    ("L_distill", "L_pred"): [L_DISTILL, ("finetune", 0.0, 1.0, 0.0)],
+}
+
+
+def rows(config):
+    made = of_methods(config, ["icl"], {"pretraining": "-", "finetuning": "-"})
+    full = {"method": "mend", "pretraining": "L_distill", "finetuning": "L_pred + L_distill"}
+    made += of_trainings(config, "mend", full, lambda seed: of_method(config, "mend", seed))
+    for (before, tuned), stages in ABLATIONS.items():
+        labels = {"method": "mend", "pretraining": before, "finetuning": tuned}
+        made += of_trainings(config, "mend", labels, lambda seed, stages=stages: of_stages(config, stages, seed))
+    return made
+
+
+EXPERIMENT = Experiment("ablations", "MEND without a loss or a stage", "Table 4", rows)
+
+
+def main(config, workdir) -> int:
+    return run_experiment(EXPERIMENT, config, workdir)
+
+
+if __name__ == "__main__":
+    from mend_jax.cli.command_line import run
+
+    run(main, several=True)

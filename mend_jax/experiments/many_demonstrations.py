@@ -1,0 +1,56 @@
+"""Many demonstrations (the paper's open questions 1 and 2): K = 16, 32, 64, 256, 1,024 and a distiller that reads in chunks.
+
+    python -m mend_jax.experiments.many_demonstrations --config=configs/small_world.py:experiments --workdir=runs/experiments
+
+For every K all methods have the same demonstrations, drawn from the tasks' training pools. Vanilla ICL and MEND read those that fit
+their windows. MEND in chunks reads all that its chunks hold, untrained (the distiller as it is) and trained: finetuned with twice
+config.data.k demonstrations from the same pretraining.
+"""
+
+from mend_jax.experiments.run import run_experiment
+from mend_jax.experiments.table import Experiment, of_methods, of_trainings
+from mend_jax.experiments.trainings import of_method, of_stages, pretraining
+
+JOINS = ("concat", "mean")
+FINETUNING = ("finetune", None, 1.0, 0.0)
+CHUNKED = "chunked"
+
+
+def in_chunks(config, join, seed):
+    fields = {"prefix.kind": CHUNKED, "prefix.join": join, "data.k": 2 * config.data.k, "evaluate.demos": "pool"}
+    return of_stages(config, [FINETUNING], seed, fields, pretraining(config, seed))
+
+
+def rows(config):
+    made = []
+    for k in config.experiment.many_demonstrations:
+        fields = {"data.k": k, "evaluate.demos": "pool"}
+        made += of_methods(config, ["icl", "mend"], {"K": k}, fields)
+        for join in JOINS:
+            joined, labels = fields | {"prefix.join": join}, {"method": f"mend, chunks {join}", "K": k}
+            made += of_trainings(
+                config, "mend", labels, lambda seed: of_method(config, "mend", seed), fields=joined, used_as=CHUNKED
+            )
+            made += of_trainings(
+                config,
+                "mend",
+                labels | {"method": f"mend, chunks {join} trained"},
+                lambda seed, join=join: in_chunks(config, join, seed),
+                fields=joined,
+            )
+    return made
+
+
+EXPERIMENT = Experiment(
+    "many_demonstrations", "More demonstrations than a window holds", "open questions 1 and 2", rows, x="K"
+)
+
+
+def main(config, workdir) -> int:
+    return run_experiment(EXPERIMENT, config, workdir)
+
+
+if __name__ == "__main__":
+    from mend_jax.cli.command_line import run
+
+    run(main, several=True)

@@ -1,0 +1,124 @@
+"""Trainings as data: what an experiment needs trained, and how two of them are known to be the same.
+
+A training is the config of a run of `mend_jax.train` and the training that it starts from. Its key is a hash of both, without what
+changes no number, so that every experiment of a workdir finds what another has trained already.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import dotted_fields, nearest
+from mend_jax.experiments.methods import STAGES, stage_config
+from mend_jax.run import resume
+from mend_jax.scoring.results import content_hash
+
+READ_DEMOS = ("icl", "hypertuning", "mend")  # the methods that read demonstrations
+PRETRAINING = "pretraining"  # in experiment.trained: what MEND's finetunings begin with
+# (stage, weight of L_distill or None for lambda, of L_pred, of L_CLM), as in STAGES.
+Stage = tuple[str, float | None, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A run of `mend_jax.train`."""
+
+    config: ConfigDict | None  # with an empty prefix.start_from; None: it was trained elsewhere
+    start: "Training | None" = None  # what it starts from
+    elsewhere: str = ""  # the workdir or exported folder of what was trained elsewhere
+
+    @functools.cached_property
+    def key(self) -> str:
+        """8 hexadecimal digits, the same for trainings with the same result."""
+        if self.config is None:
+            return content_hash(str(Path(self.elsewhere).expanduser().absolute()))[:8]
+        fields = dotted_fields(self.config.to_dict())
+        kept = {name: value for name, value in fields.items() if resume.matters(name, self.config)}
+        kept[resume.START] = None if self.start is None else self.start.key
+        return content_hash(kept)[:8]
+
+    @property
+    def folder(self) -> str:
+        """Where it is below the experiments' workdir; an absolute path if it was trained elsewhere."""
+        return self.elsewhere if self.config is None else f"trainings/{self.config.stage}-{self.key}"
+
+    @property
+    def chain(self) -> list["Training"]:
+        """What must be trained for it in this workdir, in order, itself last."""
+        before = [] if self.start is None else self.start.chain
+        return before if self.config is None else [*before, self]
+
+
+def of_stages(
+    config: ConfigDict, stages: list[Stage], seed: int, fields: dict[str, Any] | None = None, start=None
+) -> Training:
+    """The training of the last of `stages`, each of which starts from the one before it, the first from `start`.
+
+    Args:
+        config: the experiment's; it is not changed.
+        stages: as in methods.STAGES.
+        seed: config.seed of all stages.
+        fields: {"section.field": value} that all stages have instead of the config's.
+        start: a `Training`, or None.
+    """
+    for stage, *weights in stages:
+        c = with_fields(stage_config(config, stage, *weights), {"seed": seed} | (fields or {}))
+        if stage == "pretrain":  # it reads no tasks: one serves every partition
+            c = with_fields(c, {"data.tasks": "", "data.partition": ""})
+        start = Training(c, start)
+    return start
+
+
+def of_method(config: ConfigDict, method: str, seed: int, fields: dict[str, Any] | None = None) -> Training | None:
+    """The last training of one of the paper's methods; None for a method without one.
+
+    What experiment.trained names is used where no `fields` make it another.
+    """
+    there, stages = trained_elsewhere(config), STAGES[method]
+    if not stages:
+        return None
+    if method in there and not fields:
+        return there[method]
+    fields = {"prefix.kind": "soft_prompt"} | (fields or {}) if method == "prompt_tuning" else fields
+    if method == "mend" and PRETRAINING in there and not fields:
+        return of_stages(config, stages[1:], seed, fields, there[PRETRAINING])
+    return of_stages(config, stages, seed, fields)
+
+
+def pretraining(config: ConfigDict, seed: int) -> Training:
+    """MEND's: L_distill on text."""
+    there = trained_elsewhere(config).get(PRETRAINING)
+    return of_stages(config, STAGES["mend"][:1], seed) if there is None else there
+
+
+def seeds_of(config: ConfigDict, method: str, fields: dict[str, Any] | None = None) -> tuple[int | None, ...]:
+    """The training seeds of a method; (None,) for one that is not trained here."""
+    elsewhere = method in trained_elsewhere(config) and not fields
+    return (None,) if elsewhere or not STAGES[method] else tuple(config.experiment.training_seeds)
+
+
+def trained_elsewhere(config: ConfigDict) -> dict[str, Training]:
+    """{method or PRETRAINING: training} of experiment.trained. Raises UserError for another form or a folder that is not there."""
+    found, names = {}, [PRETRAINING, *(method for method in STAGES if STAGES[method])]
+    for text in config.experiment.trained:
+        name, equals, path = text.partition("=")
+        if not equals or name not in names:
+            hint = f"did you mean {nearest(name, names)}=...?" if name else "give METHOD=WORKDIR."
+            raise UserError(f"experiment.trained holds {text!r}, but its METHOD is one of {', '.join(names)}: {hint}")
+        if not Path(path).expanduser().is_dir():
+            raise UserError(
+                f"experiment.trained names {path} for {name}, which is not a folder: give a training workdir."
+            )
+        found[name] = Training(None, None, str(Path(path).expanduser().absolute()))
+    return found
+
+
+def with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of the config with {"section.field": value}."""
+    made = config.copy_and_resolve_references().unlock()
+    made.update_from_flattened_dict(fields)
+    return made.lock()

@@ -1,0 +1,93 @@
+"""What a finished experiment leaves: experiment.json, and its table, one line for all training seeds of a row."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.text import markdown, number
+from mend_jax.experiments.table import Experiment, Row
+from mend_jax.measure.machine import machine
+from mend_jax.run.files import write_json, write_text
+from mend_jax.scoring.metrics import mean_and_std, percent
+
+ROWS, TABLE = "experiment.json", "table.md"
+
+
+def write(
+    experiment: Experiment, config: ConfigDict, folder: Path, rows: Sequence[Row], evaluations: dict[str, dict]
+) -> None:
+    """Writes experiment.json and table.md of a finished experiment below `folder`, and prints the table.
+
+    `evaluations` is that of `printed_table`.
+    """
+    there = folder / experiment.name
+    there.mkdir(exist_ok=True)
+    content = head(experiment.name, experiment.title, experiment.paper, config) | {
+        "rows": [
+            {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name}
+            for row in rows
+        ],
+        "varied": list(rows[0].labels),
+        "x": experiment.x,
+    }
+    table = printed_table(content, evaluations)
+    write_text(there / TABLE, table + "\n")
+    write_json(there / ROWS, content)
+    print(f"{experiment.title} ({experiment.paper})\n\n{table}\n", flush=True)
+
+
+def head(name: str, title: str, paper: str, config: ConfigDict) -> dict:
+    """What every experiment.json begins with."""
+    here = machine()
+    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)} of {here['cpu']}"
+    return {
+        "experiment": name,
+        "title": title,
+        "paper": paper,
+        "command": here["command"],
+        "commit": _commit(),
+        "machine": f"{cores}, load {here['load_before']:.1f} at the end",
+        "date": here["date"][:10],
+        "config": json.loads(config.to_json()),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the program, with a + if files differ from it; None where it is no checkout."""
+    try:
+        asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def printed_table(content: dict, evaluations: dict[str, dict]) -> str:
+    """A Markdown table.
+
+    Args:
+        content: of experiment.json.
+        evaluations: {an evaluation's folder: the methods of its scores.json}.
+    Returns:
+        A line per row: its labels; the score, ± over the sets of demonstrations (of the mean over trainings); the number of
+        trainings and ± over them; the positions of its prefix.
+    """
+    lines = {}
+    for row in content["rows"]:
+        lines.setdefault(tuple(row["labels"].values()), []).append(evaluations[row["evaluation"]][row["method"]])
+    header = [*content["varied"], "score", "trainings", "± trainings", "prefix length"]
+    return markdown(header, [[*labels, *_cells(found)] for labels, found in lines.items()])
+
+
+def _cells(found: list[dict]) -> list[str]:
+    seeds = found[0]["score"]["per_seed"]
+    of_seeds = [mean_and_std([one["score"]["per_seed"][seed] for one in found])[0] for seed in seeds]
+    mean, std = mean_and_std(of_seeds)
+    _, trained = mean_and_std([one["score"]["mean"] for one in found])
+    length = mean_and_std([one["cost"]["prefix_length"] for one in found])[0]
+    spread = "" if trained is None else f"{100 * trained:.2f}"
+    count = str(len(found)) if found[0]["path"] else ""
+    return [percent({"mean": mean, "std": std}), count, spread, number(length)]

@@ -1,0 +1,139 @@
+"""Evaluations whose demonstrations are not the files': each item's own, perturbed, in another order."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from evaluation_world import files, make_config, write_tasks
+from facts import says
+from test_evaluate import naive_scores
+
+from mend_jax import evaluate as ev
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.llm.decoder_only import load_llm
+from mend_jax.llm.embeddings import encoder_of, mean_states
+from mend_jax.prefixes import Demonstrations
+from mend_jax.prefixes.prefix import Prefix
+from mend_jax.scoring import tasks as task_scoring
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm):
+    return load_llm(tiny_llm)
+
+
+@pytest.fixture
+def config(folder, tiny_llm, tmp_path):
+    c = make_config(folder, tiny_llm)
+    c.data.cache, c.evaluate.seeds = str(tmp_path / "cache"), (13,)
+    return c
+
+
+def shown(task, item):
+    return task.demos if item.shown is None else [task.demos[i] for i in item.shown]
+
+
+def texts(task, item):
+    return [(x.tolist(), y.tolist()) for x, y in shown(task, item)]
+
+
+def test_each_item_after_its_own_prefix_equals_a_naive_evaluation(config, llm, tmp_path):
+    """Batches of prefixes and items, of which the last is not full, and rows of several lengths."""
+    config.evaluate.methods, config.evaluate.tasks = ("icl",), ("choice",)
+    config.evaluate.demos, config.data.k, config.evaluate.limit, config.evaluate.batch_size = "random", 2, 5, 3
+    ev.evaluate(config, tmp_path / "run", llm)
+    [task], _ = load_tasks(config, llm, "test")
+    assert len({item.shown for item in task.items}) > 1 and all(len(item.shown) == 2 for item in task.items)
+    lines = next((tmp_path / "run").glob("predictions/icl-*/choice_13.jsonl")).read_text().splitlines()
+    embed = jax.jit(lambda tokens: llm.embed(llm.params, tokens))
+    for line, item in zip(lines, task.items, strict=True):
+        demos = np.concatenate([np.concatenate(pair) for pair in shown(task, item)])
+        embeds = embed(np.pad(demos, (0, 32 - len(demos)))[None])
+        expected = naive_scores(llm, Prefix(embeds, np.asarray([len(demos)])), item)
+        np.testing.assert_allclose(json.loads(line)["scores"], expected, atol=2e-5)
+
+
+def test_the_neighbours_of_the_llms_own_states(config, llm):
+    assert encoder_of(config, llm) is None
+    config.evaluate.demos, config.data.k = "dense", 3
+    encoder = encoder_of(config, llm)
+    tasks, _ = load_tasks(config, llm, "test", encoder)
+    assert len(tasks) == 2 and all(len(item.shown) == 3 for task in tasks for item in task.items)
+    sentences = ["w1 w2 w3", "w4", "w1 w2 w3 w5 w6"]
+    alone = [mean_states(llm, [text])[0] for text in sentences]
+    np.testing.assert_allclose(encoder[1](sentences), alone, atol=1e-5)
+    tokens = jnp.asarray([llm.tokenizer(sentences[0], add_special_tokens=False)["input_ids"]], jnp.int32)
+    states = jax.jit(lambda ids: llm.model.apply({"params": llm.params}, llm.embed(llm.params, ids)))(tokens)
+    np.testing.assert_allclose(alone[0], np.asarray(states)[0].mean(0), atol=1e-5)
+
+
+def test_perturbed_and_reordered_ones_are_read(config, llm):
+    [plain, _], _ = load_tasks(config, llm, "test")
+    config.evaluate.perturb = "no_input"
+    [labels, _], _ = load_tasks(config, llm, "test")
+    assert [(len(x), y.tolist()) for x, y in labels.demos] == [(0, y.tolist()) for _, y in plain.demos]
+    config.evaluate.perturb, config.data.template = "no_label", "qa"
+    [inputs, _], _ = load_tasks(config, llm, "test")
+    assert all(len(x) > 0 and len(y) == 0 for x, y in inputs.demos)
+    assert all("" not in pair[:1] and pair[1] == "" for pair in inputs.texts)
+    config.evaluate.perturb, config.data.template, config.evaluate.order = "none", "space", 3
+    [ordered, _], _ = load_tasks(config, llm, "test")
+    as_texts = [[(x.tolist(), y.tolist()) for x, y in task.demos] for task in (plain, ordered)]
+    assert as_texts[0] != as_texts[1] and sorted(as_texts[0]) == sorted(as_texts[1])
+
+
+def test_the_demonstrations_of_another_task(config, llm):
+    config.evaluate.perturb = "irrelevant"
+    (first, second), _ = load_tasks(config, llm, "test")
+    config.evaluate.perturb = "none"
+    (own, other), _ = load_tasks(config, llm, "test")
+    assert {str(texts(first, first.items[0])[i]) for i in range(4)} <= {
+        str(pair) for pair in texts(other, other.items[0])
+    }
+    config.evaluate.perturb, config.evaluate.tasks = "irrelevant", ("colour",)
+    with says("'colour'", "evaluate.perturb"):
+        load_tasks(config, llm, "test")
+
+
+def test_validation_in_training_reads_the_files(config, llm):
+    model = Demonstrations.beside(llm)
+    plain = task_scoring.dev_tasks(config, llm, model)
+    config.evaluate.demos, config.data.k = "pool", 5  # more than a file has
+    assert {len(task.demos) for task in task_scoring.dev_tasks(config, llm, model)} == {5}
+    config.data.k, config.evaluate.demos, config.evaluate.perturb, config.evaluate.order = 4, "random", "wrong_label", 2
+    found = task_scoring.dev_tasks(config, llm, model)
+    assert [task_scoring.content_of(task, True) for task in plain] == [
+        task_scoring.content_of(task, True) for task in found
+    ]
+
+
+def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monkeypatch, tmp_path):
+    def answered(llm, prefix_of, task, **_):
+        lines = [{"prediction": "w1", "gold": item.options[item.label]} for item in task.items]
+        cost = {"prefix_length": 1.0, "prefix_seconds": 0.0, "item_seconds": 0.0, "compiled": False}
+        return task_scoring.TaskResult(lines, cost)
+
+    monkeypatch.setattr(ev, "evaluate_task", answered)
+    config.evaluate.methods, config.evaluate.limit, config.evaluate.seeds = ("zero_shot", "icl"), 2, (13, 21)
+    ev.evaluate(config, tmp_path, llm)
+    before = files(tmp_path)
+    config.evaluate.perturb = "wrong_label"
+    ev.evaluate(config, tmp_path, llm, prints=False)
+    after = files(tmp_path)
+    assert before.items() <= after.items() and len(after) == len(before) + 4  # of icl alone
+    config.evaluate.perturb, config.evaluate.demos, config.data.k = "none", "bm25", 2
+    found = ev.evaluate(config, tmp_path, llm, prints=False)
+    assert found["methods"]["icl"]["scored"] == 2  # of two seeds with the same items and neighbours, one
+
+
+def test_a_pool_that_is_too_small(config, llm):
+    config.evaluate.demos, config.data.k = "bm25", 100
+    with says("colour", "config.data.k = 100"):
+        load_tasks(config, llm, "test")
