@@ -34,6 +34,8 @@ from mend_jax.run import checks, distributed, sharding
 from mend_jax.run.layout import Layout, make_layout
 from mend_jax.run.reporting import say
 from mend_jax.scoring import costs, results
+from mend_jax.scoring.answers import Source
+from mend_jax.scoring.comparisons import Study, method_table
 from mend_jax.scoring.metrics import aggregate
 from mend_jax.scoring.tasks import (
     Method,
@@ -90,6 +92,7 @@ def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True) -> di
         table = results.write_results(workdir, summary)
         if prints:
             print(table)
+            results.add_intervals(workdir, method_table(Study.of({name: [Source(workdir, name)] for name in found})))
             say(f"Column meanings and scores by task: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}.")
     return summary
 
