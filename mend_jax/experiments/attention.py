@@ -58,7 +58,7 @@ def main(config, workdir) -> int:
     }
     folder = Path(workdir) / "attention"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / run.RESULT, report, indent=None)
+    write_json(folder / run.ROWS, report, indent=None)
     print(text(report))
     return 0
 
@@ -71,7 +71,7 @@ def with_methods(config, workdir):
     code, paths = run.train(config, workdir, [wanted])
     c = config.copy_and_resolve_references().unlock()
     if not code:
-        c.evaluate.methods = ("icl", f"mend={paths[wanted]}")
+        c.evaluate.methods = ("icl", f"mend={paths[0]}")
     return c.lock(), code
 
 

@@ -50,7 +50,7 @@ def main(config, workdir) -> int:
             rows.append(_kept(folder, models, shape, method, count, config.experiment.cost_repeats))
             bar.update()
     report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios(config)}
-    write_json(folder / run.RESULT, report)
+    write_json(folder / run.ROWS, report)
     print(cost_table(rows))
     print()
     print(ratio_table(report["ratios"]))
