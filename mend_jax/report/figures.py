@@ -71,7 +71,7 @@ class Bar:
 def require_matplotlib() -> None:
     """Raises UserError where matplotlib is missing."""
     if "Figure" not in globals():
-        raise UserError('The report needs matplotlib and Jinja2: pip install "matplotlib~=3.10" "jinja2~=3.1".')
+        raise UserError('The report needs matplotlib and Jinja2: pip install "matplotlib~=3.11" "jinja2~=3.1".')
 
 
 def bars(
