@@ -53,7 +53,10 @@ def write_experiment(workdir, name, rows, x=None, config=None, **more):
     there.mkdir(parents=True)
     content = {"experiment": name, "title": f"The experiment {name}", "paper": "Table 9", "commit": "abc1234"}
     content |= {"command": f"python -m mend_jax.experiments.{name} --config=c.py --workdir=w", "date": "2026-11-29"}
-    content |= {"machine": "2 cores", "config": config or {"llm": {"path": "runs/gpt2-large"}, "data": {"partition": "tiny"}}}
+    content |= {
+        "machine": "2 cores",
+        "config": config or {"llm": {"path": "runs/gpt2-large"}, "data": {"partition": "tiny"}},
+    }
     content["rows"] = [
         {"labels": labels, "training_seed": seed, "evaluation": evaluation, "method": method}
         for labels, seed, evaluation, method in rows

@@ -34,7 +34,13 @@ def test_three_tables(evaluation, capsys, tmp_path):
 def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
     other = write_evaluation(tmp_path / "b", {"icl": 0.6, "mend": 0.9}, seed=1)
     told_apart = sources_of([str(evaluation), str(other)], trainings=False)
-    assert list(told_apart) == ["zero_shot", f"icl in {evaluation}", f"mend in {evaluation}", f"icl in {other}", f"mend in {other}"]
+    assert list(told_apart) == [
+        "zero_shot",
+        f"icl in {evaluation}",
+        f"mend in {evaluation}",
+        f"icl in {other}",
+        f"mend in {other}",
+    ]
     together = sources_of([str(evaluation), str(other)], trainings=True)
     assert together["mend"] == [Source(evaluation, "mend"), Source(other, "mend")]
     assert together["icl"] == [Source(evaluation, "icl")]  # it was not trained

@@ -77,7 +77,9 @@ def test_the_variance_of_few_seeds_is_not_too_small():
     task = task_of([np.repeat(gold, 100)] * 5)
     answers = {"t": [np.repeat(row, 100, axis=1) for row in rows]}
     found = st.resample([task], {"a": answers}, resamples=1500)["a"]
-    assert found.draws.var() == pytest.approx(np.var(right / 20, ddof=1) / 5, rel=0.12)  # that of five draws of five is 0.8 of it
+    assert found.draws.var() == pytest.approx(
+        np.var(right / 20, ddof=1) / 5, rel=0.12
+    )  # that of five draws of five is 0.8 of it
     # Student's t with 4 degrees of freedom, not the normal's 1.96
     width = st.estimate(found).high - st.estimate(found).low
     assert width == pytest.approx(2 * stats.t.ppf(0.975, 4) * found.draws.std(), rel=0.12)
@@ -109,7 +111,9 @@ def test_p_is_uniform_where_methods_are_alike(primary):
     for _ in range(200):
         gold = random.integers(0, 3, 60)
         task = task_of([gold] * 2, primary=primary)
-        a, b = ([np.where(random.random((1, 60)) < 0.5, gold, random.integers(0, 3, 60)) for _ in range(2)] for _ in "ab")
+        a, b = (
+            [np.where(random.random((1, 60)) < 0.5, gold, random.integers(0, 3, 60)) for _ in range(2)] for _ in "ab"
+        )
         ps.append(st.swap_test([task], {"t": a}, {"t": b}, swaps=199)[1])
     below = [np.mean(np.array(ps) <= level) for level in (0.05, 0.2, 0.5)]
     assert below[0] <= 0.1 and 0.12 <= below[1] <= 0.29 and 0.4 <= below[2] <= 0.6
@@ -118,14 +122,20 @@ def test_p_is_uniform_where_methods_are_alike(primary):
 def test_a_difference_is_found_and_its_sign_is_right():
     random = np.random.default_rng(8)
     tasks, good, _ = simulated(random, right=0.8)
-    bad = {name: [np.where(random.random(rows.shape) < 0.4, 1 - rows, rows) for rows in own] for name, own in good.items()}
+    bad = {
+        name: [np.where(random.random(rows.shape) < 0.4, 1 - rows, rows) for rows in own] for name, own in good.items()
+    }
     drawn = st.resample(tasks, {"good": good, "bad": bad})
     found = st.compare(tasks, good, bad, (drawn["good"], drawn["bad"]))
     assert found.overall.p < 0.01 and found.overall.estimate.low > 0 and (found.wins, found.losses) == (3, 0)
     assert found.overall.estimate.value == pytest.approx(drawn["good"].mean.mean() - drawn["bad"].mean.mean())
     assert all(found.adjusted[task.name] >= found.per_task[task.name].p for task in tasks)
     nothing = st.compare(tasks, good, good, (drawn["good"], drawn["good"]))
-    assert nothing.overall.p == 1 and nothing.overall.estimate[:3] == (0, 0, 0) and (nothing.wins, nothing.losses) == (0, 0)
+    assert (
+        nothing.overall.p == 1
+        and nothing.overall.estimate[:3] == (0, 0, 0)
+        and (nothing.wins, nothing.losses) == (0, 0)
+    )
 
 
 def test_a_method_trained_once_is_compared_with_one_trained_thrice():
@@ -158,4 +168,6 @@ def test_references_read_nothing():
     assert st.most_frequent(own)[0].tolist() == [[4, 5, 7]]
     drawn = st.guesses(task_of([np.arange(2).repeat(300)]))[0]
     assert set(np.unique(drawn)) == {0, 1} and drawn.mean() == pytest.approx(0.5, abs=0.01)
-    assert all(set(column) <= set(options) for column, options in zip(st.guesses(own)[0].T, own.options[0], strict=True))
+    assert all(
+        set(column) <= set(options) for column, options in zip(st.guesses(own)[0].T, own.options[0], strict=True)
+    )

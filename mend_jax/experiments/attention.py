@@ -20,7 +20,6 @@ from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.evaluate import evaluation_layout, load_models
-from mend_jax.experiments import run, trainings
 from mend_jax.llm import heads
 from mend_jax.prefixes.context import bucket
 from mend_jax.run.files import write_json
@@ -32,6 +31,8 @@ HEADS, COLUMNS = 4, 20
 
 def main(config, workdir) -> int:
     """Writes <workdir>/attention/experiment.json and prints the best heads; returns a training's exit code if it was stopped."""
+    from mend_jax.experiments import run
+
     run.open_workdir(config, workdir)
     config, code = with_methods(config, workdir)
     if code:
@@ -67,6 +68,8 @@ def with_methods(config, workdir):
     """(the config with the methods to look at, exit code of their training)."""
     if any("=" in spec for spec in config.evaluate.methods):
         return config, 0
+    from mend_jax.experiments import run, trainings
+
     wanted = trainings.of_method(config, "mend", config.experiment.training_seeds[0])
     code, paths = run.train(config, workdir, [wanted])
     c = config.copy_and_resolve_references().unlock()

@@ -9,6 +9,7 @@ A program is compiled from the shapes of its arguments, so that no weights are n
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -264,6 +265,7 @@ def peak_bytes(found: dict[str, dict]) -> dict[str, int]:
     return peaks
 
 
+@functools.cache
 def abstract_llm(models: Models) -> tuple[LLM, dict]:
     """The LLM with shapes for parameters, and these."""
     shapes = jax.eval_shape(lambda: init_params(models.llm, 0))
@@ -276,7 +278,7 @@ def _predicted(shape: Shape) -> int:
 
 
 def _flops(program: Program) -> float:
-    return jax.jit(program.function).lower(*program.arguments).cost_analysis()["flops"]
+    return jax.jit(program.function).lower(*program.arguments).cost_analysis().get("flops", 0.0)
 
 
 def _seconds(compiled, arguments) -> float:

@@ -76,7 +76,7 @@ class Block(nn.Module):
         seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones."""
         config, x = self.config, shard_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
-        residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
+        residual_std = 0.02 / (2 * max(1, config.layers)) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, self._rotations(rotations, slides))
         self.sow("intermediates", "queries", q)  # kept for models/attention_weights.py alone: else this does nothing
         y = self._attend(q, k, v, cache, seen, slides).reshape(*x.shape[:2], config.heads * config.head_width)

@@ -1,6 +1,6 @@
 """The report's figures: drawn by matplotlib, without a display; each with the data that it shows.
 
-They are as wide as a phone's screen is when it is turned, and can be told apart in black and white: bars by hatches, curves by
+They are narrow enough for a phone, and can be told apart in black and white: bars by hatches, curves by
 markers and line styles, maps by shades of grey.
 """
 
@@ -18,8 +18,8 @@ with contextlib.suppress(ImportError):  # pip install "mend-jax[report]"; `requi
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
-WIDTH = 5.4  # inches
-FACES = ("#2b5c8a", "#e8e8e8", "#9a9a9a", "#c9dcec", "#5f5f5f", "#ffffff", "#7fa7c9", "#d0d0d0")
+WIDTH = 4.7  # inches: on a phone's screen the letters are then as large as they are here
+FACES = ("#86add0", "#f4f4f4", "#9a9a9a", "#d3e3f0", "#c4c4c4", "#ffffff", "#5d8db8", "#e0e0e0")
 HATCHES = ("", "///", "", "...", "\\\\\\", "xxx", "---", "+++")
 MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 STYLE = {
@@ -93,7 +93,7 @@ def bars(
             axis.set_ylabel(ylabel)
             if log:
                 axis.set_yscale("log")
-        _legend(figure, axes[0], len(series) + len(references or {}))
+        _legend(figure, axes[0])
     header = ["group", "series", "value", "low", "high"]
     return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], figure)
 
@@ -120,7 +120,7 @@ def curves(name: str, caption: str, values: Sequence[Bar], xlabel: str, ylabel: 
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(xlabel)
         axis.set_ylabel(ylabel)
-        _legend(figure, axis, len(series) + len(references or {}))
+        _legend(figure, axis)
     header = [xlabel, "series", "value", "low", "high"]
     return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], figure)
 
@@ -137,7 +137,7 @@ def lines(name: str, caption: str, values: dict[str, list[tuple[float, float]]],
             axis.plot(x, y, label=one, linewidth=1.1, markersize=4, markevery=(i % often, often), **style)
         axis.set_xlabel(xlabel)
         axis.set_ylabel(ylabel)
-        _legend(figure, axis, len(values))
+        _legend(figure, axis)
     rows = [[one, *point] for one, points in values.items() for point in points]
     return Drawing(name, caption, ["series", xlabel, ylabel], rows, figure)
 
@@ -202,7 +202,7 @@ def _bars_of(axis, own: list[Bar], groups: list[str], number: int, of: int) -> N
         "edgecolor": "black",
         "linewidth": 0.6,
     }
-    label = own[0].series if own else None
+    label = own[0].series if own and of > 1 else None
     axis.bar(
         x,
         [bar.value for bar in own],
@@ -226,15 +226,15 @@ def _line_color(number: int) -> str:
     return ("#2b5c8a", "#000000", "#7a7a7a", "#b04a00")[number % 4]
 
 
-def _legend(figure, axis, entries: int) -> None:
-    if entries > 1:
-        handles, labels = axis.get_legend_handles_labels()
+def _legend(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
 
 
 def _wrapped(text: str, groups: int) -> str:
     """A group's name in lines that fit below it."""
-    room, found = max(6, 62 // groups), [""]
+    room, found = max(6, 54 // groups), [""]
     for word in text.replace("_", " ").split():
         if found[-1] and len(found[-1]) + len(word) >= room:
             found.append("")

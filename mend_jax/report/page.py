@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,7 +25,8 @@ FOOT = (
 
 def write_report(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> None:
     """Writes the report's folder, complete or not at all; an earlier report in it is replaced."""
-    with whole_folder(folder.with_name(f".{folder.name}.new"), sync=False) as new:
+    shutil.rmtree(_beside(folder), ignore_errors=True)
+    with whole_folder(_beside(folder), sync=False) as new:
         for name in (FIGURES, DATA):
             (new / name).mkdir()
         for section in sections:
@@ -88,7 +90,10 @@ def _unique(drawing: Drawing) -> str:
 
 def _replace(folder: Path) -> None:
     """Puts the new report in the place of an earlier one."""
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name(f".{folder.name}.new").rename(folder)
+    _beside(folder).rename(folder)
+
+
+def _beside(folder: Path) -> Path:
+    """Where a new report is complete before it replaces an earlier one."""
+    return folder.with_name(f".{folder.name}.new")

@@ -96,22 +96,31 @@ def long_table(result: Result, rows: Sequence[Scored]) -> Table:
     """Each row with its intervals, and its difference to the row that it is compared with."""
     labels = labels_of(rows)
     theirs = [papers_score(result, one.row) for one in rows]
-    header = [*labels, "trainings", "score ± over seeds", *(f"{title} [95%]" for title in ("score", *TITLES.values()))]
-    header += ["paper"] if any(theirs) else []
-    header += ["compared with", "difference [95%]", "p", "tasks won : lost", "sure", "smallest visible", ""]
+    papers = ["paper"] if any(theirs) else []
+    header = [
+        *labels,
+        "trainings",
+        "score ± over seeds",
+        *papers,
+        "score [95%]",
+        "compared with",
+        "difference [95%]",
+        "p",
+    ]
+    header += ["tasks won : lost", "sure", "smallest visible", "", *(f"{title} [95%]" for title in TITLES.values())]
     made = []
-    for one, papers in zip(rows, theirs, strict=True):
+    for one, value in zip(rows, theirs, strict=True):
         line = [*(one.row.label(name) for name in labels), _trainings(one), mean_and_spread(one.spread)]
-        line += [interval(found) for found in (one.score, *one.metrics.values())]
-        if any(theirs):
-            line.append("" if papers is None else f"{papers:.2f}")
-        made.append([*line, *_compared(one, labels)])
-    for study, found in _reference_rows(rows):
+        line += ["" if value is None else f"{value:.2f}"] if papers else []
+        line += [interval(one.score), *_compared(one, labels), *(interval(found) for found in one.metrics.values())]
+        made.append(line)
+    references = _reference_rows(rows)
+    for study, found in references:
         for name, values in found.items():
-            line = [name, *[""] * (len(labels) - 1), "–", *(percent(values[m]) for m in ("score", "score", *METRICS))]
-            made.append(line + [""] * (len(header) - len(line)))
-            if len(_reference_rows(rows)) > 1:
-                made[-1][1 if len(labels) > 1 else 0] += f" ({len(study.tasks)} tasks, {study.tasks[0].name} ...)"
+            which = f"{name} ({len(study.tasks)} tasks, {study.tasks[0].name} ...)" if len(references) > 1 else name
+            score = percent(values["score"])
+            line = [which, *[""] * (len(labels) - 1), "–", score, *[""] * len(papers), score, *[""] * 7]
+            made.append([*line, *(percent(values[metric]) for metric in METRICS)])
     return Table(result.name, "Every row, with 95% intervals", header, made)
 
 

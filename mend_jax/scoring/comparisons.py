@@ -76,7 +76,7 @@ def percent(value: float) -> str:
 def interval(found: Estimate, plus: bool = False) -> str:
     """`43.35 [41.20, 45.51]`, with `plus` of a difference: `+1.20 [−0.31, +2.70]`."""
     value, low, high = (f"{100 * x:{'+' if plus else ''}.2f}" for x in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]".replace("-", "−")
 
 
 def method_table(study: Study) -> str:
