@@ -30,7 +30,7 @@ from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS
-from mend_jax.run.files import write_json
+from mend_jax.run.files import write_json, write_text
 from mend_jax.scoring.tasks import make_context
 
 TITLE, PAPER = "What a query costs", "Figure 3"
@@ -52,10 +52,10 @@ def main(config, workdir) -> int:
             rows.append(_kept(folder, models, shape, method, count, config.experiment.cost_repeats))
             bar.update()
     report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios(config)}
+    write_text(folder / run.TABLE, f"{ratio_table(report['ratios'])}\n\n{cost_table(rows)}\n")
     write_json(folder / run.ROWS, report)
-    print(cost_table(rows))
-    print()
-    print(ratio_table(report["ratios"]))
+    print(short_table(rows))
+    print(f"\nFLOPs of MEND over Vanilla ICL, regime (a), at the paper's lengths:\n\n{ratio_table(report['ratios'])}")
     return 0
 
 
@@ -109,12 +109,13 @@ def partition_shapes(config) -> list[Shape]:
     tokenizer = load_tokenizer(folder)
     bos = bos_token(config.data.bos, tokenizer, config.llm.path)
     llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
-    found = []
+    found: dict[Shape, str] = {}
     for name in partition_names(config.data.tasks, "test", config.data.k, tuple(config.evaluate.seeds)):
         c = config.copy_and_resolve_references().unlock()
         c.data.partition, c.evaluate.tasks = name, ()
-        found.append(mean_shape(c, llm, name))
-    return found
+        shape = mean_shape(c, llm, "")
+        found[shape] = f"{found[shape]}, {name}" if shape in found else name  # partitions may have the same test tasks
+    return [shape._replace(name=name) for shape, name in found.items()]
 
 
 def mean_shape(config, llm: LLM, name: str) -> Shape:
@@ -189,6 +190,25 @@ def cost_table(rows: list[dict]) -> str:
     header += ["TFLOP/query (a)", "(b)", "(c)", "once (c)", "compiler", "peak (a)", "(b)", "(c)", "K/V cache", "stored"]
     header += ["s/query (a)", "(b)", "(c)", "once (c)", "MEND pays from query (a)", "(b)", "(c)"]
     return markdown(header, [_cells(row) for row in rows])
+
+
+def short_table(rows: list[dict]) -> str:
+    """The FLOPs and seconds of the rows with one query to a pass, for a terminal."""
+    header = [
+        "LLM",
+        "lengths",
+        "method",
+        "TFLOP/query (a)",
+        "(b)",
+        "(c)",
+        "once (c)",
+        "s/query (a)",
+        "(b)",
+        "(c)",
+        "once (c)",
+    ]
+    cells = [_cells(row) for row in rows if row["rows"] == 1]
+    return markdown(header, [[*row[:3], *row[4:8], *row[14:18]] for row in cells])
 
 
 def ratio_table(found: list[dict]) -> str:

@@ -119,5 +119,6 @@ FIGURE_3_TASKS = (
 
 
 def name_of(llm: str) -> str:
-    """The last part of an LLM's path, by which the tables above know it."""
-    return str(llm).rstrip("/").split("/")[-1]
+    """The last part of an LLM's path, by which the tables above know it; of a folder that is called llm, the one before."""
+    parts = str(llm).rstrip("/").split("/")
+    return parts[-2] if parts[-1] == "llm" and len(parts) > 1 else parts[-1]

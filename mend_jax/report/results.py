@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
+from mend_jax.experiments import paper
 from mend_jax.run.reporting import METRICS, read_lines
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.results import SCORES
@@ -49,9 +50,8 @@ class Result:
 
     @property
     def llm(self) -> str:
-        """The LLM's name: the last part of its path."""
-        path = (self.head["config"].get("llm") or {}).get("path", "") or self.own.get("llm", "")
-        return str(path).rstrip("/").split("/")[-1]
+        """The LLM's name."""
+        return paper.name_of((self.head["config"].get("llm") or {}).get("path", "") or self.own.get("llm", ""))
 
     @property
     def partition(self) -> str:
