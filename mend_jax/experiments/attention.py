@@ -2,12 +2,12 @@
 
     python -m mend_jax.experiments.attention --config=configs/small_world.py --workdir=runs/experiments
     python -m mend_jax.experiments.attention --config=configs/smollm2_135m.py --workdir=runs/experiments \\
-        --config.evaluate.methods=icl,mend=runs/mend/finetune
+        --config.experiment.methods=icl,mend --config.experiment.trained=mend=runs/mend/finetune
 
 Random sequences, each read twice, show which heads find what followed a token before (the prefix matching score of every layer
 and head). For the four best the share of attention is kept that the last token of a test item's input pays to the
-demonstrations or vectors, max-pooled to 20 columns, and to the input. If config.evaluate.methods names a trained model, its
-methods are looked at; else Vanilla ICL and a MEND that is trained here, as in the other experiments.
+demonstrations or vectors, max-pooled to 20 columns, and to the input. The methods are experiment.methods; what they need is
+trained, with the first of experiment.training_seeds, or read as experiment.trained says.
 """
 
 from pathlib import Path
@@ -39,11 +39,6 @@ def main(config, workdir) -> int:
         return code
     llm, methods = load_models(config, evaluation_layout(config))
     heads.require_decoder(llm)
-    methods = [method for method in methods if method.model.num_vectors or method.model.reads_demos]
-    if not methods:
-        raise UserError(
-            "evaluate.methods has nothing that stands before a query: name icl, or NAME=PATH of a trained model."
-        )
     scores, length = induction_scores(config, llm)
     best = best_heads(scores)
     examples = look(config, llm, methods, best)
@@ -65,16 +60,20 @@ def main(config, workdir) -> int:
 
 
 def with_methods(config, workdir):
-    """(the config with the methods to look at, exit code of their training)."""
-    if any("=" in spec for spec in config.evaluate.methods):
-        return config, 0
+    """(the config with the methods to look at in evaluate.methods, exit code of their training)."""
     from mend_jax.experiments import run, trainings
 
-    wanted = trainings.of_method(config, "mend", config.experiment.training_seeds[0])
-    code, paths = run.train(config, workdir, [wanted])
+    seed, names = (
+        config.experiment.training_seeds[0],
+        [name for name in config.experiment.methods if name != "zero_shot"],
+    )
+    if not names:
+        raise UserError("experiment.methods has nothing that stands before a query: name icl or mend as well.")
+    wanted = {name: training for name in names if (training := trainings.of_method(config, name, seed)) is not None}
+    code, paths = run.train(config, workdir, list(wanted.values()))
+    trained = dict(zip(wanted, paths, strict=True))
     c = config.copy_and_resolve_references().unlock()
-    if not code:
-        c.evaluate.methods = ("icl", f"mend={paths[0]}")
+    c.evaluate.methods = tuple(f"{name}={trained[name]}" if name in trained else name for name in names)
     return c.lock(), code
 
 
