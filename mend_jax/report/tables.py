@@ -121,7 +121,7 @@ def long_table(result: Result, rows: Sequence[Scored]) -> Table:
             score = percent(values["score"])
             line = [which, *[""] * (len(labels) - 1), "–", score, *[""] * len(papers), score, *[""] * 7]
             made.append([*line, *(percent(values[metric]) for metric in METRICS)])
-    return Table(result.name, "Every row, with 95% intervals", header, made)
+    return Table(f"{result.name}_rows", "Every row, with 95% intervals", header, made)
 
 
 def task_table(result: Result, rows: Sequence[Scored]) -> Table:
