@@ -95,7 +95,7 @@ def bars(
                 axis.set_yscale("log")
         _legend(figure, axes[0])
     header = ["group", "series", "value", "low", "high"]
-    return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], figure)
+    return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], _laid_out(figure))
 
 
 def curves(name: str, caption: str, values: Sequence[Bar], xlabel: str, ylabel: str, references=None) -> Drawing:
@@ -122,7 +122,7 @@ def curves(name: str, caption: str, values: Sequence[Bar], xlabel: str, ylabel: 
         axis.set_ylabel(ylabel)
         _legend(figure, axis)
     header = [xlabel, "series", "value", "low", "high"]
-    return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], figure)
+    return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], _laid_out(figure))
 
 
 def lines(name: str, caption: str, values: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str) -> Drawing:
@@ -139,7 +139,7 @@ def lines(name: str, caption: str, values: dict[str, list[tuple[float, float]]],
         axis.set_ylabel(ylabel)
         _legend(figure, axis)
     rows = [[one, *point] for one, points in values.items() for point in points]
-    return Drawing(name, caption, ["series", xlabel, ylabel], rows, figure)
+    return Drawing(name, caption, ["series", xlabel, ylabel], rows, _laid_out(figure))
 
 
 def heatmaps(
@@ -190,7 +190,7 @@ def heatmaps(
         for (r, c), value in np.ndenumerate(values)
         if np.isfinite(value)
     ]
-    return Drawing(name, caption, ["map", labels[0], labels[1], "value"], data, figure)
+    return Drawing(name, caption, ["map", labels[0], labels[1], "value"], data, _laid_out(figure))
 
 
 def _bars_of(axis, own: list[Bar], groups: list[str], number: int, of: int) -> None:
@@ -240,6 +240,14 @@ def _wrapped(text: str, groups: int) -> str:
             found.append("")
         found[-1] = f"{found[-1]} {word}".strip()
     return "\n".join(found)
+
+
+def _laid_out(figure):
+    """The figure with its parts in their places, so that each file does not place them again."""
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
 
 
 def _saved(figure, form: str) -> bytes:
