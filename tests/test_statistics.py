@@ -8,6 +8,7 @@ from scipy import stats
 
 from mend_jax.scoring import metrics
 from mend_jax.scoring import statistics as st
+from mend_jax.scoring.weighted import scores
 
 WORDS = "abcd"
 
@@ -39,7 +40,7 @@ def test_weighted_scores_are_those_of_the_repeated_items():
     gold, predicted = random.integers(0, 4, 30), random.integers(0, 5, (3, 30))  # class 4 is never correct
     weights = random.multinomial(30, np.full(30, 1 / 30), 6).T
     for by_class, expected in ((True, metrics.macro_f1), (False, metrics.accuracy)):
-        found = st.scores(gold, predicted, weights, by_class)
+        found = scores(gold, predicted, weights, by_class)
         for x in range(3):
             for r in range(6):
                 rows = np.repeat(np.arange(30), weights[:, r])

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import stats
+
+from mend_jax.scoring.weighted import combined, present, scores, tally
 
 RESAMPLES, SWAPS, GUESSES = 1000, 2000, 200
 LEVEL = 0.95  # of an interval
@@ -205,11 +207,6 @@ def is_by_class(task: Task, metric: str) -> bool:
     return (task.primary if metric == "score" else metric) == "macro_f1"
 
 
-def scores(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray, by_class: bool) -> np.ndarray:
-    """(X,R): the accuracy or Macro-F1 of answers (X,N) to items that count `weights` (N,R) times."""
-    return _score(*_tally(gold, predicted, weights, by_class), _present(gold, weights), by_class)
-
-
 def most_frequent(task: Task) -> list[np.ndarray]:
     """The answers (1,N) for each seed of always naming the commonest correct answer of the test items, or, where items have
     options of their own, the place in the list that is correct most often."""
@@ -237,49 +234,20 @@ def guesses(task: Task, seed=0, count=GUESSES) -> list[np.ndarray]:
     return found
 
 
-def _tally(gold, predicted, weights, by_class):
-    """(right, said): (X,R) correct answers and None; or by class, (X,C,R) correct answers and all, of classes among the golds."""
-    if not by_class:
-        return (predicted == gold) @ weights.astype(float), None
-    classes, inside = np.unique(gold, return_inverse=True)
-    place = np.searchsorted(classes, predicted).clip(max=len(classes) - 1)
-    known = classes[place] == predicted
-
-    def count(chosen):
-        row, item = np.nonzero(chosen)
-        at = row * len(classes) + place[row, item]
-        shape = len(predicted) * len(classes), len(gold)
-        table = sparse.csr_array((np.ones(len(row)), (at, item)), shape)
-        return (table @ weights.astype(float)).reshape(len(predicted), len(classes), -1)
-
-    return count(known & (place == inside)), count(known)
-
-
-def _present(gold, weights):
-    """(C,R): how many items of each class there are."""
-    _, inside = np.unique(gold, return_inverse=True)
-    table = sparse.csr_array((np.ones(len(gold)), (inside, np.arange(len(gold)))))
-    return table @ weights.astype(float)
-
-
-def _score(right, said, present, by_class):
-    if not by_class:
-        return right / present.sum(0)
-    there = present > 0
-    f1 = np.divide(2 * right, said + present, out=np.zeros_like(right), where=there)
-    return f1.sum(1) / there.sum(0)
-
-
 def _exchanged(gold, a, b, by_class, random, count):
     """(count,) differences of the scores of `a` and `b` after answers to a random half of the items have been exchanged."""
     swapped = random.integers(0, 2, (len(gold), count))
-    tallies = [_tally(gold, rows, weights, by_class) for rows in (a, b) for weights in (1 - swapped, swapped)]
-    present = _present(gold, np.ones((len(gold), 1)))
-    of_a, of_b = (
-        _score(*(None if x is None else x + y for x, y in zip(kept, given, strict=True)), present, by_class)
-        for kept, given in ((tallies[0], tallies[3]), (tallies[2], tallies[1]))
-    )
-    return (of_a - of_b).mean(0)
+    there_are, total = present(gold, np.ones((len(gold), 1))), np.zeros(count)
+    for pair in zip(a[:, None], b[:, None], strict=True):
+        (a_kept, a_given), (b_kept, b_given) = (
+            [tally(gold, row, weights, by_class) for weights in (1 - swapped, swapped)] for row in pair
+        )
+        of_a, of_b = (
+            combined(*(None if x is None else x + y for x, y in zip(*parts, strict=True)), there_are, by_class)
+            for parts in ((a_kept, b_given), (b_kept, a_given))
+        )
+        total += (of_a - of_b)[0]
+    return total / len(a)
 
 
 def _rows(answers, group) -> np.ndarray:
