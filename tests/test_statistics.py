@@ -61,12 +61,12 @@ def test_same_answers_same_numbers_whatever_stands_beside_them():
 
 @pytest.mark.parametrize("trainings", [1, 4])
 def test_the_interval_covers_the_truth(trainings):
-    random, inside, runs = np.random.default_rng(3 + trainings), 0, 300
+    random, inside, runs = np.random.default_rng(3 + trainings), 0, 200
     for _ in range(runs):
         tasks, answers, truth = simulated(random, trainings=trainings, trained=0.06 * (trainings > 1))
         found = st.estimate(st.resample(tasks, {"a": answers}, resamples=250)["a"])
         inside += found.low <= truth <= found.high
-    # 95% of 300, and four standard deviations of a share: what is estimated from 5 seeds or 4 trainings is itself uncertain.
+    # 95%, and four standard deviations of a share: what is estimated from 5 seeds or 4 trainings is itself uncertain.
     assert 0.90 <= inside / runs <= 0.995
 
 

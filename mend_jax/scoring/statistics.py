@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from mend_jax.scoring.weighted import combined, present, scores, tally
+from mend_jax.scoring.weighted import combined, in_parts, present, scores, tally
 
 RESAMPLES, SWAPS, GUESSES = 1000, 2000, 200
 LEVEL = 0.95  # of an interval
@@ -237,17 +237,17 @@ def guesses(task: Task, seed=0, count=GUESSES) -> list[np.ndarray]:
 def _exchanged(gold, a, b, by_class, random, count):
     """(count,) differences of the scores of `a` and `b` after answers to a random half of the items have been exchanged."""
     swapped = random.integers(0, 2, (len(gold), count))
-    there_are, total = present(gold, np.ones((len(gold), 1))), np.zeros(count)
-    for pair in zip(a[:, None], b[:, None], strict=True):
+    there_are, found = present(gold, np.ones((len(gold), 1))), []
+    for part in in_parts(len(a), np.broadcast_to(there_are, (len(there_are), count))):
         (a_kept, a_given), (b_kept, b_given) = (
-            [tally(gold, row, weights, by_class) for weights in (1 - swapped, swapped)] for row in pair
+            [tally(gold, rows[part], weights, by_class) for weights in (1 - swapped, swapped)] for rows in (a, b)
         )
         of_a, of_b = (
-            combined(*(None if x is None else x + y for x, y in zip(*parts, strict=True)), there_are, by_class)
-            for parts in ((a_kept, b_given), (b_kept, a_given))
+            combined(*(None if x is None else x + y for x, y in zip(*both, strict=True)), there_are, by_class)
+            for both in ((a_kept, b_given), (b_kept, a_given))
         )
-        total += (of_a - of_b)[0]
-    return total / len(a)
+        found.append(of_a - of_b)
+    return np.concatenate(found).mean(0)
 
 
 def _rows(answers, group) -> np.ndarray:

@@ -6,14 +6,22 @@ The metrics are those of metrics.py. Axes: X rows of answers, N items, R weighti
 import numpy as np
 from scipy import sparse
 
+LARGEST = 5_000_000  # numbers in the tally of some rows
+
 
 def scores(gold: np.ndarray, predicted: np.ndarray, weights: np.ndarray, by_class: bool) -> np.ndarray:
     """(X,R): the accuracy or Macro-F1 of answers (X,N) to items that count `weights` (N,R) times."""
     there_are = present(gold, weights)
-    # Row by row: the tallies of all rows would be large where every item has a class of its own.
+    parts = in_parts(len(predicted), there_are)
     return np.concatenate(
-        [combined(*tally(gold, row[None], weights, by_class), there_are, by_class) for row in predicted]
+        [combined(*tally(gold, predicted[part], weights, by_class), there_are, by_class) for part in parts]
     )
+
+
+def in_parts(rows: int, there_are: np.ndarray) -> list[slice]:
+    """So many rows at a time that their tallies are small, even where every item has a class of its own."""
+    step = max(1, LARGEST // there_are.size)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def tally(gold, predicted, weights, by_class):
