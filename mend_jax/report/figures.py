@@ -158,7 +158,7 @@ def heatmaps(
     down = -(-len(maps) // across)
     highest = max(np.nanmax(values) for values in maps.values()) or 1.0
     rows, columns = next(iter(maps.values())).shape
-    height = 1.1 + WIDTH / across * min(1.3, max(0.25, rows / columns))
+    height = min(1.1 + WIDTH / across * min(1.3, max(0.25, rows / columns)), 1.2 + 0.35 * rows)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure((WIDTH, height * down + 0.3), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).ravel()
