@@ -37,7 +37,8 @@ def compare(
 
     Args:
         evaluations: the workdirs of evaluations.
-        methods: the methods to compare, with commas between; empty: all. Tasks are compared for the first two from the end.
+        methods: the methods to compare, with commas between; empty: all. The table of tasks compares the last with the
+            one before it.
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
         trainings: methods of the same name are trainings of one method.
         out: a Markdown file to write the tables to as well.
