@@ -20,6 +20,7 @@ from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import columns
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.evaluate import evaluation_layout, load_models
+from mend_jax.experiments import run, trainings
 from mend_jax.llm import heads
 from mend_jax.prefixes.context import bucket
 from mend_jax.run.files import write_json
@@ -31,8 +32,6 @@ HEADS, COLUMNS = 4, 20
 
 def main(config, workdir) -> int:
     """Writes <workdir>/attention/experiment.json and prints the best heads; returns a training's exit code if it was stopped."""
-    from mend_jax.experiments import run
-
     run.open_workdir(config, workdir)
     config, code = with_methods(config, workdir)
     if code:
@@ -61,8 +60,6 @@ def main(config, workdir) -> int:
 
 def with_methods(config, workdir):
     """(the config with the methods to look at in evaluate.methods, exit code of their training)."""
-    from mend_jax.experiments import run, trainings
-
     seed, names = (
         config.experiment.training_seeds[0],
         [name for name in config.experiment.methods if name != "zero_shot"],

@@ -22,7 +22,7 @@ from mend_jax.cli.text import markdown, number, size
 from mend_jax.data.bos import bos_token
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.metaicl import partition_names
-from mend_jax.experiments import paper
+from mend_jax.experiments import paper, run
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.measure import regimes
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
@@ -38,8 +38,6 @@ TITLE, PAPER = "What a query costs", "Figure 3"
 
 def main(config, workdir) -> int:
     """Writes <workdir>/cost/experiment.json and prints its tables; returns exit code 0."""
-    from mend_jax.experiments import run
-
     run.open_workdir(config, workdir)
     folder = Path(workdir) / "cost"
     parts = [
