@@ -229,7 +229,8 @@ def _line_color(number: int) -> str:
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
+        fit = max(1, 54 // (max(map(len, labels)) + 8))  # beside each other
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(fit, len(labels)))
 
 
 def _wrapped(text: str, groups: int) -> str:

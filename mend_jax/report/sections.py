@@ -16,6 +16,7 @@ from mend_jax.report.tables import Scored, Table, main_tables, score_figure, sco
 
 REGIMES = {"a": "(a) every option reads the prefix", "b": "(b) once a query", "c": "(c) once for all queries"}
 METHODS = {"zero_shot": "zero-shot", "prompt_tuning": "PromptTuning", "icl": "Vanilla ICL", "mend": "MEND"}
+MOST = 8  # curves of one figure: more could not be told apart
 INPUT = 12  # tokens of an input that a map of attention shows, its last ones
 
 
@@ -46,17 +47,28 @@ def section_of(result: Result) -> Section:
 
 def trainings_section(workdir: str | Path) -> Section | None:
     """The losses and validation scores of all trainings of a workdir; None without one."""
-    drawings = []
-    found = curves(workdir)
-    for name, (title, unit) in {"loss": ("Loss", "loss"), "dev_score": ("Validation score", "score x 100")}.items():
-        series = {training: points for training, of in found.items() if (points := _points(of, name))}
-        for start in range(0, len(series), 8):  # more could not be told apart
-            part = dict(list(series.items())[start : start + 8])
-            suffix = "" if len(series) <= 8 else f"_{start // 8 + 1}"
-            drawings.append(lines(f"training_{name}{suffix}", f"{title} in training.", part, "step", unit))
+    found, drawings = curves(workdir), []
+    stages: dict[str, dict[str, list[dict]]] = {}
+    for training, lines_of in found.items():
+        stage = training.split("/")[-1].split("-")[0]  # "finetune-1a2b3c4d" of experiments, "mend/finetune" of methods
+        stages.setdefault(stage, {})[training.removeprefix("trainings/")] = lines_of
+    for stage, trainings in stages.items():
+        for metric, (title, unit) in {
+            "loss": ("Loss", "loss"),
+            "dev_score": ("Validation score", "score x 100"),
+        }.items():
+            series = {training: _points(of, metric) for training, of in trainings.items()}
+            series = {training: points for training, points in series.items() if len(points) > 1}
+            parts = range(0, len(series), MOST)
+            for start in parts:
+                name = f"training_{stage}_{metric}" + (f"_{start // MOST + 1}" if len(parts) > 1 else "")
+                part = dict(list(series.items())[start : start + MOST])
+                drawings.append(lines(name, f"{title} in training, stage {stage}.", part, "step", unit))
     if not drawings:
         return None
-    return Section("trainings", "Trainings", "", [], "", [f"{len(found)} trainings."], [], drawings)
+    return Section(
+        "trainings", "Trainings", "", [], "", [f"{len(found)} training{'s' * (len(found) != 1)}."], [], drawings
+    )
 
 
 def _points(found: Sequence[dict], name: str) -> list[tuple[float, float]]:
