@@ -17,13 +17,13 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
-from mend_jax.cli.text import columns
+from mend_jax.cli.text import markdown
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.evaluate import evaluation_layout, load_models
 from mend_jax.experiments import run, trainings
 from mend_jax.llm import heads
 from mend_jax.prefixes.context import bucket
-from mend_jax.run.files import write_json
+from mend_jax.run.files import write_json, write_text
 from mend_jax.scoring.tasks import prefix_maker
 
 TITLE, PAPER = "What induction heads attend to", "Figures 5 and 8"
@@ -53,6 +53,7 @@ def main(config, workdir) -> int:
     }
     folder = Path(workdir) / "attention"
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / run.TABLE, text(report) + "\n")
     write_json(folder / run.ROWS, report, indent=None)
     print(text(report))
     return 0
@@ -145,7 +146,7 @@ def text(report: dict) -> str:
             [str(head["layer"]), str(head["head"]), f"{head['score']:.3f}", *(f"{share:.3f}" for share in shares)]
         )
     chance = f"A head that attends to all tokens alike scores {report['by_chance']:.4f}."
-    return f"{columns(rows)}\n{chance}"
+    return f"{markdown(rows[0], rows[1:])}\n\n{chance}"
 
 
 def _rounded(values) -> list[float]:
