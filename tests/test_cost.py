@@ -1,8 +1,11 @@
 """What a query costs: formula beside compiler, the paper's figures, when MEND pays."""
 
 import dataclasses
+import json
 
 import pytest
+from conftest import save_tokenizer
+from evaluation_world import make_config, write_tasks
 from facts import says
 
 from mend_jax.experiments import cost, paper
@@ -101,3 +104,31 @@ def _config():
     from configs.base import get_config
 
     return get_config()
+
+
+def test_the_lengths_of_a_partition_are_means_over_its_tasks(tmp_path):
+    (tmp_path / "llm").mkdir()
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 96, "vocab_size": 64}
+    settings = {"model_type": "gpt2", "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | sizes))
+    save_tokenizer(tmp_path / "llm")
+    config = make_config(write_tasks(tmp_path / "tasks"), tmp_path / "llm")
+    (shape,) = cost.partition_shapes(config)
+    assert shape.name == "tiny" and shape.options == 3.5  # three options in one task, four in the other
+    assert 2 <= shape.query <= 6 and 4 * 4 <= shape.demos <= 48 and 1 <= shape.target <= 4
+    config.prefix.backbone, config.prefix.length, config.experiment.cost_llms = config.llm.path, 8, ("gpt2-large",)
+    found = cost.settings(config)
+    assert [(models.name, shape.name) for models, shape in found[5:]] == [
+        (tmp_path.name, "tiny"),
+        ("gpt2-large", "tiny"),
+    ]
+    assert all(models.source == "the paper" and models.vectors == 100 for models, _ in found[:5])
+
+
+def test_what_is_computed_is_kept(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(cost, "cost_of", lambda *asked: computed.append(asked) or {"method": asked[2]})
+    asked = tmp_path, TINY, SHAPE, "icl", 1, 0
+    assert cost._kept(*asked) == cost._kept(*asked) == {"method": "icl"} and len(computed) == 1
+    cost._kept(*asked[:-1], 3)
+    assert len(computed) == 2
