@@ -45,6 +45,7 @@ def test_the_papers_ratios_are_met():
         assert round(found[task]["ours_to_the_papers_icl"], 2) <= ratio
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [("gpt2-large", "mend"), ("gpt2-xl", "zero_shot")])
 def test_formula_and_compiler_agree(name, method):
     models, shape = cost.sized(name, "float32"), paper.FIGURE_3_TASKS[3]
@@ -67,6 +68,7 @@ def test_regimes_are_ordered_and_distillation_is_counted():
     assert flops["zero_shot"]["c"]["once"] == 0 < flops["zero_shot"]["c"]["query"]
 
 
+@pytest.mark.slow
 def test_programs_have_bytes_and_seconds():
     found = {name: regimes.measured(p, 1) for name, p in regimes.programs(TINY, SHAPE, "mend", 1).items()}
     seconds = regimes.seconds_by_regime(found, SHAPE)

@@ -64,6 +64,7 @@ def test_weights_are_those_of_the_fast_attention():
         assert np.allclose(out, causal_attention(q, k, v, span), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_states_are_those_of_the_usual_path():
     """Of a decoder with rotary positions, shared keys and sliding layers."""
     sizes = {
