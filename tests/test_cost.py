@@ -37,8 +37,7 @@ def test_the_papers_figures_follow_from_its_lengths(llm):
 
 def test_the_papers_ratios_are_met():
     """MEND over Vanilla ICL in regime (a): as the paper counts both to its two digits, and ours over the paper's ICL below it."""
-    config = _config()
-    found = {row["task"]: row for row in cost.ratios(config) if row["llm"] == "gpt2-large"}
+    found = {row["task"]: row for row in cost.ratios() if row["llm"] == "gpt2-large"}
     wanted = {"Class": 0.29, "HR to LR": 0.24, "QA": 0.42, "NLI": 0.23, "Para": 0.16}
     for task, ratio in wanted.items():
         assert found[task]["as_the_paper_counts"] == pytest.approx(ratio, abs=0.0085)
@@ -100,12 +99,6 @@ def test_what_has_no_cost():
     with says("gpt3", "gpt2-large"):
         cost.sized("gpt3", "float32")
     assert not cost.fits(TINY, SHAPE._replace(demos=500))
-
-
-def _config():
-    from configs.base import get_config
-
-    return get_config()
 
 
 def test_the_lengths_of_a_partition_are_means_over_its_tasks(tmp_path):

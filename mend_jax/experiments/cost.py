@@ -49,7 +49,7 @@ def main(config, workdir) -> int:
             bar.at(f"{models.name}  {shape.name}  {method}")
             rows.append(_kept(folder, models, shape, method, count, config.experiment.cost_repeats))
             bar.update()
-    report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios(config)}
+    report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios()}
     write_text(folder / run.TABLE, f"{ratio_table(report['ratios'])}\n\n{cost_table(rows)}\n")
     write_json(folder / run.ROWS, report)
     print(short_table(rows))
@@ -158,13 +158,11 @@ def pays_from(mend: dict, icl: dict, distil: float) -> dict[str, int | None]:
     return found
 
 
-def ratios(config) -> list[dict]:
+def ratios() -> list[dict]:
     """MEND's FLOPs over Vanilla ICL's in regime (a) for the paper's tasks, beside the paper's ratio."""
     found = []
-    for name in config.experiment.cost_llms:
-        if name not in paper.FIGURE_3:
-            continue
-        models = sized(name, config.llm.dtype)
+    for name in paper.FIGURE_3:
+        models = sized(name, "float32")
         for shape in paper.FIGURE_3_TASKS:
             icl, _, mend = paper.FIGURE_3[name][shape.name]
             counted = {m: regimes.as_the_paper_counts(models, shape, m) for m in ("icl", "mend")}
