@@ -17,7 +17,7 @@ from mend_jax.report.tables import Scored, Table, main_tables, score_figure, sco
 REGIMES = {"a": "(a) every option reads the prefix", "b": "(b) once a query", "c": "(c) once for all queries"}
 METHODS = {"zero_shot": "zero-shot", "prompt_tuning": "PromptTuning", "icl": "Vanilla ICL", "mend": "MEND"}
 MOST = 8  # curves of one figure: more could not be told apart
-INPUT = 12  # tokens of an input that a map of attention shows, its last ones
+INPUT = 12  # tokens of an input that a map of attention shows at most, its last ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +191,13 @@ def _attention(result: Result) -> tuple[list[Table], list[Drawing], list[str]]:
     for method in methods:
         examples = [example for example in own["examples"] if example["method"] == method]
         maps, boundary = {}, {}
+        shown = min(INPUT, max(len(seen["input"]) for example in examples for seen in example["heads"]))
         for i, name in enumerate(names):
             boundary[name] = max(len(example["heads"][i]["prefix"]) for example in examples)
-            maps[name] = np.array([_line(example["heads"][i], boundary[name]) for example in examples])
+            maps[name] = np.array([_line(example["heads"][i], boundary[name], shown) for example in examples])
         caption = (
             f"{METHODS.get(method, method)}: attention before the answer, an item of another task in each row; left of the line the"
-            f" prefix, max-pooled, right of it the input's last {INPUT} tokens."
+            f" prefix, max-pooled, right of it the input's last {shown} tokens."
         )
         drawings.append(
             heatmaps(f"attention_{method}", caption, maps, ("item", "prefix, then input"), boundary=boundary)
@@ -220,10 +221,10 @@ def _attention(result: Result) -> tuple[list[Table], list[Drawing], list[str]]:
     return [Table("attention", "The heads with the highest prefix matching score", header, rows)], drawings, notes
 
 
-def _line(head: dict, columns: int) -> np.ndarray:
+def _line(head: dict, columns: int, shown: int) -> np.ndarray:
     """A row of a map: the pooled prefix, then the input's last tokens, at the right; NaN where it is shorter."""
-    prefix, own = head["prefix"], head["input"][-INPUT:]
-    row = np.full(columns + INPUT, np.nan)
+    prefix, own = head["prefix"], head["input"][-shown:]
+    row = np.full(columns + shown, np.nan)
     row[: len(prefix)] = prefix
     row[len(row) - len(own) :] = own
     return row
