@@ -123,6 +123,9 @@ def _experiments(c: ConfigDict) -> None:
     c.experiment.betas = (0.5, 0.8)
     c.experiment.gammas = (0.1, 1.0)
     c.experiment.lambdas = (1.0, 10.0)
+    c.experiment.cost_llms = ()  # their real programs take minutes
+    c.experiment.cost_rows = (1,)
+    c.experiment.cost_repeats = 1
     c.train.steps = c.experiment.finetune_steps
     c.train.batch_size = 16
     c.train.eval_every = c.train.save_every = 1_000  # at the end alone

@@ -36,6 +36,8 @@ from mend_jax.run.layout import Layout, make_layout
 from mend_jax.run.lock import alone_in
 from mend_jax.run.reporting import say
 from mend_jax.scoring import costs, results
+from mend_jax.scoring.answers import Source
+from mend_jax.scoring.comparisons import Study, method_table
 from mend_jax.scoring.metrics import aggregate
 from mend_jax.scoring.tasks import (
     MEAN,
@@ -65,10 +67,10 @@ def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True) -> di
             evaluation in `workdir`.
     """
     with alone_in(Path(workdir), LOCK, "evaluating"):
-        return _evaluate(config, Path(workdir))
+        return _evaluate(config, Path(workdir), llm, prints)
 
 
-def _evaluate(config, workdir: Path) -> dict:
+def _evaluate(config, workdir: Path, llm: LLM | None, prints: bool) -> dict:
     layout = evaluation_layout(config)
     llm = load_the_llm(config, layout) if llm is None else llm
     methods = load_methods(config, llm, layout)
@@ -99,6 +101,7 @@ def _evaluate(config, workdir: Path) -> dict:
         table = results.write_results(workdir, summary)
         if prints:
             print(table)
+            results.add_intervals(workdir, method_table(Study.of({name: [Source(workdir, name)] for name in found})))
             say(f"Column meanings and scores by task: {workdir / 'table.md'}; all answers: {workdir / 'predictions'}.")
     return summary
 

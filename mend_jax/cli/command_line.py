@@ -3,6 +3,7 @@
     def train(config, workdir): ...          # --config=FILE.py[:VARIANT] --workdir=FOLDER --config.section.field=value
     def export(workdir, out, name="mend"):   # --workdir=FOLDER --out=... [--name=mend]
     def benchmark(what: Literal["step", "inference"], /, repeats=5):   # the word itself, and [--repeats=5]
+    def compare(evaluations: list[str], /, metric="score"):   # one word or several, and [--metric=score]
 
 A user error ends in one sentence and exit code 2.
 """
@@ -278,7 +279,7 @@ def _arguments(main, values, words: list[str]) -> list:
     arguments, words = [], list(words)
     for name, parameter in _parameters(main).items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            arguments.append(_word(parameter, words.pop(0) if words else None))
+            arguments.append(_words(main, parameter, words))
         elif name == "config":
             arguments.append(_resolved(values.config))
         else:
@@ -314,6 +315,24 @@ def _named() -> dict[str, list[str]]:
 
     kinds = [name for name, kind in KINDS.items() if kind.begins_with]  # those that can be trained
     return {"prefix.kind": kinds, "loss.objective": [*OBJECTIVES, *STATE_OBJECTIVES]}
+
+
+def _words(main, parameter: inspect.Parameter, words: list[str]):
+    """What a parameter without a flag is given; it is taken from `words`."""
+    if get_origin(parameter.annotation) is Literal:
+        return _word(parameter, words.pop(0) if words else None)
+    if not words:
+        described = _described(main).get(parameter.name, "see --help").rstrip(".")
+        raise UserError(f"{_placeholder(parameter)} is missing: give {described}.")
+    given = [words.pop(0) for _ in range(len(words) if get_origin(parameter.annotation) is list else 1)]
+    return given if get_origin(parameter.annotation) is list else given[0]
+
+
+def _placeholder(parameter: inspect.Parameter) -> str:
+    """How help writes a word that is not one of a few."""
+    several = get_origin(parameter.annotation) is list
+    name = parameter.name.upper()
+    return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]" if several else name
 
 
 def _word(parameter: inspect.Parameter, word: str | None):
@@ -393,8 +412,10 @@ def _help(main) -> str:
         if name == "config":
             lines += ["  --config=FILE.py[:VARIANT]", "  --config.section.field=value   any field of configs/base.py"]
             continue
-        choices = get_args(parameter.annotation)
+        choices = get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()
         value = "|".join(map(str, choices)) if choices else getattr(parameter.annotation, "__name__", "value")
+        if parameter.kind is parameter.POSITIONAL_ONLY and not choices:
+            value = _placeholder(parameter)
         text = value if parameter.kind is parameter.POSITIONAL_ONLY else f"--{name}={value}"
         lines.append(
             f"  {text}" + ("" if parameter.default is parameter.empty else f"   (default {parameter.default!r})")

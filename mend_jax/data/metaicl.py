@@ -159,6 +159,14 @@ def metaicl_partitions() -> dict[str, dict[str, list[str]]]:
     return json.loads(text)
 
 
+def partition_names(folder, split: str, k: int = 16, seeds: tuple[int, ...] = ()) -> list[str]:
+    """The partitions that have a meta-test task with files, as `present_tasks` asks for them."""
+    own = data_folder(folder).parent / "partitions.json"
+    names = [*metaicl_partitions(), *(_read_json(own) if own.is_file() else {})]
+    tests = {name: load_partition(folder, name)["test"] for name in dict.fromkeys(names)}
+    return [name for name, tasks in tests.items() if present_tasks(folder, tasks, split, k, seeds)[0]]
+
+
 def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tuple[int, ...] = ()) -> tuple[list, list]:
     """(present, missing) tasks. Split "train" needs the meta-training file; "test" or "dev" needs files for every seed."""
     present, missing = [], []

@@ -2,11 +2,14 @@
 
     python -m mend_jax.experiments.all --config=configs/small_world.py:experiments --workdir=runs/experiments
 
-All of them are checked before the first begins. The order is that of what they share: the first ones need the fewest trainings.
+All tables are checked before the first begins. The order is that of what they share: the first ones need the fewest trainings. Attention
+and cost come last.
 """
 
 from mend_jax.experiments import (
     ablations,
+    attention,
+    cost,
     domains,
     hyperparameters,
     main_table,
@@ -28,7 +31,8 @@ TABLES = (
 
 
 def main(config, workdir) -> int:
-    return run_experiments([table.EXPERIMENT for table in TABLES], config, workdir)
+    code = run_experiments([table.EXPERIMENT for table in TABLES], config, workdir)
+    return code or attention.main(config, workdir) or cost.main(config, workdir)
 
 
 if __name__ == "__main__":

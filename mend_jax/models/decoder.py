@@ -76,8 +76,9 @@ class Block(nn.Module):
         seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones."""
         config, x = self.config, shard_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
-        residual_std = 0.02 / (2 * config.layers) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
+        residual_std = 0.02 / (2 * max(1, config.layers)) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, self._rotations(rotations, slides))
+        self.sow("intermediates", "queries", q)  # kept for models/attention_weights.py alone: else this does nothing
         y = self._attend(q, k, v, cache, seen, slides).reshape(*x.shape[:2], config.heads * config.head_width)
         y = _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
         x = x + (_norm(config, self.dtype, "out_norm")(y) if config.post_norms else y)
@@ -179,7 +180,7 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False, policy=kept)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.layers,

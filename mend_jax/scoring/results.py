@@ -29,6 +29,7 @@ from mend_jax.run.sealed import checksum_of_text, read_sealed, write_sealed
 from mend_jax.scoring.metrics import TITLES, percent
 
 AGAIN = "its items are scored again"
+SCORES, TABLE = "scores.json", "table.md"
 FORMAT = 2  # of the prediction files: a new number makes older files invalid
 
 
@@ -76,7 +77,7 @@ class Store:
         self.written += 1
 
     def _predictions(self, task, seed):
-        return self.folder / f"{_file_name(task)}_{seed}.jsonl"
+        return prediction_file(self.folder, task, seed)
 
     def _cost(self, task, seed):
         return self.folder / f"{_file_name(task)}_{seed}.cost.json"
@@ -98,6 +99,11 @@ def _is_cost(cost: dict) -> bool:
     return all(isinstance(value, int | float | None) for name, value in cost.items() if name != "content")
 
 
+def prediction_file(folder: Path, task: str, seed: int) -> Path:
+    """The file of a task and seed in a folder of predictions."""
+    return folder / f"{_file_name(task)}_{seed}.jsonl"
+
+
 def write_config(workdir, config) -> None:
     """Writes the resolved configuration to <workdir>/config.json, unless that file belongs to a training or a model."""
     workdir = Path(workdir)
@@ -116,9 +122,19 @@ def _is_models(path: Path) -> bool:
 def write_results(workdir, results: dict) -> str:
     """Writes scores.json and table.md; returns the table of the methods, for the terminal."""
     table, workdir = method_table(results), Path(workdir)
-    _make(workdir / "scores.json", write_text, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    _make(workdir / "table.md", write_text, f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
+    _make(workdir / SCORES, write_text, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _make(workdir / TABLE, write_text, f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
     return table
+
+
+def add_intervals(workdir, table: str) -> None:
+    """Puts the table of intervals (comparisons.py), which is made of the files that are there, behind those of table.md."""
+    path = Path(workdir) / TABLE
+    text = (
+        "Intervals: 95%, over test items and seeds, for these tasks and trainings (docs/statistics.md). The most frequent label"
+        " and the random option read nothing. `python -m mend_jax.compare` tests differences."
+    )
+    _make(path, write_text, f"{path.read_text(encoding='utf-8')}\n{table}\n\n{text}\n")
 
 
 def method_table(results: dict) -> str:

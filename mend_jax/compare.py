@@ -1,0 +1,102 @@
+"""Compare: methods of one or several evaluations, with 95% intervals, paired tests and results by task.
+
+    python -m mend_jax.compare runs/quickstart/evaluation
+    python -m mend_jax.compare runs/a/evaluation runs/b/evaluation --trainings   # the same methods, trained twice
+
+Reads the answers that `evaluate` and `experiments.methods` left; nothing is computed with an LLM. docs/statistics.md says what
+every number means. Methods of the same name in several evaluations are told apart by their folders, or with --trainings are
+several trainings of one method, of which the intervals then take account.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from mend_jax.cli.command_line import run
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
+from mend_jax.run.files import write_text
+from mend_jax.scoring import statistics
+from mend_jax.scoring.answers import Source, read_scores
+from mend_jax.scoring.comparisons import Study, method_table, pair_table, pairs_of, task_table
+
+NOTES = """Intervals are for these tasks: items, sets of demonstrations (seeds) and, where there are several, trainings are drawn
+anew. p is of a test that exchanges the answers of two methods to an item, two-sided; by task it is corrected by Holm. "of them
+sure" are tasks with p < 0.05 so corrected. "smallest visible" is the difference that so many items would show in four cases of
+five. The most frequent label and the random option read nothing. All scores x 100."""
+
+
+def compare(
+    evaluations: list[str],
+    /,
+    methods: str = "",
+    metric: Literal[*statistics.METRICS] = "score",
+    trainings: bool = False,
+    out: str = "",
+) -> None:
+    """Prints three tables, of methods, of pairs of methods, of tasks.
+
+    Args:
+        evaluations: the workdirs of evaluations.
+        methods: the methods to compare, with commas between; empty: all. The table of tasks compares the last with the
+            one before it.
+        metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
+        trainings: methods of the same name are trainings of one method.
+        out: a Markdown file to write the tables to as well.
+    """
+    study = Study.of(chosen(sources_of(evaluations, trainings), methods))
+    pairs = pairs_of(list(study.answers))
+    resampled = study.resampled(metric)
+    with Progress(len(pairs), "pair", leave=False) as bar:
+        found = {}
+        for pair in pairs:
+            found[pair] = study.compare(*pair, resampled, metric)
+            bar.update()
+    tables = [method_table(study)]
+    last = pairs[-1] if pairs else None
+    if pairs:
+        tables.append(pair_table(found))
+    tables.append(task_table(study, metric, resampled, last, found.get(last)))
+    text = "\n\n".join([*tables, " ".join(NOTES.split())])
+    print(text)
+    if out:
+        _write(out, text + "\n")
+
+
+def sources_of(evaluations: list[str], trainings: bool) -> dict[str, list[Source]]:
+    """{method: where its answers are} of the workdirs of evaluations, in their order."""
+    found: dict[str, list[Source]] = {}
+    folders = list(dict.fromkeys(Path(folder).expanduser() for folder in evaluations))
+    held = {folder: read_scores(folder)["methods"] for folder in folders}
+    for folder, names in held.items():
+        for name, entry in names.items():
+            several = sum(name in others for others in held.values()) > 1
+            if not several or trainings:
+                found.setdefault(name, [])
+                if not found[name] or entry["path"]:  # what was not trained has no second training
+                    found[name].append(Source(folder, name))
+            else:
+                found[f"{name} in {folder}"] = [Source(folder, name)]
+    return found
+
+
+def chosen(found: dict, methods: str) -> dict:
+    """The methods that a comma-separated list names, in its order. Raises UserError for others."""
+    names = [name.strip() for name in methods.split(",") if name.strip()] or list(found)
+    for name in names:
+        if name not in found:
+            raise UserError(
+                f"--methods names {name!r}, which the evaluations do not have: they have {', '.join(found)}."
+            )
+    return {name: found[name] for name in names}
+
+
+def _write(out: str, text: str) -> None:
+    path = Path(out).expanduser()
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): give another --out.") from None
+
+
+if __name__ == "__main__":
+    run(compare)

@@ -1,0 +1,256 @@
+"""What in-context learning and MEND cost at inference (the paper's Figure 3), in three regimes, none of them left out.
+
+    python -m mend_jax.experiments.cost --config=configs/small_world.py --workdir=runs/experiments
+
+Regimes: (a) as the paper, every option of a query reads the prefix again; (b) a query reads the prefix once; (c) the prefix is
+read once for all queries, which share its keys and values. Lengths: the means of the config's test tasks, partition by
+partition, and the five of the paper. Models: the config's, and the sizes that experiment.cost_llms names, with random weights.
+FLOPs are counted by formula and by XLA's compiler, bytes are the compiler's; seconds are measured with one query to a pass,
+experiment.cost_repeats runs of each program. Nothing is trained.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
+from mend_jax.cli.text import markdown, number, size
+from mend_jax.data.bos import bos_token
+from mend_jax.data.evaluation import load_tasks
+from mend_jax.data.metaicl import partition_names
+from mend_jax.experiments import paper, run
+from mend_jax.llm.decoder_only import LLM
+from mend_jax.measure import regimes
+from mend_jax.measure.model_sizes import known_or_folder, smallest_of
+from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
+from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.prefixes import KINDS
+from mend_jax.run.files import write_json, write_text
+from mend_jax.scoring.tasks import make_context
+
+TITLE, PAPER = "What a query costs", "Figure 3"
+
+
+def main(config, workdir) -> int:
+    """Writes <workdir>/cost/experiment.json and prints its tables; returns exit code 0."""
+    run.open_workdir(config, workdir)
+    folder = Path(workdir) / "cost"
+    parts = [
+        (m, s, method, rows) for m, s in settings(config) for method in METHODS for rows in config.experiment.cost_rows
+    ]
+    rows = []
+    with Progress(len(parts), "program") as bar:
+        for models, shape, method, count in parts:
+            bar.at(f"{models.name}  {shape.name}  {method}")
+            rows.append(_kept(folder, models, shape, method, count, config.experiment.cost_repeats))
+            bar.update()
+    report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios()}
+    write_text(folder / run.TABLE, f"{ratio_table(report['ratios'])}\n\n{cost_table(rows)}\n")
+    write_json(folder / run.ROWS, report)
+    print(short_table(rows))
+    print(f"\nFLOPs of MEND over Vanilla ICL, regime (a), at the paper's lengths:\n\n{ratio_table(report['ratios'])}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Models):
+    """Models with the name of their LLM."""
+
+    name: str = ""
+    source: str = ""  # where the lengths are from: "the paper", or a partition
+
+
+def settings(config) -> list[tuple[Named, Shape]]:
+    """All models with all lengths that they can read."""
+    found = []
+    known = [sized(name, config.llm.dtype) for name in config.experiment.cost_llms]
+    for models in known:
+        found += [(dataclasses.replace(models, source="the paper"), shape) for shape in paper.FIGURE_3_TASKS]
+    own = own_models(config)
+    for shape in partition_shapes(config):
+        for models in (own, *known):
+            found.append((dataclasses.replace(models, source=shape.name), shape))
+    return [(models, shape) for models, shape in found if fits(models, shape)]
+
+
+def fits(models: Models, shape: Shape) -> bool:
+    """Whether the LLM can read the demonstrations with a query, and the distiller them with its placeholders."""
+    longest = max(shape.demos, models.vectors) + shape.query + round(shape.options * shape.target)
+    return longest <= models.llm.window and shape.demos + models.vectors <= models.distiller.window
+
+
+def sized(name: str, dtype: str) -> Named:
+    """A published LLM by its name, with the smallest model of its family as distiller and the paper's number of vectors."""
+    llm = known_or_folder(name)
+    if not isinstance(llm, DecoderConfig):
+        raise UserError(f"experiment.cost_llms names {name}, but costs are of decoder-only LLMs: name others.")
+    return Named(llm, known_or_folder(smallest_of(llm.family)).headless, paper.VECTORS, dtype, name)
+
+
+def own_models(config) -> Named:
+    """The models of a config, without weights."""
+    llm, backbone = (from_hf_config(local_folder(path)) for path in (config.llm.path, config.prefix.backbone))
+    if not isinstance(llm, DecoderConfig):
+        raise UserError(f"costs are of decoder-only LLMs, and {config.llm.path} is none: set another llm.path.")
+    distiller = KINDS["distiller"].reader_settings(config, backbone)
+    return Named(llm, distiller, config.prefix.length, config.llm.dtype, paper.name_of(config.llm.path))
+
+
+def partition_shapes(config) -> list[Shape]:
+    """The mean lengths of the test tasks of each partition whose files are there."""
+    folder = local_folder(config.llm.path)
+    tokenizer = load_tokenizer(folder)
+    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
+    llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
+    found: dict[Shape, str] = {}
+    for name in partition_names(config.data.tasks, "test", config.data.k, tuple(config.evaluate.seeds)):
+        c = config.copy_and_resolve_references().unlock()
+        c.data.partition, c.evaluate.tasks = name, ()
+        shape = mean_shape(c, llm, "")
+        found[shape] = f"{found[shape]}, {name}" if shape in found else name  # partitions may have the same test tasks
+    return [shape._replace(name=name) for shape, name in found.items()]
+
+
+def mean_shape(config, llm: LLM, name: str) -> Shape:
+    """The mean lengths of a partition's test tasks: of the demonstrations that fit, of inputs, of options and their number."""
+    tasks, _ = load_tasks(config, llm, config.evaluate.split)
+    reader = KINDS["demonstrations"].beside(llm)
+    lengths = []
+    for task in tasks:
+        demos = len(make_context(config, llm, reader, task))
+        options = [len(option) for item in task.items for option in item.options_tokens]
+        inputs = np.mean([len(item.x_tokens) for item in task.items])
+        lengths.append([demos, inputs, len(options) / len(task.items), np.mean(options)])
+    demos, query, options, target = np.mean(lengths, 0)
+    return Shape(name, round(demos), round(query), round(float(options), 2), max(1, round(target)))
+
+
+def cost_of(models: Named, shape: Shape, method: str, rows: int, repeats: int) -> dict:
+    """One row of the table: a method with so many queries to a pass."""
+    found = {
+        name: regimes.measured(program, repeats if rows == 1 else 0)
+        for name, program in regimes.programs(models, shape, method, rows).items()
+    }
+    distil = regimes.distil_flops(models, shape)
+    row = {"llm": models.name, "lengths": models.source, **shape._asdict(), "vectors": models.vectors}
+    row |= {"method": method, "rows": rows, "dtype": models.dtype}
+    row |= {"flops": regimes.query_flops(models, shape, method), "distil_flops": distil if method == "mend" else 0}
+    row |= {"peak_bytes": regimes.peak_bytes(found), **regimes.held_bytes(models, shape, method)}
+    if rows == 1:
+        row["compilers_flops"] = regimes.compilers_query_flops(models, shape, method)
+        row["seconds"] = regimes.seconds_by_regime(found, shape) if repeats else None
+    if method == "mend":
+        row["pays_from"] = pays_from(row["flops"], regimes.query_flops(models, shape, "icl"), distil)
+    return row
+
+
+def pays_from(mend: dict, icl: dict, distil: float) -> dict[str, int | None]:
+    """{regime: queries from which MEND needs fewer FLOPs than Vanilla ICL in all}, its vectors made once and kept."""
+    found = {}
+    for regime in REGIMES:
+        part = "once" if regime == "c" else "query"
+        found[regime] = regimes.pays_from({**mend[regime], part: mend[regime][part] - distil}, icl[regime], distil)
+    return found
+
+
+def ratios() -> list[dict]:
+    """MEND's FLOPs over Vanilla ICL's in regime (a) for the paper's tasks, beside the paper's ratio."""
+    found = []
+    for name in paper.FIGURE_3:
+        models = sized(name, "float32")
+        for shape in paper.FIGURE_3_TASKS:
+            icl, _, mend = paper.FIGURE_3[name][shape.name]
+            counted = {m: regimes.as_the_paper_counts(models, shape, m) for m in ("icl", "mend")}
+            ours = {m: regimes.query_flops(models, shape, m)["a"]["query"] for m in ("icl", "mend")}
+            found.append(
+                {
+                    "llm": name,
+                    "task": shape.name,
+                    "paper": mend / icl,
+                    "as_the_paper_counts": counted["mend"] / counted["icl"],
+                    "ours": ours["mend"] / ours["icl"],
+                    "ours_to_the_papers_icl": ours["mend"] / (icl * 1e12),
+                }
+            )
+    return found
+
+
+def cost_table(rows: list[dict]) -> str:
+    """A row for each model, task, method and number of queries to a pass."""
+    header = ["LLM", "lengths", "method", "queries a pass"]
+    header += ["TFLOP/query (a)", "(b)", "(c)", "once (c)", "compiler", "peak (a)", "(b)", "(c)", "K/V cache", "stored"]
+    header += ["s/query (a)", "(b)", "(c)", "once (c)", "MEND pays from query (a)", "(b)", "(c)"]
+    return markdown(header, [_cells(row) for row in rows])
+
+
+def short_table(rows: list[dict]) -> str:
+    """The FLOPs and seconds of the rows with one query to a pass, for a terminal."""
+    header = [
+        "LLM",
+        "lengths",
+        "method",
+        "TFLOP/query (a)",
+        "(b)",
+        "(c)",
+        "once (c)",
+        "s/query (a)",
+        "(b)",
+        "(c)",
+        "once (c)",
+    ]
+    cells = [_cells(row) for row in rows if row["rows"] == 1]
+    return markdown(header, [[*row[:3], *row[4:8], *row[14:18]] for row in cells])
+
+
+def ratio_table(found: list[dict]) -> str:
+    header = ["LLM", "task", "paper", "counted as the paper", "as computed here", "here, over the paper's ICL"]
+    names = ("paper", "as_the_paper_counts", "ours", "ours_to_the_papers_icl")
+    return markdown(header, [[row["llm"], row["task"], *(f"{row[name]:.3f}" for name in names)] for row in found])
+
+
+def largest_difference(row: dict) -> float | None:
+    """The largest relative difference between the compiler's count and the formula's; None where only bytes are new."""
+    if "compilers_flops" not in row:
+        return None
+    pairs = [(row["compilers_flops"][r][part], row["flops"][r][part]) for r in REGIMES for part in ("once", "query")]
+    return max((abs(a / b - 1) for a, b in pairs if b), default=0.0)
+
+
+def _cells(row: dict) -> list[str]:
+    flops, difference, seconds = row["flops"], largest_difference(row), row.get("seconds")
+    cells = [
+        row["llm"],
+        row["lengths"] if row["lengths"] == row["name"] else row["name"],
+        row["method"],
+        str(row["rows"]),
+    ]
+    cells += [number(flops[r]["query"] / 1e12) for r in REGIMES] + [number(flops["c"]["once"] / 1e12)]
+    cells += ["" if difference is None else f"{difference:.1%} off"]
+    cells += [size(row["peak_bytes"][r]) for r in REGIMES] + [size(row["cache"]), size(row["stored"])]
+    cells += [number(seconds[r]["query"]) for r in REGIMES] + [number(seconds["c"]["once"])] if seconds else 4 * ["–"]
+    pays = row.get("pays_from")
+    return cells + (["never" if pays[r] is None else f"{pays[r]:,}" for r in REGIMES] if pays else 3 * [""])
+
+
+def _kept(folder: Path, models: Named, shape: Shape, method: str, rows: int, repeats: int) -> dict:
+    """`cost_of`, computed once: a file keeps it for when the command is started again."""
+    asked = [dataclasses.asdict(models), shape, method, rows, repeats]
+    path = folder / "parts" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        row = cost_of(models, shape, method, rows, repeats)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, row)
+    return row
+
+
+if __name__ == "__main__":
+    from mend_jax.cli.command_line import run as run_command
+
+    run_command(main)

@@ -1,0 +1,99 @@
+"""The report's files: one page that needs no others, the same as Markdown, every figure as PNG, all data as CSV."""
+
+import csv
+import io
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from mend_jax.cli.text import markdown
+from mend_jax.report.figures import Drawing
+from mend_jax.report.sections import Section
+from mend_jax.report.tables import Table
+from mend_jax.run.files import whole_folder, write_text
+
+PAGE, MARKDOWN, FIGURES, DATA = "index.html", "report.md", "figures", "data"
+FOOT = (
+    "Intervals are 95%, for these tasks: test items, sets of demonstrations (seeds) and, where there are several, trainings are"
+    " drawn anew. A difference is to the row that is named; p is of a test that exchanges the answers to an item, two-sided; “sure”"
+    " counts tasks, won : lost, whose p is below 0.05 after Holm's correction over tasks. “Smallest visible” is the difference that"
+    " so many items show in four cases of five. The most frequent label and the random option read nothing. ± is the standard"
+    " deviation over seeds, as in the paper. All scores x 100. docs/statistics.md says how each number is made."
+)
+
+
+def write_report(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> None:
+    """Writes the report's folder, complete or not at all; an earlier report in it is replaced."""
+    shutil.rmtree(_beside(folder), ignore_errors=True)
+    with whole_folder(_beside(folder), sync=False) as new:
+        for name in (FIGURES, DATA):
+            (new / name).mkdir()
+        for section in sections:
+            for drawing in section.drawings:
+                (new / FIGURES / f"{drawing.name}.png").write_bytes(drawing.png())
+            for part in (*section.drawings, *section.tables):
+                (new / DATA / f"{part.name}.csv").write_text(as_csv(part), encoding="utf-8")
+        write_text(new / PAGE, as_html(title, notes, sections))
+        write_text(new / MARKDOWN, as_markdown(title, notes, sections))
+    _replace(folder)
+
+
+def as_html(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
+    """The page, with its figures inside."""
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        resources.files("mend_jax.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    svg = {drawing.name: _unique(drawing) for section in sections for drawing in section.drawings}
+    return template.render(title=title, notes=notes, sections=sections, svg=svg, foot=FOOT)
+
+
+def as_markdown(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
+    parts = [f"# {title}", *notes]
+    for section in sections:
+        parts.append(f"## {section.title}" + (f" (the paper: {section.paper})" if section.paper else ""))
+        parts += section.notes
+        for drawing in section.drawings:
+            parts.append(
+                f"![{drawing.caption}]({FIGURES}/{drawing.name}.png)\n\n{drawing.caption} [Data]({DATA}/{drawing.name}.csv)."
+            )
+        for table in section.tables:
+            if table.folded:
+                parts.append(f"{table.title}: [{DATA}/{table.name}.csv]({DATA}/{table.name}.csv).")
+            else:
+                parts += [f"### {table.title}", markdown(table.header, table.rows)]
+        if section.made:
+            parts.append("\n".join(f"- {name}: `{value}`" for name, value in section.made))
+    return "\n\n".join([*parts, FOOT]) + "\n"
+
+
+def as_csv(part: Table | Drawing) -> str:
+    """The data of a table or a figure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(part.header)
+    writer.writerows(part.rows)
+    return text.getvalue()
+
+
+def _unique(drawing: Drawing) -> str:
+    """The figure's SVG with identifiers of its own: all stand in one page. It is named for those who cannot see it."""
+    text = drawing.svg()
+    mark = f"{drawing.name}-"
+    for before in ('id="', 'href="#', "url(#"):
+        text = text.replace(before, before + mark)
+    label = drawing.caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _replace(folder: Path) -> None:
+    """Puts the new report in the place of an earlier one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _beside(folder).rename(folder)
+
+
+def _beside(folder: Path) -> Path:
+    """Where a new report is complete before it replaces an earlier one."""
+    return folder.with_name(f".{folder.name}.new")

@@ -1,0 +1,148 @@
+"""The answers that an evaluation left on disk, as the numbers that scoring/statistics.py reads.
+
+Axes: T trainings of a method, S seeds, N test items. Evaluations of before this file are read too.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mend_jax.cli.errors import UserError
+from mend_jax.scoring.metrics import task_scores
+from mend_jax.scoring.results import SCORES, prediction_file
+from mend_jax.scoring.statistics import Answers, Task
+
+Lines = list[dict]  # of one task and seed, as in its predictions file
+
+
+class Source(NamedTuple):
+    """Where the answers of one training of a method are: a method of an evaluation."""
+
+    folder: Path
+    method: str
+
+
+def read_scores(folder: Path) -> dict:
+    """The content of an evaluation's scores.json. Raises UserError if it is not there or damaged."""
+    path = Path(folder) / SCORES
+    try:
+        found = json.loads(path.read_text())
+        found["methods"], found["seeds"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {SCORES}: name the workdir of a finished evaluation.") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file: name the workdir of a finished evaluation.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: run the evaluation again, which scores nothing twice.") from None
+    return found
+
+
+def read_lines(source: Source, found: dict | None = None) -> dict[str, dict[int, Lines]]:
+    """{task: {seed: lines}} of a method of an evaluation; `found` is its scores.json, if it is already read.
+
+    Raises UserError for a method that the evaluation does not have, or answers that are missing or not those of its scores.
+    """
+    found = read_scores(source.folder) if found is None else found
+    if source.method not in found["methods"]:
+        known = ", ".join(found["methods"])
+        raise UserError(f"{source.folder} has no method {source.method!r}: it has {known}.")
+    scores = found["methods"][source.method]["per_task"]
+    for folder in _folders(source):
+        lines = _lines_in(folder, scores, found["seeds"])
+        if lines is not None:
+            return lines
+    raise UserError(
+        f"The predictions of {source.method} in {source.folder} are missing or not those of its {SCORES}: run the evaluation"
+        " again, which scores nothing twice."
+    )
+
+
+def gather(sources: Mapping[str, Sequence[Source]]) -> tuple[list[Task], dict[str, Answers]]:
+    """(the tasks that all methods answered, each method's answers), of {method: its trainings}.
+
+    Raises UserError if no task was answered by all, with the same seeds, or if two answered different items of it.
+    """
+    lines, primary, cached = {}, {}, {}
+    for name, trainings in sources.items():
+        lines[name] = []
+        for source in trainings:
+            found = cached.setdefault(source.folder, read_scores(source.folder))
+            lines[name].append(read_lines(source, found))
+            primary |= {task: entry["primary"] for task, entry in found["methods"][source.method]["per_task"].items()}
+    everyone = [answers for trainings in lines.values() for answers in trainings]
+    names = [task for task in everyone[0] if all(task in answers for answers in everyone)]
+    if not names:
+        raise UserError(f"No task was answered by all of {', '.join(sources)}: compare evaluations of the same tasks.")
+    tasks, answers = [], {name: {} for name in sources}
+    for task in names:
+        made, own = _numbered(task, primary[task], lines)
+        tasks.append(made)
+        for name, rows in own.items():
+            answers[name][task] = rows
+    return tasks, answers
+
+
+def _folders(source: Source) -> list[Path]:
+    """The folders that may hold a method's predictions, the latest first."""
+    found = []
+    for path in (Path(source.folder) / "predictions").glob("*/made_of.json"):
+        try:
+            if json.loads(path.read_text()).get("method") == source.method:
+                found.append(path)
+        except (OSError, ValueError):
+            continue
+    return [path.parent for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+def _lines_in(folder: Path, scores: dict, seeds) -> dict | None:
+    """The lines in a folder of predictions, or None if they are not those of which `scores` were made."""
+    found: dict[str, dict[int, Lines]] = {}
+    for task, entry in scores.items():
+        for seed in seeds:
+            try:
+                lines = [json.loads(line) for line in prediction_file(folder, task, seed).read_text().splitlines()]
+            except (OSError, ValueError):
+                return None
+            pairs = [line["prediction"] for line in lines], [line["gold"] for line in lines]
+            expected = entry["score"]["per_seed"][str(seed)]
+            if not lines or abs(task_scores(*pairs, entry["primary"] == "macro_f1")["score"] - expected) > 1e-9:
+                return None
+            found.setdefault(task, {})[seed] = lines
+    return found
+
+
+def _numbered(task: str, primary: str, lines: Mapping[str, Sequence[dict]]) -> tuple[Task, dict[str, list[np.ndarray]]]:
+    """One task and every method's answers to it, their texts as numbers."""
+    numbers: dict[str, int] = {}
+
+    def number(text: str) -> int:
+        return numbers.setdefault(text.strip(), len(numbers))
+
+    first_name, trainings = next(iter(lines.items()))
+    first = trainings[0][task]
+    golds = [np.array([number(line["gold"]) for line in rows]) for rows in first.values()]
+    options = tuple(
+        tuple(tuple(dict.fromkeys(number(option) for option in line["options"])) for line in rows)
+        for rows in first.values()
+    )
+    found = {}
+    for name, trainings in lines.items():
+        rows = []
+        for answers in trainings:
+            if list(answers[task]) != list(first):
+                raise UserError(
+                    f"{name} and {first_name} answered {task} with different seeds: evaluate both with the same evaluate.seeds."
+                )
+            own = list(answers[task].values())
+            given = [np.array([number(line["gold"]) for line in of_seed]) for of_seed in own]
+            if not all(np.array_equal(a, b) for a, b in zip(given, golds, strict=True)):
+                raise UserError(
+                    f"{name} and {first_name} answered different items of {task}: evaluate both on the same files with the same"
+                    " evaluate.limit."
+                )
+            rows.append([np.array([number(line["prediction"]) for line in of_seed]) for of_seed in own])
+        found[name] = [np.stack(of_seed) for of_seed in zip(*rows, strict=True)]
+    return Task(task, primary, tuple(golds), options), found

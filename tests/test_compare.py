@@ -1,0 +1,89 @@
+"""The command compare, on files alone."""
+
+import json
+
+import pytest
+from answer_files import write_evaluation
+from facts import says
+
+from mend_jax.cli.command_line import parse
+from mend_jax.compare import compare, sources_of
+from mend_jax.scoring.answers import Source, gather, read_lines
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    return write_evaluation(tmp_path / "a", {"zero_shot": 0.4, "icl": 0.6, "mend": 0.95})
+
+
+def test_three_tables(evaluation, capsys, tmp_path):
+    compare([str(evaluation)], out=str(tmp_path / "tables.md"))
+    printed = capsys.readouterr().out
+    assert (tmp_path / "tables.md").read_text() == printed
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
+    assert rows[:6] == ["method", "zero_shot", "icl", "mend", "most frequent label", "random option"]
+    assert rows[6:10] == ["difference", "icl − zero_shot", "mend − zero_shot", "mend − icl"]
+    assert rows[10:] == ["task", "colour", "choice"]
+    score = json.loads((evaluation / "scores.json").read_text())["methods"]["mend"]["score"]
+    assert f"| {100 * score['mean']:.2f} ± {100 * score['std']:.2f} " in printed
+    capsys.readouterr()
+    compare([str(evaluation)])
+    assert capsys.readouterr().out == printed  # the same to the last digit
+
+
+def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
+    other = write_evaluation(tmp_path / "b", {"icl": 0.6, "mend": 0.9}, seed=1)
+    told_apart = sources_of([str(evaluation), str(other)], trainings=False)
+    assert list(told_apart) == [
+        "zero_shot",
+        f"icl in {evaluation}",
+        f"mend in {evaluation}",
+        f"icl in {other}",
+        f"mend in {other}",
+    ]
+    together = sources_of([str(evaluation), str(other)], trainings=True)
+    assert together["mend"] == [Source(evaluation, "mend"), Source(other, "mend")]
+    assert together["icl"] == [Source(evaluation, "icl")]  # it was not trained
+    tasks, answers = gather({"mend": together["mend"]})
+    assert [task.name for task in tasks] == ["colour", "choice"] and answers["mend"]["colour"][0].shape == (2, 24)
+    compare([str(evaluation), str(other)], trainings=True, methods="icl,mend")
+    assert "| mend                | 2 " in capsys.readouterr().out
+
+
+def test_predictions_of_another_key_are_not_taken(evaluation):
+    """A folder of an earlier config, whose answers are not those of the scores."""
+    source = Source(evaluation, "mend")
+    lines = read_lines(source)
+    write_evaluation(evaluation.parent / "old", {"mend": 0.1}, seed=5)
+    (old,) = (evaluation.parent / "old" / "predictions").iterdir()
+    old.rename(evaluation / "predictions" / old.name)
+    assert read_lines(source) == lines
+
+
+def test_what_cannot_be_compared(evaluation, tmp_path):
+    with says("no scores.json", "finished evaluation"):
+        compare([str(tmp_path)])
+    with says("is a file"):
+        compare([str(evaluation / "scores.json")])
+    with says("'memd'", "zero_shot, icl, mend"):
+        compare([str(evaluation)], methods="icl,memd")
+    longer = write_evaluation(tmp_path / "b", {"icl": 0.5}, items=9)
+    with says("different items of colour", "evaluate.limit"):
+        compare([str(evaluation), str(longer)])
+    seeds = write_evaluation(tmp_path / "c", {"icl": 0.5}, seeds=(13, 42))
+    with says("different seeds", "evaluate.seeds"):
+        compare([str(evaluation), str(seeds)])
+    with says("cannot be written"):
+        compare([str(evaluation)], out=str(tmp_path / "nowhere" / "t.md"))
+    next((evaluation / "predictions").glob("icl-*/*.jsonl")).unlink()
+    with says("predictions of icl", "run the evaluation again"):
+        compare([str(evaluation)])
+    (evaluation / "scores.json").write_text("{")
+    with says("damaged"):
+        compare([str(evaluation)])
+
+
+def test_words_on_the_command_line():
+    assert parse(compare, ["compare", "a", "b", "--trainings"]) == [["a", "b"], "", "score", True, ""]
+    with says("EVALUATION [EVALUATION ...] is missing", "workdirs of evaluations"):
+        parse(compare, ["compare", "--metric=accuracy"])

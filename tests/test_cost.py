@@ -1,0 +1,129 @@
+"""What a query costs: formula beside compiler, the paper's figures, when MEND pays."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import save_tokenizer
+from evaluation_world import make_config, write_tasks
+from facts import says
+
+from mend_jax.experiments import cost, paper
+from mend_jax.measure import regimes
+from mend_jax.measure.model_sizes import known_or_folder
+from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
+
+TINY = Models(
+    dataclasses.replace(known_or_folder("gpt2"), width=64, hidden_width=64, head_width=16, score_width=16, heads=4, kv_heads=4, layers=3,
+                        mlp_width=256, vocab_size=300, max_positions=512),
+    dataclasses.replace(known_or_folder("gpt2").headless, width=32, hidden_width=32, head_width=16, score_width=16, heads=2, kv_heads=2,
+                        layers=2, mlp_width=128, vocab_size=300, max_positions=512),
+    10,
+)  # fmt: skip
+SHAPE = Shape("task", 200, 20, 3, 3)
+
+
+@pytest.mark.parametrize("llm", paper.FIGURE_3)
+def test_the_papers_figures_follow_from_its_lengths(llm):
+    """The lengths that paper.py gives the tasks: Vanilla ICL, PromptTuning and MEND of Figure 3."""
+    models = cost.sized(llm, "float32")
+    for shape in paper.FIGURE_3_TASKS:
+        counted = [
+            regimes.as_the_paper_counts(models, shape, method) / 1e12 for method in ("icl", "prompt_tuning", "mend")
+        ]
+        near = 0.02 if llm == "gpt2-large" else 0.06
+        assert counted == pytest.approx(paper.FIGURE_3[llm][shape.name], rel=near, abs=0.006)
+
+
+def test_the_papers_ratios_are_met():
+    """MEND over Vanilla ICL in regime (a): as the paper counts both to its two digits, and ours over the paper's ICL below it."""
+    found = {row["task"]: row for row in cost.ratios() if row["llm"] == "gpt2-large"}
+    wanted = {"Class": 0.29, "HR to LR": 0.24, "QA": 0.42, "NLI": 0.23, "Para": 0.16}
+    for task, ratio in wanted.items():
+        assert found[task]["as_the_paper_counts"] == pytest.approx(ratio, abs=0.0085)
+        assert round(found[task]["ours_to_the_papers_icl"], 2) <= ratio
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), [("gpt2-large", "mend"), ("gpt2-xl", "zero_shot")])
+def test_formula_and_compiler_agree(name, method):
+    models, shape = cost.sized(name, "float32"), paper.FIGURE_3_TASKS[3]
+    ours, theirs = regimes.query_flops(models, shape, method), regimes.compilers_query_flops(models, shape, method)
+    for regime in REGIMES:
+        for part in ("once", "query"):
+            assert theirs[regime][part] == pytest.approx(ours[regime][part], rel=0.01), (regime, part)
+
+
+def test_regimes_are_ordered_and_distillation_is_counted():
+    flops = {method: regimes.query_flops(TINY, SHAPE, method) for method in METHODS}
+    for method in METHODS:
+        a, b, c = (flops[method][regime]["query"] for regime in REGIMES)
+        assert a > b >= c  # a query shares more and more
+        assert b == flops[method]["c"]["once"] + c  # (b) reads its prefix once, (c) before all queries
+    extra = flops["mend"]["a"]["query"] - flops["prompt_tuning"]["a"]["query"]
+    assert (
+        extra == regimes.distil_flops(TINY, SHAPE) == flops["mend"]["c"]["once"] - flops["prompt_tuning"]["c"]["once"]
+    )
+    assert flops["zero_shot"]["c"]["once"] == 0 < flops["zero_shot"]["c"]["query"]
+
+
+@pytest.mark.slow
+def test_programs_have_bytes_and_seconds():
+    found = {name: regimes.measured(p, 1) for name, p in regimes.programs(TINY, SHAPE, "mend", 1).items()}
+    seconds = regimes.seconds_by_regime(found, SHAPE)
+    assert seconds["b"]["query"] == pytest.approx(seconds["c"]["once"] + seconds["c"]["query"])
+    assert seconds["a"]["query"] > seconds["c"]["query"] > 0
+    weights = 4 * 64 * (300 + 512)  # of the LLM's tables alone
+    peaks = regimes.peak_bytes(found)
+    assert all(peak > weights for peak in peaks.values())
+    held = regimes.held_bytes(TINY, SHAPE, "mend")
+    assert held == {"cache": 2 * 3 * 10 * 64 * 4, "stored": 10 * 64 * 4}
+    own, shared = (regimes.measured(regimes.item_program(TINY, 200, SHAPE, 4, one), 0) for one in (False, True))
+    cache = regimes.held_bytes(TINY, SHAPE, "icl")["cache"]
+    assert own["bytes"] - shared["bytes"] > 2 * cache  # a cache for each query, or one for all
+    assert own["seconds"] is None
+    assert set(regimes.programs(TINY, SHAPE, "icl", 4)) == {"reread", "read", "item", "read, for all", "item, for all"}
+
+
+def test_when_mend_pays():
+    icl = {"once": 10.0, "query": 4.0}
+    assert regimes.pays_from({"once": 3.0, "query": 3.0}, icl, distil=5.0) == 1  # 8 + 3 < 10 + 4
+    assert regimes.pays_from({"once": 3.0, "query": 3.0}, icl, distil=10.0) == 3  # 13 + 9 = 10 + 12
+    assert regimes.pays_from({"once": 3.0, "query": 4.0}, icl, distil=10.0) is None
+    assert regimes.pays_from({"once": 3.0, "query": 4.5}, icl, distil=1.0) == 1
+
+
+def test_what_has_no_cost():
+    with says("t5-large-lm-adapt", "decoder-only"):
+        cost.sized("t5-large-lm-adapt", "float32")
+    with says("gpt3", "gpt2-large"):
+        cost.sized("gpt3", "float32")
+    assert not cost.fits(TINY, SHAPE._replace(demos=500))
+
+
+def test_the_lengths_of_a_partition_are_means_over_its_tasks(tmp_path):
+    (tmp_path / "llm").mkdir()
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 96, "vocab_size": 64}
+    settings = {"model_type": "gpt2", "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | sizes))
+    save_tokenizer(tmp_path / "llm")
+    config = make_config(write_tasks(tmp_path / "tasks"), tmp_path / "llm")
+    (shape,) = cost.partition_shapes(config)
+    assert shape.name == "tiny" and shape.options == 3.5  # three options in one task, four in the other
+    assert 2 <= shape.query <= 6 and 4 * 4 <= shape.demos <= 48 and 1 <= shape.target <= 4
+    config.prefix.backbone, config.prefix.length, config.experiment.cost_llms = config.llm.path, 8, ("gpt2-large",)
+    found = cost.settings(config)
+    assert [(models.name, shape.name) for models, shape in found[5:]] == [
+        (tmp_path.name, "tiny"),
+        ("gpt2-large", "tiny"),
+    ]
+    assert all(models.source == "the paper" and models.vectors == 100 for models, _ in found[:5])
+
+
+def test_what_is_computed_is_kept(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(cost, "cost_of", lambda *asked: computed.append(asked) or {"method": asked[2]})
+    asked = tmp_path, TINY, SHAPE, "icl", 1, 0
+    assert cost._kept(*asked) == cost._kept(*asked) == {"method": "icl"} and len(computed) == 1
+    cost._kept(*asked[:-1], 3)
+    assert len(computed) == 2
