@@ -104,7 +104,7 @@ def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkey
         (new / "mean.txt").write_text("means")
         return "For others in release/."
 
-    monkeypatch.setattr(Mean, "write", lambda self, new: "Written.")
+    monkeypatch.setattr(Mean, "write", lambda self, new, dtype, llm: "Written.")
     monkeypatch.setattr(Mean, "write_release", write_release)
     monkeypatch.setattr(Mean, "card", lambda self, llm, logits: ("A mean", "of demonstrations"))
     c = config(folder, **{"prefix.kind": "mean", "train.steps": 1, "train.eval_every": 1})
