@@ -332,7 +332,7 @@ def test_bad_demonstrations_name_file_and_line(tmp_path):
         with says(file, "line 3", *facts):
             read_demonstrations(file)
     file.write_bytes('{"input": "ä", "output": "b"}'.encode("latin-1"))
-    with says(file, "UTF-8", "byte 11"):
+    with says(file, "UTF-8", "column 12"):
         read_demonstrations(file)
     file.write_text("\n")
     with says(file, "no demonstrations"):

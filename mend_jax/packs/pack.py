@@ -143,9 +143,9 @@ def load_pack(path: str | Path, llm=None) -> Pack:
     """
     path = Path(path).expanduser()
     try:
-        require_regular(path, "name a pack")
+        require_regular(path, remedy := "name a pack, a file that `python -m mend_jax.distill` wrote")
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: name a pack, a file that `python -m mend_jax.distill` wrote.") from None
+        raise UserError(f"{path} is not there: {remedy}.") from None
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a pack: name another file.")
     try:
