@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 
 from mend_jax.cli.text import number, size
 from mend_jax.experiments import paper
@@ -99,9 +98,7 @@ def rank_figures(rows: Sequence[Scored]) -> list[Drawing]:
         own = [one for one in rows if one.row.label("hyperparameter") == name]
         if len(own) < 2 or len({len(one.study.tasks) for one in own}) > 1:
             continue
-        ranks = np.mean(
-            [rankdata(-np.array(scores)) for scores in zip(*(one.draws.mean for one in own), strict=True)], 0
-        )
+        ranks = np.mean([_ranks(np.array(scores)) for scores in zip(*(one.draws.mean for one in own), strict=True)], 0)
         values = [
             Bar(f"{name} = {one.row.label('value')}", "rank", float(rank)) for one, rank in zip(own, ranks, strict=True)
         ]
@@ -232,3 +229,9 @@ def _line(head: dict, columns: int, shown: int) -> np.ndarray:
 
 def _range(values: Sequence[int]) -> str:
     return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """The rank (n,) of each of n scores, 1 for the best; equal ones share the mean of their ranks."""
+    better = (scores[None] > scores[:, None]).sum(1)
+    return better + ((scores[None] == scores[:, None]).sum(1) + 1) / 2

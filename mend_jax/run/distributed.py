@@ -127,7 +127,10 @@ def stops_at_sigterm() -> Iterator[None]:
         yield
         return
 
-    def stop(*_):
+    def stop(_, frame):
+        if _collecting(frame):  # Python only prints what is raised there
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return
         raise Stopped
 
     signals, told = os.pipe()  # receives the number of each signal at once
@@ -140,6 +143,15 @@ def stops_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before[0] or signal.SIG_DFL)
         signal.set_wakeup_fd(before[1])
         os.close(told)
+
+
+def _collecting(frame) -> bool:
+    """Whether a signal interrupted JAX's callback of Python's garbage collection."""
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_deaf(signals: int, stop) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats cannot be imported where PyTorch is hidden (cli/imports.py)
 
 from mend_jax.scoring.weighted import combined, in_parts, present, scores, tally
 
@@ -198,7 +198,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def smallest_visible(std_error: float, items: int) -> float:
     """The difference that a test at ALPHA finds with POWER (Cohen, 1988), and no less than six items of one sign, without which
     no test on single items finds anything."""
-    factor = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)
+    factor = special.ndtri(1 - ALPHA / 2) + special.ndtri(POWER)  # the normal's quantiles
     return float(max(factor * std_error, 6 / items))
 
 
@@ -286,7 +286,7 @@ def _degrees(total: float, parts: list[tuple[float, int]]) -> float:
 def _interval(value: float, draws: np.ndarray, degrees: float, lowest: float) -> Estimate:
     """The middle LEVEL of the draws around the value, wider by Student's t over the normal's quantile."""
     tail = 1 - (1 - LEVEL) / 2
-    wider = stats.t.ppf(tail, degrees) / stats.norm.ppf(tail)
+    wider = special.stdtrit(degrees, tail) / special.ndtri(tail)
     low, high = value + wider * (np.quantile(draws, [1 - tail, tail]) - draws.mean())
     return Estimate(value, float(max(low, lowest)), float(min(high, 1.0)), float(draws.std()))
 
