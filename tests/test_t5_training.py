@@ -92,7 +92,7 @@ def test_every_method_trains(pair, method):
         pytest.skip("the methods differ in their losses alone: one pair shows it")
     stage, kind, *loss = METHODS[method]
     names = zip(("loss.kd", "loss.pred", "loss.clm"), loss, strict=True)
-    c = settings(pair, **{"stage": stage, "prefix.kind": kind, "optimizer.learning_rate": 1e-2, **dict(names)})
+    c = settings(pair, **{"stage": stage, "prefix.kind": kind, "optimizer.learning_rate": 3e-3, **dict(names)})
     model = kind_of(c).init(c, pair.llm, 0)
     optimizer = make_optimizer(c)
     step = jax.jit(make_train_step(c, make_loss_fn(c, pair.llm, model), optimizer))
