@@ -11,7 +11,6 @@ The report is written after each stage. The workdir is that of `mend_jax.experim
 run left there is removed.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -21,8 +20,6 @@ import time
 from pathlib import Path
 
 import jax
-import ml_dtypes
-from safetensors.numpy import load_file
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli.errors import UserError
@@ -31,9 +28,8 @@ from mend_jax.experiments.methods import evaluation_config, stage_configs
 from mend_jax.interchange.export import export
 from mend_jax.measure.machine import median
 from mend_jax.measure.pieces import split
-from mend_jax.models.weights import write_file
 from mend_jax.run.checkpoint import has_checkpoint
-from mend_jax.run.files import write_json, write_report
+from mend_jax.run.files import write_report
 from mend_jax.run.reporting import METRICS, SPEED, read_lines, say
 from mend_jax.train import train
 
@@ -169,14 +165,8 @@ def take_home(run: Path, exported: Path, home: Path) -> dict:
 
     Returns {"files": their names, "bytes"}.
     """
-    say(export(run, exported))
+    say(export(run, exported, weights="bfloat16"))
     shutil.rmtree(exported / "release", ignore_errors=True)  # the same weights again
-    tensors = load_file(exported / "model.safetensors")
-    write_file(
-        {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}, exported / "model.safetensors"
-    )
-    settings = json.loads((exported / "config.json").read_text())
-    write_json(exported / "config.json", settings | {"dtype": "bfloat16"}, indent=2)
     home.mkdir(parents=True, exist_ok=True)
     whole = exported.with_name("mend.tar")
     with tarfile.open(whole, "w") as tar:

@@ -374,7 +374,8 @@ def write_folder(
     of the backbone's file (stored_weights.py), `llm` the LLM's name where everybody has it under one."""
     folder, params = Path(folder), distiller.params
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False))
+    of_file = {"dtype": dtype} if dtype == "bfloat16" else {}  # for `from_pretrained(dtype="auto")`
+    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False) | of_file)
     write_backbone(folder, distiller.config, params["backbone"], distiller.embeddings, dtype)
     tensors = {"placeholders": np.asarray(params["placeholders"])}
     if "projection" in params:
