@@ -11,6 +11,7 @@ import pytest
 from facts import says, states
 
 from mend_jax.cli import command_line as cli
+from mend_jax.cli import messages
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
@@ -292,12 +293,12 @@ def test_errors_of_the_program_keep_their_trace():
 
 def test_warnings_are_sentences_and_said_once(monkeypatch, capsys):
     logger = logging.Logger("in the place of the root")
-    monkeypatch.setattr(cli, "getLogger", lambda: logger)
+    monkeypatch.setattr(messages, "getLogger", lambda: logger)
     basic = logging.StreamHandler()
     basic.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
     logger.addHandler(basic)  # as a library's basicConfig does
     for _ in range(2):
-        cli.plain_warnings()
+        messages.plain_warnings()
         logger.warning("%s is missing", "t")
     logger.warning("so is u")
     assert capsys.readouterr().err == "warning: t is missing\nwarning: so is u\n"
