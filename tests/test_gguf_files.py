@@ -59,7 +59,7 @@ def test_a_single_file_is_written_where_the_weights_are_small(file, tmp_path):
     with says(tmp_path / "out", "Hugging Face folder"):
         export.main(str(tmp_path / "again"), llm=str(tmp_path / "out"))
     assert not (tmp_path / "again").exists()
-    for flags in ({}, {"workdir": "w", "llm": "m.gguf"}):
+    for flags in ({}, {"workdir": "w", "pack": "p"}):
         with says("--workdir", "--llm"):
             export.main(str(tmp_path / "again"), **flags)
 

@@ -111,7 +111,7 @@ def test_a_new_kind_is_exported_with_all_that_it_writes(folder, tmp_path, monkey
     assert train(c, tmp_path / "run") == 0
     said = export.export(tmp_path / "run", tmp_path / "out")
     assert said.startswith("Written. For others in release/.")
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["README.md", "mean.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["README.md", "checksums.json", "mean.txt"]
 
 
 def test_a_new_kind_says_what_its_fields_mean_and_where_its_backbone_is(folder, tmp_path, monkeypatch):
