@@ -404,10 +404,17 @@ def test_what_the_machine_lacks_is_one_sentence(error, facts, capsys):
     states(said.strip(), *facts)
 
 
+def _heeds_interrupts():
+    """What a shell starts in the background ignores SIGINT, and so do all that it starts, these tests too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_while_it_imports_ends_without_a_trace(tmp_path):
     """As `python -m` begins: our package is imported first, then a module of ours, which is interrupted."""
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     script = f"import sys; sys.argv = ['-m']; import mend_jax; {code}; import time; time.sleep(60)"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=_heeds_interrupts
+    )
     assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped. The same command resumes where it stopped.")
     assert signal.getsignal(signal.SIGINT) is not None
