@@ -116,7 +116,15 @@ def test_validation_in_training_reads_the_files(config, llm):
 
 def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monkeypatch, tmp_path):
     def answered(llm, prefix_of, task, **_):
-        lines = [{"prediction": "w1", "gold": item.options[item.label]} for item in task.items]
+        lines = [
+            {
+                "prediction": item.options[0],
+                "gold": item.options[item.label],
+                "options": list(item.options),
+                "scores": [-float(i) for i in range(len(item.options))],
+            }
+            for item in task.items
+        ]
         cost = {"prefix_length": 1.0, "prefix_seconds": 0.0, "item_seconds": 0.0, "compiled": False}
         return task_scoring.TaskResult(lines, cost)
 
