@@ -135,6 +135,17 @@ def serving_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def packs(serving_models):
+    """Of two sets of demonstrations, for that server."""
+    from serving_client import DEMOS
+
+    from mend_jax.packs.make import make_packs
+
+    llm, distiller, workdir = serving_models
+    return make_packs(llm, distiller, [DEMOS, DEMOS[1:3]], workdir)
+
+
+@pytest.fixture(scope="session")
 def torch_llm(tiny_llm):
     """PyTorch's model of `tiny_llm`."""
     from transformers import GPT2LMHeadModel

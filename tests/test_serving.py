@@ -29,7 +29,6 @@ from mend_jax.generation.generate import Wanted  # noqa: E402
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM  # noqa: E402
 from mend_jax.models import encoder_decoder  # noqa: E402
 from mend_jax.models.families import from_hf_config  # noqa: E402
-from mend_jax.packs import make  # noqa: E402
 from mend_jax.prefixes.prefix import Prefix  # noqa: E402
 from mend_jax.scoring.tasks import programs_compiled  # noqa: E402
 from mend_jax.serving import pages  # noqa: E402
@@ -43,13 +42,6 @@ from mend_jax.serving.service import bytes_of  # noqa: E402
 @pytest.fixture(scope="module")
 def llm(serving_models):
     return serving_models[0]
-
-
-@pytest.fixture(scope="module")
-def packs(serving_models):
-    """Of two sets of demonstrations."""
-    llm, distiller, workdir = serving_models
-    return make.make_packs(llm, distiller, [DEMOS, DEMOS[1:3]], workdir)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from facts import states
 
 pytest.importorskip("fastapi")
 from serving_client import (  # noqa: E402
-    DEMOS,
     FILE,
     JSON,
     LINES,
@@ -24,7 +23,6 @@ from serving_client import (  # noqa: E402
 )
 
 from mend_jax.data.templates import TEMPLATES  # noqa: E402
-from mend_jax.packs import make  # noqa: E402
 from mend_jax.serving.engine import Asked, Before, Engine  # noqa: E402
 from mend_jax.serving.limits import Limits  # noqa: E402
 
@@ -35,13 +33,6 @@ BAD_LIMITS |= {"max_query_tokens": 40, "max_tokens": 20}
 @pytest.fixture(scope="module")
 def llm(serving_models):
     return serving_models[0]
-
-
-@pytest.fixture(scope="module")
-def packs(serving_models):
-    """Of two sets of demonstrations."""
-    llm, distiller, workdir = serving_models
-    return make.make_packs(llm, distiller, [DEMOS, DEMOS[1:3]], workdir)
 
 
 @pytest.fixture(scope="module")
