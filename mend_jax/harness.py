@@ -3,7 +3,7 @@
     python -m mend_jax.harness --llm=gpt2-large --distiller=runs/mend/finetune --tasks=sst2,boolq --num_fewshot=16
     python -m mend_jax.harness --llm=gpt2-large --tasks=sst2,boolq --num_fewshot=16       # the plain prompt
 
-Needs `pip install lm_eval`. --include_path=FOLDER has tasks of your own (the harness's YAML files).
+Needs lm-evaluation-harness: `pip install -e ".[harness]"`. --include_path=FOLDER has tasks of your own (the harness's YAML files).
 """
 
 from typing import Literal

@@ -5,6 +5,7 @@ their places here. No block is left out.
 """
 
 import re
+import tomllib
 
 import pytest
 import tokenizer_files
@@ -83,6 +84,14 @@ def test_the_packs_of_the_docs_answer(places, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = run("docs/packs.md", places)
     assert names["pack"].num_vectors == 8 and names["request"].keys() == {"model", "prompt_embeds", "max_tokens"}
+
+
+def test_every_extra_stands_in_the_docs_and_no_other():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    docs = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    listed = docs["install"].partition('".[NAME]"`')[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)` \(", listed)) == extras.keys()
+    assert {name for text in docs.values() for name in re.findall(r'"\.\[(\w+)\]"', text)} - {"NAME"} <= extras.keys()
 
 
 def test_the_config_of_the_docs_is_one(places):
