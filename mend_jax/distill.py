@@ -21,7 +21,7 @@ from mend_jax.data.bos import NONE
 from mend_jax.interchange.trained import fit_to, own_llm, read_trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
-from mend_jax.packs.make import TOGETHER, PackCache, make_packs
+from mend_jax.packs.make import TOGETHER, PackCache, facts_of, packs_of
 from mend_jax.packs.pack import SUFFIX, Pack, save_pack
 
 
@@ -72,10 +72,11 @@ def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: st
     model = model.first(vectors) if vectors else model
     loaded = load_llm(llm, dtype, bos=model.bos or NONE)
     model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
+    facts = facts_of(loaded, model, distiller, llm)
     with Progress(len(missing), "pack") as bar:
         for start in range(0, len(missing), TOGETHER):
             batch = missing[start : start + TOGETHER]
-            made = make_packs(loaded, model, [sets[i] for i in batch], distiller, keep, llm, bar.update)
+            made = packs_of(loaded, model, [sets[i] for i in batch], facts, keep, bar.update)
             for i, pack in zip(batch, made, strict=True):
                 packs[i] = pack
                 known.write(sets[i], pack)

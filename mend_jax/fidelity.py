@@ -52,7 +52,7 @@ def report(
     lengths = _lengths(found, pack, choose_length, tolerance, out)
     pairs = _demonstrations(found, pack, demos)
     asked = [
-        Asked(row["input"], options_of(where, row, options), _answer(where, row))
+        Asked(row["input"], options_of(where, row, options), _answer(where, row), where)
         for where, row in read_queries(queries)
     ]
     model = load_packs_llm(found, pack, llm, dtype, weights)
@@ -73,10 +73,12 @@ def table(measured: Fidelity) -> str:
         cells = [f"{100 * measured.agreement[name]:.1f}", "–" if right is None else f"{100 * right:.1f}"]
         rows.append([name, str(measured.positions[name]), f"{measured.kl[name]:.4f}", *cells])
     head = ["before the query", "positions", "KL", "same answer, %", "right, %"]
-    return (
-        f"{markdown(head, rows)}\n\n{measured.queries} queries. The vectors recover {100 * measured.recovered():.1f}% of what the"
-        " demonstrations change (1 - KL(pack) / KL(nothing), KL in nats per token)."
-    )
+    count = f"{measured.queries} quer{'y' if measured.queries == 1 else 'ies'}"
+    share, how = f"{100 * measured.recovered():.1f}%", "1 - KL(pack) / KL(nothing), KL in nats per token"
+    said = f"The vectors recover {share} of what the demonstrations change ({how})."
+    if measured.recovered() < 0:
+        said = f"Do not trust the vectors: the LLM answers more as with the demonstrations if it reads nothing ({share}: {how})."
+    return f"{markdown(head, rows)}\n\n{count}. {said}"
 
 
 def _lengths(pack: Pack, path: str, choose: bool, tolerance: float, out: str) -> tuple[int, ...]:

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 from typing import Literal
 
 from mend_jax.cli.command_line import run
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import columns
 from mend_jax.data.json_lines import is_text
 from mend_jax.data.query import query_tokens
 from mend_jax.packs.pack import load_pack, load_packs_llm
-from mend_jax.packs.queries import options_of, read_queries, write_answers
-from mend_jax.scoring.options import cache_prefix, score_items
+from mend_jax.packs.queries import options_of, read_queries, require_writable, write_answers
+from mend_jax.scoring.options import cache_prefix, check_items, score_items
 
 
 def predict(
@@ -50,9 +50,11 @@ def predict(
     rows = read_queries(inputs) if inputs else [("--input", {"input": input})]
     asked = [(row["input"], options_of(where, row, options)) for where, row in rows]
     found = load_pack(pack)
+    if inputs:
+        require_writable(out)
     model = load_packs_llm(found, pack, llm, dtype, weights)
-    items = [_item(model, found.template, *one) for one in asked]
-    with Progress(len(items), "query") as bar:
+    items = [_item(model, found, where, *one) for (where, _), one in zip(rows, asked, strict=True)]
+    with Progress(len(items), "query", leave=bool(inputs)) as bar:
         scores = score_items(model, cache_prefix(model, found.prefix), items, batch_size, progress=bar.update)
     answers = [
         row | {"prediction": words[int(values.argmax())], "scores": dict(zip(words, map(float, values), strict=True))}
@@ -77,11 +79,14 @@ def require_one_source(input: str, inputs: str, out: str, *texts: str) -> None:
         raise UserError("--inputs and --out belong together: a file of queries, and one for their answers.")
 
 
-def _item(llm, template, x: str, options: list[str]):
-    x_tokens = query_tokens(llm, x, "query", template.query)
-    return SimpleNamespace(
-        x_tokens=x_tokens, options_tokens=[query_tokens(llm, o, "option", template.output) for o in options]
-    )
+def _item(llm, pack, where: str, x: str, options: list[str]):
+    """A query as `score_items` takes it. Raises its UserErrors, with file and line, before anything is computed."""
+    x_tokens = query_tokens(llm, x, "query", pack.template.query)
+    answers = [query_tokens(llm, option, "option", pack.template.output) for option in options]
+    item = SimpleNamespace(x_tokens=x_tokens, options_tokens=answers)
+    with at_place(where):
+        check_items(llm, pack.num_vectors, [item])
+    return item
 
 
 if __name__ == "__main__":

@@ -348,6 +348,19 @@ def test_help_says_what_each_flag_is(capsys):
         states(entries[name], "gpt2", "opt-6.7b", "folder")
 
 
+def test_a_flag_of_several_values_stands_several_times(capsys):
+    def several(pack, stop: list[str] = ()):
+        """Args:
+        stop: where it ends.
+        """
+
+    assert cli.parse(several, ["x", "--pack=p", "--stop=a,b", "--stop=\n"]) == ["p", ["a,b", "\n"]]
+    assert not cli.parse(several, ["x", "--pack=p"])[1]
+    with pytest.raises(SystemExit):
+        cli.run(several, ["x", "--help"])
+    assert "--stop=str\n" in capsys.readouterr().out
+
+
 def test_home_is_resolved_in_the_command_line(parsed, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     given = [

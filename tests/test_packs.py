@@ -18,6 +18,7 @@ from test_export import make_workdir
 import mend_jax
 from mend_jax import distill, fidelity, generate, inspect, predict
 from mend_jax.cli import command_line
+from mend_jax.cli.text import shown
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange.export import export
 from mend_jax.packs import make, measure
@@ -198,13 +199,15 @@ def test_what_changed_is_made_again(changed, made, tmp_path, workdir):
 # Only its LLM reads it
 
 
-def test_another_llm_is_refused(made, folders, tmp_path):
+def test_another_llm_is_refused(made, folders, tmp_path, monkeypatch):
+    """Of a command before it is loaded."""
     pack, other = (
         made(),
         tokenizer_files.save_model_folder(tmp_path / "other", "byte", tokenizer_files.GPT2 | {"n_embd": 32}, seed=5),
     )
     with says(pack, folders[0], other):
         load_pack(pack, mend_jax.load_llm(other))
+    monkeypatch.setattr("mend_jax.packs.pack.load_llm", None)
     assert command(predict.predict, f"--pack={pack}", "--input=w1", "--options=w2,w3", f"--llm={other}") == 2
 
 
@@ -249,6 +252,7 @@ def test_damaged_files_are_one_sentence(made, tmp_path):
         ({}, np.zeros((4, 32), np.float16), ("float16",)),
         ({}, np.zeros((0, 32), np.float32), ("0",)),
         ({}, np.full((4, 32), np.nan, np.float32), ("finite",)),
+        ({}, np.full((4, 32), 1e19, np.float32), ("squares", "finite")),
     ],
 )
 def test_packs_with_wrong_content(made, tmp_path, facts, vectors, said):
@@ -438,6 +442,9 @@ def test_fidelity_is_that_of_the_definitions(made, llm, distiller, tmp_path, cap
     assert found.recovered() == pytest.approx(1 - found.kl["pack"] / found.kl["nothing"])
     assert found.positions["pack"] == 4 and found.positions["nothing"] == 0
     assert f"{found.kl['pack']:.4f}" in printed and f"{100 * found.recovered():.1f}%" in printed
+    for kl, warned in ((0.2, False), (2.0, True)):  # of 1.0 after nothing
+        said = fidelity.table(found._replace(kl={"demonstrations": 0.0, "pack": kl, "nothing": 1.0}))
+        assert (f"{100 - 100 * kl:.1f}%" in said) and ("Do not trust" in said) == warned
 
 
 def test_packs_of_fewer_vectors(made, distiller, llm, workdir, tmp_path, capsys):
@@ -499,6 +506,11 @@ def test_generate_prints_or_writes_answers(made, llm, tmp_path, capsys):
     assert command(generate.generate, *flags) == 0
     first, _ = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert first == {"input": "w4", "id": 7, "answer": wanted.text, "finish": wanted.finish}
+    end = wanted.text[-1]
+    capsys.readouterr()
+    flags = [f"--pack={path}", "--input=w4", "--max_tokens=5", "--stop=no, no", f"--stop={end}"]
+    assert command(generate.generate, *flags) == 0
+    assert capsys.readouterr().out == shown(wanted.text.partition(end)[0], keep="\n\t") + "\n"
 
 
 @pytest.mark.parametrize(
@@ -523,15 +535,19 @@ def test_bad_questions_are_one_sentence(made, flags, facts, capsys):
 def test_questions_that_cannot_be_asked_are_one_sentence(made, llm, tmp_path, capsys, monkeypatch):
     """Beyond the window, of no tokens, of bytes that are no UTF-8: of every command that asks."""
     path, long = made("--keep_demos"), "w1 " * 200
-    queries = write_lines(tmp_path / "q.jsonl", [{"input": long, "options": ["w2", "w3"]}])
+    options = {"options": ["w2", "w3"]}
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "w1"} | options, {"input": long} | options])
+    answers = write_lines(tmp_path / "y.jsonl", [{"input": "w1", "output": long} | options])
     monkeypatch.setattr("mend_jax.packs.pack.load_llm", lambda *_, **__: llm)
     monkeypatch.setattr("mend_jax.packs.pack.Pack.check", lambda *_: None)
     odd = dataclasses.replace(llm, tokenizer=tokenizer_files.dropping(llm.tokenizer, " w7"))
     for main, flags, reader, facts in (
         (predict.predict, [f"--input={long}", "--options=w2,w3"], llm, ("256",)),
-        (predict.predict, [f"--inputs={queries}", f"--out={tmp_path / 'o'}"], llm, ("256",)),
-        (generate.generate, [f"--input={long}"], llm, ("256", "max_tokens")),
-        (fidelity.report, [f"--queries={queries}"], llm, ("256",)),
+        (predict.predict, [f"--inputs={queries}", f"--out={tmp_path / 'o'}"], llm, (queries, "line 2", "256")),
+        (generate.generate, [f"--input={long}"], llm, ("--input", "256", "max_tokens")),
+        (generate.generate, [f"--inputs={queries}", f"--out={tmp_path / 'o'}"], llm, (queries, "line 2", "256")),
+        (fidelity.report, [f"--queries={queries}"], llm, (queries, "line 2", "256")),
+        (fidelity.report, [f"--queries={answers}"], llm, (answers, "line 1", "256")),
         (generate.generate, ["--input=w1", "--max_tokens=252"], llm, ("256", "252")),
         (generate.generate, ["--input=w1", "--seed=99999999999"], llm, ("seed", "99999999999")),
         (predict.predict, ["--input=w1", "--options=w2,w7"], odd, ("option", "empty")),
@@ -562,6 +578,16 @@ def test_bad_files_of_queries_name_file_and_line(made, tmp_path, capsys):
         assert command(predict.predict, f"--pack={path}", f"--inputs={queries}", f"--out={tmp_path / 'o'}") == 2
         said = capsys.readouterr().err
         assert str(queries) in said and all(fact in said for fact in facts) and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("main", [predict.predict, generate.generate])
+def test_answers_that_nobody_can_write_are_not_computed(main, made, tmp_path, capsys, monkeypatch):
+    path, queries = made(), write_lines(tmp_path / "q.jsonl", [{"input": "w4", "options": ["w1", "w2"]}])
+    monkeypatch.setattr("mend_jax.packs.pack.load_llm", None)
+    for out in (tmp_path, queries / "a.jsonl"):
+        capsys.readouterr()
+        assert command(main, f"--pack={path}", f"--inputs={queries}", f"--out={out}") == 2
+        states(capsys.readouterr().err.rstrip("\n"), out, "--out")
 
 
 def test_a_pack_whose_llm_has_moved_says_so(made, folders, tmp_path, capsys):

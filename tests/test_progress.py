@@ -52,6 +52,14 @@ def test_a_line_when_it_is_due_and_at_the_end(clock, capsys):
     assert "left" not in line
 
 
+def test_several_queries_are_no_querys(clock, capsys):
+    for total in (1, 2):
+        Progress(total, "query").update(total)
+    one, two = lines(capsys)
+    states(one, "1 of 1 query")
+    states(two, "2 of 2 queries")
+
+
 def test_a_unit_that_takes_long_is_not_silent(clock, capsys):
     bar = Progress(1, "step")
     found = []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from facts import states
 
@@ -126,6 +127,7 @@ def test_files_that_are_no_packs_for_this_llm(client, packs, llm, tmp_path):
         (changed_pack(packs, template=r'["\ud800", "", " "]'), ("make it again",)),
         (changed_pack(packs, template=texts), ("template", "1,000")),
         (changed_pack(packs, num_vectors="5"), ("5", "4")),
+        (dataclasses.replace(packs[0], vectors=np.full((4, 32), 3e38, np.float32)).to_bytes(), ("squares", "finite")),
         (other, ("another", "0" * 16, llm.path)),
     ):
         status, said, _ = client.ask("POST", "/packs", content, FILE)

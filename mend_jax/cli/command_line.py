@@ -4,6 +4,7 @@
     def export(workdir, out, name="mend"):   # --workdir=FOLDER --out=... [--name=mend]
     def benchmark(what: Literal["step", "inference"], /, repeats=5):   # the word itself, and [--repeats=5]
     def compare(evaluations: list[str], /, metric="score"):   # one word or several, and [--metric=score]
+    def generate(pack, stop: list[str] = ()):   # --pack=FILE [--stop=TEXT --stop=TEXT ...]
 
 A user error ends in one sentence and exit code 2.
 """
@@ -271,6 +272,9 @@ def _define(name: str, parameter: inspect.Parameter, values: flags.FlagValues) -
     if get_origin(parameter.annotation) is Literal:
         flags.DEFINE_enum(name, default, [str(word) for word in get_args(parameter.annotation)], "", flag_values=values)
         return
+    if _is_list(parameter):
+        flags.DEFINE_multi_string(name, default, "", flag_values=values)
+        return
     define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
     define.get(parameter.annotation, flags.DEFINE_string)(name, default, "", flag_values=values)
 
@@ -324,15 +328,19 @@ def _words(main, parameter: inspect.Parameter, words: list[str]):
     if not words:
         described = _described(main).get(parameter.name, "see --help").rstrip(".")
         raise UserError(f"{_placeholder(parameter)} is missing: give {described}.")
-    given = [words.pop(0) for _ in range(len(words) if get_origin(parameter.annotation) is list else 1)]
-    return given if get_origin(parameter.annotation) is list else given[0]
+    given = [words.pop(0) for _ in range(len(words) if _is_list(parameter) else 1)]
+    return given if _is_list(parameter) else given[0]
+
+
+def _is_list(parameter: inspect.Parameter) -> bool:
+    """Whether it is given as several words, or by a flag that stands several times."""
+    return get_origin(parameter.annotation) is list
 
 
 def _placeholder(parameter: inspect.Parameter) -> str:
     """How help writes a word that is not one of a few."""
-    several = get_origin(parameter.annotation) is list
     name = parameter.name.upper()
-    return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]" if several else name
+    return f"{name.removesuffix('S')} [{name.removesuffix('S')} ...]" if _is_list(parameter) else name
 
 
 def _word(parameter: inspect.Parameter, word: str | None):
@@ -413,12 +421,13 @@ def _help(main) -> str:
             lines += ["  --config=FILE.py[:VARIANT]", "  --config.section.field=value   any field of configs/base.py"]
             continue
         choices = get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()
-        value = "|".join(map(str, choices)) if choices else getattr(parameter.annotation, "__name__", "value")
+        kind = get_args(parameter.annotation)[0] if _is_list(parameter) else parameter.annotation
+        value = "|".join(map(str, choices)) if choices else getattr(kind, "__name__", "value")
         if parameter.kind is parameter.POSITIONAL_ONLY and not choices:
             value = _placeholder(parameter)
         text = value if parameter.kind is parameter.POSITIONAL_ONLY else f"--{name}={value}"
         lines.append(
-            f"  {text}" + ("" if parameter.default is parameter.empty else f"   (default {parameter.default!r})")
+            f"  {text}" + ("" if parameter.default in (parameter.empty, ()) else f"   (default {parameter.default!r})")
         )
         lines += ["      " + line for line in textwrap.wrap(_described(main).get(name, ""), 110)]
     return "\n".join(lines)

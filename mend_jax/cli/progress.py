@@ -89,7 +89,7 @@ class Progress:
             )
         what = f"{self.what}: " if self.what else ""
         amounts = [size(count) if self.scale else f"{count:,}" for count in (self.done, self.total)]
-        unit = "" if self.scale else f" {self.unit}{'' if self.total == 1 else 's'}"
+        unit = "" if self.scale else f" {self.unit if self.total == 1 else _plural(self.unit)}"
         print(f"{what}{amounts[0]} of {amounts[1]}{unit}{self.more}{rest}", file=sys.stderr, flush=True)
 
     def _keep_ticking(self) -> None:
@@ -108,6 +108,10 @@ class Progress:
             self.thread.join()
         if self.bar is not None:
             self.bar.close()
+
+
+def _plural(unit: str) -> str:
+    return unit.removesuffix("y") + "ies" if unit.endswith("y") else unit + "s"
 
 
 class Parts:

@@ -91,7 +91,7 @@ def generate_text(
     wanted = Wanted(max_tokens, temperature, top_p, stop, seed, around.answer)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
-    _check(llm, wanted)
+    require_wanted(llm, wanted)
     length = int(to_host(prefix.length)[0])
     rows = [read_query(llm, query, around, length, wanted) for query in ([queries] if single else queries)]
     params = llm.params if params is None else params
@@ -118,13 +118,14 @@ def read_query(llm, query, around: Template, prefix_length: int, wanted: Wanted)
 
     Raises the UserErrors of `generate_text`.
     """
-    _check(llm, wanted)
+    require_wanted(llm, wanted)
     row = query_tokens(llm, query, "query", around.query)
     _check_row(llm, prefix_length, row, wanted.max_tokens)
     return row
 
 
-def _check(llm, wanted: Wanted) -> None:
+def require_wanted(llm, wanted: Wanted) -> None:
+    """Raises UserError for numbers out of their range, or stop strings without a tokenizer."""
     for name, value, holds, range_ in (
         ("max_tokens", wanted.max_tokens, wanted.max_tokens >= 1, "at least 1"),
         ("temperature", wanted.temperature, 0 <= wanted.temperature < float("inf"), "0 or more"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.losses import Weights
@@ -21,7 +21,7 @@ from mend_jax.prefixes.demonstrations import demonstrations_prefix
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.scoring.options import cache_prefix, score_items
+from mend_jax.scoring.options import cache_prefix, check_items, score_items
 from mend_jax.step import query_losses
 
 KL = Weights(kd=1.0, pred=0.0, clm=0.0)
@@ -33,6 +33,7 @@ class Asked(NamedTuple):
     x: str
     options: list[str]
     y: str | None  # the right answer, where it is known
+    where: str = ""  # its file and line, for errors
 
 
 class Fidelity(NamedTuple):
@@ -89,6 +90,12 @@ def fidelity(
         )
         for one in asked
     ]
+    longest = max(int(to_host(prefix.length)[0]) for prefix in prefixes.values())
+    for one, item in zip(asked, items, strict=True):
+        right = [] if one.y is None else [tokens(one.y, "output", pack.template.output)]
+        all_answers = SimpleNamespace(x_tokens=item.x_tokens, options_tokens=[*item.options_tokens, *right])
+        with at_place(one.where):  # before anything is computed
+            check_items(llm, longest, [all_answers])
     chosen = {}
     for name, prefix in prefixes.items():
         scores = score_items(llm, cache_prefix(llm, prefix), items, batch_size)

@@ -14,9 +14,11 @@
 All values are strings, as safetensors wants them. Reading a pack runs no code of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -113,12 +115,7 @@ class Pack:
 
     def check(self, llm, where: str = "The pack") -> None:
         """Raises UserError if the vectors are not for `llm` (from `load_llm`); `where` names the pack."""
-        theirs = folders.fingerprint(llm.path)
-        if theirs != self.llm_fingerprint:
-            raise UserError(
-                f"{where} holds vectors for the LLM {self.llm} ({self.llm_fingerprint}), not for {llm.path} ({theirs}): load"
-                " that LLM, or distil the demonstrations for this one."
-            )
+        require_packs_llm(self, where, llm.path)
         if tokenizer_fingerprint(llm.tokenizer) != self.tokenizer_fingerprint:
             raise UserError(
                 f"{where} was made with another tokenizer than {llm.path} has now: distil the demonstrations again."
@@ -185,18 +182,37 @@ def pack_of(content: bytes, where: str = "The file") -> Pack:
         raise UserError(f"{where} cannot be read as a pack ({reason}): copy or make it again.") from None
 
 
+def require_packs_llm(pack: Pack, where: str | Path, llm: str | Path) -> None:
+    """Raises UserError if the model that `llm` names is not the pack's; `where` names the pack."""
+    theirs = folders.fingerprint(llm)
+    if theirs != pack.llm_fingerprint:
+        raise UserError(
+            f"{where} holds vectors for the LLM {pack.llm} ({pack.llm_fingerprint}), not for {llm} ({theirs}): load that LLM, or distil"
+            " the demonstrations for this one."
+        )
+
+
 def load_packs_llm(pack: Pack, path: str | Path, llm: str = "", dtype: str = "float32", weights: str = "full"):
     """The LLM that a pack, read from `path`, is for: in `llm`, or else where the pack says. Raises UserError for another."""
-    try:
+    if llm:
+        require_packs_llm(pack, path, llm)  # before it is loaded, which may take long
+    with asking_for_llm(pack, path, llm):
         found = load_llm(llm or pack.llm, dtype, weights=weights, bos=pack.bos)
+    pack.check(found, str(path))
+    return found
+
+
+@contextlib.contextmanager
+def asking_for_llm(pack: Pack, path: str | Path, llm: str) -> Iterator[None]:
+    """Lets a UserError ask for --llm where it was not given and the pack's LLM cannot be read where the pack says."""
+    try:
+        yield
     except UserError as error:
         if llm:
             raise
         raise UserError(
             f"{path} is for the LLM {pack.llm}, which cannot be read ({error}): say where it is, --llm=FOLDER."
         ) from None
-    pack.check(found, str(path))
-    return found
 
 
 def _check_format(where: str, facts: dict[str, str]) -> None:
@@ -209,8 +225,12 @@ def _check_format(where: str, facts: dict[str, str]) -> None:
 
 def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
     """The pack of a file's content. Raises KeyError, TypeError or ValueError where it is none."""
-    if vectors.ndim != 2 or not len(vectors) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
-        raise ValueError(f"its vectors are {vectors.dtype} {vectors.shape}, or not finite")
+    if vectors.ndim != 2 or not len(vectors) or vectors.dtype != np.float32:
+        raise ValueError(f"its vectors are {vectors.dtype} {vectors.shape}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.square(vectors).sum(1)).all()
+    if not finite:  # an LLM's norms add up the squares: of larger ones its answers are no numbers
+        raise ValueError("its vectors, or their squares, are not finite")
     fields = {field.name: facts[field.name] for field in dataclasses.fields(Pack) if field.name in facts}
     for name in set(LISTS) & fields.keys():
         fields[name] = parse_json(fields[name], list)

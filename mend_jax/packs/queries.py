@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def options_of(where: str, row: dict, default: str) -> list[str]:
     if len(once) < len(options):
         logging.warning("%s lists an option more than once: it counts once, where it stands first.", where)
     return once
+
+
+def require_writable(file: str | Path) -> None:
+    """Raises UserError where `write_answers` could write no file, so that it is known before the answers are computed."""
+    target = Path(file).expanduser()
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: give another --out, a file.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None
 
 
 def write_answers(file: str | Path, rows: Iterable[dict]) -> None:

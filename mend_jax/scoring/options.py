@@ -140,7 +140,8 @@ def score_items(
 
 def check_items(llm, prefix_length: int, items) -> None:
     """Raises the UserErrors that `score_items` would raise after a prefix of this length, without running the LLM."""
-    check_rows(llm, prefix_length, [lay_out(item.x_tokens, item.options_tokens) for item in items])
+    rows = [lay_out(item.x_tokens, item.options_tokens, llm.start_token) for item in items]
+    check_rows(llm, prefix_length, rows)
 
 
 def cache_prefix(llm, prefix: Prefix, params=None):
