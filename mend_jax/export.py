@@ -45,7 +45,8 @@ def main(
         workdir: the folder of a training, of any stage; its best checkpoint is taken.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
         llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
-            With --format=jax the LLM of an exported distiller. Beside --workdir: the name under which others have the LLM.
+            With --format=jax the LLM of an exported distiller. Beside --workdir: the name under which others have the LLM. Beside
+            --pack: where its LLM is, if not where the pack says.
         pack: a pack of vectors, in the place of a workdir: it becomes an adapter of PEFT.
         weights: of a distiller's backbone: "float32", "bfloat16", or "int8", 8 bits with a scale for each row.
         format: "pytorch", or "jax": programs that need none of our code.
@@ -57,7 +58,7 @@ def main(
             )
         print(export_jax(workdir, out, llm))
         return
-    if sum(map(bool, (workdir, llm and not workdir, pack))) != 1:
+    if sum(map(bool, (workdir, llm and not (workdir or pack), pack))) != 1:
         raise UserError(
             "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."
         )
@@ -66,7 +67,7 @@ def main(
     elif weights != "float32":
         raise UserError(f"--weights={weights} is for the distiller of a --workdir: leave it out.")
     else:
-        print(export_pack(pack, out) if pack else export_llm(llm, out))
+        print(export_pack(pack, out, llm) if pack else export_llm(llm, out))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import http.server
 import io
 import json
@@ -104,7 +105,7 @@ def test_peft_scores_as_we_do(llm, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["space", "qa"])
 def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path):
-    """The first token's logits of both snippets, and the greedy text."""
+    """The scores of options of one token by both snippets' logits, and the greedy text."""
     pytest.importorskip("peft")
     if llm.start_token is not None and template == "qa":
         pytest.skip("its tokenizer does not know the template's words")
@@ -114,11 +115,13 @@ def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 2 and str(tmp_path) not in text and "/" not in text.split("For the LLM ")[1].split(";")[0]
     [said] = mend_jax.generate_text(llm, pack, ["I loved it"], 16, stop=())
+    options = [said.tokens[0], 5, 9]
+    wanted = mend_jax.score_options(llm, pack, "I loved it", [[token] for token in options])
     for block in blocks:
         known = {"folder": str(tmp_path / "out"), "llm": torch_llm(llm), "tokenizer": llm.tokenizer, "torch": torch}
         with torch.no_grad():
             exec(block, known)  # the snippet
-        assert int(known["logits"][0, -1].argmax()) == said.tokens[0]
+        assert known["logits"][0, -1].log_softmax(-1)[options].tolist() == pytest.approx(wanted, abs=1e-4)
     tokens = known["answer"][0].tolist()[0 if llm.start_token is None else 1 :]
     assert tokens[: len(said.tokens)] == said.tokens
 
@@ -137,7 +140,23 @@ def test_the_adapters_files(decoder, tmp_path, capsys):
     with says("BOS"):
         export_pack(saved(pack_for(decoder, bos="true"), tmp_path), tmp_path / "new")
     with says("--workdir", "--llm", "--pack"):
-        export.main(str(tmp_path / "new"), pack="a", llm="b")
+        export.main(str(tmp_path / "new"), pack="a", workdir="b")
+
+
+def test_an_adapter_of_an_llm_that_lies_elsewhere(decoder, tmp_path):
+    """Of a hub's name the owner stays, without whom nobody finds it; another LLM is refused."""
+    path = saved(dataclasses.replace(pack_for(decoder), llm="an/llm"), tmp_path)
+    export.main(str(tmp_path / "out"), pack=str(path), llm=str(decoder.path))
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "an/llm"
+    assert 'For the LLM "an/llm";' in (tmp_path / "out" / "README.md").read_text()
+    gone = saved(dataclasses.replace(pack_for(decoder), llm=str(tmp_path / "gone")), tmp_path)
+    with says(gone, tmp_path / "gone", "--llm"):
+        export_pack(gone, tmp_path / "new")
+    other = saved(pack_for(decoder, llm_fingerprint="f"), tmp_path)
+    with says(other, "f", decoder.path):
+        export_pack(other, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # vLLM
@@ -238,6 +257,8 @@ def test_what_cannot_be_asked_is_one_sentence(decoder, tmp_path):
     pack = pack_for(decoder)
     with says("empty"):
         vllm.completion_request(decoder, pack, "", "m")
+    with says(decoder.window, "shorten the query"):
+        vllm.completion_request(decoder, pack, [1] * (decoder.window - pack.num_vectors), "m")
     with says("dtype", "int8", "bfloat16"):
         vllm.completion_request(decoder, pack, "w1", "m", "int8")
     with says("text"):

@@ -59,7 +59,7 @@ def prefix_card(config: dict, meta: dict, workdir, model, encoder_decoder: bool 
 
     `encoder_decoder` says whether the LLM is one; None: it is not known, and the snippet suits both.
     """
-    title, text = model.card(_name(config["llm"]["path"]), _LOGITS[encoder_decoder])
+    title, text = model.card(public_name(config["llm"]["path"]), _LOGITS[encoder_decoder])
     return _HEAD.format(title=title) + text + _training(config, meta, workdir, type(model).backbone(ConfigDict(config)))
 
 
@@ -78,18 +78,20 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
     data, loss, optimizer, train = (config[part] for part in ("data", "loss", "optimizer", "train"))
     rows = {"stage": config["stage"], "checkpoint": f"step {meta['step']} of {train['steps']}, the best of the run"}
     if config["stage"] != "lm":
-        rows["LLM"] = _name(config["llm"]["path"])
+        rows["LLM"] = public_name(config["llm"]["path"])
         if began := config["prefix"]["start_from"] or backbone:
-            rows["began with"] = _name(began)
+            rows["began with"] = public_name(began)
     if config["stage"] == "finetune":
-        rows["tasks"] = f"{_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context"
+        rows["tasks"] = (
+            f"{public_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context"
+        )
         rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill{_objective(loss)}"
     elif config["stage"] == "pretrain":
-        rows["text"] = f"{_name(data['text'])}, {data['beta']:.0%} of each text distilled"
+        rows["text"] = f"{public_name(data['text'])}, {data['beta']:.0%} of each text distilled"
         rows["loss"] = f"{loss['kd']} L_distill{_objective(loss)} + {loss['clm']} L_CLM"
     else:
         rows["data"] = (
-            f"{data['text_share']:.0%} text of {_name(data['text'])}, the rest tasks of {_name(data['tasks'])}"
+            f"{data['text_share']:.0%} text of {public_name(data['text'])}, the rest tasks of {public_name(data['tasks'])}"
         )
     rows["optimizer"] = (
         f"AdamW, {optimizer['learning_rate']:g} with linear decay, {train['batch_size']} sequences a step"
@@ -122,6 +124,6 @@ def _table(rows) -> str:
     return markdown(["", ""], [[name, str(value)] for name, value in rows.items()]) + "\n"
 
 
-def _name(path: str) -> str:
+def public_name(path: str) -> str:
     """A hub name unchanged, or only the last part of a path: a card is public, a home directory is not."""
     return path if path.count("/") < 2 and not path.startswith(("/", ".", "~")) else Path(path).name

@@ -16,11 +16,12 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.templates import in_words
 from mend_jax.interchange.export import new_folder, written
+from mend_jax.interchange.model_card import public_name
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import local_folder
 from mend_jax.models.weights import write_file
-from mend_jax.packs.pack import Pack, load_pack
+from mend_jax.packs.pack import Pack, asking_for_llm, load_pack, require_packs_llm
 from mend_jax.run.files import write_json, write_text
 
 CARD = """---
@@ -57,11 +58,16 @@ answer = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.sha
 """
 
 
-def export_pack(path: str | Path, out: str | Path) -> str:
+def export_pack(path: str | Path, out: str | Path, llm: str = "") -> str:
     """Writes the pack in a file as a PEFT folder, whole or not at all; returns a sentence about it.
 
-    Raises UserError: no pack, an `out` with content, an LLM that cannot be found, one that reads a BOS before the vectors (no
-    adapter can put one there), a full disk.
+    Args:
+        path: the pack's file.
+        out: a folder that does not exist or is empty.
+        llm: where the pack's LLM is; "": where the pack says.
+    Raises:
+        UserError: no pack, an `out` with content, an LLM that cannot be found or is another one, one that reads a BOS before the
+            vectors (no adapter can put one there), a full disk.
     """
     pack, out = load_pack(path), new_folder(out)
     if pack.bos != NONE:
@@ -69,7 +75,9 @@ def export_pack(path: str | Path, out: str | Path) -> str:
             f"{path} stands behind the LLM's BOS, which an adapter cannot put before its vectors: give transformers or vLLM the"
             " embeddings of both (mend_jax.packs.vllm)."
         )
-    config = from_hf_config(local_folder(pack.llm))
+    with asking_for_llm(pack, path, llm):
+        config = from_hf_config(local_folder(llm or pack.llm))
+    require_packs_llm(pack, path, llm or pack.llm)
     separate = isinstance(config, EncoderDecoderConfig)
     with written(out) as folder:
         tensors = {"prompt_embeddings": np.ascontiguousarray(pack.vectors)}
@@ -84,7 +92,7 @@ def adapter_config(pack: Pack, config, separate: bool) -> dict:
     return {
         "peft_type": "PROMPT_TUNING",
         "task_type": "SEQ_2_SEQ_LM" if separate else "CAUSAL_LM",
-        "base_model_name_or_path": Path(pack.llm).name,
+        "base_model_name_or_path": public_name(pack.llm),
         "inference_mode": True,
         "num_virtual_tokens": pack.num_vectors,
         "token_dim": pack.vectors.shape[1],
@@ -102,7 +110,7 @@ def card(pack: Pack, separate: bool) -> str:
     return CARD.format(
         num_vectors=pack.num_vectors,
         num_demonstrations=pack.num_demonstrations,
-        llm=json.dumps(Path(pack.llm).name),
+        llm=json.dumps(public_name(pack.llm)),
         rule=words["rule"],
         query=words["query"],
         decoder=start if separate else "",

@@ -35,7 +35,7 @@ def prompt_embeds(llm, pack: Pack, query=None, dtype: str = "bfloat16") -> np.nd
     Returns:
         (T, width) float32.
     Raises:
-        UserError: another LLM's pack, an encoder–decoder, an empty query, an unknown dtype.
+        UserError: another LLM's pack, an encoder–decoder, an empty query, one beyond the window, an unknown dtype.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}, that of the server's LLM.")
@@ -51,6 +51,11 @@ def prompt_embeds(llm, pack: Pack, query=None, dtype: str = "bfloat16") -> np.nd
     if llm.bos is not None and query is not None:
         rows.insert(0, to_host(llm.embed(llm.params, jnp.asarray([[llm.bos]]))[0]))
     joined = np.concatenate([row.astype(np.float32) for row in rows])
+    if len(joined) >= llm.window:
+        raise UserError(
+            f"The vectors and the query have {len(joined)} positions, and {llm.path} reads at most {llm.window}, answer included:"
+            " shorten the query."
+        )
     return np.asarray(jnp.asarray(joined).astype(dtype).astype(jnp.float32))
 
 
