@@ -5,16 +5,18 @@ A workdir of experiments has <experiment>/experiment.json, evaluations/ and trai
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 from mend_jax.experiments import paper
+from mend_jax.run.reading import is_inside, read_json
 from mend_jax.run.reporting import METRICS, read_lines
+from mend_jax.run.sealed import read_sealed
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.results import SCORES
 
 RESULT = "experiment.json"
+DAMAGED = "remove it and run the experiment again, which trains and scores nothing twice"
 HEAD = ("experiment", "title", "paper", "command", "commit", "machine", "date", "config")
 ORDER = (
     "main_table", "methods", "cost", "num_demonstrations", "num_vectors", "perturbations", "retrieval", "ablations", "hyperparameters",
@@ -93,7 +95,7 @@ def curves(workdir: str | Path) -> dict[str, list[dict]]:
 
 def _read(workdir: Path, path: Path) -> Result:
     try:
-        own = json.loads(path.read_text())
+        own = read_sealed(path, DAMAGED)
         head = {name: own[name] for name in HEAD}
         head["config"] = dict(head["config"])
         rows = [
@@ -101,10 +103,13 @@ def _read(workdir: Path, path: Path) -> Result:
             for row in own["rows"]
         ]
         varied, x = list(own.get("varied", ())), own.get("x")
+        fit = all(row.is_plain() for row in rows) and all(
+            isinstance(name, str) for name in (head["experiment"], *varied)
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is damaged: remove it and run the experiment again, which trains and scores nothing twice."
-        ) from None
+        fit = False
+    if not fit:
+        raise UserError(f"{path} is damaged: {DAMAGED}.")
     grouped: dict[tuple, list[_Line]] = {}
     for row in rows:
         if not (workdir / row.evaluation / SCORES).is_file():
@@ -128,13 +133,18 @@ class _Line:
     evaluation: str
     method: str
 
+    def is_plain(self) -> bool:
+        """Whether all are texts, and the evaluation is one of the workdir's own, not somewhere else."""
+        texts = (self.evaluation, self.method, *(text for _, text in self.labels))
+        return all(isinstance(text, str) for text in texts) and is_inside(self.evaluation)
+
 
 def _of_evaluation(workdir: Path, folder: Path) -> Result:
     """An evaluation as an experiment."""
     own = read_scores(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json", DAMAGED)
+    except (OSError, UserError):
         config = {}
     command = "python -m mend_jax." + ("evaluate" if folder == workdir else "experiments.methods")
     head = dict.fromkeys(HEAD) | {"experiment": "methods", "title": "Methods beside each other", "paper": "Table 2"}
