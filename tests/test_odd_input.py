@@ -440,6 +440,8 @@ def test_a_line_separator_in_an_answer_parts_no_line(tmp_path):
         {"rows": [{"labels": {}, "training_seed": 0, "evaluation": "../e", "method": "mend"}]},
         {"rows": [{"labels": {}, "training_seed": 0, "evaluation": "/e", "method": "mend"}]},
         {"rows": {}, "varied": [3]},
+        {"x": "K"},
+        {"x": "method"},
         {"config": "x"},
         {"experiment": []},
     ],

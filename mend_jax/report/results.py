@@ -5,6 +5,7 @@ A workdir of experiments has <experiment>/experiment.json, evaluations/ and trai
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
@@ -97,15 +98,13 @@ def _read(workdir: Path, path: Path) -> Result:
     try:
         own = read_sealed(path, DAMAGED)
         head = {name: own[name] for name in HEAD}
-        head["config"] = dict(head["config"])
         rows = [
             _Line(tuple(row["labels"].items()), row["training_seed"], row["evaluation"], row["method"])
             for row in own["rows"]
         ]
         varied, x = list(own.get("varied", ())), own.get("x")
-        fit = all(row.is_plain() for row in rows) and all(
-            isinstance(name, str) for name in (head["experiment"], *varied)
-        )
+        fit = _is_plain(own) and all(row.is_plain() for row in rows)
+        fit = fit and all(math.isfinite(float(dict(row.labels)[x])) for row in rows if x is not None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fit = False
     if not fit:
@@ -122,6 +121,16 @@ def _read(workdir: Path, path: Path) -> Result:
         for labels, lines in grouped.items()
     ]
     return Result(head, made, varied, x, own)
+
+
+def _is_plain(own: dict) -> bool:
+    """Whether what is shown of an experiment.json, beside its rows, are texts. Raises AttributeError for what is no object."""
+    named = [own["experiment"], own["title"], own.get("llm", ""), *own.get("varied", ())]
+    named += [own[name] for name in ("paper", "command", "commit", "machine", "date", "x") if own.get(name) is not None]
+    named += [
+        (own["config"].get(part) or {}).get(field, "") for part, field in (("llm", "path"), ("data", "partition"))
+    ]
+    return all(isinstance(text, str) for text in named)
 
 
 @dataclasses.dataclass(frozen=True)
