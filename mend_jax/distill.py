@@ -16,7 +16,7 @@ from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
-from mend_jax.cli.text import size
+from mend_jax.cli.text import shown, size
 from mend_jax.data.bos import NONE
 from mend_jax.interchange.trained import fit_to, own_llm, read_trained
 from mend_jax.llm.decoder_only import load_llm
@@ -62,7 +62,7 @@ def distill(
         _make(packs, missing, sets, known, distiller, llm, dtype, vectors, keep_demos)
     for target, pack in zip(targets, packs, strict=True):
         save_pack(pack, target)
-        print(f"{target}: {in_words(pack)}")
+        print(f"{shown(str(target))}: {in_words(pack)}")
     return targets
 
 

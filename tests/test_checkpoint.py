@@ -198,6 +198,50 @@ def test_reading_does_not_change_a_workdir(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_a_training_that_goes_on_may_remove_what_is_being_read(all_of_it, tmp_path, monkeypatch, caplog):
+    """A checkpoint that is no longer the best loses its checksums, then its files, between its choice and the end of its reading."""
+    saved(tmp_path, [3.0, 1.0, 2.0])
+    read, folders = checkpoint._read_tree, []
+
+    def read_while_it_is_removed(folder, template):
+        folders.append(folder.parent.name)
+        found = None if all_of_it else read(folder, template)
+        if len(folders) == 1:
+            (folder.parent / "checksums.json").unlink()
+            shutil.rmtree(folder)
+        return read(folder, template) if all_of_it else found
+
+    monkeypatch.setattr(checkpoint, "_read_tree", read_while_it_is_removed)
+    params, meta = checkpoint.load_best(tmp_path)
+    assert folders == ["2", "3"] and meta["step"] == 3 and params["b"] == 3
+    assert not caplog.messages
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_asked_for_ever(tmp_path, monkeypatch):
+    saved(tmp_path, [1.0])
+    monkeypatch.setattr(checkpoint, "_read_tree", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.load_best(tmp_path)
+
+
+def test_after_a_power_cut_the_newest_checkpoint_is_whole_or_not_there(tmp_path, caplog):
+    """Files that the disk had not written are empty, or zeros; checksums are written after what they are of."""
+    changes = {
+        "empty": lambda file: file.write_bytes(b""),
+        "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+        "without checksums": lambda file: file.unlink() if file.name == "checksums.json" else file.write_bytes(b""),
+    }
+    saved(tmp_path / "whole", [None, None])
+    for name, change in changes.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        for file in [path for path in (tmp_path / name / "checkpoints" / "2").rglob("*") if path.is_file()]:
+            change(file)
+        caplog.clear()
+        assert restore(tmp_path / name)[0] == 1
+        states(caplog.messages[0], tmp_path / name / "checkpoints" / "2", "not used")
+
+
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path, [None])
     checkpoints = Checkpoints(tmp_path, False)

@@ -79,7 +79,7 @@ def test_what_cannot_be_compared(evaluation, tmp_path):
     with says("predictions of icl", "run the evaluation again"):
         compare([str(evaluation)])
     (evaluation / "scores.json").write_text("{")
-    with says("damaged"):
+    with says(evaluation / "scores.json", "run the evaluation again"):
         compare([str(evaluation)])
 
 

@@ -279,6 +279,10 @@ def test_a_workdir_belongs_to_one_config(tiny, fakes, tmp_path):
     older = json.loads((workdir / "experiments.json").read_text())
     del older["evaluate"]["order"]
     (workdir / "experiments.json").write_text(json.dumps(older))
+    with says(workdir / "experiments.json", "changed"):
+        run.open_workdir(tiny, workdir)
+    del older["checksum"]
+    (workdir / "experiments.json").write_text(json.dumps(older))
     run.open_workdir(tiny, workdir)  # a field that is younger than the workdir had its default
     (workdir / "experiments.json").write_text("{")
     with says(workdir / "experiments.json", "JSON"):

@@ -5,11 +5,15 @@ import gzip
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from answer_files import write_evaluation, write_experiment
 from conftest import ROOT, save_tokenizer
 from data_files import make_world, tiny_config, write_text
 from facts import says, states
@@ -19,6 +23,8 @@ from mend_jax.cli import command_line as cli
 from mend_jax.cli.text import in_markdown, markdown, shown
 from mend_jax.data import c4, metaicl, prepared
 from mend_jax.data.evaluation import load_tasks
+from mend_jax.data.retrieval import cached_neighbours
+from mend_jax.data.stores import TextStore
 from mend_jax.interchange.trained import read_trained
 from mend_jax.models import weights
 from mend_jax.models.families import from_hf_config
@@ -26,9 +32,14 @@ from mend_jax.models.folders import fingerprint, load_model, load_tokenizer
 from mend_jax.packs.demonstrations import read_demonstrations
 from mend_jax.packs.queries import options_of
 from mend_jax.prefixes.distiller import read_settings
+from mend_jax.report.results import read_results
 from mend_jax.run import reading
+from mend_jax.run.files import temporary_for
 from mend_jax.run.lock import alone_in
+from mend_jax.run.reporting import Reporter, read_lines
 from mend_jax.scoring import results
+from mend_jax.scoring.answers import Source, read_scores
+from mend_jax.scoring.answers import read_lines as read_answers
 
 LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
 ROW = json.dumps(LINE)
@@ -368,6 +379,177 @@ def test_changed_predictions_are_scored_again(tmp_path, caplog):
     for content in ("[]", "null", "{", '{"content": "c", "item_seconds": "5"}', "\xff"):
         beside.write_text(content, encoding="latin-1")
         assert store.read("t", 13, "c", 3) is None
+
+
+SCORES = {
+    "methods": {"mend": {"path": "", "per_task": {"t": {"primary": "accuracy", "score": {"per_seed": {"13": 1}}}}}}
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scores.json", "[]"),
+        ("scores.json", "[" * 5000),
+        ("scores.json", '{"methods": [], "seeds": []}'),
+        ("scores.json", '{"methods": {"mend": 3}, "seeds": [13]}'),
+        ("scores.json", json.dumps(SCORES | {"seeds": 13})),
+        ("scores.json", json.dumps(SCORES | {"seeds": [13, 21]})),
+        ("predictions/mend-*/made_of.json", "null"),
+        ("predictions/mend-*/colour_13.jsonl", "null\n"),
+        ("predictions/mend-*/colour_13.jsonl", "{}\n"),
+        ("predictions/mend-*/colour_13.cost.json", "[]"),
+    ],
+)
+def test_an_evaluation_of_another_shape_is_one_sentence(file, content, tmp_path):
+    write_evaluation(tmp_path, {"mend": 0.5}, items=4)
+    next(tmp_path.glob(file)).write_text(content)
+    with says(re.compile(re.escape(str(tmp_path))), "run the evaluation again"):
+        read_answers(Source(tmp_path, "mend"))
+
+
+def test_answers_that_were_changed_are_not_compared(tmp_path, caplog):
+    """Right ones in the place of wrong ones, in the predictions and in the scores."""
+    write_evaluation(tmp_path, {"mend": 0.5}, items=12)
+    [path], scores = tmp_path.glob("predictions/*/colour_13.jsonl"), tmp_path / "scores.json"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"prediction": line["gold"]}) + "\n" for line in lines))
+    with says(tmp_path, "run the evaluation again"):
+        read_answers(Source(tmp_path, "mend"))
+    states(caplog.messages[0], path, "changed")
+    scores.write_text(scores.read_text().replace('"mean": 0.', '"mean": 1.', 1))
+    with says(scores, "changed", "run the evaluation again"):
+        read_scores(tmp_path)
+
+
+def test_a_line_separator_in_an_answer_parts_no_line(tmp_path):
+    store, line = (
+        results.Store(tmp_path, "mend", {"method": "mend"}),
+        {"scores": [-1.0, -2.0], "options": ["a\u2028", "b"]},
+    )
+    store.write("t", 13, [line | {"item": 0, "prediction": "a\u2028", "gold": "a\u2028"}], {"content": "c"})
+    (tmp_path / "scores.json").write_text(json.dumps(SCORES | {"seeds": [13]}))
+    [[row]] = [of_seed.values() for of_seed in read_answers(Source(tmp_path, "mend")).values()]
+    assert row[0]["gold"] == "a\u2028"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [{"labels": {"a": []}, "training_seed": 0, "evaluation": "e", "method": "mend"}]},
+        {"rows": [{"labels": {}, "training_seed": 0, "evaluation": "../e", "method": "mend"}]},
+        {"rows": [{"labels": {}, "training_seed": 0, "evaluation": "/e", "method": "mend"}]},
+        {"rows": {}, "varied": [3]},
+        {"x": "K"},
+        {"x": "method"},
+        {"config": "x"},
+        {"experiment": []},
+    ],
+)
+def test_an_experiment_of_another_shape_or_place_is_one_sentence(change, tmp_path):
+    path = write_experiment(tmp_path, "order", [({"method": "mend"}, 0, "e", "mend")]) / "experiment.json"
+    content = json.loads(path.read_text())
+    for text in (json.dumps(content | change), "[" * 5000, "[]"):
+        path.write_text(text)
+        with says(path, "remove it"):
+            read_results(tmp_path)
+
+
+def test_neighbours_that_were_changed_are_sought_again(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    pool = [metaicl.Example("t", f"w{i} w{i % 3}", "a", ()) for i in range(6)]
+    ask = lambda: cached_neighbours(tmp_path, "", pool, pool[:2], 2, "bm25", 13, None).tolist()  # noqa: E731
+    found = ask()
+    assert ask() == found and not caplog.messages
+    [path] = tmp_path.glob("neighbours/*")
+    whole = path.read_text()
+    for content in (
+        whole.replace("[[", "[[1", 1),
+        "[]",
+        '{"numbers": [[1]]}',
+        '{"numbers": [["a", 1], [1, 2]]}',
+        whole[:9],
+    ):
+        caplog.clear()
+        path.write_text(content)
+        assert ask() == found and path.read_text() == whole
+        states(caplog.messages[0], path, "made again")
+
+
+# Data that change while they are read
+
+
+def test_a_source_that_changes_while_it_is_tokenised(tmp_path, monkeypatch):
+    """Its tokens would be kept under the name of other data, and be found again with those."""
+    world = make_world(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer")
+    config, tokenizer = tiny_config(world, "pretrain"), load_tokenizer(tmp_path / "tokenizer")
+    path, read = world / "c4" / "c4-train.00001-of-00002.json.gz", c4.read_documents
+    monkeypatch.setattr(
+        c4, "read_documents", lambda file, *more: [write_text(world / "c4", path.name, ["w1"]), *read(file)][1:]
+    )
+    with says(path, "changed", "again"):
+        prepared.prepare_text(config, tokenizer)
+    monkeypatch.undo()
+    assert not list((world / "cache").rglob("*00001-of*")) and not list((world / "cache").rglob("*.tmp"))
+    assert [shard["items"] for shard in prepared.prepare_text(config, tokenizer)["shards"]] == [40, 1, 10]
+
+
+@pytest.mark.parametrize("change", ["another", "cut", "gone"])
+def test_tokens_that_change_while_they_are_read(change, tmp_path):
+    """Of a store that knows its texts' lengths and has not opened their file yet; one that is open reads what it opened."""
+    world = make_world(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer")
+    config, tokenizer = tiny_config(world, "pretrain"), load_tokenizer(tmp_path / "tokenizer")
+    manifest = prepared.prepare_text(config, tokenizer)
+    store, first, second = (
+        TextStore(manifest, manifest["shards"][:2]),
+        *(shard["path"] for shard in manifest["shards"][:2]),
+    )
+    known = store[0].tolist()
+    if change == "cut":
+        os.truncate(second, 3)
+    elif change == "gone":
+        os.unlink(second)
+    else:
+        shutil.copy(manifest["shards"][2]["path"], second)
+        with says(second, "20"):
+            TextStore(manifest, manifest["shards"][:2])
+    os.unlink(first)
+    assert store[0].tolist() == known
+    with says(second, "delete it"):
+        store[41]
+
+
+# Clocks that jump
+
+
+def test_a_wrong_clock_of_this_machine_removes_nobodys_files(tmp_path, monkeypatch):
+    """A year ahead of the one that stamps the disk's files."""
+    other = tmp_path / ".a.json.another-machine.7.0123abcd.tmp"
+    other.write_text("of a process that lives")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 366 * 86400)
+    assert temporary_for(tmp_path / "a.json") and other.exists()
+    os.utime(other, (now - 2 * 86400, now - 2 * 86400))
+    assert temporary_for(tmp_path / "a.json") and not other.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_was_set_back_changes_no_report(tmp_path, monkeypatch):
+    """A run that goes on in an earlier year: its lines are the same, and TensorBoard reads its events behind the first ones."""
+    for start, year in ((0, 60), (4, 1), (4, 30)):
+        monkeypatch.setattr(time, "time", lambda year=year: year * 366 * 86400.0)
+        report = Reporter(tmp_path, start, 8)
+        for step in range(start + 1, start + 5):
+            report.write({"step": step, "loss": 1.0})
+            report.progress({"step": step, "loss": 1.0, "padding": 0.0})
+        report.close()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["seconds_per_step"] >= 0 for line in read_lines(tmp_path / "speed.jsonl"))
+    names = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert [name.partition(".out")[0] for name in names] == ["events.step-000000000", "events.step-000000004"]
 
 
 # The machine

@@ -117,6 +117,31 @@ def test_every_result_is_on_both_pages(workdir):
     assert "never" in page and "finetune-1a2b3c4d" in page
 
 
+@pytest.mark.parametrize("name", ["cost", "attention"])
+def test_a_result_that_lacks_its_numbers_is_one_sentence(name, tmp_path):
+    write_experiment(tmp_path, name, [])
+    with says(name, "experiment.json", "again"):
+        report(str(tmp_path))
+
+
+def test_names_from_results_are_shown_and_lead_nowhere(tmp_path):
+    evil = "$\\frac a \x1b[31m|<b>`x` \u202e"
+    write_evaluation(tmp_path / "e", {"icl": 0.6, "mend": 0.8}, items=6)
+    rows = [({"method": method, evil: f"{evil}{i}"}, None, "e", method) for i, method in enumerate(("icl", "mend"))]
+    folder = write_experiment(tmp_path, "order", rows)
+    report(str(tmp_path))
+    for name in ("index.html", "report.md"):
+        page = (tmp_path / "report" / name).read_text()
+        assert (
+            "\x1b" not in page and "\u202e" not in page and "<b>" not in page.replace("\\<b", "") and "frac a" in page
+        )
+    content = json.loads((folder / "experiment.json").read_text())
+    (folder / "experiment.json").write_text(json.dumps(content | {"experiment": "../../out"}))
+    with says("../../out", "experiment.json"):
+        report(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"e", "order", "report"}
+
+
 def test_the_data_of_a_table_are_its_numbers(workdir):
     (row,) = (r for r in _csv(workdir, "perturbations_by_method") if r["method"] == "mend")
     scores = json.loads((workdir / "evaluations" / "none" / "scores.json").read_text())["methods"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import nearest
 from mend_jax.data.json_lines import instead, parse_object, text_field
-from mend_jax.run.reading import described, read_json, read_lines
+from mend_jax.run.reading import described, is_inside, read_json, read_lines
 
 LONGEST_NAME = 120  # bytes of a task's name: file systems take 255 for the name of a file, which holds more than this
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
@@ -144,7 +144,7 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
 def _require_name(task: str, where: str) -> None:
     """Raises UserError for a name of a task that would lead out of the folder of tasks, or that no file can have."""
     what = ""
-    if any(part in ("", ".", "..") for part in task.split("/")) or "\0" in task:
+    if not is_inside(task):
         what = "would lead out of the folder of tasks"
     elif len(task.encode()) > LONGEST_NAME:
         what = f"has {len(task.encode()):,} bytes, more than the {LONGEST_NAME} of a file's name"

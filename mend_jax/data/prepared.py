@@ -24,7 +24,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data import c4, metaicl
 from mend_jax.data.templates import Template, chosen
-from mend_jax.data.tokenize import fingerprint, readable, run_job, shard_counts, tokenizer_text
+from mend_jax.data.tokenize import fingerprint, readable, run_job, shard_counts, stamps_of, tokenizer_text
 from mend_jax.run.reading import require_regular
 from mend_jax.run.sealed import FIELD, read_sealed, write_sealed
 
@@ -60,10 +60,12 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
         else:
             files = [metaicl.example_file(folder, task, config.data.k, s, split) for s in config.evaluate.seeds]
         with readable(folder):
+            stamps = stamps_of(files)
             data = [file.read_bytes() for file in files]
         name = task.replace("/", "_").replace(":", "_")
         jobs.append(
             {"kind": "task", "task": task, "files": [str(f) for f in files], "source": str(files[0]), "split": split,
+             "stamps": stamps,
              "before": template.before, "answer": template.answer,
              "name": f"{name}-{split}-{fingerprint(*data)}", "bytes": sum(map(len, data))}
         )  # fmt: skip
@@ -93,7 +95,7 @@ def _several(tokenizer, distiller_tokenizer) -> list:
 
 def _file_jobs(folder) -> list[dict]:
     return [
-        {"kind": "text", "source": str(file), "split": split, "bytes": file.stat().st_size,
+        {"kind": "text", "source": str(file), "split": split, "bytes": file.stat().st_size, "stamps": stamps_of([file]),
          "name": f"{file.name.removesuffix('.json.gz')}-{_file_fingerprint(file)}"}
         for split, files in c4.text_files(folder).items() for file in files
     ]  # fmt: skip
@@ -102,13 +104,13 @@ def _file_jobs(folder) -> list[dict]:
 def _tfds_jobs(folder, cache: Path) -> list[dict]:
     path = c4.tfds_folder(folder)
     info, jobs = c4.open_tfds(path).info, []
-    key = _tfds_key(sorted(path.iterdir()), cache)
+    stamps, key = stamps_of(sorted(path.iterdir())), _tfds_key(sorted(path.iterdir()), cache)
     for split in ("train", "validation"):
         count = info.splits[split].num_examples if split in info.splits else 0
         for start in range(0, count, TFDS_SHARD):
             stop = min(start + TFDS_SHARD, count)
             jobs.append(
-                {"kind": "tfds", "source": str(path), "split": split, "start": start, "stop": stop,
+                {"kind": "tfds", "source": str(path), "split": split, "start": start, "stop": stop, "stamps": stamps,
                  "name": f"{split}-{start:09d}-{key}", "bytes": info.splits[split].num_bytes * (stop - start) // count}
             )  # fmt: skip
     if not any(job["split"] == "train" for job in jobs):

@@ -12,6 +12,7 @@ The pool is the task's meta-training file (`16384_100_train`) or, without one, t
 test item is never its own demonstration: an example of the pool whose input is that of the item, spaces and capitals aside, is left out.
 """
 
+import logging
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data import metaicl
 from mend_jax.data.metaicl import Example
 from mend_jax.data.tokenize import fingerprint
-from mend_jax.run.files import whole_file
+from mend_jax.run.sealed import read_sealed, write_sealed
 
 PER_ITEM = ("random", "bm25", "dense")  # those of CHOICES["evaluate.demos"] that each item has its own of
 Encode = Callable[[Sequence[str]], np.ndarray]  # texts -> (count, width) float32
@@ -89,14 +90,29 @@ def cached_neighbours(
     """`neighbours`, kept below the folder `cache` by the content of all that decides them; `encoder` names what `encode` is."""
     texts = [example.input for example in (*pool, *items)]
     parts = (how, k, len(items), encoder if how == "dense" else "", seed if how == "random" else "", *texts)
-    path = Path(cache).expanduser() / "neighbours" / f"{fingerprint(*parts)}.npy"
-    if path.is_file():
-        return np.load(path)
+    path = Path(cache).expanduser() / "neighbours" / f"{fingerprint(*parts)}.json"
+    if (kept := _kept(path, len(items), k)) is not None:
+        return kept
     found = neighbours(pool, items, k, how, seed, encode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, found)
+    write_sealed(path, {"numbers": found.tolist()}, indent=None)
     return found
+
+
+def _kept(path: Path, items: int, k: int) -> np.ndarray | None:
+    """What a file of `cached_neighbours` holds; None if there is none or, which is said, one that has changed."""
+    try:
+        rows = read_sealed(path, "it is made again").get("numbers")
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        logging.warning("%s", error)
+        return None
+    fits = isinstance(rows, list) and all(isinstance(row, list) and len(row) == k for row in rows)
+    if not fits or len(rows) != items or not all(type(number) is int for row in rows for number in row):
+        logging.warning("%s does not hold %d numbers for each of %d items: it is made again.", path, k, items)
+        return None
+    return np.asarray(rows, np.int32)
 
 
 def _check_size(there: int, k: int, task: str) -> None:

@@ -21,6 +21,8 @@ class TextStore:
         self.dtype = manifest["dtype"]
         self.paths = [shard["path"] for shard in shards]
         lengths = [np.frombuffer(read_shard(path, last=True)[0], np.uint32) for path in self.paths]
+        for shard, own in zip(shards, lengths, strict=True):
+            _require_items(shard, len(own) // manifest["tokenizers"])
         self.all_lengths = np.concatenate(lengths).reshape(-1, manifest["tokenizers"])
         self.lengths = self.all_lengths[:, 0]  # the LLM's
         self.ends = np.cumsum([shard["items"] for shard in shards])
@@ -35,7 +37,10 @@ class TextStore:
 
     def readings(self, document: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A document's token ids, (T,) int32 per tokenizer, and with two tokenizers the marks, (T,) bool each."""
-        ids, marks = _unpacked(self._record(document), self.all_lengths[document], self.dtype)
+        try:
+            ids, marks = _unpacked(self._record(document), self.all_lengths[document], self.dtype)
+        except ValueError as error:  # another file is there now than when the lengths were read
+            raise damaged(self.paths[int(np.searchsorted(self.ends, document, side="right"))], error) from error
         return [row.astype(np.int32) for row in ids], marks
 
     def _record(self, document: int) -> bytes:
@@ -85,6 +90,7 @@ class TaskStore:
             for ids, own in zip(between, zip(*blocks, strict=True), strict=True)
         ]
         self.lengths = self.readings[0].lengths
+        _require_items(shard, len(self))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -128,10 +134,22 @@ def _block(record: bytes, dtype: str, tokenizers: int) -> list[tuple[np.ndarray,
     return list(zip(lengths.swapaxes(1, 2), ids, *([marks] if marks else []), strict=True))
 
 
+def _require_items(shard: dict, count: int) -> None:
+    """Raises UserError if a shard holds another number of items than its manifest says: it is another file."""
+    if count != shard["items"]:
+        raise damaged(shard["path"], f"{count} items, not {shard['items']}")
+
+
 def _unpacked(record: bytes, lengths: Sequence[int], dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Unpacks a record of tokenize.py: the ids of each tokenizer, then with two the marks as bits, each row in whole bytes."""
+    """Unpacks a record of tokenize.py: the ids of each tokenizer, then with two the marks as bits, each row in whole bytes.
+
+    Raises ValueError for a record that is not of these lengths.
+    """
     lengths = [int(length) for length in lengths]
     total = sum(lengths)
+    size = total * np.dtype(dtype).itemsize + (sum(-(-n // 8) for n in lengths) if len(lengths) > 1 else 0)
+    if len(record) != size:
+        raise ValueError(f"a record of {len(record)} bytes, not {size}")
     ids = np.split(np.frombuffer(record, dtype, total), np.cumsum(lengths)[:-1])
     if len(lengths) == 1:
         return ids, []

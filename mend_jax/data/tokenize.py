@@ -122,7 +122,8 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
     """Writes one shard and returns {"items", "tokens"}. Calls `report(bytes of the source)` from time to time.
 
     tokenizers: the LLM's and, if it differs, the distiller's.
-    job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", ...}. Raises UserError: bad input, a full disk.
+    job: {"kind": "text" | "tfds" | "task", "source", "out", "dtype", "stamps": of `stamps_of`, ...}. Raises UserError: bad input, a
+        source that changes meanwhile, a full disk.
     """
     out = Path(job["out"])
     records = {"text": text_records, "tfds": text_records, "task": task_records}[job["kind"]]
@@ -134,6 +135,7 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
                     writer.write(record)
             finally:
                 writer.close()
+            _require_unchanged(job)
             result = shard_counts(temporary, job["kind"], len(tokenizers))
         return result
     except (OSError, RuntimeError) as error:  # the writer reports every error as RuntimeError
@@ -143,6 +145,23 @@ def run_job(tokenizers: Sequence[Tokenizer], job: dict, report=lambda done: None
                 f"The disk of {out.parent} is full: free some space or set config.data.cache to another disk."
             ) from error
         raise UserError(f"{out} cannot be written ({reason}): check config.data.cache.") from error
+
+
+def stamps_of(files: Sequence[Path]) -> list[list]:
+    """[path, size, time of change] of files, taken before a shard is named by what they hold."""
+    stats = [file.stat() for file in files]
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+
+
+def _require_unchanged(job: dict) -> None:
+    """Raises UserError if a source was written to since its job was made: the shard would have the name of other data."""
+    with readable(job["source"]):
+        now = stamps_of([Path(name) for name, *_ in job["stamps"]])
+    for (name, *before), (_, *after) in zip(job["stamps"], now, strict=True):
+        if before != after:
+            raise UserError(
+                f"{name} has changed while it was tokenised: run the same command again when nothing writes it."
+            )
 
 
 def _read(records: Iterator[bytes], source: str) -> Iterator[bytes]:

@@ -23,7 +23,8 @@ from mend_jax.evaluate import evaluation_layout, load_models
 from mend_jax.experiments import run, trainings
 from mend_jax.llm import heads
 from mend_jax.prefixes.context import bucket
-from mend_jax.run.files import write_json, write_text
+from mend_jax.run.files import write_text
+from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring.tasks import prefix_maker
 
 TITLE, PAPER = "What induction heads attend to", "Figures 5 and 8"
@@ -54,7 +55,7 @@ def main(config, workdir) -> int:
     folder = Path(workdir) / "attention"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / run.TABLE, text(report) + "\n")
-    write_json(folder / run.ROWS, report, indent=None)
+    write_sealed(folder / run.ROWS, report, indent=None)
     print(text(report))
     return 0
 

@@ -30,7 +30,8 @@ from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS
-from mend_jax.run.files import write_json, write_text
+from mend_jax.run.files import write_text
+from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.tasks import make_context
 
 TITLE, PAPER = "What a query costs", "Figure 3"
@@ -51,7 +52,7 @@ def main(config, workdir) -> int:
             bar.update()
     report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios()}
     write_text(folder / run.TABLE, f"{ratio_table(report['ratios'])}\n\n{cost_table(rows)}\n")
-    write_json(folder / run.ROWS, report)
+    write_sealed(folder / run.ROWS, report)
     print(short_table(rows))
     print(f"\nFLOPs of MEND over Vanilla ICL, regime (a), at the paper's lengths:\n\n{ratio_table(report['ratios'])}")
     return 0
@@ -242,11 +243,11 @@ def _kept(folder: Path, models: Named, shape: Shape, method: str, rows: int, rep
     asked = [dataclasses.asdict(models), shape, method, rows, repeats]
     path = folder / "parts" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_sealed(path, "it is made again")
+    except (FileNotFoundError, UserError):
         row = cost_of(models, shape, method, rows, repeats)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, row)
+    write_sealed(path, row)
     return row
 
 

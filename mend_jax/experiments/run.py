@@ -21,8 +21,9 @@ from mend_jax.experiments.table import Experiment, Row, evaluation_key
 from mend_jax.experiments.trainings import Training, with_fields
 from mend_jax.experiments.written import ROWS, TABLE, head, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
-from mend_jax.run.files import write_json
 from mend_jax.run.resume import FREE_FIELDS, defaults
+from mend_jax.run.sealed import read_sealed, write_sealed
+from mend_jax.scoring.answers import read_scores
 
 CONFIG, TIMES = "experiments.json", "times.json"
 COMPILED = (
@@ -82,12 +83,10 @@ def open_workdir(config: ConfigDict, workdir) -> Path:
         if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != COMPILED):
             raise UserError(f"{folder} is not a workdir of experiments: it holds {others[0]}; name a new folder.")
         if distributed.is_first():
-            write_json(path, json.loads(config.to_json()), sort_keys=True)
+            write_sealed(path, json.loads(config.to_json()), sort_keys=True)
         return folder
-    try:
-        saved = defaults() | dotted_fields(json.loads(path.read_text()))  # a field may be younger than the workdir
-    except ValueError:
-        raise UserError(f"{path} is not readable JSON: restore it, or name another workdir.") from None
+    saved = read_sealed(path, "restore it, or name another workdir")
+    saved = defaults() | dotted_fields(saved)  # a field may be younger than the workdir
     for name in sorted(saved.keys() | wanted.keys()):
         free = name.startswith(FREE) or (name.startswith("experiment.") and name not in BUDGET)
         if not free and saved.get(name) != wanted.get(name):
@@ -226,8 +225,8 @@ def _release() -> None:
 def _methods(folder: Path) -> dict:
     """The methods of an evaluation that is there; a damaged file has none, and is written again."""
     try:
-        return json.loads((folder / "scores.json").read_text())["methods"]
-    except (FileNotFoundError, ValueError, KeyError):
+        return read_scores(folder)["methods"]
+    except UserError:
         return {}
 
 

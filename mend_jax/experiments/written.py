@@ -11,7 +11,8 @@ from mend_jax.cli.command_line import ROOT
 from mend_jax.cli.text import markdown, number
 from mend_jax.experiments.table import Experiment, Row
 from mend_jax.measure.machine import machine
-from mend_jax.run.files import write_json, write_text
+from mend_jax.run.files import write_text
+from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring.metrics import mean_and_std, percent
 
 ROWS, TABLE = "experiment.json", "table.md"
@@ -36,7 +37,7 @@ def write(
     }
     table = printed_table(content, evaluations)
     write_text(there / TABLE, table + "\n")
-    write_json(there / ROWS, content)
+    write_sealed(there / ROWS, content)
     print(f"{experiment.title} ({experiment.paper})\n\n{table}\n", flush=True)
 
 

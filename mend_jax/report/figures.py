@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import shown
 
 with contextlib.suppress(ImportError):  # pip install "mend-jax[report]"; `require_matplotlib` says so
     import matplotlib
@@ -118,7 +119,7 @@ def curves(name: str, caption: str, values: Sequence[Bar], xlabel: str, ylabel: 
             axis.axhline(value, color="black", linewidth=0.8, linestyle=DASHES[1 + j % 3], label=text)
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.set_xlabel(xlabel)
+        axis.set_xlabel(_plain(xlabel))
         axis.set_ylabel(ylabel)
         _legend(figure, axis)
     header = [xlabel, "series", "value", "low", "high"]
@@ -135,7 +136,7 @@ def lines(name: str, caption: str, values: dict[str, list[tuple[float, float]]],
             often = max(1, len(points) // 6)
             style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "color": _line_color(i)}
             axis.plot(x, y, label=one, linewidth=1.1, markersize=4, markevery=(i % often, often), **style)
-        axis.set_xlabel(xlabel)
+        axis.set_xlabel(_plain(xlabel))
         axis.set_ylabel(ylabel)
         _legend(figure, axis)
     rows = [[one, *point] for one, points in values.items() for point in points]
@@ -164,7 +165,7 @@ def heatmaps(
         axes = figure.subplots(down, across, squeeze=False).ravel()
         for axis, (title, values) in zip(axes, maps.items(), strict=False):
             picture = axis.imshow(values, cmap="Greys", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
-            axis.set_title(title, fontsize=8)
+            axis.set_title(_plain(title), fontsize=8)
             for row, column in marks or ():
                 axis.plot(
                     column,
@@ -228,6 +229,7 @@ def _line_color(number: int) -> str:
 
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
+    labels = [_plain(label) for label in labels]
     if labels:
         fit = max(1, 54 // (max(map(len, labels)) + 8))  # beside each other
         figure.legend(handles, labels, loc="outside upper center", ncols=min(fit, len(labels)))
@@ -240,7 +242,12 @@ def _wrapped(text: str, groups: int) -> str:
         if found[-1] and len(found[-1]) + len(word) >= room:
             found.append("")
         found[-1] = f"{found[-1]} {word}".strip()
-    return "\n".join(found)
+    return _plain("\n".join(found))
+
+
+def _plain(text: str) -> str:
+    """A text from data as matplotlib draws it: no formula, which it would read between two $ and may not understand."""
+    return shown(text, keep="\n").replace("$", "\\$")
 
 
 def _laid_out(figure):

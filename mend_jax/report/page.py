@@ -3,15 +3,17 @@
 import csv
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
-from mend_jax.cli.text import markdown
+from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import in_markdown, markdown, shown
 from mend_jax.report.figures import Drawing
 from mend_jax.report.sections import Section
 from mend_jax.report.tables import Table
 from mend_jax.run.files import whole_folder, write_text
+from mend_jax.run.reading import is_inside
 
 PAGE, MARKDOWN, FIGURES, DATA = "index.html", "report.md", "figures", "data"
 FOOT = (
@@ -24,7 +26,11 @@ FOOT = (
 
 
 def write_report(folder: Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> None:
-    """Writes the report's folder, complete or not at all; an earlier report in it is replaced."""
+    """Writes the report's folder, complete or not at all; an earlier report in it is replaced.
+
+    Raises UserError for a name from a result that no file in the folder can have.
+    """
+    _require_names(part.name for section in sections for part in (*section.drawings, *section.tables))
     shutil.rmtree(_beside(folder), ignore_errors=True)
     with whole_folder(_beside(folder), sync=False) as new:
         for name in (FIGURES, DATA):
@@ -43,7 +49,8 @@ def as_html(title: str, notes: Sequence[str], sections: Sequence[Section]) -> st
     """The page, with its figures inside."""
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    visible = lambda value: shown(value, keep="\n") if type(value) is str else value  # noqa: E731  (not Markup: the figures)
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=visible).from_string(
         resources.files("mend_jax.report").joinpath("page.html").read_text(encoding="utf-8")
     )
     svg = {drawing.name: _unique(drawing) for section in sections for drawing in section.drawings}
@@ -53,20 +60,22 @@ def as_html(title: str, notes: Sequence[str], sections: Sequence[Section]) -> st
 def as_markdown(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
     parts = [f"# {title}", *notes]
     for section in sections:
-        parts.append(f"## {section.title}" + (f" (the paper: {section.paper})" if section.paper else ""))
+        parts.append(f"## {in_markdown(section.title + (f' (the paper: {section.paper})' if section.paper else ''))}")
         parts += section.notes
         for drawing in section.drawings:
             parts.append(
-                f"![{drawing.caption}]({FIGURES}/{drawing.name}.png)\n\n{drawing.caption} [Data]({DATA}/{drawing.name}.csv)."
+                f"![{in_markdown(drawing.caption)}]({FIGURES}/{drawing.name}.png)\n\n{in_markdown(drawing.caption)}"
+                f" [Data]({DATA}/{drawing.name}.csv)."
             )
         for table in section.tables:
             if table.folded:
                 parts.append(f"{table.title}: [{DATA}/{table.name}.csv]({DATA}/{table.name}.csv).")
             else:
-                parts += [f"### {table.title}", markdown(table.header, table.rows)]
+                rows = [[in_markdown(str(cell)) for cell in row] for row in (table.header, *table.rows)]
+                parts += [f"### {table.title}", markdown(rows[0], rows[1:])]
         if section.made:
-            parts.append("\n".join(f"- {name}: `{value}`" for name, value in section.made))
-    return "\n\n".join([*parts, FOOT]) + "\n"
+            parts.append("\n".join(f"- {name}: `{shown(value).replace('`', ' ')}`" for name, value in section.made))
+    return shown("\n\n".join([*parts, FOOT]), keep="\n") + "\n"
 
 
 def as_csv(part: Table | Drawing) -> str:
@@ -76,6 +85,14 @@ def as_csv(part: Table | Drawing) -> str:
     writer.writerow(part.header)
     writer.writerows(part.rows)
     return text.getvalue()
+
+
+def _require_names(names: Iterable[str]) -> None:
+    wrong = next((name for name in names if "/" in name or not is_inside(name)), None)
+    if wrong is not None:
+        raise UserError(
+            f"A result names {wrong!r}, which is no name for a file: remove its experiment.json and run it again."
+        )
 
 
 def _unique(drawing: Drawing) -> str:

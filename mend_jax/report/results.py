@@ -5,16 +5,19 @@ A workdir of experiments has <experiment>/experiment.json, evaluations/ and trai
 """
 
 import dataclasses
-import json
+import math
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 from mend_jax.experiments import paper
+from mend_jax.run.reading import is_inside, read_json
 from mend_jax.run.reporting import METRICS, read_lines
+from mend_jax.run.sealed import read_sealed
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.results import SCORES
 
 RESULT = "experiment.json"
+DAMAGED = "remove it and run the experiment again, which trains and scores nothing twice"
 HEAD = ("experiment", "title", "paper", "command", "commit", "machine", "date", "config")
 ORDER = (
     "main_table", "methods", "cost", "num_demonstrations", "num_vectors", "perturbations", "retrieval", "ablations", "hyperparameters",
@@ -93,18 +96,19 @@ def curves(workdir: str | Path) -> dict[str, list[dict]]:
 
 def _read(workdir: Path, path: Path) -> Result:
     try:
-        own = json.loads(path.read_text())
+        own = read_sealed(path, DAMAGED)
         head = {name: own[name] for name in HEAD}
-        head["config"] = dict(head["config"])
         rows = [
             _Line(tuple(row["labels"].items()), row["training_seed"], row["evaluation"], row["method"])
             for row in own["rows"]
         ]
         varied, x = list(own.get("varied", ())), own.get("x")
+        fit = _is_plain(own) and all(row.is_plain() for row in rows)
+        fit = fit and all(math.isfinite(float(dict(row.labels)[x])) for row in rows if x is not None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is damaged: remove it and run the experiment again, which trains and scores nothing twice."
-        ) from None
+        fit = False
+    if not fit:
+        raise UserError(f"{path} is damaged: {DAMAGED}.")
     grouped: dict[tuple, list[_Line]] = {}
     for row in rows:
         if not (workdir / row.evaluation / SCORES).is_file():
@@ -119,6 +123,16 @@ def _read(workdir: Path, path: Path) -> Result:
     return Result(head, made, varied, x, own)
 
 
+def _is_plain(own: dict) -> bool:
+    """Whether what is shown of an experiment.json, beside its rows, are texts. Raises AttributeError for what is no object."""
+    named = [own["experiment"], own["title"], own.get("llm", ""), *own.get("varied", ())]
+    named += [own[name] for name in ("paper", "command", "commit", "machine", "date", "x") if own.get(name) is not None]
+    named += [
+        (own["config"].get(part) or {}).get(field, "") for part, field in (("llm", "path"), ("data", "partition"))
+    ]
+    return all(isinstance(text, str) for text in named)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Line:
     """A row of an experiment.json: of one training."""
@@ -128,13 +142,18 @@ class _Line:
     evaluation: str
     method: str
 
+    def is_plain(self) -> bool:
+        """Whether all are texts, and the evaluation is one of the workdir's own, not somewhere else."""
+        texts = (self.evaluation, self.method, *(text for _, text in self.labels))
+        return all(isinstance(text, str) for text in texts) and is_inside(self.evaluation)
+
 
 def _of_evaluation(workdir: Path, folder: Path) -> Result:
     """An evaluation as an experiment."""
     own = read_scores(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json", DAMAGED)
+    except (OSError, UserError):
         config = {}
     command = "python -m mend_jax." + ("evaluate" if folder == workdir else "experiments.methods")
     head = dict.fromkeys(HEAD) | {"experiment": "methods", "title": "Methods beside each other", "paper": "Table 2"}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import number, size
 from mend_jax.experiments import paper
 from mend_jax.report.figures import Bar, Drawing, bars, heatmaps, lines
@@ -35,7 +36,8 @@ class Section:
 
 def section_of(result: Result) -> Section:
     """The section of an experiment's result."""
-    tables, drawings, notes = {"cost": _cost, "attention": _attention}.get(result.name, _scores)(result)
+    own = {"cost": _cost, "attention": _attention}.get(result.name)
+    tables, drawings, notes = _scores(result) if own is None else _own_section(own, result)
     head = result.head
     made = {name: head[name] for name in ("command", "commit", "machine", "date")}
     made |= {"LLM": (head["config"].get("llm") or {}).get("path"), "partition": result.partition}
@@ -105,6 +107,17 @@ def rank_figures(rows: Sequence[Scored]) -> list[Drawing]:
         caption = f"Average rank over tasks of the values of {name}; 1 is the best."
         found.append(bars(f"hyperparameters_rank_{name}", caption, values, "average rank"))
     return found
+
+
+def _own_section(make: Callable, result: Result) -> tuple[list[Table], list[Drawing], list[str]]:
+    """Of an experiment with numbers of its own. Raises UserError where its file lacks some: older ones hold no checksum."""
+    try:
+        return make(result)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"The result of {result.name} is damaged ({type(error).__name__}: {error}): remove its experiment.json and run the"
+            " experiment again."
+        ) from error
 
 
 def _cost(result: Result) -> tuple[list[Table], list[Drawing], list[str]]:

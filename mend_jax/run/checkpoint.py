@@ -181,21 +181,41 @@ def load_best(workdir, place=None):
     """(params, meta) of the best complete checkpoint of a training workdir, or of the newest if none was evaluated.
 
     params: nested dict of numpy arrays or, with `place`, of arrays placed by it (sharding.py). If a checkpoint is damaged, a
-    warning names it and the next best is used. Raises UserError if the workdir holds no complete checkpoint.
+    warning names it and the next best is used; if a training that goes on removes it meanwhile, what is best by then. Raises
+    UserError if the workdir holds no complete checkpoint.
     """
+    while True:
+        step, meta = _best_of(workdir)
+        try:
+            params = read_step(workdir, step, place)
+        except Exception:  # orbax raises many kinds
+            if _is_sealed(workdir, step):
+                raise
+            continue
+        if _is_sealed(workdir, step):  # else some of its files may have been gone already
+            return params, meta
+
+
+def _is_sealed(workdir, step):
+    return (step_folder(workdir, step) / CHECKSUMS).exists()
+
+
+def _best_of(workdir):
+    """(step, meta) of the checkpoint that `load_best` reads."""
     folder = Path(workdir).absolute() / FOLDER
     candidates = {}
     for step, damage in _damages(folder).items():
         if damage:
             logging.warning(damage)
         else:
-            candidates[step] = read_meta(folder / str(step))
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                candidates[step] = read_meta(folder / str(step))
     if not candidates:
         raise UserError(f"{workdir} holds no complete checkpoint: train there first, or name another workdir.")
     maximize = candidates[max(candidates)]["maximize"]
     best = _best({step: meta["score"] for step, meta in candidates.items()}, maximize)
     step = max(candidates) if best is None else best
-    return read_step(workdir, step, place), candidates[step]
+    return step, candidates[step]
 
 
 def has_checkpoint(workdir):

@@ -9,11 +9,12 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import socket
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def temporary_for(path: Path) -> Path:
         if number.isdecimal() and other.name.startswith(mine):
             left = not _lives(int(number))
         else:
-            left = time.time() - _last_written(other) > FORSAKEN
+            left = _clock_of(path.parent) - _last_written(other) > FORSAKEN
         if left:
             _remove(other)
     return path.with_name(f"{mine}{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -100,12 +101,21 @@ def _machine() -> str:
     return f"{facts[0]}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:8]}"
 
 
+def _clock_of(folder: Path) -> float:
+    """This moment, in seconds, by the clock that stamps the folder's files: that of this machine may be wrong by years."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:  # nothing can be written there, nor removed
+        return 0.0
+
+
 def _last_written(path: Path) -> float:
-    """When a file, or one in a folder, was last written to, in seconds; of one that is gone by now, this moment."""
+    """When a file, or one in a folder, was last written to, in seconds; of one that is gone by now, never yet."""
     try:
         return max(file.stat().st_mtime for file in [path, *path.rglob("*")])
     except OSError:
-        return time.time()
+        return math.inf
 
 
 def is_disk_full(error: BaseException | None) -> bool:

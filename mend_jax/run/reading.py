@@ -116,6 +116,11 @@ _KINDS = (
 )
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name from data, with or without slashes, is that of something below the folder that it is joined to."""
+    return "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
 def described(value: Any) -> str:
     """What a JSON value is, in words: "a whole number (3)"."""
     if value is None:

@@ -56,9 +56,8 @@ class Reporter:
         self.files = contextlib.ExitStack()  # closes all files, even if one cannot be written completely
         self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))  # noqa: SIM115
         self.speed_file = self.files.enter_context(open(self.workdir / SPEED, "a"))  # noqa: SIM115
-        (self.workdir / BOARD).mkdir(exist_ok=True)
         # Not SummaryWriter, which writes from a thread: its errors (a full disk) would only be printed.
-        self.board = self.files.enter_context(contextlib.closing(EventsWriter(str(self.workdir / BOARD / "events"))))
+        self.board = self.files.enter_context(contextlib.closing(EventsWriter(_events(self.workdir / BOARD, start))))
         self.board.write_event(
             Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
         )
@@ -148,6 +147,19 @@ def say(text):
     """Prints a line for the user, on process 0, without breaking the progress bar. Names from data are `shown`."""
     if jax.process_index() == 0:
         tqdm.write(shown(text), file=sys.stderr)
+
+
+def _events(board, start):
+    """The beginning of the name of TensorBoard's file for a run from step `start` on.
+
+    TensorBoard reads files by their names, which by themselves are those of the clock: the step stands before it, and what
+    was written from the same step on is removed, since all of it is made again. So a clock that was set back harms nothing.
+    """
+    board.mkdir(exist_ok=True)
+    name = f"events.step-{start:09d}"
+    for before in board.glob(f"{name}.*"):
+        before.unlink()
+    return str(board / name)
 
 
 class Window:

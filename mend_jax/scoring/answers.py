@@ -3,7 +3,6 @@
 Axes: T trainings of a method, S seeds, N test items. Evaluations of before this file are read too.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.run.reading import read_json
+from mend_jax.run.sealed import read_sealed
 from mend_jax.scoring.metrics import task_scores
-from mend_jax.scoring.results import SCORES, prediction_file
+from mend_jax.scoring.results import SCORES, kept_predictions
 from mend_jax.scoring.statistics import Answers, Task
 
+AGAIN = "run the evaluation again, which scores nothing twice"
 Lines = list[dict]  # of one task and seed, as in its predictions file
 
 
@@ -28,16 +30,27 @@ class Source(NamedTuple):
 def read_scores(folder: Path) -> dict:
     """The content of an evaluation's scores.json. Raises UserError if it is not there or damaged."""
     path = Path(folder) / SCORES
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file: name the workdir of a finished evaluation.")
     try:
-        found = json.loads(path.read_text())
-        found["methods"], found["seeds"]
+        found = read_sealed(path, AGAIN)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {SCORES}: name the workdir of a finished evaluation.") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder} is a file: name the workdir of a finished evaluation.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: run the evaluation again, which scores nothing twice.") from None
+    if not _is_scores(found):
+        raise UserError(f"{path} is damaged: {AGAIN}.")
     return found
+
+
+def _is_scores(found: dict) -> bool:
+    """Whether it has what is read of it; older versions of this program wrote no checksum."""
+    try:
+        methods, seeds = found["methods"].values(), found["seeds"]
+        entries = [entry for method in methods for entry in method["per_task"].values()]
+        scores = [entry["score"]["per_seed"][str(seed)] for entry in entries for seed in seeds]
+        texts = [*(method["path"] for method in methods), *(entry["primary"] for entry in entries)]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(isinstance(score, int | float) for score in scores) and all(isinstance(text, str) for text in texts)
 
 
 def read_lines(source: Source, found: dict | None = None) -> dict[str, dict[int, Lines]]:
@@ -55,8 +68,7 @@ def read_lines(source: Source, found: dict | None = None) -> dict[str, dict[int,
         if lines is not None:
             return lines
     raise UserError(
-        f"The predictions of {source.method} in {source.folder} are missing or not those of its {SCORES}: run the evaluation"
-        " again, which scores nothing twice."
+        f"The predictions of {source.method} in {source.folder} are missing or not those of its {SCORES}: {AGAIN}."
     )
 
 
@@ -90,9 +102,9 @@ def _folders(source: Source) -> list[Path]:
     found = []
     for path in (Path(source.folder) / "predictions").glob("*/made_of.json"):
         try:
-            if json.loads(path.read_text()).get("method") == source.method:
+            if read_json(path, AGAIN).get("method") == source.method:
                 found.append(path)
-        except (OSError, ValueError):
+        except (OSError, UserError):
             continue
     return [path.parent for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
@@ -102,13 +114,13 @@ def _lines_in(folder: Path, scores: dict, seeds) -> dict | None:
     found: dict[str, dict[int, Lines]] = {}
     for task, entry in scores.items():
         for seed in seeds:
-            try:
-                lines = [json.loads(line) for line in prediction_file(folder, task, seed).read_text().splitlines()]
-            except (OSError, ValueError):
+            kept = kept_predictions(folder, task, seed, AGAIN)
+            if kept is None:
                 return None
+            lines, _ = kept
             pairs = [line["prediction"] for line in lines], [line["gold"] for line in lines]
             expected = entry["score"]["per_seed"][str(seed)]
-            if not lines or abs(task_scores(*pairs, entry["primary"] == "macro_f1")["score"] - expected) > 1e-9:
+            if abs(task_scores(*pairs, entry["primary"] == "macro_f1")["score"] - expected) > 1e-9:
                 return None
             found.setdefault(task, {})[seed] = lines
     return found

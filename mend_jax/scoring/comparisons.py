@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from mend_jax.cli.text import markdown
+from mend_jax.cli.text import in_markdown, markdown
 from mend_jax.scoring.answers import Source, gather
 from mend_jax.scoring.metrics import METRICS, TITLES, mean_and_std
 from mend_jax.scoring.metrics import percent as mean_and_spread
@@ -122,7 +122,7 @@ def task_table(study: Study, metric: str, resampled: Mapping[str, Resampled], pa
     rows = []
     for k, task in enumerate(study.tasks):
         by_class = is_by_class(task, metric)
-        row = [task.name, TITLES["macro_f1" if by_class else "accuracy"], f"{task.items:,}"]
+        row = [in_markdown(task.name), TITLES["macro_f1" if by_class else "accuracy"], f"{task.items:,}"]
         row += [percent(resampled[name].mean[k]) for name in study.answers]
         if pair:
             of_task = found.per_task[task.name]

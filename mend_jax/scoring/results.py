@@ -7,7 +7,7 @@
 
 The key is a hash of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
 is that of the tokens that were read, and its checksum that of the predictions. A file appears complete or not at all, the
-predictions last. What has changed since it was written is said, and computed again.
+predictions last; scores.json holds a checksum of itself. What has changed since it was written is said, and computed again.
 """
 
 import hashlib
@@ -47,22 +47,10 @@ class Store:
 
         Says where there are some that cannot be believed: those that have changed since they were written.
         """
-        path = self._predictions(task, seed)
-        try:
-            text, cost = read_text(path, AGAIN), read_sealed(self._cost(task, seed), AGAIN)
-            lines = [parse_json(line, dict) for line in text.removesuffix("\n").split("\n")]
-        except FileNotFoundError:
+        found = kept_predictions(self.folder, task, seed)
+        if found is None or found[1].get("content") != content or len(found[0]) != count:
             return None
-        except (UserError, Unreadable) as error:
-            logging.warning("%s: %s", path, error)
-            return None
-        if cost.get("content") != content or len(lines) != count:
-            return None
-        known = cost.pop("predictions", None)  # older versions of this program wrote none
-        if known not in (None, checksum_of_text(text)) or not (_is_cost(cost) and all(map(_is_prediction, lines))):
-            logging.warning("%s has changed since it was written: %s.", path, AGAIN)
-            return None
-        return lines, cost
+        return found
 
     def write(self, task: str, seed: int, lines: list[dict], cost: dict) -> None:
         """Stores a complete task and seed; `cost` must have its "content"."""
@@ -77,10 +65,34 @@ class Store:
         self.written += 1
 
     def _predictions(self, task, seed):
-        return prediction_file(self.folder, task, seed)
+        return _prediction_file(self.folder, task, seed)
 
     def _cost(self, task, seed):
-        return self.folder / f"{_file_name(task)}_{seed}.cost.json"
+        return _cost_file(self.folder, task, seed)
+
+
+def kept_predictions(folder: Path, task: str, seed: int, remedy: str = AGAIN) -> tuple[list[dict], dict] | None:
+    """(lines, cost) of a task and seed in a folder of predictions, or None if there are none that can be believed.
+
+    Says where there are some that have changed since they were written; `remedy` is what follows from that.
+    """
+    path = _prediction_file(folder, task, seed)
+    try:
+        text, cost = read_text(path, remedy), read_sealed(_cost_file(folder, task, seed), remedy)
+        lines = [parse_json(line, dict) for line in text.removesuffix("\n").split("\n")]
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        logging.warning("%s", error)
+        return None
+    except Unreadable as error:
+        logging.warning("%s %s: %s.", path, error, remedy)
+        return None
+    known = cost.pop("predictions", None)  # older versions of this program wrote none
+    if known not in (None, checksum_of_text(text)) or not (_is_cost(cost) and all(map(_is_prediction, lines))):
+        logging.warning("%s has changed since it was written: %s.", path, remedy)
+        return None
+    return lines, cost
 
 
 def _is_prediction(line: dict) -> bool:
@@ -99,9 +111,12 @@ def _is_cost(cost: dict) -> bool:
     return all(isinstance(value, int | float | None) for name, value in cost.items() if name != "content")
 
 
-def prediction_file(folder: Path, task: str, seed: int) -> Path:
-    """The file of a task and seed in a folder of predictions."""
+def _prediction_file(folder: Path, task: str, seed: int) -> Path:
     return folder / f"{_file_name(task)}_{seed}.jsonl"
+
+
+def _cost_file(folder: Path, task: str, seed: int) -> Path:
+    return folder / f"{_file_name(task)}_{seed}.cost.json"
 
 
 def write_config(workdir, config) -> None:
@@ -122,7 +137,7 @@ def _is_models(path: Path) -> bool:
 def write_results(workdir, results: dict) -> str:
     """Writes scores.json and table.md; returns the table of the methods, for the terminal."""
     table, workdir = method_table(results), Path(workdir)
-    _make(workdir / SCORES, write_text, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _make(workdir / SCORES, write_sealed, results, ensure_ascii=False)
     _make(workdir / TABLE, write_text, f"{table}\n\n{_notes(results)}\n\n{task_table(results)}\n")
     return table
 

@@ -5,6 +5,7 @@ A run is repeated by MEND_ATTACK_SEED=N, which a failure prints.
 """
 
 import copy
+import json
 import logging
 import random
 import shutil
@@ -12,6 +13,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from answer_files import write_evaluation, write_experiment
 from attack_scale import SEED, times
 from conftest import save_tokenizer
 from data_files import make_world, tiny_config
@@ -21,6 +23,8 @@ from configs.base import get_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import shown
 from mend_jax.data import prepared
+from mend_jax.data.metaicl import Example
+from mend_jax.data.retrieval import cached_neighbours
 from mend_jax.data.stores import TaskStore, text_splits
 from mend_jax.data.templates import chosen
 from mend_jax.experiments.methods import Times
@@ -31,10 +35,12 @@ from mend_jax.models.folders import headless_params, load_model, load_tokenizer
 from mend_jax.packs.pack import Pack, load_pack
 from mend_jax.prefixes.distiller import Distiller, write_folder
 from mend_jax.prefixes.soft_prompt import SoftPrompt
+from mend_jax.report.results import read_results
 from mend_jax.run import best, checkpoint, reporting, resume, teacher_cache
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.sealed import write_checksums, write_sealed
 from mend_jax.scoring import results
+from mend_jax.scoring.answers import Source, read_lines, read_scores
 
 FILES = times(6, 60)  # damaged files of each kind
 
@@ -108,6 +114,43 @@ class Predictions:
 
     def read(self, folder):
         return results.Store(folder, "mend", {"k": 4}).read("t", 13, "c0ffee", len(self.LINES))
+
+
+class Evaluated:
+    """A finished evaluation, as `compare` reads it."""
+
+    def write(self, folder):
+        write_evaluation(folder, {"icl": 0.5, "mend": 0.7}, items=5)
+
+    def read(self, folder):
+        return read_scores(folder), [read_lines(Source(folder, method)) for method in ("icl", "mend")]
+
+
+class Experiment:
+    """What an experiment left, as the report reads it."""
+
+    def write(self, folder):
+        write_evaluation(folder / "e", {"icl": 0.5, "mend": 0.7}, items=5)
+        rows = [({"method": method, "K": "4"}, None, "e", method) for method in ("icl", "mend")]
+        path = write_experiment(folder, "order", rows, x="K") / "experiment.json"
+        write_sealed(path, json.loads(path.read_text()))
+
+    def read(self, folder):
+        [result] = read_results(folder)
+        found = [(row.label("method"), read_lines(row.sources[0])) for row in result.rows]
+        return found, result.head, result.varied, result.x
+
+
+class Neighbours:
+    """The demonstrations that were found for test items."""
+
+    POOL = [Example("t", f"w{i} w{i % 3}", "a", ()) for i in range(9)]
+
+    def write(self, folder):
+        self.read(folder)
+
+    def read(self, folder):
+        return cached_neighbours(folder, "", self.POOL, self.POOL[:4], 3, "bm25", 13, None).tolist()
 
 
 class Packed:
@@ -189,7 +232,9 @@ class Seconds:
         return isinstance(Times(folder / "times.json").parts, dict)
 
 
-KINDS = (Run, Prepared, Predictions, Packed, Exported, ExportedPrompt, TrainedLLM, Teacher, Seconds)
+KINDS = (
+    Run, Prepared, Predictions, Evaluated, Experiment, Neighbours, Packed, Exported, ExportedPrompt, TrainedLLM, Teacher, Seconds,
+)  # fmt: skip
 
 
 def flip(content, rng):
@@ -221,6 +266,7 @@ DAMAGES = (
 def test_damaged_files(kind, tmp_path, caplog):
     kind, whole = kind(), tmp_path / "whole"
     whole.mkdir()
+    caplog.set_level(logging.WARNING)
     kind.write(whole)
     before = kind.read(whole)
     caplog.clear()

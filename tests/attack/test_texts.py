@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import shown
-from mend_jax.data import c4, metaicl, prepared
+from mend_jax.data import c4, metaicl, prepared, retrieval
 from mend_jax.data.templates import chosen
 from mend_jax.experiments.methods import Times
 from mend_jax.models import weights
@@ -28,9 +28,12 @@ from mend_jax.packs.demonstrations import read_demonstrations
 from mend_jax.packs.pack import Pack, load_pack
 from mend_jax.packs.queries import options_of, read_queries
 from mend_jax.prefixes.distiller import read_settings
+from mend_jax.report.results import read_results
 from mend_jax.run import checkpoint, reporting, resume
 from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring import results
+from mend_jax.scoring.answers import Source, read_scores
+from mend_jax.scoring.answers import read_lines as read_answers
 
 EXAMPLES = times(12, 400)
 LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
@@ -234,6 +237,55 @@ def test_predictions(tmp_path, data, cost):
     for line in kept[0] if kept else ():
         best = max(line["scores"])
         assert line["prediction"] in [o for o, s in zip(line["options"], line["scores"], strict=True) if s == best]
+
+
+SCORES = {
+    "methods": {"mend": {"path": "runs/m", "per_task": {"t": {"primary": "accuracy", "score": {"per_seed": {"13": 0.0}}}}}},
+    "seeds": [13],
+}  # fmt: skip
+
+
+@attacked
+@given(contents(SCORES), contents({"format": 2, "method": "mend"}), contents(PREDICTION, lines=True))
+def test_answers(tmp_path, scores, made_of, predictions):
+    store = results.Store(tmp_path, "mend", {"method": "mend"})
+    store.write("t", 13, [PREDICTION], {"content": "c"})
+    for path, content in (
+        (tmp_path / "scores.json", scores),
+        (store.folder / "made_of.json", made_of),
+        (store._predictions("t", 13), predictions),
+    ):
+        path.write_bytes(content)
+    for method in (one_sentence(read_scores, tmp_path) or {"methods": ()})["methods"]:
+        for of_task in (one_sentence(read_answers, Source(tmp_path, method)) or {}).values():
+            assert of_task == {13: [PREDICTION]}
+
+
+EXPERIMENT = dict.fromkeys(("experiment", "title", "paper", "command", "commit", "machine", "date"), "order") | {
+    "config": {"llm": {"path": "m"}, "data": {"partition": "tiny"}}, "varied": ["K"], "x": "K",
+    "rows": [{"labels": {"method": "mend", "K": "4"}, "training_seed": 0, "evaluation": "e/f", "method": "mend"}],
+}  # fmt: skip
+
+
+@attacked
+@given(contents(EXPERIMENT))
+def test_experiments(tmp_path, data):
+    for folder in ("order", "e/f"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "e" / "f" / "scores.json").touch()
+    (tmp_path / "order" / "experiment.json").write_bytes(data)
+    for result in one_sentence(read_results, tmp_path) or ():
+        assert isinstance(result.llm, str) and isinstance(result.partition, str)
+        for row in result.rows:
+            assert all(source.folder == tmp_path / "e" / "f" for source in row.sources) and row.label("method").encode()
+
+
+@attacked
+@given(contents({"numbers": [[0, 1], [2, 3]]}))
+def test_neighbours(tmp_path, data):
+    (tmp_path / "a.json").write_bytes(data)
+    kept = one_sentence(retrieval._kept, tmp_path / "a.json", 2, 2)
+    assert kept is None or kept.shape == (2, 2)
 
 
 @attacked
