@@ -283,10 +283,19 @@ def test_a_workdir_belongs_to_one_config(tiny, fakes, tmp_path):
     (workdir / "experiments.json").write_text("{")
     with says(workdir / "experiments.json", "JSON"):
         run.open_workdir(tiny, workdir)
+    run.open_workdir(tiny, tmp_path / "refused")
+    run.open_workdir(with_fields(tiny, {"data.k": 3}), tmp_path / "refused")  # nothing has been done in it
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "config.json").write_text("{}")
     with says(tmp_path / "training", "config.json", "new folder"):
         run.open_workdir(tiny, tmp_path / "training")
+
+
+def test_methods_that_an_experiment_does_not_show(tiny, fakes, tmp_path):
+    tiny.experiment.methods = ("zero_shot",)
+    with says("order has no row", "experiment.methods", "icl"):
+        run.run_experiments([TINY, order.EXPERIMENT], tiny, tmp_path / "run")
+    assert fakes.calls == []
 
 
 def test_a_result_that_is_lost_is_made_again(tiny, fakes, tmp_path):
