@@ -341,6 +341,7 @@ def test_a_tiny_experiment(tiny, tmp_path, capsys):
         ("few", ["t_4_13_train.jsonl", "3 examples", "config.data.k = 4"]),
         ("equal", ["t_4_13_test.jsonl", "example 1", "1 different options"]),
         ("pool", ["'t'", "config.data.k = 9"]),
+        ("encoder", ["nowhere"]),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(tiny, tmp_path, monkeypatch, break_it, facts):
@@ -357,6 +358,8 @@ def test_bad_input_is_one_sentence_before_any_work(tiny, tmp_path, monkeypatch, 
     elif break_it == "equal":
         row = {"task": "t", "input": "w1", "output": "w2", "options": ["w2", "w2"]}
         (here / "data" / "t" / "t_4_13_test.jsonl").write_text(json.dumps(row) + "\n")
+    elif break_it == "encoder":
+        fields = {"evaluate.demos": "dense", "evaluate.encoder": str(tmp_path / "nowhere")}
     else:
         fields = {"data.k": 9, "evaluate.demos": "bm25"}
     experiment = Experiment("bad", "Bad", "none", lambda c: of_methods(c, ["icl"], {}, fields))
