@@ -287,10 +287,19 @@ def test_a_workdir_belongs_to_one_config(tiny, fakes, tmp_path):
     (workdir / "experiments.json").write_text("{")
     with says(workdir / "experiments.json", "JSON"):
         run.open_workdir(tiny, workdir)
+    run.open_workdir(tiny, tmp_path / "refused")
+    run.open_workdir(with_fields(tiny, {"data.k": 3}), tmp_path / "refused")  # nothing has been done in it
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "config.json").write_text("{}")
     with says(tmp_path / "training", "config.json", "new folder"):
         run.open_workdir(tiny, tmp_path / "training")
+
+
+def test_methods_that_an_experiment_does_not_show(tiny, fakes, tmp_path):
+    tiny.experiment.methods = ("zero_shot",)
+    with says("order has no row", "experiment.methods", "icl"):
+        run.run_experiments([TINY, order.EXPERIMENT], tiny, tmp_path / "run")
+    assert fakes.calls == []
 
 
 def test_a_result_that_is_lost_is_made_again(tiny, fakes, tmp_path):
@@ -336,6 +345,7 @@ def test_a_tiny_experiment(tiny, tmp_path, capsys):
         ("few", ["t_4_13_train.jsonl", "3 examples", "config.data.k = 4"]),
         ("equal", ["t_4_13_test.jsonl", "example 1", "1 different options"]),
         ("pool", ["'t'", "config.data.k = 9"]),
+        ("encoder", ["nowhere"]),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(tiny, tmp_path, monkeypatch, break_it, facts):
@@ -352,6 +362,8 @@ def test_bad_input_is_one_sentence_before_any_work(tiny, tmp_path, monkeypatch, 
     elif break_it == "equal":
         row = {"task": "t", "input": "w1", "output": "w2", "options": ["w2", "w2"]}
         (here / "data" / "t" / "t_4_13_test.jsonl").write_text(json.dumps(row) + "\n")
+    elif break_it == "encoder":
+        fields = {"evaluate.demos": "dense", "evaluate.encoder": str(tmp_path / "nowhere")}
     else:
         fields = {"data.k": 9, "evaluate.demos": "bm25"}
     experiment = Experiment("bad", "Bad", "none", lambda c: of_methods(c, ["icl"], {}, fields))

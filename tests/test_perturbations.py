@@ -57,6 +57,8 @@ def test_labels():
     for old, new in zip(right, changed("adversarial"), strict=True):
         exchanged[old].add(new.output)
     assert exchanged == {"amber": {"blue"}, "blue": {"coral"}, "coral": {"amber"}}
+    spaced = [Example("t", f"x{i}", "y", ("y", "y ", "z")) for i in range(9)]
+    assert {e.output for kind in ("wrong_label", "adversarial") for e in changed(kind, examples=spaced)} == {"z"}
     one = [Example("t", "x", "y", ("y",))]
     for kind in ("wrong_label", "adversarial"):
         with says("'t'", "'y'", "evaluate.perturb"):

@@ -1,6 +1,7 @@
 """The report: one page that needs nothing else, with all that an experiment left; and a sentence for what is missing."""
 
 import csv
+import itertools
 import json
 import re
 
@@ -14,6 +15,7 @@ pytest.importorskip("jinja2")
 
 from mend_jax.experiments import paper
 from mend_jax.experiments.report import report
+from mend_jax.report.figures import Bar, bars
 from mend_jax.report.results import read_results
 from mend_jax.report.sections import rank_figures, section_of
 from mend_jax.report.tables import scored_rows
@@ -186,6 +188,44 @@ def test_an_evaluation_alone_is_reported(tmp_path):
     (result,) = read_results(tmp_path / "run")
     section = section_of(result)
     assert [row[0] for row in section.tables[0].rows][:2] == ["zero_shot", "icl"]
+
+
+def test_names_below_bars_stand_apart():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [f"domain-{what}, none, 0" for what in ("arithmetic", "code", "format")]
+    names += [f"small_world, {noise}, {share}" for noise in ("irrelevant", "adversarial") for share in (0.25, 0.5, 1)]
+    figure = bars("name", "caption", [Bar(name, "score", 50.0) for name in names], "score").figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    seen = 0
+    for axis in figure.axes:
+        boxes = [label.get_window_extent(renderer) for label in axis.get_xticklabels()]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+        seen += len(boxes)
+    assert seen == len(names) and len({axis.get_ylim() for axis in figure.axes}) == 1
+
+
+def test_the_spread_over_orders(tmp_path):
+    folder, rows = tmp_path, []
+    for order, share in enumerate((0.5, 0.9)):
+        write_evaluation(folder / "evaluations" / str(order), {"icl": share}, seed=order)
+        rows.append(({"method": "icl", "order": str(order)}, None, f"evaluations/{order}", "icl"))
+    write_experiment(folder, "order", rows)
+    (result,) = read_results(folder)
+    scores = [100 * one.score.value for one in scored_rows(result)]
+    (row,) = section_of(result).tables[0].rows
+    assert row[:2] == ["icl", "2"] and [float(cell) for cell in row[3:]] == pytest.approx(
+        [min(scores), max(scores), max(scores) - min(scores)], abs=0.006
+    )
+
+
+def test_costs_of_several_queries_to_a_pass_alone(tmp_path):
+    write_experiment(tmp_path, "cost", [], costs=[_cost(method, 8) for method in ("icl", "mend")], ratios=[])
+    (result,) = read_results(tmp_path)
+    assert [len(drawing.rows) for drawing in section_of(result).drawings] == [
+        2 + 2 * 5,
+        2,
+    ]  # beside the paper's, and alone
 
 
 def test_what_cannot_be_reported(tmp_path):

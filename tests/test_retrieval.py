@@ -102,7 +102,9 @@ def test_the_pool_is_the_training_file_or_all_demonstrations(tmp_path):
 @pytest.mark.parametrize("name", domains.SPELLINGS)
 def test_domains_are_metaicls_files(tmp_path, name):
     folder = domains.written(name, tmp_path)
-    assert domains.written(name, tmp_path) == folder and domains.written("own", tmp_path).name == "own"
+    assert domains.written(name, tmp_path) == folder == domains.written(str(folder), tmp_path)
+    with says("experiment.domains", tmp_path / "nowhere", name):
+        domains.written(str(tmp_path / "nowhere"), tmp_path)
     for task in domains.TASKS:
         test, demos = (read_file(folder / "data" / task / f"{task}_16_13_{split}.jsonl") for split in ("test", "train"))
         assert len(test) == 60 and len(demos) == 16

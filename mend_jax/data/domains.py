@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.small_world_language import LABELS, PEOPLE, SEEDS
 from mend_jax.run.files import whole_folder
 
@@ -113,9 +114,15 @@ def rows(task: str, spelling: Spelling) -> dict[str, list[dict]]:
 
 
 def written(name: str, cache) -> Path:
-    """The folder of `name`: a special value's, which is written below the folder `cache` if it is not there, or the folder itself."""
+    """The folder of `name`: a special value's, which is written below the folder `cache` if it is not there, or the folder itself.
+
+    Raises UserError for a folder that is not there.
+    """
     if name not in SPELLINGS:
-        return Path(name)
+        if not Path(name).expanduser().is_dir():
+            known = ", ".join(SPELLINGS)
+            raise UserError(f"experiment.domains names {name}, which is not a folder: name one, or one of {known}.")
+        return Path(name).expanduser()
     content = {task: rows(task, SPELLINGS[name]) for task in TASKS}
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
     folder = Path(cache).expanduser() / f"{name}-{key}"

@@ -66,10 +66,9 @@ def wrong_label(example: Example, draw: random.Random, others=()) -> Example:
 
 
 def adversarial(example: Example, draw: random.Random, others=()) -> Example:
-    """The option that follows the right one in alphabetical order, after the last the first: nothing is drawn."""
-    _others(example)
-    options = sorted(example.options)
-    return replace(example, output=options[(options.index(example.output) + 1) % len(options)])
+    """The wrong option that follows the right one in alphabetical order, after the last the first: nothing is drawn."""
+    wrong = sorted(_others(example))
+    return replace(example, output=next((option for option in wrong if option > example.output), wrong[0]))
 
 
 def typos(example: Example, draw: random.Random, others=()) -> Example:
@@ -98,7 +97,8 @@ def _mistyped(word: str, draw: random.Random) -> str:
 
 
 def _others(example: Example) -> list[str]:
-    others = [option for option in example.options if option != example.output]
+    # Answers are scored without the spaces around them: an option that differs in these alone is right.
+    others = [option for option in example.options if option.strip() != example.output.strip()]
     if not others:
         raise UserError(
             f"A demonstration of task {example.task!r} ({example.output!r}) has no other option that could be its wrong label: leave"

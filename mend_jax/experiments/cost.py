@@ -145,6 +145,7 @@ def cost_of(models: Named, shape: Shape, method: str, rows: int, repeats: int) -
     if rows == 1:
         row["compilers_flops"] = regimes.compilers_query_flops(models, shape, method)
         row["seconds"] = regimes.seconds_by_regime(found, shape) if repeats else None
+        row["distil_seconds"] = found["distil" + regimes.ONE]["seconds"] if method == "mend" else None
     if method == "mend":
         row["pays_from"] = pays_from(row["flops"], regimes.query_flops(models, shape, "icl"), distil)
     return row
@@ -185,12 +186,12 @@ def cost_table(rows: list[dict]) -> str:
     """A row for each model, task, method and number of queries to a pass."""
     header = ["LLM", "lengths", "method", "queries a pass"]
     header += ["TFLOP/query (a)", "(b)", "(c)", "once (c)", "compiler", "peak (a)", "(b)", "(c)", "K/V cache", "stored"]
-    header += ["s/query (a)", "(b)", "(c)", "once (c)", "MEND pays from query (a)", "(b)", "(c)"]
+    header += ["s/query (a)", "(b)", "(c)", "once (c)", "distilling", "MEND pays from query (a)", "(b)", "(c)"]
     return markdown(header, [_cells(row) for row in rows])
 
 
 def short_table(rows: list[dict]) -> str:
-    """The FLOPs and seconds of the rows with one query to a pass, for a terminal."""
+    """The FLOPs and seconds of the rows with the fewest queries to a pass, for a terminal."""
     header = [
         "LLM",
         "lengths",
@@ -204,7 +205,8 @@ def short_table(rows: list[dict]) -> str:
         "(c)",
         "once (c)",
     ]
-    cells = [_cells(row) for row in rows if row["rows"] == 1]
+    fewest = min((row["rows"] for row in rows), default=1)
+    cells = [_cells(row) for row in rows if row["rows"] == fewest]
     return markdown(header, [[*row[:3], *row[4:8], *row[14:18]] for row in cells])
 
 
@@ -234,6 +236,7 @@ def _cells(row: dict) -> list[str]:
     cells += ["" if difference is None else f"{difference:.1%} off"]
     cells += [size(row["peak_bytes"][r]) for r in REGIMES] + [size(row["cache"]), size(row["stored"])]
     cells += [number(seconds[r]["query"]) for r in REGIMES] + [number(seconds["c"]["once"])] if seconds else 4 * ["–"]
+    cells += [number(made) if (made := row.get("distil_seconds")) else ""]
     pays = row.get("pays_from")
     return cells + (["never" if pays[r] is None else f"{pays[r]:,}" for r in REGIMES] if pays else 3 * [""])
 

@@ -18,7 +18,7 @@ from mend_jax.cli.progress import Parts
 from mend_jax.cli.settings import dotted_fields
 from mend_jax.experiments.methods import Times
 from mend_jax.experiments.table import Experiment, Row, evaluation_key
-from mend_jax.experiments.trainings import Training, with_fields
+from mend_jax.experiments.trainings import READ_DEMOS, Training, with_fields
 from mend_jax.experiments.written import ROWS, TABLE, head, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
 from mend_jax.run.resume import FREE_FIELDS, defaults
@@ -52,7 +52,7 @@ def run_experiments(experiments: Sequence[Experiment], config: ConfigDict, workd
     """
     folder = open_workdir(config, workdir)
     _compile_into(folder / COMPILED)
-    planned = [(experiment, experiment.rows(config)) for experiment in experiments]
+    planned = [(experiment, _rows(experiment, config)) for experiment in experiments]
     rows = [row for _, part in planned for row in part]
     if left := [row for row in rows if not _is_scored(folder, row)]:
         check(config, folder, left)
@@ -68,6 +68,15 @@ def run_experiments(experiments: Sequence[Experiment], config: ConfigDict, workd
     return 0
 
 
+def _rows(experiment: Experiment, config: ConfigDict) -> list[Row]:
+    """Its rows. Raises UserError if there is none."""
+    found = experiment.rows(config)
+    if not found:
+        wanted = ", ".join(READ_DEMOS)
+        raise UserError(f"{experiment.name} has no row: experiment.methods must name one of {wanted}.")
+    return found
+
+
 def open_workdir(config: ConfigDict, workdir) -> Path:
     """The folder of experiments, which is made or belongs to this config.
 
@@ -79,8 +88,9 @@ def open_workdir(config: ConfigDict, workdir) -> Path:
     except OSError as error:
         raise UserError(f"The workdir {folder} cannot be created ({error.strerror}): name another.") from error
     path, wanted = folder / CONFIG, dotted_fields(json.loads(config.to_json()))
-    if not path.is_file():
-        if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != COMPILED):
+    others = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in (CONFIG, COMPILED))
+    if not others or not path.is_file():  # what was refused before work began leaves its config alone
+        if others:
             raise UserError(f"{folder} is not a workdir of experiments: it holds {others[0]}; name a new folder.")
         if distributed.is_first():
             write_sealed(path, json.loads(config.to_json()), sort_keys=True)

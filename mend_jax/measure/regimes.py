@@ -76,14 +76,22 @@ def computed(config: Config, tokens: int, before: int = 0) -> int:
     keys that come later (models/attention.py), which `costs.reading` counts."""
     if not tokens:
         return 0
+    return round(costs.reading(config, tokens, before + _pairs(tokens) / tokens).forward)
+
+
+def _pairs(tokens: int) -> int:
+    """Pairs of T tokens in the blocks that attention computes."""
     ends = [min(start + BLOCK, tokens) for start in range(0, tokens, BLOCK)]
-    pairs = sum((end - start) * end for start, end in zip(range(0, tokens, BLOCK), ends, strict=True))
-    return round(costs.reading(config, tokens, before + pairs / tokens).forward)
+    return sum((end - start) * end for start, end in zip(range(0, tokens, BLOCK), ends, strict=True))
 
 
 def distil_flops(models: Models, shape: Shape) -> int:
-    own = computed(models.distiller, shape.demos + models.vectors)
-    return own + costs.projection(models.distiller.width, models.llm.width, models.vectors)
+    N, L, config = shape.demos, models.vectors, models.distiller
+    left_out = (
+        _pairs(N + L) - _pairs(L) - N * L
+    )  # the placeholders read the demonstrations as a prefix in the last layer
+    own = computed(config, N + L) - costs.not_wanted(config, N, left_out)
+    return own + costs.projection(config.width, models.llm.width, L)
 
 
 def query_flops(models: Models, shape: Shape, method: str) -> dict[str, dict[str, float]]:
@@ -128,18 +136,19 @@ def pays_from(mend: dict[str, float], other: dict[str, float], distil: float) ->
 
 
 class Program(NamedTuple):
-    """A function with the shapes of its arguments; the last model's layers are `layers`."""
+    """A function with the shapes of its arguments; the last model's layers are `layers`, `alone` of them outside of the loop."""
 
     function: Callable
     arguments: tuple
     layers: int
+    alone: int = 0
 
 
 def distil_program(models: Models, shape: Shape, rows: int) -> Program:
     settings = Settings(models.llm, models.distiller, models.dtype, rows, shape.demos, 1, 1, models.vectors)
     kind = sketch(settings)
     arguments = kind.params, _ints(rows, shape.demos), _ints(rows)
-    return Program(lambda *a: kind.apply(*a).embeds, arguments, models.distiller.layers)
+    return Program(lambda *a: kind.apply(*a).embeds, arguments, models.distiller.layers, alone=1)
 
 
 def reread_program(models: Models, prefix: int, shape: Shape, rows: int) -> Program:
@@ -196,15 +205,16 @@ def programs(models: Models, shape: Shape, method: str, rows: int) -> dict[str, 
 
 
 def compilers_count(make: Callable[[Models], Program], models: Models) -> float:
-    """FLOPs of a program by XLA's own analysis, which counts the body of a loop over layers once: here as often as there are
-    layers, by the difference to the same program of models without layers."""
-    none = dataclasses.replace(
+    """FLOPs of a program by XLA's own analysis, which counts the body of a loop over layers once: here as often as it runs, by the
+    difference to the same program of models without what is in the loop."""
+    whole = make(models)
+    ends = dataclasses.replace(
         models,
-        llm=dataclasses.replace(models.llm, layers=0),
-        distiller=dataclasses.replace(models.distiller, layers=0),
+        llm=dataclasses.replace(models.llm, layers=whole.alone),
+        distiller=dataclasses.replace(models.distiller, layers=whole.alone),
     )
-    whole, ends = (_flops(make(each)) for each in (models, none))
-    return ends + make(models).layers * (whole - ends)
+    once, rest = _flops(whole), _flops(make(ends))
+    return rest + (whole.layers - whole.alone) * (once - rest)
 
 
 def compilers_query_flops(models: Models, shape: Shape, method: str, rows: int = 1) -> dict[str, dict[str, float]]:

@@ -62,6 +62,17 @@ class Seen(NamedTuple):
     at: jax.Array | None  # (B,T) int32: where they stand; None where no layer slides
 
 
+class Wanted(NamedTuple):
+    """The columns of whose states there is need, next to each other in each row: none comes after them but padding."""
+
+    start: jax.Array  # (B,) int32
+    count: int
+
+    def take(self, a):
+        """These columns of (B,T,...): (B,count,...)."""
+        return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, self.count))(a, self.start)
+
+
 class Block(nn.Module):
     """Attention and MLP with residuals, each after a norm or (norm_first=False) before one; or between two (post_norms)."""
 
@@ -71,14 +82,18 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x, cache, slides, seen, rotations):
+    def __call__(self, x, cache, slides, seen, rotations, wanted=None):
         """x (B,T,W); cache None or this layer's (keys, values) of a prefix; slides () bool, None where all layers are alike;
-        seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones."""
+        seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones;
+        wanted None or a `Wanted`: of the other columns there are keys and values alone."""
         config, x = self.config, shard_rows(x)
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * max(1, config.layers)) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, self._rotations(rotations, slides))
         self.sow("intermediates", "queries", q)  # kept for models/attention_weights.py alone: else this does nothing
+        if wanted is not None:
+            cache, seen = self._before(wanted, k, v)
+            x, q, k, v = (wanted.take(a) for a in (x, q, k, v))
         y = self._attend(q, k, v, cache, seen, slides).reshape(*x.shape[:2], config.heads * config.head_width)
         y = _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
         x = x + (_norm(config, self.dtype, "out_norm")(y) if config.post_norms else y)
@@ -88,6 +103,13 @@ class Block(nn.Module):
         x = x + (_norm(config, self.dtype, "down_norm")(y) if config.post_norms else y)
         x = shard_rows(x if config.norm_first else norm2(x))
         return x, ((k, v) if self.keep_cache else None)
+
+    def _before(self, wanted: Wanted, k, v):
+        """(keys, values) of the columns before the wanted ones, as of a prefix for each row, and what these see."""
+        (B, T), count = k.shape[:2], wanted.count
+        within = jnp.broadcast_to(jnp.tri(count, dtype=bool), (B, count, count))
+        at = wanted.start[:, None] + jnp.arange(count) if self.config.sliding else None
+        return (k[:, : T - count], v[:, : T - count]), Seen(within, wanted.start, at)
 
     def _rotations(self, rotations, slides):
         """Those of this layer."""
@@ -153,7 +175,7 @@ class Decoder(nn.Module):
     keep_cache: bool = False
 
     @nn.compact
-    def __call__(self, embeds, positions=None, cache=None, within=None):
+    def __call__(self, embeds, positions=None, cache=None, within=None, wanted=None):
         """States (B,T,D); with `keep_cache` also keys and values, each (layers,B,T,G,F).
 
         Args:
@@ -161,6 +183,8 @@ class Decoder(nn.Module):
             positions: (B,T) int32; None is 0..T-1.
             cache: a `Cache`: the rows are read after this prefix. Needs `positions` and `within`.
             within: (B,T,T) bool, what each token sees of its own row; None is causal.
+            wanted: a `Wanted`: the states (B,count,D) of these columns alone, of which the last layer computes no others. Without
+                `cache`; its gradient would add up whole stacks of weights, layer by layer: prefix.py has the way around it.
         """
         config, project = self.config, partial(_dense, dtype=self.dtype, bias=False)
         tables, rotations = Embed(config, name="embed")(), None
@@ -193,13 +217,28 @@ class Decoder(nn.Module):
             seen = Seen(within, cache.length, at)
         if len(set(config.sliding)) > 1:
             slides = jnp.asarray(config.sliding)
-        x, kept = layers(shard_rows(x), before, slides, seen, rotations)
+        if wanted is None:
+            x, kept = layers(shard_rows(x), before, slides, seen, rotations)
+        else:
+            x, kept = self._last_alone(shard_rows(x), slides, rotations, wanted), None
         x = shard_rows(x)
         if config.final_norm:
             x = _norm(config, self.dtype, "final_norm")(x)
         if config.width != config.hidden_width:
             x = project(config.width, name="project_out")(x)
         return (x, kept) if self.keep_cache else x
+
+    def _last_alone(self, x, slides, rotations, wanted: Wanted):
+        """The layers, the last of them for the wanted columns alone: (B,count,W). Each is read from where all lie, as the scan
+        does: without its last layer the stack would be copied."""
+        stacked, last = self.get_variable("params", "layers"), self.config.layers - 1
+        block = Block(self.config, self.dtype, self.attention, False, parent=None)
+
+        def read(i, x, wanted=None):
+            params, slide = jax.tree.map(lambda a: a[i], (stacked, slides))
+            return block.apply({"params": params}, x, None, slide, None, rotations, wanted)[0]
+
+        return read(last, jax.lax.fori_loop(0, last, read, x) if last else x, wanted)
 
 
 class Embed(nn.Module):

@@ -17,7 +17,7 @@ from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import init_params
 from mend_jax.models.int8 import rows
-from mend_jax.prefixes.prefix import Prefix, continue_after, join, take_rows
+from mend_jax.prefixes.prefix import Prefix, join, take_rows, vectors_after
 
 
 class DistillerModule(nn.Module):
@@ -63,7 +63,7 @@ class DistillerModule(nn.Module):
             joined, length = join(context, placeholders, seen)
             return take_rows(encode(self.config, backbone, joined, length, dtype, self.remat), context.length, L)
         model = Decoder(self.config, dtype, self.attention, self.remat)
-        return continue_after(model, backbone, context, placeholders)
+        return vectors_after(model, backbone, context, placeholders)
 
     def shapes(self):
         """The parameter tree as `jax.ShapeDtypeStruct`s, without allocating anything."""

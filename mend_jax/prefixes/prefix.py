@@ -4,11 +4,13 @@ Axes: B batch, N demonstration tokens, L vectors, P prefix, Q query tokens, D wi
 Every row is right-padded and has a length; rows are joined without gaps, so positions are 0, 1, 2, ...
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mend_jax.models.decoder import Decoder
+from mend_jax.models.decoder import Decoder, Wanted
 
 
 @struct.dataclass
@@ -33,16 +35,34 @@ def join(prefix: Prefix, embeds, length=None):
 
 
 def continue_after(model: Decoder, params, prefix: Prefix, embeds):
-    """The model's states at `embeds` (B,Q,D), read after the prefix: (B,Q,D).
-
-    The LLM reads a query after a prefix, and a decoder distiller its placeholders after the demonstrations: one function.
-    """
+    """The model's states at `embeds` (B,Q,D), read after the prefix: (B,Q,D)."""
     joined, _ = join(prefix, embeds)
     # Padding may exceed the window though no row does: it is cut off, and its states are returned as zeros.
     beyond = max(0, joined.shape[1] - model.config.window)
     states = model.apply({"params": params}, joined[:, : joined.shape[1] - beyond])
     states = jnp.pad(states, ((0, 0), (0, beyond), (0, 0)))
     return states if prefix.embeds.shape[1] == 0 else take_rows(states, prefix.length, embeds.shape[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def vectors_after(model: Decoder, params, prefix: Prefix, embeds):
+    """`continue_after` for a distiller, whose prefix is all that it reads but for few placeholders: of the last layer only what
+    their states need is computed. Where a gradient is taken, all is: it needs one scan over the layers."""
+    joined, _ = join(prefix, embeds)
+    return model.apply(
+        {"params": params}, joined[:, : model.config.window], wanted=Wanted(prefix.length, embeds.shape[1])
+    )
+
+
+def _with_gradient(model, *arguments):
+    return jax.vjp(partial(continue_after, model), *arguments)
+
+
+def _gradient(_, back, grad):
+    return back(grad)
+
+
+vectors_after.defvjp(_with_gradient, _gradient)
 
 
 def take_rows(states, start, count: int):

@@ -7,6 +7,7 @@ markers and line styles, maps by shades of grey.
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ with contextlib.suppress(ImportError):  # pip install "mend-jax[report]"; `requi
 WIDTH = 4.7  # inches: on a phone's screen the letters are then as large as they are here
 FACES = ("#86add0", "#f4f4f4", "#9a9a9a", "#d3e3f0", "#c4c4c4", "#ffffff", "#5d8db8", "#e0e0e0")
 HATCHES = ("", "///", "", "...", "\\\\\\", "xxx", "---", "+++")
+LETTERS = 50  # beside each other below an axis
 MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 STYLE = {
     "font.size": 9,
@@ -76,24 +78,32 @@ def require_matplotlib() -> None:
 
 
 def bars(
-    name: str, caption: str, values: Sequence[Bar], ylabel: str, references: dict[str, float] | None = None, log=False
+    name: str,
+    caption: str,
+    values: Sequence[Bar],
+    ylabel: str,
+    references: dict[str, float] | None = None,
+    log=False,
+    xlabel: str = "",
 ) -> Drawing:
-    """Groups of bars, a hatch for each series; `references` are lines across."""
+    """Groups of bars, a hatch for each series; `references` are lines across. What does not fit beside each other is in rows of
+    one scale."""
     groups, series = (list(dict.fromkeys(getattr(bar, what) for bar in values)) for what in ("group", "series"))
-    per_row = max(1, 26 // max(1, len(series)))
-    chunks = [groups[start : start + per_row] for start in range(0, len(groups), per_row)]
+    chunks = _rows_of(groups, len(series))
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, 2.3 * len(chunks) + 0.9), layout="constrained")
-        axes = figure.subplots(len(chunks), 1, squeeze=False)[:, 0]
+        axes = figure.subplots(len(chunks), 1, squeeze=False, sharey=True)[:, 0]
         for axis, chunk in zip(axes, chunks, strict=True):
             for i, one in enumerate(series):
                 _bars_of(axis, [b for b in values if b.series == one and b.group in chunk], chunk, i, len(series))
             for j, (text, value) in enumerate((references or {}).items()):
                 axis.axhline(value, color="black", linewidth=0.8, linestyle=DASHES[1 + j % 3], label=text)
-            axis.set_xticks(range(len(chunk)), [_wrapped(group, len(chunk)) for group in chunk])
+            axis.set_xticks(range(len(chunk)), [_wrapped(group, len(chunks[0])) for group in chunk])
+            axis.set_xlim(-0.55, len(chunks[0]) - 0.45)  # bars are as wide in every row
             axis.set_ylabel(ylabel)
             if log:
-                axis.set_yscale("log")
+                _logarithmic(axis)
+        axes[-1].set_xlabel(xlabel)
         _legend(figure, axes[0])
     header = ["group", "series", "value", "low", "high"]
     return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], _laid_out(figure))
@@ -103,17 +113,26 @@ def curves(name: str, caption: str, values: Sequence[Bar], xlabel: str, ylabel: 
     """Values over a number, which is the `group` of each; logarithmic where the numbers go over more than a factor of 20."""
     series = list(dict.fromkeys(bar.series for bar in values))
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH, 3.4), layout="constrained")
+        names = [*series, *(references or {})]
+        figure = Figure((WIDTH, 2.9 + 0.17 * -(-len(names) // _beside(names))), layout="constrained")
         axis = figure.subplots()
         ticks = sorted({float(bar.group) for bar in values})
-        if min(ticks) > 0 and max(ticks) > 20 * min(ticks):
+        if log := min(ticks) > 0 and max(ticks) > 20 * min(ticks):
             axis.set_xscale("log")
         for i, one in enumerate(series):
             own = sorted((bar for bar in values if bar.series == one), key=lambda bar: float(bar.group))
-            x, y = [float(bar.group) for bar in own], [bar.value for bar in own]
-            style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "color": _line_color(i)}
+            aside = 0.012 * (i - (len(series) - 1) / 2)  # of the axis, so that intervals stand beside each other
+            x, y = [_moved(float(bar.group), aside, ticks, log) for bar in own], [bar.value for bar in own]
             axis.errorbar(
-                x, y, _errors(own), capsize=2.5, linewidth=1.3, markersize=5, elinewidth=0.8, label=one, **style
+                x,
+                y,
+                _errors(own),
+                capsize=2.5,
+                linewidth=1.3,
+                markersize=5,
+                elinewidth=0.8,
+                label=one,
+                **_line_style(i),
             )
         for j, (text, value) in enumerate((references or {}).items()):
             axis.axhline(value, color="black", linewidth=0.8, linestyle=DASHES[1 + j % 3], label=text)
@@ -134,8 +153,7 @@ def lines(name: str, caption: str, values: dict[str, list[tuple[float, float]]],
         for i, (one, points) in enumerate(values.items()):
             x, y = zip(*points, strict=True)
             often = max(1, len(points) // 6)
-            style = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "color": _line_color(i)}
-            axis.plot(x, y, label=one, linewidth=1.1, markersize=4, markevery=(i % often, often), **style)
+            axis.plot(x, y, label=one, linewidth=1.1, markersize=4, markevery=(i % often, often), **_line_style(i))
         axis.set_xlabel(_plain(xlabel))
         axis.set_ylabel(ylabel)
         _legend(figure, axis)
@@ -223,31 +241,68 @@ def _errors(own: Sequence[Bar]):
     return np.maximum(0, np.array(ends).T)
 
 
-def _line_color(number: int) -> str:
-    return ("#2b5c8a", "#000000", "#7a7a7a", "#b04a00")[number % 4]
+def _line_style(number: int) -> dict[str, str]:
+    """The marker, dashes and colour of a series: eight that differ in all three, or in two."""
+    color = ("#2b5c8a", "#000000", "#7a7a7a", "#b04a00")[number % 4]
+    dashes = DASHES[(number + number // 4) % len(DASHES)]
+    return {"marker": MARKERS[number % len(MARKERS)], "linestyle": dashes, "color": color}
+
+
+def _moved(x: float, share: float, ticks: Sequence[float], log: bool) -> float:
+    """x, moved aside by a share of the axis."""
+    if log:
+        return x * (max(ticks) / min(ticks)) ** share
+    return x + share * (max(ticks) - min(ticks))
+
+
+def _logarithmic(axis) -> None:
+    """A logarithmic axis whose numbers are written out."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _rows_of(groups: Sequence[str], series: int) -> list[list[str]]:
+    """The groups in rows of nearly the same number, in which their bars and the longest words of their names fit."""
+    longest = max((len(word) for group in groups for word in _words(group)), default=1)
+    fit = max(1, min(26 // max(1, series), LETTERS // (longest + 1)))
+    count = -(-len(groups) // fit)
+    across = -(-len(groups) // count)
+    return [list(groups[start : start + across]) for start in range(0, len(groups), across)]
 
 
 def _legend(figure, axis) -> None:
     handles, labels = axis.get_legend_handles_labels()
     labels = [_plain(label) for label in labels]
     if labels:
-        fit = max(1, 54 // (max(map(len, labels)) + 8))  # beside each other
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(fit, len(labels)))
+        figure.legend(handles, labels, loc="outside upper center", ncols=_beside(labels))
+
+
+def _beside(labels: Sequence[str]) -> int:
+    """The columns of a legend."""
+    return min(len(labels), max(1, 54 // (max(map(len, labels)) + 8)))
 
 
 def _wrapped(text: str, groups: int) -> str:
     """A group's name in lines that fit below it."""
-    room, found = max(6, 54 // groups), [""]
-    for word in text.replace("_", " ").split():
+    room, found = LETTERS // groups, [""]
+    for word in _words(text):
         if found[-1] and len(found[-1]) + len(word) >= room:
             found.append("")
-        found[-1] = f"{found[-1]} {word}".strip()
+        space = "" if found[-1].endswith("-") else " "
+        found[-1] = f"{found[-1]}{space}{word}".strip()
     return _plain("\n".join(found))
 
 
 def _plain(text: str) -> str:
     """A text from data as matplotlib draws it: no formula, which it would read between two $ and may not understand."""
     return shown(text, keep="\n").replace("$", "\\$")
+
+
+def _words(text: str) -> list[str]:
+    """The parts between which a name can be broken; a hyphen stays with what is before it."""
+    return re.sub(r"(?<=\w)-(?=\w)", "- ", text.replace("_", " ")).split()
 
 
 def _laid_out(figure):

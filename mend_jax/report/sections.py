@@ -127,7 +127,7 @@ def _cost(result: Result) -> tuple[list[Table], list[Drawing], list[str]]:
     header += [f"peak {r}" for r in ("(a)", "(b)", "(c)")] + ["K/V cache", "stored"]
     header += (
         [f"s/query {r}" for r in ("(a)", "(b)", "(c)")]
-        + ["s once (c)"]
+        + ["s once (c)", "of them distilling"]
         + [f"MEND pays from query {r}" for r in ("(a)", "(b)", "(c)")]
     )
     tables = [
@@ -139,12 +139,13 @@ def _cost(result: Result) -> tuple[list[Table], list[Drawing], list[str]]:
         head = ["LLM", "task", "paper", "counted as the paper", "as computed here", "here, over the paper's ICL"]
         lines_ = [[row["llm"], row["task"], *(f"{row[name]:.3f}" for name in names)] for row in ratios]
         tables.insert(0, Table("cost_ratios", "FLOPs of MEND over Vanilla ICL, regime (a)", head, lines_))
+    fewest = min((row["rows"] for row in costs), default=1)  # FLOPs of a query are the same with more to a pass
     sets = dict.fromkeys((row["llm"], "the paper" if row["lengths"] == "the paper" else "here") for row in costs)
     for llm, of in sets:
         own = [
             r
             for r in costs
-            if r["llm"] == llm and r["rows"] == 1 and (r["lengths"] == "the paper") == (of == "the paper")
+            if r["llm"] == llm and r["rows"] == fewest and (r["lengths"] == "the paper") == (of == "the paper")
         ]
         drawings += [_flops_figure(own, llm, of, regime) for regime in ("a", "c")]
     notes = [
@@ -186,6 +187,7 @@ def _cost_cells(row: dict) -> list[str]:
     cells += [number(flops[r]["query"] / 1e12) for r in REGIMES] + [number(flops["c"]["once"] / 1e12), off]
     cells += [size(row["peak_bytes"][r]) for r in REGIMES] + [size(row["cache"]), size(row["stored"])]
     cells += [number(seconds[r]["query"]) for r in REGIMES] + [number(seconds["c"]["once"])] if seconds else [""] * 4
+    cells += [number(made) if (made := row.get("distil_seconds")) else ""]
     return cells + (["never" if pays[r] is None else f"{pays[r]:,}" for r in REGIMES] if pays else [""] * 3)
 
 

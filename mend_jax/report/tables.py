@@ -13,7 +13,7 @@ from mend_jax.report.figures import Bar, Drawing, bars, curves
 from mend_jax.report.results import Result, Row
 from mend_jax.scoring.answers import read_scores
 from mend_jax.scoring.comparisons import Study, interval, note, p_value, percent, spread
-from mend_jax.scoring.metrics import METRICS, TITLES
+from mend_jax.scoring.metrics import METRICS, TITLES, mean_and_std
 from mend_jax.scoring.metrics import percent as mean_and_spread
 from mend_jax.scoring.statistics import ALPHA, Comparison, Estimate, Resampled, estimate, is_by_class
 
@@ -66,7 +66,21 @@ def main_tables(result: Result, rows: Sequence[Scored]) -> list[Table]:
     """The table as the paper has it, where two things are varied; then every row with its numbers; then the tasks."""
     labels = labels_of(rows)
     compact = [pivot_table(result, rows, labels)] if len(labels) == 2 and "method" in labels else []
+    if result.name == "order":
+        compact.insert(0, orders_table(result, rows))
     return [*compact, long_table(result, rows), task_table(result, rows)]
+
+
+def orders_table(result: Result, rows: Sequence[Scored]) -> Table:
+    """How far each method's score goes apart over the orders of the same demonstrations."""
+    made = []
+    for method in dict.fromkeys(one.row.label("method") for one in rows):
+        scores = [one.score.value for one in rows if one.row.label("method") == method]
+        mean, std = mean_and_std(scores)
+        made.append([method, str(len(scores)), mean_and_spread({"mean": mean, "std": std})])
+        made[-1] += [percent(value) for value in (min(scores), max(scores), max(scores) - min(scores))]
+    header = ["method", "orders", "mean ± over orders", "lowest", "highest", "apart"]
+    return Table(f"{result.name}_spread", "Spread over orders", header, made)
 
 
 def pivot_table(result: Result, rows: Sequence[Scored], labels: Sequence[str]) -> Table:
@@ -154,7 +168,8 @@ def score_figure(result: Result, rows: Sequence[Scored]) -> Drawing:
     series = "method" if "method" in labels and len(labels) > 1 else ""
     others = [name for name in labels if name != series]
     values = [_bar(one, _joined(one.row, others), one.row.label(series) if series else "score") for one in rows]
-    return bars(result.name, "Scores; bars are 95% intervals.", values, "score", references)
+    xlabel = ", ".join(others)
+    return bars(result.name, "Scores; bars are 95% intervals.", values, "score", references, xlabel=xlabel)
 
 
 def labels_of(rows: Sequence[Scored]) -> list[str]:

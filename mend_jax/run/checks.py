@@ -240,6 +240,8 @@ def check_experiment(config, trainings, evaluations) -> None:
     """
     for c, batch_size in trainings:
         check_config(c, batch_size)
+    for path in {c.evaluate.encoder for c in evaluations if c.evaluate.demos == "dense"} - {""}:
+        check_encoder(path)
     folder = local_folder(config.llm.path)
     tokenizer = load_tokenizer(folder)
     bos = bos_token(config.data.bos, tokenizer, config.llm.path)
@@ -251,6 +253,12 @@ def check_experiment(config, trainings, evaluations) -> None:
         tasks, _ = load_tasks(c, llm, split)
         if finetunings:
             check_longest(llm, config.prefix.length, tasks, split)
+
+
+def check_encoder(path) -> None:
+    """That config.evaluate.encoder can be read, without its weights."""
+    folder = local_folder(path)
+    check_tokenizer(load_tokenizer(folder), from_hf_config(folder).vocab_size, path, "encoder")
 
 
 def _without_encoder(config):

@@ -120,7 +120,21 @@ def release_step(llm: Config, distiller: Config, rows: int, demos: int, query: i
 
 def distil(distiller: Config, llm: Config, demos: int, vectors: int) -> int:
     """FLOPs of turning N demonstration tokens into L vectors."""
-    return reading(distiller, demos + vectors).forward + projection(distiller.width, llm.width, vectors)
+    whole, keys = reading(distiller, demos + vectors).forward, demos + vectors
+    if not isinstance(distiller, EncoderDecoderConfig) and distiller.sliding and distiller.sliding[-1]:
+        keys = min(keys, distiller.attention_span)
+    return whole - not_wanted(distiller, demos, demos * keys) + projection(distiller.width, llm.width, vectors)
+
+
+def not_wanted(distiller: Config, demos: int, pairs: int) -> int:
+    """FLOPs of `reading` that a distiller saves where no gradient is taken: at N demonstrations a decoder's last layer makes
+    queries, keys and values alone, and leaves out so many pairs of tokens."""
+    if isinstance(distiller, EncoderDecoderConfig):
+        return 0
+    W, heads = distiller.hidden_width, distiller.heads * distiller.head_width
+    after = W * heads + (3 if distiller.gated else 2) * W * distiller.mlp_width
+    after += W * distiller.width if distiller.width != W else 0  # states are projected
+    return (2 * demos * after + 4 * pairs * heads) if distiller.layers else 0
 
 
 def score_cached(llm: Config, prefix: int, query: int, options: list[int]) -> int:
