@@ -7,6 +7,7 @@ their places here. No block is left out.
 import re
 import tomllib
 
+import numpy as np
 import pytest
 import tokenizer_files
 from conftest import ROOT
@@ -14,6 +15,7 @@ from test_export import make_workdir
 
 import mend_jax
 from mend_jax.cli.settings import check
+from mend_jax.interchange.export import export
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = {
@@ -36,12 +38,23 @@ def places(tmp_path_factory):
     quickstart = make_workdir(root / "quickstart", small, small.path, PACKAGED / "backbone", **{"prefix.length": 8})
     distiller, demos = mend_jax.load_distiller(quickstart, small), 4 * [("fudi megu", "ivory"), ("meda fepo", "maroon")]
     mend_jax.make_packs(small, distiller, [demos], quickstart)[0].save(root / "colours.pack.safetensors")
+    mine = make_workdir(root / "mine", large, llm, backbone)
+    export(mine, root / "exported")
     return {
-        "runs/quickstart/mend/finetune": quickstart,
+        'load_llm("smollm2-135m-instruct': f'load_llm("{llm}',  # before the distiller of this name
+        "smollm2-135m-instruct": mine,
+        "mend_jax/distillers/smollm2-135m-instruct": root / "exported",
+        "runs/smollm2": llm,
+        "reviews.pack.safetensors": root / "reviews.pack.safetensors",
         "colours.pack.safetensors": root / "colours.pack.safetensors",
         "gpt2-large": llm,
-        "runs/mine/mend/finetune": make_workdir(root / "mine", large, llm, backbone),
+        "runs/mine/mend/finetune": mine,
     }
+
+
+def quoted(text) -> str:
+    """As it stands in a block; a call's beginning has its own quotes."""
+    return str(text) + '"' if '"' in str(text) else f'"{text}"'
 
 
 def run(document, places):
@@ -49,7 +62,7 @@ def run(document, places):
     names = {}
     for number, block in enumerate(DOCUMENTS[document], 1):
         for name, folder in places.items():
-            block = block.replace(f'"{name}"', f'"{folder}"')
+            block = block.replace(quoted(name), quoted(folder))
         exec(compile(block, f"{document}, Python block {number}", "exec"), names)
     return names
 
@@ -63,15 +76,15 @@ def test_the_blocks_of_a_document_run(document, places, monkeypatch):
 
 def test_what_is_named_stands_in_a_document(places):
     blocks = "".join(block for blocks in DOCUMENTS.values() for block in blocks)
-    assert [name for name in places if f'"{name}"' not in blocks] == []
+    assert [name for name in places if quoted(name) not in blocks] == []
     assert DOCUMENTS.keys() >= {"README.md", "docs/python.md", "docs/running.md"}
 
 
-def test_the_readme_distils_eight_vectors_and_scores_both_options(places, monkeypatch, capsys):
+def test_the_readme_makes_the_same_vectors_in_jax_and_pytorch(places, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert run("README.md", places)["vectors"].length.tolist() == [8]
-    scores = re.findall(r"-\d+\.\d+", capsys.readouterr().out)
-    assert len(scores) == 2 * 2  # of the vectors and of the demonstrations
+    names = run("README.md", places)
+    assert names["pack"].num_demonstrations == len(names["demos"]) == 2
+    np.testing.assert_allclose(names["vectors"][0], names["pack"].vectors, atol=1e-5)
 
 
 def test_chunks_are_removed_in_the_docs(places):

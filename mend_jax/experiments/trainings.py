@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields, nearest
 from mend_jax.experiments.methods import STAGES, stage_config
+from mend_jax.interchange.trained import trained_path
 from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
 
@@ -109,11 +110,11 @@ def trained_elsewhere(config: ConfigDict) -> dict[str, Training]:
         if not equals or name not in names:
             hint = f"did you mean {nearest(name, names)}=...?" if name else "give METHOD=WORKDIR."
             raise UserError(f"experiment.trained holds {text!r}, but its METHOD is one of {', '.join(names)}: {hint}")
-        if not Path(path).expanduser().is_dir():
+        if not trained_path(path).is_dir():
             raise UserError(
                 f"experiment.trained names {path} for {name}, which is not a folder: give a training workdir."
             )
-        found[name] = Training(None, None, str(Path(path).expanduser().absolute()))
+        found[name] = Training(None, None, str(trained_path(path).absolute()))
     return found
 
 

@@ -23,6 +23,15 @@ from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place
 
 RELEASED = (".safetensors", ".bin")  # files of the public release
+CARRIED = Path(__file__).parents[1] / "distillers"  # exported folders in this package, named after the LLM they are for
+
+
+def trained_path(path: str | Path) -> Path:
+    """The file or folder that `path` names: a distiller of this package by the name of its LLM ("smollm2-135m-instruct"),
+    unless there is such a folder here."""
+    here = Path(path).expanduser()
+    carried = CARRIED / here.name
+    return carried if str(path) == here.name and not here.exists() and carried.is_dir() else here
 
 
 def load_distiller(path, llm, backbone=None) -> Distiller:
@@ -94,7 +103,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
     With `place` (sharding.py), the parameters of a workdir and the backbone of an exported folder are read shard by shard
     to the devices that it gives.
     """
-    path = Path(path).expanduser()
+    path = trained_path(path)
     if path.is_file():
         if path.suffix not in RELEASED:
             raise UserError(
@@ -156,7 +165,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
 
 def own_llm(path: str | Path) -> str | None:
     """The LLM that a training workdir was for, as its config names it, or that an exported distiller names; None if it does not."""
-    path = Path(path).expanduser()
+    path = trained_path(path)
     if (path / checkpoint.FOLDER).is_dir():
         return checkpoint.read_config(path)["llm"]["path"]
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None
@@ -165,7 +174,7 @@ def own_llm(path: str | Path) -> str | None:
 
 def trained_fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with anything that decides what `load_prefix` reads from a workdir, folder or file."""
-    path = Path(path).expanduser()
+    path = trained_path(path)
     if (path / checkpoint.FOLDER).is_dir():
         steps = [path / checkpoint.FOLDER / str(step) / checkpoint.CHECKSUMS for step in checkpoint.whole_steps(path)]
         return text_fingerprint((path / checkpoint.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))

@@ -41,7 +41,7 @@ MODULE = "mend_distiller.py"
 
 CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
 {llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
-In-Context Learning (Li et al., ICLR 2024). The backbone is a {layers}-layer {family} of width {width};
+In-Context Learning (Li et al., ICLR 2024). The backbone is a {family} of {layers} layers and width {width};
 projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
 
 ## Use

@@ -1,0 +1,37 @@
+"""The distillers that the package carries, by the names of their LLMs."""
+
+import json
+
+import pytest
+
+from mend_jax.interchange.trained import CARRIED, own_llm, read_distiller, trained_fingerprint, trained_path
+from mend_jax.models.gguf.packaged import PACKAGED
+from mend_jax.run.sealed import require_unchanged
+
+NAMES = sorted(folder.name for folder in CARRIED.iterdir())
+LARGEST = 30e6  # bytes
+
+
+def test_there_are_some():
+    assert "smollm2-135m-instruct" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_carried_distiller_is_found_by_the_name_of_its_llm(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = CARRIED / name
+    assert trained_path(name) == folder and own_llm(name) == name in PACKAGED
+    assert trained_fingerprint(name) == trained_fingerprint(folder)
+    (tmp_path / name).mkdir()
+    assert str(trained_path(name)) == name  # a folder of one's own comes first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_carried_distiller_is_whole_and_small(name):
+    files = [path for path in (CARRIED / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < LARGEST
+    require_unchanged(CARRIED / name)
+    distiller = read_distiller(name)
+    settings = json.loads((CARRIED / name / "distiller_config.json").read_text())
+    assert distiller.num_vectors == settings["num_vectors"] == len(distiller.params["placeholders"])
+    assert name in (CARRIED / name / "README.md").read_text()
