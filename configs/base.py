@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     prefix.join = "concat"  # kind "chunked": the chunks' vectors one after another, or their "mean"
     prefix.chunk_demos = 16  # demonstrations of a chunk, at most; one also holds no more than data.max_demo_tokens
     prefix.chunks = 4  # chunks of a context in training, at most; an evaluation has as many as the LLM's window holds
-    prefix.start_from = ""  # workdir of an earlier stage: begin with its best checkpoint; "" begins from the backbone
+    prefix.start_from = ""  # begin with an earlier training: its workdir, an exported folder, or a name that load_distiller knows; "": the backbone
 
     c.loss = loss = ConfigDict()
     loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM

@@ -5,14 +5,16 @@ import re
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from data_files import make_world, tiny_config, words
 from facts import says, states
-from tiny_training import config, model_folder
+from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import train
 from mend_jax.data import tokenize
-from mend_jax.run import build, checks, reporting
+from mend_jax.interchange.export import export
+from mend_jax.run import build, checkpoint, checks, reporting
 from mend_jax.scoring import tasks as task_scoring
 
 pytestmark = pytest.mark.slow
@@ -206,3 +208,21 @@ def test_a_contrast_with_nothing_is_refused(model):
         checks.check_config(config(model, **fields))
     checks.check_config(config(model, stage="finetune", **fields | {"data.queries": 2}))
     checks.check_config(config(model, **fields | {"loss.kd": 0.0, "loss.clm": 1.0}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"prefix.train_embeddings": False}])
+def test_a_training_starts_from_an_exported_distiller_as_from_its_workdir(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    folder = model_folder(tmp_path / "llm")
+    assert train.train(config(folder, **{"train.steps": 2}, **fields), tmp_path / "first") == 0
+    export(tmp_path / "first", tmp_path / "exported")
+    started = {}
+    for name in ("first", "exported"):
+        c = config(folder, **{"train.steps": 2, "prefix.start_from": str(tmp_path / name)}, **fields)
+        assert train.train(c, tmp_path / f"after {name}") == 0
+        started[name] = checkpoint.load_best(tmp_path / f"after {name}")[0]
+    jax.tree.map(np.testing.assert_array_equal, started["first"], started["exported"])
+    other = config(folder, **{"prefix.length": 5, "prefix.start_from": str(tmp_path / "exported")}, **fields)
+    with says("prefix.start_from", "exported", "num_vectors=4", "5"):
+        train.train(other, tmp_path / "other")
+    assert not (tmp_path / "other" / "checkpoints").exists()

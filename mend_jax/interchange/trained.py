@@ -34,6 +34,11 @@ def trained_path(path: str | Path) -> Path:
     return carried if str(path) == here.name and not here.exists() and carried.is_dir() else here
 
 
+def is_exported(path: str | Path) -> bool:
+    """Whether `path` names an exported folder, or a distiller of this package."""
+    return any(kind.is_in(trained_path(path)) for kind in KINDS.values())
+
+
 def load_distiller(path, llm, backbone=None) -> Distiller:
     """A trained distiller.
 

@@ -237,6 +237,10 @@ class Kind:
         """The instance for an LLM that reads its prefix, with what its files leave to the LLM."""
         return self
 
+    def settings(self) -> dict:
+        """What decides its parameters' shapes and what they mean, as an exported folder says it."""
+        return {}
+
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Kind":
         """The instance in an exported folder."""

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.batches import make_batches
 from mend_jax.data.bos import bos_token
 from mend_jax.data.readers import Readers
 from mend_jax.data.tokenize import other_tokenizer
+from mend_jax.interchange.trained import is_exported, read_trained
 from mend_jax.llm.decoder_only import init_llm, load_llm, with_layers
 from mend_jax.models.families import EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
@@ -65,11 +67,35 @@ def build(config, llm, begins: bool = True, place=None):
             config.prefix.rms = 0.0
     model = kind_of(config).init(config, llm, config.seed, place)
     if begins and config.prefix.start_from:
-        params, meta = checkpoint.load_best(config.prefix.start_from, place)
-        wanted, own = model.split_params()
-        checkpoint.check_shapes(meta["shapes"], checkpoint.shapes_of(wanted), config.prefix.start_from)
+        given, (wanted, own) = config.prefix.start_from, model.split_params()
+        params, shapes = _exported(given, model, llm, place) if is_exported(given) else _of_run(given, place)
+        checkpoint.check_shapes(shapes, checkpoint.shapes_of(wanted), given)
         model = dataclasses.replace(model, params=model.whole(params, _beside(own)))
     return model
+
+
+def _of_run(workdir, place):
+    """(the params that an earlier training trained, their shapes)."""
+    params, meta = checkpoint.load_best(workdir, place)
+    return params, meta["shapes"]
+
+
+def _exported(path, model, llm, place):
+    """The same of an exported folder. Raises UserError if it holds a model with other settings than `model`."""
+    found = read_trained(path, place=place).read_by(llm)
+    here = model.settings()
+    if found.name not in (model.name, *model.begins_with):
+        raise UserError(
+            f"prefix.start_from={path} holds {found.title}, which {model.title} cannot begin with: name another."
+        )
+    for name, there in found.settings().items():
+        if there != here.get(name):
+            raise UserError(
+                f"prefix.start_from={path} holds a model with {name}={there}, this run's has {here.get(name)}: set the config as it was"
+                " there, or start from another."
+            )
+    params = found.split_params()[0]
+    return params, checkpoint.shapes_of(params)
 
 
 def split(llm, model):

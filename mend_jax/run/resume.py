@@ -13,6 +13,7 @@ from mend_jax.cli.command_line import base_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields
 from mend_jax.data.bos import NONE
+from mend_jax.interchange.trained import is_exported
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
@@ -68,6 +69,8 @@ def check_resume(workdir, config, finished: bool) -> None:
 def check_start(config) -> None:
     """Raises UserError unless config.prefix.start_from is a run whose result can be the start of this run's model."""
     given = config.prefix.start_from
+    if is_exported(given):
+        return  # it is compared when it is read (build.py)
     folder = Path(given)
     if not (folder / checkpoint.CONFIG).is_file():
         what = "is not a training workdir: it has no config.json" if folder.is_dir() else "is not a folder"
