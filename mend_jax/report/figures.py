@@ -103,7 +103,7 @@ def bars(
             axis.set_ylabel(ylabel)
             if log:
                 _logarithmic(axis)
-        axes[-1].set_xlabel(xlabel)
+        axes[-1].set_xlabel(_plain(xlabel))
         _legend(figure, axes[0])
     header = ["group", "series", "value", "low", "high"]
     return Drawing(name, caption, header, [list(dataclasses.astuple(bar)) for bar in values], _laid_out(figure))
