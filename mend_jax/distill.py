@@ -38,7 +38,7 @@ def distill(
     """Writes the packs of files of demonstrations; returns their paths.
 
     Args:
-        distiller: a training workdir or an exported folder.
+        distiller: a training workdir, an exported folder, or the name of one in this package: smollm2-135m-instruct.
         demos: a file of demonstrations, several with commas between, or a folder of *.jsonl.
         out: the pack to write; of several files the folder for their packs.
         llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.

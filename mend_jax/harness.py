@@ -35,7 +35,7 @@ def harness(
     Args:
         tasks: names of tasks, with commas between.
         llm: the LLM: a folder, hub name or GGUF file. The workdir of a distiller knows its own.
-        distiller: a training workdir or exported folder; "": the examples stay in the prompt.
+        distiller: a training workdir, an exported folder, or smollm2-135m-instruct, of this package; "": the examples stay in the prompt.
         num_fewshot: few-shot examples of each question.
         include_path: a folder of tasks of your own.
         limit: questions of each task; 0 is all.

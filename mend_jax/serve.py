@@ -52,7 +52,7 @@ def serve(
 
     Args:
         llm: the LLM: a folder, hub name or GGUF file. The workdir of a distiller knows its own.
-        distiller: a training workdir or an exported folder; "": packs are uploaded as files.
+        distiller: a training workdir, an exported folder, or smollm2-135m-instruct, of this package; "": packs are uploaded as files.
         host: the address to listen at; 0.0.0.0 is every address of this machine.
         port: 0: any that is free.
         dtype: of the arithmetic.

@@ -34,6 +34,11 @@ def trained_path(path: str | Path) -> Path:
     return carried if str(path) == here.name and not here.exists() and carried.is_dir() else here
 
 
+def _missing(path) -> str:
+    names = ", ".join(sorted(folder.name for folder in CARRIED.iterdir()))
+    return f"{path} does not exist: name a training workdir, an exported folder, a release's file, or a distiller of this package ({names})."
+
+
 def is_exported(path: str | Path) -> bool:
     """Whether `path` names an exported folder, or a distiller of this package."""
     return any(kind.is_in(trained_path(path)) for kind in KINDS.values())
@@ -125,7 +130,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
             require_unchanged(path)
             return kind.from_folder(path, place)
     if not path.exists():
-        raise UserError(f"{path} does not exist: name a training workdir, an exported folder, or a release's file.")
+        raise UserError(_missing(path))
     config, model, _ = read_workdir(path, backbone, place)
     if config["stage"] == "lm":
         raise UserError(
@@ -169,8 +174,13 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
 
 
 def own_llm(path: str | Path) -> str | None:
-    """The LLM that a training workdir was for, as its config names it, or that an exported distiller names; None if it does not."""
+    """The LLM that a training workdir was for, as its config names it, or that an exported distiller names; None if it does not.
+
+    Raises UserError if there is no such path.
+    """
     path = trained_path(path)
+    if not path.exists():
+        raise UserError(_missing(path))
     if (path / checkpoint.FOLDER).is_dir():
         return checkpoint.read_config(path)["llm"]["path"]
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None

@@ -18,7 +18,7 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.frozen import FrozenLLM
 from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
-from mend_jax.models.folders import Model, init_model, init_params, load_model
+from mend_jax.models.folders import PACKAGED, Model, init_model, init_params, load_model
 from mend_jax.prefixes.prefix import Prefix, continue_after
 from mend_jax.run.sharding import Place
 
@@ -165,7 +165,10 @@ def load_llm(
             attention, weights or bos than these, or "true" where there is no BOS.
     """
     _check(dtype, attention, weights, bos)
-    return _llm(load_model(path, dtype, weights == "int8", place), dtype, attention, remat, bos)
+    model = load_model(path, dtype, weights == "int8", place)
+    if str(path) in PACKAGED:  # packs and messages say what everybody can find, not where it lies here
+        model = model._replace(folder=path)
+    return _llm(model, dtype, attention, remat, bos)
 
 
 def init_llm(

@@ -46,7 +46,8 @@ def make_packs(
         llm_named: what the packs call the LLM, so that it is found again: a path or a name; "": `llm.path`.
         progress: called with the number of packs finished since the last call.
     Raises:
-        UserError: a model that reads no demonstrations or has no tokenizer, or a set whose first demonstration does not fit.
+        UserError: a model that reads no demonstrations or has no tokenizer, sets that are none, or one whose first
+            demonstration does not fit.
     """
     return packs_of(llm, model, sets, facts_of(llm, model, path, llm_named), keep, progress)
 
@@ -69,6 +70,7 @@ def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
 
 def packs_of(llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = False, progress=None) -> list[Pack]:
     """`make_packs` with its `facts_of`."""
+    _check_sets(sets)
     room, contexts = _room(llm), []
     for pairs in sets:
         tokens = [_tokens(model, pair) for pair in pairs]
@@ -136,6 +138,14 @@ class PackCache:
             pack.save(path)
         except OSError:
             return
+
+
+def _check_sets(sets: Sequence[Pairs]) -> None:
+    for pair in (pair for pairs in sets for pair in pairs):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise UserError(
+                f"A demonstration is {pair!r}: give a list of sets, [demos], each of them a list of (input, output) texts."
+            )
 
 
 def _room(llm) -> int:

