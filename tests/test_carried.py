@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from facts import says
 
 from mend_jax.interchange.trained import CARRIED, own_llm, read_distiller, trained_fingerprint, trained_path
 from mend_jax.models.gguf.packaged import PACKAGED
@@ -12,8 +13,11 @@ NAMES = sorted(folder.name for folder in CARRIED.iterdir())
 LARGEST = 30e6  # bytes
 
 
-def test_there_are_some():
+def test_there_are_some_and_a_missing_one_names_them():
     assert "smollm2-135m-instruct" in NAMES
+    for read in (own_llm, read_distiller):
+        with says("smollm2-135m ", "does not exist", *NAMES):
+            read("smollm2-135m")
 
 
 @pytest.mark.parametrize("name", NAMES)

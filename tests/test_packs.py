@@ -364,6 +364,9 @@ def test_what_makes_no_packs_is_refused(llm, folders, tmp_path, distiller, workd
         make.make_packs(llm, mend_jax.load_prefix(soft, llm), [DEMOS], soft)
     with says(workdir, "no tokenizer"):
         make.make_packs(llm, dataclasses.replace(distiller, tokenizer=None), [DEMOS], workdir)
+    for sets in (DEMOS, [[("w1", 1)]], ["w1"]):
+        with says("A demonstration is", "[demos]", "(input, output)"):
+            make.make_packs(llm, distiller, sets, workdir)
 
 
 def test_an_exported_distiller_needs_the_llms_name(workdir, tmp_path, capsys):
