@@ -13,7 +13,7 @@ Then all five methods on it, and the table:
 Hardware: one of two busy cores of an Intel Xeon.
 Time: the LLM 87 minutes, the trainings of the methods 72, the evaluation 58.
 Expected: zero-shot 26.3, PromptTuning 28.3, Vanilla ICL 26.2, HyperTuning 25.9, MEND 25.4, which is guessing: so small an LLM
-does not learn in context from real text (docs/results.md).
+does not learn in context from real text (docs/lab_notes.md).
 """
 
 from configs import base
