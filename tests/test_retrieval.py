@@ -9,6 +9,7 @@ from facts import says
 from mend_jax.data import domains, retrieval
 from mend_jax.data.metaicl import Example, read_file
 from mend_jax.data.retrieval import cached_neighbours, drawn, neighbours, read_pool
+from mend_jax.run.sealed import write_sealed
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -84,6 +85,10 @@ def test_neighbours_are_kept_by_content(pool, tmp_path, monkeypatch):
     for seed in (13, 13, 21):
         cached_neighbours(tmp_path, "a", pool, items, 4, "random", seed, None)
     assert calls == ["dense", "dense", "dense", "random", "random"]
+    for wrong in (len(pool), -1, 2**31):  # no examples of the pool
+        for file in (tmp_path / "neighbours").iterdir():
+            write_sealed(file, {"numbers": [[wrong, 0, 1, 2]] * 3})
+        assert np.array_equal(cached_neighbours(tmp_path, "a", pool, items, 4, "dense", 13, encode), kept[0])
 
 
 def test_the_pool_is_the_training_file_or_all_demonstrations(tmp_path):

@@ -91,7 +91,7 @@ def cached_neighbours(
     texts = [example.input for example in (*pool, *items)]
     parts = (how, k, len(items), encoder if how == "dense" else "", seed if how == "random" else "", *texts)
     path = Path(cache).expanduser() / "neighbours" / f"{fingerprint(*parts)}.json"
-    if (kept := _kept(path, len(items), k)) is not None:
+    if (kept := _kept(path, len(items), k, len(pool))) is not None:
         return kept
     found = neighbours(pool, items, k, how, seed, encode)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ def cached_neighbours(
     return found
 
 
-def _kept(path: Path, items: int, k: int) -> np.ndarray | None:
-    """What a file of `cached_neighbours` holds; None if there is none or, which is said, one that has changed."""
+def _kept(path: Path, items: int, k: int, pool: int) -> np.ndarray | None:
+    """What a file of `cached_neighbours` holds, numbers of examples of a pool of so many; None if there is none or, which is said, one that has changed."""
     try:
         rows = read_sealed(path, "it is made again").get("numbers")
     except FileNotFoundError:
@@ -109,8 +109,10 @@ def _kept(path: Path, items: int, k: int) -> np.ndarray | None:
         logging.warning("%s", error)
         return None
     fits = isinstance(rows, list) and all(isinstance(row, list) and len(row) == k for row in rows)
-    if not fits or len(rows) != items or not all(type(number) is int for row in rows for number in row):
-        logging.warning("%s does not hold %d numbers for each of %d items: it is made again.", path, k, items)
+    if not fits or len(rows) != items or not all(type(n) is int and 0 <= n < pool for row in rows for n in row):
+        logging.warning(
+            "%s does not name %d of %d examples for each of %d items: it is made again.", path, k, pool, items
+        )
         return None
     return np.asarray(rows, np.int32)
 

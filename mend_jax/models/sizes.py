@@ -16,7 +16,7 @@ SIZES = {  # whole numbers: (least, most); by the names of all families
     **dict.fromkeys(("n_head", "num_attention_heads", "num_heads", "num_key_value_heads"), (1, HEADS)),
     **dict.fromkeys(("n_embd", "hidden_size", "d_model", "word_embed_proj_dim"), (1, WIDTH)),
     **dict.fromkeys(("n_inner", "intermediate_size", "ffn_dim", "d_ff"), (1, WIDTH)),
-    **dict.fromkeys(("head_dim", "d_kv"), (1, WIDTH)),
+    **dict.fromkeys(("head_dim", "d_kv", "query_pre_attn_scalar"), (1, WIDTH)),
     "vocab_size": (1, TABLE),
     **dict.fromkeys(("n_positions", "n_ctx", "max_position_embeddings"), (1, POSITIONS)),
     **dict.fromkeys(("sliding_window", "max_window_layers"), (0, POSITIONS)),
@@ -25,7 +25,7 @@ SIZES = {  # whole numbers: (least, most); by the names of all families
     "decoder_start_token_id": (0, TABLE),
 }
 NUMBERS = (  # more than 0
-    *("layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+    *("layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rope_local_base_freq"),
     *("partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )

@@ -277,14 +277,16 @@ def test_experiments(tmp_path, data):
     for result in one_sentence(read_results, tmp_path) or ():
         assert isinstance(result.llm, str) and isinstance(result.partition, str)
         for row in result.rows:
-            assert all(source.folder == tmp_path / "e" / "f" for source in row.sources) and row.label("method").encode()
+            assert all(source.folder == tmp_path / "e" / "f" for source in row.sources) and isinstance(
+                row.label("method").encode(), bytes
+            )
 
 
 @attacked
 @given(contents({"numbers": [[0, 1], [2, 3]]}))
 def test_neighbours(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
-    kept = one_sentence(retrieval._kept, tmp_path / "a.json", 2, 2)
+    kept = one_sentence(retrieval._kept, tmp_path / "a.json", 2, 2, 4)
     assert kept is None or kept.shape == (2, 2)
 
 
