@@ -244,7 +244,8 @@ def test_what_cannot_be_reported(tmp_path):
     )
     with says("'mend'", "icl"):
         report(str(tmp_path))
-    for damaged in (text[:40], "[]", text.replace('"rows"', '"lines"'), text.replace('"labels"', '"label"')):
+    long = text.replace('"evaluations/e"', f'"{"x" * 300}"')
+    for damaged in (text[:40], "[]", text.replace('"rows"', '"lines"'), text.replace('"labels"', '"label"'), long):
         (there / "experiment.json").write_text(damaged)
         with says("experiment.json", "run the experiment again"):
             report(str(tmp_path))

@@ -18,6 +18,7 @@ from mend_jax.scoring.results import SCORES
 
 RESULT = "experiment.json"
 DAMAGED = "remove it and run the experiment again, which trains and scores nothing twice"
+LONGEST_PATH = 255  # bytes of an evaluation's below the workdir: ours have 30, file systems take 255 of a name
 HEAD = ("experiment", "title", "paper", "command", "commit", "machine", "date", "config")
 ORDER = (
     "main_table", "methods", "cost", "num_demonstrations", "num_vectors", "perturbations", "retrieval", "ablations", "hyperparameters",
@@ -145,7 +146,8 @@ class _Line:
     def is_plain(self) -> bool:
         """Whether all are texts, and the evaluation is one of the workdir's own, not somewhere else."""
         texts = (self.evaluation, self.method, *(text for _, text in self.labels))
-        return all(isinstance(text, str) for text in texts) and is_inside(self.evaluation)
+        plain = all(isinstance(text, str) for text in texts)
+        return plain and is_inside(self.evaluation) and len(self.evaluation.encode()) <= LONGEST_PATH
 
 
 def _of_evaluation(workdir: Path, folder: Path) -> Result:
