@@ -39,3 +39,5 @@ def test_a_carried_distiller_is_whole_and_small(name):
     settings = json.loads((CARRIED / name / "distiller_config.json").read_text())
     assert distiller.num_vectors == settings["num_vectors"] == len(distiller.params["placeholders"])
     assert name in (CARRIED / name / "README.md").read_text()
+    module = "mend_distiller.py"  # a copy, as every export has one
+    assert (CARRIED / name / module).read_bytes() == (CARRIED.parent / "prefixes" / module).read_bytes()
