@@ -7,7 +7,6 @@ A line of --inputs has "input" and, unless --options are for all, "options"; a l
 "prediction" and "scores": the mean log-probability per token of each option (natural logarithm).
 """
 
-from types import SimpleNamespace
 from typing import Literal
 
 from mend_jax.cli.command_line import run
@@ -16,9 +15,8 @@ from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import columns
 from mend_jax.data.json_lines import is_text
-from mend_jax.data.query import query_tokens
 from mend_jax.packs.pack import load_pack, load_packs_llm
-from mend_jax.packs.queries import options_of, read_queries, require_writable, write_answers
+from mend_jax.packs.queries import options_of, query_item, read_queries, require_writable, write_answers
 from mend_jax.scoring.options import cache_prefix, check_items, score_items
 
 
@@ -81,9 +79,7 @@ def require_one_source(input: str, inputs: str, out: str, *texts: str) -> None:
 
 def _item(llm, pack, where: str, x: str, options: list[str]):
     """A query as `score_items` takes it. Raises its UserErrors, with file and line, before anything is computed."""
-    x_tokens = query_tokens(llm, x, "query", pack.template.query)
-    answers = [query_tokens(llm, option, "option", pack.template.output) for option in options]
-    item = SimpleNamespace(x_tokens=x_tokens, options_tokens=answers)
+    item = query_item(llm, pack.template, x, options)
     with at_place(where):
         check_items(llm, pack.num_vectors, [item])
     return item

@@ -16,6 +16,7 @@ from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.losses import Weights
 from mend_jax.packs.pack import Pack
+from mend_jax.packs.queries import query_item
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.demonstrations import demonstrations_prefix
 from mend_jax.prefixes.nothing import no_prefix
@@ -83,19 +84,8 @@ def fidelity(
         "nothing": no_prefix(1, llm.config.width),
     }
     tokens = partial(query_tokens, llm)
-    items = [
-        SimpleNamespace(
-            x_tokens=tokens(one.x, "query", pack.template.query),
-            options_tokens=[tokens(option, "option", pack.template.output) for option in one.options],
-        )
-        for one in asked
-    ]
-    longest = max(int(to_host(prefix.length)[0]) for prefix in prefixes.values())
-    for one, item in zip(asked, items, strict=True):
-        right = [] if one.y is None else [tokens(one.y, "output", pack.template.output)]
-        all_answers = SimpleNamespace(x_tokens=item.x_tokens, options_tokens=[*item.options_tokens, *right])
-        with at_place(one.where):  # before anything is computed
-            check_items(llm, longest, [all_answers])
+    items = [query_item(llm, pack.template, one.x, one.options) for one in asked]
+    _require_room(llm, pack, prefixes, asked, items)
     chosen = {}
     for name, prefix in prefixes.items():
         scores = score_items(llm, cache_prefix(llm, prefix), items, batch_size)
@@ -119,6 +109,16 @@ def fidelity(
         positions={name: int(to_host(p.length)[0]) for name, p in {**prefixes, "demonstrations": taught}.items()},
         queries=len(asked),
     )
+
+
+def _require_room(llm, pack: Pack, prefixes: dict[str, Prefix], asked: Sequence[Asked], items) -> None:
+    """Raises the UserErrors of queries that do not fit behind the longest prefix, with file and line, before anything is computed."""
+    longest = max(int(to_host(prefix.length)[0]) for prefix in prefixes.values())
+    for one, item in zip(asked, items, strict=True):
+        right = [] if one.y is None else [query_tokens(llm, one.y, "output", pack.template.output)]
+        answers = SimpleNamespace(x_tokens=item.x_tokens, options_tokens=[*item.options_tokens, *right])
+        with at_place(one.where):
+            check_items(llm, longest, [answers])
 
 
 def passes(lengths: Sequence[int] = ()) -> int:

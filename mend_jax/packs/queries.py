@@ -3,11 +3,14 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.json_lines import instead, parse_object
+from mend_jax.data.query import query_tokens
+from mend_jax.data.templates import Template
 from mend_jax.packs.demonstrations import lines_of
 from mend_jax.run.files import write_text
 
@@ -37,6 +40,14 @@ def options_of(where: str, row: dict, default: str) -> list[str]:
     if len(once) < len(options):
         logging.warning("%s lists an option more than once: it counts once, where it stands first.", where)
     return once
+
+
+def query_item(llm, template: Template, x: str, options: Sequence[str]) -> SimpleNamespace:
+    """A query as `score_items` takes it. Raises UserError for texts that make no tokens."""
+    return SimpleNamespace(
+        x_tokens=query_tokens(llm, x, "query", template.query),
+        options_tokens=[query_tokens(llm, option, "option", template.output) for option in options],
+    )
 
 
 def require_writable(file: str | Path) -> None:
