@@ -234,25 +234,22 @@ def exported(tmp_path, llm, folders, kind, name):
 @pytest.mark.parametrize(
     "name, kind, digest",
     [
-        ("space", "distiller", "807ddc5be94e6f99"),
-        ("space", "chunked", "e5423adeb291c58c"),
-        ("space", "soft_prompt", "f8d67ebe1cb754d3"),
-        ("space", "lm", "15965d07b75e91e4"),
-        ("newline", "distiller", "0f80156b181d9451"),
-        ("newline", "chunked", "d5119a4b3514d451"),
-        ("newline", "soft_prompt", "682c298f8a0eb6f2"),
-        ("newline", "lm", "f8c4efdeff50618b"),
+        ("space", "distiller", "7e9704f5782f1d59"),
+        ("space", "chunked", "4d0353ff887c171e"),
+        ("space", "soft_prompt", "64c4af332216e3e5"),
+        ("newline", "distiller", "9d79cff858585960"),
+        ("newline", "chunked", "ef153f28d4f57abe"),
+        ("newline", "soft_prompt", "baf782a88e4d68e2"),
     ],
 )
 @pytest.mark.slow
-def test_separators_give_the_files_that_they_gave(name, kind, digest, llm, folders, tmp_path):
-    """Card, settings and metadata."""
+def test_separators_give_the_settings_that_they_gave(name, kind, digest, llm, folders, tmp_path):
+    """What a program reads; the card's words are for people and may change."""
     _, out = exported(tmp_path, llm, folders, kind, name)
-    said = (out / "README.md").read_text()
     if kind == "soft_prompt":
-        said += json.dumps(weights.read_metadata(out / "soft_prompt.safetensors"), sort_keys=True)
-    if (out / "distiller_config.json").exists():
-        said += (out / "distiller_config.json").read_text()
+        said = json.dumps(weights.read_metadata(out / "soft_prompt.safetensors"), sort_keys=True)
+    else:
+        said = (out / "distiller_config.json").read_text()
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == digest
 
 
