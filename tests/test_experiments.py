@@ -153,9 +153,24 @@ def test_what_was_trained_elsewhere(config, tmp_path):
     assert [(row.seed, row.labels["pretraining"]) for row in elsewhere] == [
         (None, "L_distill")
     ]  # once, not for each seed
+    config.experiment.trained = (f"pretraining={tmp_path}",)
+    others = trainings(EXPERIMENTS["main_table"].rows(config)).values()
+    of_mend = [one for one in others if one.config.loss.kd and one.config.prefix.kind == "distiller"]
+    assert {one.config.stage for one in of_mend} == {"finetune"} and len(of_mend) == 4  # two settings, two seeds
+    assert {one.start.folder for one in of_mend} == {str(tmp_path)}
     config.experiment.trained = (f"mendd={tmp_path}",)
     with says("experiment.trained", f"'mendd={tmp_path}'", "did you mean mend=...?"):
         trained_elsewhere(config)
+
+
+def test_what_was_trained_elsewhere_is_tested_everywhere(config, tmp_path):
+    config.experiment.trained, config.experiment.methods = (f"mend={tmp_path}",), ("icl", "mend")
+    for name, varied in (("main_table", "data.partition"), ("templates", "data.template")):
+        rows = [row for row in EXPERIMENTS[name].rows(config) if row.labels["method"] == "mend"]
+        section, field = varied.split(".")
+        assert len(rows) == len({row.evaluation[section][field] for row in rows}) == 2
+        assert {row.training.folder for row in rows} == {str(tmp_path)}
+    assert {(row.labels["trained"], row.labels["tested"]) for row in rows} == {("space", "space"), ("space", "newline")}
 
 
 # The runner

@@ -2,7 +2,8 @@
 
     python -m mend_jax.experiments.main_table --config=configs/small_world.py:experiments --workdir=runs/experiments
 
-The settings are experiment.partitions, each with finetunings of its own; a pretraining serves all of them.
+The settings are experiment.partitions, each with finetunings of its own; a pretraining serves all of them, and so does what
+experiment.trained names.
 """
 
 from mend_jax.experiments.run import run_experiment
@@ -20,6 +21,7 @@ def rows(config):
             {"setting": setting},
             fields={"data.partition": setting},
             trained_with={} if setting == config.data.partition else {"data.partition": setting},
+            as_given=True,
         )
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mend_jax.cli.settings import dotted_fields
-from mend_jax.experiments.trainings import READ_DEMOS, Training, of_method, seeds_of, with_fields
+from mend_jax.experiments.trainings import READ_DEMOS, Training, of_method, seeds_of, trained_elsewhere, with_fields
 from mend_jax.run.resume import FREE_FIELDS
 from mend_jax.scoring.results import content_hash
 
@@ -73,6 +73,7 @@ def of_methods(
     labels: dict[str, Any],
     fields: dict[str, Any] | None = None,
     trained_with: dict[str, Any] | None = None,
+    as_given: bool = False,
 ) -> list[Row]:
     """A row for each of the methods and training seeds.
 
@@ -82,12 +83,14 @@ def of_methods(
         labels: of all rows; "method" is put before them.
         fields: {"section.field": value} of the evaluation instead of the config's.
         trained_with: likewise of the trainings.
+        as_given: what experiment.trained names is used as it is, whatever `trained_with` says.
     """
-    evaluation, rows = with_fields(config, fields or {}), []
+    evaluation, there, rows = with_fields(config, fields or {}), trained_elsewhere(config) if as_given else {}, []
     for method in methods:
         named = {"method": method} | {name: str(value) for name, value in labels.items()}
-        for seed in seeds_of(config, method, trained_with):
-            training = of_method(config, method, seed or 0, trained_with)
+        own = None if method in there else trained_with
+        for seed in seeds_of(config, method, own):
+            training = of_method(config, method, seed or 0, own)
             rows.append(Row(named, method, evaluation, training, seed))
     return rows
 

@@ -2,23 +2,27 @@
 
     python -m mend_jax.experiments.templates --config=configs/small_world.py:experiments --workdir=runs/experiments
 
-The templates are experiment.templates. What was trained with another than the test's says so in a warning: here that is the point.
+The templates are experiment.templates; what experiment.trained names was trained with data.template. What was trained with another
+template than the test's says so in a warning: here that is the point.
 """
 
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_methods, reading
+from mend_jax.experiments.trainings import trained_elsewhere
 
 UNTRAINED = "-"
 
 
 def rows(config):
-    names, made = config.experiment.templates, []
+    names, there, made = config.experiment.templates, trained_elsewhere(config), []
+    given = [method for method in reading(config) if method in there]
+    methods = [method for method in reading(config) if method != "icl" and method not in there]
     for tested in names:
         fields = {"data.template": tested}
         made += of_methods(config, ["icl"], {"trained": UNTRAINED, "tested": tested}, fields)
+        made += of_methods(config, given, {"trained": config.data.template, "tested": tested}, fields)
         for trained in names:
             trained_with = {} if trained == config.data.template else {"data.template": trained}
-            methods = [method for method in reading(config) if method != "icl"]
             made += of_methods(config, methods, {"trained": trained, "tested": tested}, fields, trained_with)
     return made
 

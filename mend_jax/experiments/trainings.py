@@ -77,7 +77,7 @@ def of_stages(
 def of_method(config: ConfigDict, method: str, seed: int, fields: dict[str, Any] | None = None) -> Training | None:
     """The last training of one of the paper's methods; None for a method without one.
 
-    What experiment.trained names is used where no `fields` make it another.
+    What experiment.trained names is used where no `fields` make it another: a pretraining where they change the finetuning alone.
     """
     there, stages = trained_elsewhere(config), STAGES[method]
     if not stages:
@@ -85,9 +85,14 @@ def of_method(config: ConfigDict, method: str, seed: int, fields: dict[str, Any]
     if method in there and not fields:
         return there[method]
     fields = {"prefix.kind": "soft_prompt"} | (fields or {}) if method == "prompt_tuning" else fields
-    if method == "mend" and PRETRAINING in there and not fields:
+    if method == "mend" and PRETRAINING in there and _same_pretraining(config, seed, fields):
         return of_stages(config, stages[1:], seed, fields, there[PRETRAINING])
     return of_stages(config, stages, seed, fields)
+
+
+def _same_pretraining(config: ConfigDict, seed: int, fields: dict[str, Any] | None) -> bool:
+    first = STAGES["mend"][:1]
+    return of_stages(config, first, seed, fields).key == of_stages(config, first, seed).key
 
 
 def pretraining(config: ConfigDict, seed: int) -> Training:
