@@ -1,13 +1,13 @@
 """The small world, which comes with the package: nothing is downloaded, everything runs on 2 CPU cores.
 
-    python -m mend_jax.experiments.methods --config=configs/small_world.py --workdir=runs/quick
+    python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir=runs/quick
     python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
-    python -m mend_jax.experiments.all --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.all --config=configs/small_world.py --workdir=runs/experiments
 
 On 2 cores of an Intel Xeon the first takes 5 minutes: MEND 99.3, Vanilla ICL 100 (one training). The second took 64 minutes of
 one core; in it a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4,
 from one training each (docs/results.md).
-The third trains 39 times and makes 44 evaluations in 28 minutes (docs/results.md).
+The third, which is what `:experiments` names too, trains 39 times and makes 44 evaluations in 28 minutes (docs/results.md).
 
 A single stage:
 
@@ -31,7 +31,7 @@ from mend_jax.cli.errors import UserError
 NAMES = ("backbone", "llm", "pretrain", "finetune", "quick", "full", "experiments")
 
 
-def get_config(name: str = "quick") -> ConfigDict:
+def get_config(name: str = "experiments") -> ConfigDict:
     c = base.get_config()
     c.llm.path = "small_world"  # the packaged model; paths for this value: mend_jax/data/small_world.py:resolve
     c.prefix.backbone = "small_world"

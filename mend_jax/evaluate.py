@@ -1,6 +1,6 @@
 """Evaluate: every method on the test tasks of a partition, by MetaICL's protocol (paper, section 4).
 
-    python -m mend_jax.evaluate --config=configs/small_world.py --workdir=runs/table \\
+    python -m mend_jax.evaluate --config=configs/small_world.py:quick --workdir=runs/table \\
         --config.evaluate.methods=zero_shot,icl,mend=runs/mend
 
 For each task and seed, the seed's k examples are the demonstrations. Their prefix is made once and the LLM reads it once; all

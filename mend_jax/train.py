@@ -1,6 +1,6 @@
 """Train: meta-distillation pretraining, finetuning, PromptTuning, HyperTuning and an ordinary LM, with one loop and one step.
 
-    python -m mend_jax.train --config=configs/small_world.py --workdir=runs/mend --config.optimizer.learning_rate=1e-4
+    python -m mend_jax.train --config=configs/small_world.py:finetune --workdir=runs/mend --config.optimizer.learning_rate=1e-4
 
 The same command resumes a run that was stopped, killed or crashed, and ends with exactly the numbers of an uninterrupted run.
 A run starts from the first of these that exists:

@@ -1,6 +1,6 @@
 """Ablations (paper, Table 4): MEND without a loss or a stage.
 
-    python -m mend_jax.experiments.ablations --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.ablations --config=configs/small_world.py --workdir=runs/experiments
 
 Vanilla ICL and the whole MEND come first.
 """

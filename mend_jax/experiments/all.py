@@ -1,6 +1,6 @@
 """Every experiment, one after another, in one workdir.
 
-    python -m mend_jax.experiments.all --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.all --config=configs/small_world.py --workdir=runs/experiments
 
 All tables are checked before the first begins. The order is that of what they share: the first ones need the fewest trainings. Attention
 and cost come last.

@@ -1,6 +1,6 @@
 """Beyond MetaICL: tasks of other domains, and demonstrations that are noisy, irrelevant or adversarial, by share.
 
-    python -m mend_jax.experiments.domains --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.domains --config=configs/small_world.py --workdir=runs/experiments
 
 The tasks of experiment.domains (mend_jax/data/domains.py) are answered by what was trained on the config's own tasks. The noise is
 put into the demonstrations of the config's own test tasks.

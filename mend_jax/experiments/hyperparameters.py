@@ -1,6 +1,6 @@
 """Hyperparameters (paper, Figures 6 and 7): beta, gamma and lambda.
 
-    python -m mend_jax.experiments.hyperparameters --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.hyperparameters --config=configs/small_world.py --workdir=runs/experiments
 
 beta is the share of a text that is distilled in pretraining, gamma the weight of L_distill beside L_CLM there, lambda the weight of
 L_distill beside L_pred in finetuning; the other two are as in MEND.

@@ -1,6 +1,6 @@
 """The main comparison (paper, Tables 2 and 6): settings by methods.
 
-    python -m mend_jax.experiments.main_table --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.main_table --config=configs/small_world.py --workdir=runs/experiments
 
 The settings are experiment.partitions, each with finetunings of its own; a pretraining serves all of them, and so does what
 experiment.trained names.

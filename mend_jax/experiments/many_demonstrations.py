@@ -1,6 +1,6 @@
 """Many demonstrations (the paper's open questions 1 and 2): K = 16, 32, 64, 256, 1,024 and a distiller that reads in chunks.
 
-    python -m mend_jax.experiments.many_demonstrations --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.many_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
 For every K all methods have the same demonstrations, drawn from the tasks' training pools. Vanilla ICL and MEND read those that fit
 their windows. MEND in chunks reads all that its chunks hold, untrained (the distiller as it is) and trained: finetuned with twice

@@ -1,6 +1,6 @@
 """How many demonstrations (paper, Figure 4a): K = 1, 2, 4, 8, 16 and beyond, as far as a method's window goes.
 
-    python -m mend_jax.experiments.num_demonstrations --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.num_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
 Up to config.data.k they are the first of the files' demonstrations, beyond it they are drawn from the tasks' training pools
 (evaluate.demos="pool"). Demonstrations that do not fit a method's window are left out: its prefix then stops growing.

@@ -1,6 +1,6 @@
 """How many vectors (paper, Figure 4b): MEND with l = 1, 10, 50, 100, 200, trained for each l, and trained once for all of them.
 
-    python -m mend_jax.experiments.num_vectors --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.num_vectors --config=configs/small_world.py --workdir=runs/experiments
 
 The one that is trained once has nested lengths (prefix.nested): its first l vectors are used.
 """

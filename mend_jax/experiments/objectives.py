@@ -1,6 +1,6 @@
 """Objectives (the paper's open question 3): what L_distill compares in finetuning.
 
-    python -m mend_jax.experiments.objectives --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.objectives --config=configs/small_world.py --workdir=runs/experiments
 
 All begin with one pretraining with the forward KL, that of the first of experiment.training_seeds, and have the same data, draws and
 steps. With loss.teacher_cache the teacher of a seed reads each batch once for all objectives that compare predictions; those that

@@ -1,6 +1,6 @@
 """The order of the demonstrations: the same ones in ten orders, for Vanilla ICL and for what is distilled.
 
-    python -m mend_jax.experiments.order --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.order --config=configs/small_world.py --workdir=runs/experiments
 
 The spread over the orders is the answer; order 0 is the files'.
 """

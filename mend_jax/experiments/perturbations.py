@@ -1,6 +1,6 @@
 """Perturbed demonstrations (paper, Table 3): what a method reads in them.
 
-    python -m mend_jax.experiments.perturbations --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.perturbations --config=configs/small_world.py --workdir=runs/experiments
 
 What is done to a demonstration is in mend_jax/data/perturbations.py.
 """

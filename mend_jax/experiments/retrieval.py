@@ -1,6 +1,6 @@
 """Retrieved demonstrations (paper, Table 3): K nearest neighbours of each test item in its task's training pool.
 
-    python -m mend_jax.experiments.retrieval --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.retrieval --config=configs/small_world.py --workdir=runs/experiments
 
 `file` are MetaICL's demonstrations, the same for all items; `random` are drawn for each item from the same pool as the neighbours
 (mend_jax/data/retrieval.py).

@@ -1,6 +1,6 @@
 """Templates (paper, Table 7): trained with one, tested with another.
 
-    python -m mend_jax.experiments.templates --config=configs/small_world.py:experiments --workdir=runs/experiments
+    python -m mend_jax.experiments.templates --config=configs/small_world.py --workdir=runs/experiments
 
 The templates are experiment.templates; what experiment.trained names was trained with data.template. What was trained with another
 template than the test's says so in a warning: here that is the point.

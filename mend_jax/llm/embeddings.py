@@ -15,6 +15,7 @@ from mend_jax.data.retrieval import Encode
 from mend_jax.data.tokenize import check_tokenizer, encode, tokenizer_text
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
+from mend_jax.llm.sentence_encoder import is_sentence_encoder, sentence_encoder
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.models.folders import fingerprint, load_model
 from mend_jax.prefixes.context import bucket
@@ -24,10 +25,12 @@ BATCH, TOKENS = 32, 512  # texts at a time; tokens of a text that are read, at m
 
 def encoder_of(config, llm: LLM | EncoderDecoderLLM) -> tuple[str, Encode] | None:
     """(what it is, texts -> (count, D) float32) of the model that config.evaluate.encoder names, by default the LLM itself; None
-    where an evaluation needs none. The encoder alone of an encoder–decoder will do."""
+    where an evaluation needs none. The encoder alone of an encoder–decoder will do, and a sentence encoder of another family."""
     if config.evaluate.demos != "dense":
         return None
     path, reader = config.evaluate.encoder, llm
+    if path and is_sentence_encoder(path):
+        return sentence_encoder(path)
     if path:
         found = load_model(path)
         check_tokenizer(found.tokenizer, found.config.vocab_size, path, "encoder")

@@ -37,7 +37,11 @@ TOKENIZER_FILES = (
 )
 # Fields of a config.json that change no number of ours, but what others do with the model: they go along.
 KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_window_layers")
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+# Those of a sentence encoder (llm/sentence_encoder.py) come last.
+HUB_FILES = [
+    "config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
+    "modules.json", "*_*/config.json", "*sentence_*.json", "vocab.txt",
+]  # fmt: skip
 HUB_TWICE = ["consolidated*"]  # the same weights again, under Mistral's own names
 HUB_BIN = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where there are no safetensors
 

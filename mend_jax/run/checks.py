@@ -33,6 +33,7 @@ from mend_jax.data.rows.windows import check_windows
 from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
 from mend_jax.llm.decoder_only import LLM
+from mend_jax.llm.sentence_encoder import is_sentence_encoder, require_sentence_transformers
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
 from mend_jax.objectives import Objective
@@ -257,6 +258,9 @@ def check_experiment(config, trainings, evaluations) -> None:
 
 def check_encoder(path) -> None:
     """That config.evaluate.encoder can be read, without its weights."""
+    if is_sentence_encoder(path):
+        require_sentence_transformers(path)
+        return
     folder = local_folder(path)
     check_tokenizer(load_tokenizer(folder), from_hf_config(folder).vocab_size, path, "encoder")
 
