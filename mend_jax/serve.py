@@ -8,6 +8,7 @@ It has no passwords and no encryption, and listens on this machine alone unless 
 how it is asked; its page is at http://127.0.0.1:8000, its reference at /docs.
 """
 
+import sys
 from typing import Literal
 
 import jax
@@ -85,14 +86,16 @@ def serve(
     named = llm or (own_llm(distiller) if distiller else None)
     if not named:
         raise UserError(
-            "Which LLM? Add --llm=FOLDER, a hub name or a GGUF file; only a training workdir knows its own."
+            "Which LLM? Add --llm=FOLDER, a hub name or a GGUF file; without it a distiller must be named that says its own."
         )
     if bos and distiller:
         raise UserError(f"--bos={bos} is for a server without a distiller: the distiller decides it.")
 
     def make_engine() -> Engine:
+        _say(f"Loading {named}")
         made = _engine(named, distiller, dtype, weights, bos, batch_size, limits)
         if warm_up != "none":
+            _say("Compiling what a first question needs; other lengths are compiled when they come")
             made.warm_up(example_for(made.llm), batch_size if warm_up == "all" else 1)
         return made
 
@@ -108,6 +111,10 @@ def _engine(named: str, distiller: str, dtype: str, weights: str, bos: str, batc
         return Engine(loaded, None, {}, batch_size, limits)
     model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
     return Engine(loaded, model, facts_of(loaded, model, distiller, named), batch_size, limits)
+
+
+def _say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def _require_packages() -> None:
