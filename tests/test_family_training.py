@@ -16,7 +16,8 @@ from tiny_training import config as training_config
 from mend_jax import evaluate, train
 from mend_jax.interchange.trained import read_distiller
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes.distiller import Distiller, write_folder
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.distiller_folder import write_folder
 from mend_jax.run import build, checkpoint, reporting
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,7 @@ from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, load_model, load_tokenizer
 from mend_jax.packs.demonstrations import read_demonstrations
 from mend_jax.packs.queries import options_of
-from mend_jax.prefixes.distiller import read_settings
+from mend_jax.prefixes.distiller_folder import read_settings
 from mend_jax.report.results import read_results
 from mend_jax.run import reading
 from mend_jax.run.files import temporary_for

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from mend_jax.interchange import trained
 from mend_jax.prefixes import release
-from mend_jax.prefixes.distiller import write_folder
+from mend_jax.prefixes.distiller_folder import write_folder
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_same_width"])

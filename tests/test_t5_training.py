@@ -28,7 +28,8 @@ from mend_jax.losses import token_weights
 from mend_jax.models.encoder_decoder import decode, encode
 from mend_jax.prefixes import Demonstrations, Nothing, kind_of
 from mend_jax.prefixes.context import bucket
-from mend_jax.prefixes.distiller import Distiller, write_folder
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.distiller_folder import write_folder
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run.checks import check_config

@@ -16,7 +16,7 @@ from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS, Distiller, Kind, release
-from mend_jax.prefixes.distiller import SETTINGS, read_settings
+from mend_jax.prefixes.distiller_folder import SETTINGS, read_settings
 from mend_jax.run import checkpoint
 from mend_jax.run.best import is_finished
 from mend_jax.run.sealed import require_unchanged

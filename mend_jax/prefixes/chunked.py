@@ -24,7 +24,8 @@ from mend_jax.cli.settings import CHOICES
 from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.data.templates import Template
 from mend_jax.prefixes.context import demo_tokens, pair_tokens
-from mend_jax.prefixes.distiller import Distiller, read_folder, read_settings, write_folder
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.distiller_folder import card_text, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
@@ -266,7 +267,7 @@ class Chunked(Kind):
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Chunked":
         settings = read_settings(folder)
         own = (settings.get(name) for name in ("join", "chunk_demos", "chunk_tokens"))
-        return cls.around(read_folder(folder, place), *own)
+        return cls.around(Distiller.from_folder(folder, place), *own)
 
     def settings(self) -> dict:
         own = {"kind": self.name, "join": self.join, "chunk_demos": self.chunk_demos, "chunk_tokens": self.width}
@@ -278,7 +279,7 @@ class Chunked(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = self.distiller.card_text(llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
+        text = card_text(self.distiller, llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",

@@ -4,8 +4,6 @@ Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,62 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.settings import CHOICES
-from mend_jax.data.bos import NONE, argument, first_lines
-from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words
-from mend_jax.models import weights
-from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
+from mend_jax.data.bos import NONE
+from mend_jax.data.templates import SPACE, Template, as_fields, chosen
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config
 from mend_jax.models.folders import headless_params, load_model, load_tokenizer, read_weights
 from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
+from mend_jax.prefixes.distiller_folder import (
+    MODULE,
+    SETTINGS,
+    card_text,
+    read_folder,
+    read_settings,
+    write_folder,
+)
 from mend_jax.prefixes.distiller_module import PROJECTION_START, DistillerModule, make_vectors
 from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
-from mend_jax.prefixes.stored_weights import read_backbone, write_backbone
-from mend_jax.run.reading import described, read_json
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
-
-PROJECTIONS = tuple(name for name in CHOICES["prefix.projection"] if name != "auto")  # which a distiller has
-SETTINGS = "distiller_config.json"  # in an exported folder
-TENSORS = "distiller.safetensors"
-MODULE = "mend_distiller.py"
-
-CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
-{llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
-In-Context Learning (Li et al., ICLR 2024). The backbone is a {family} of {layers} layers and width {width};
-projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
-
-## Use
-
-In PyTorch, with this folder's `mend_distiller.py` (needs only torch, transformers and safetensors):
-
-```python
-import sys
-
-import torch
-
-# folder: the path of this folder
-# llm, tokenizer: {llm} in transformers, by AutoTokenizer and AutoModelForCausalLM (T5: AutoModelForSeq2SeqLM)
-sys.path.append(folder)  # for mend_distiller.py
-from mend_distiller import MendDistiller
-
-distiller = MendDistiller.from_pretrained(folder{given})
-vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
-# Training put {put}, without special tokens.
-{query}
-{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
-{logits}
-```
-
-In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
-
-{rule}; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
-
-"""
-WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings and tokenizer, which this folder does not hold."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,7 +259,7 @@ class Distiller(Kind):
 
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Distiller":
-        return read_folder(folder, place)
+        return cls.of(*read_folder(folder, place))
 
     def settings(self) -> dict:
         """The content of `SETTINGS` in an exported folder."""
@@ -319,38 +282,10 @@ class Distiller(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         shape = f"(1, {self.num_vectors}, {self.llm_width})"
-        return "A MEND distiller", self.card_text(llm, logits, shape, "mend_jax.load_distiller")
-
-    def card_text(self, llm: str, logits: str, shape: str, load: str) -> str:
-        """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder."""
-        return CARD.format(
-            logits=logits,
-            num_vectors=self.num_vectors,
-            llm_width=self.llm_width,
-            llm=llm,
-            layers=self.config.layers,
-            family=self.config.family,
-            width=self.config.width,
-            projection=self.projection,
-            window="any number of" if self.config.window > 2**29 else f"at most {self.window}",
-            **in_words(self.template),
-            **first_lines(self.bos),
-            given=", llm=llm, tokenizer=tokenizer" if self.embeddings == LLM else "",
-            alone=WITHOUT_TOKENS
-            if self.embeddings == LLM
-            else f"`{_loader(self.config)}.from_pretrained(folder)`\nloads the backbone alone.",
-            shape=shape,
-            load=load,
-            bos=argument(self.bos),
-        )
+        return "A MEND distiller", card_text(self, llm, logits, shape, "mend_jax.load_distiller")
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once
-
-
-def _loader(backbone: Config) -> str:
-    """The class of transformers that loads an exported backbone: `AutoModel` would add a decoder to T5's encoder."""
-    return "T5EncoderModel" if isinstance(backbone, EncoderDecoderConfig) else "AutoModel"
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:
@@ -362,77 +297,3 @@ def resolve_projection(projection: str, width: int, llm_width: int) -> str:
             f'prefix.projection="identity" needs a backbone as wide as the LLM ({llm_width}), not {width}: use "tanh" or "linear".'
         )
     return projection
-
-
-# The exported folder
-
-
-def write_folder(
-    distiller: Distiller, folder: str | Path, settings: dict | None = None, dtype: str = "float32", llm: str = ""
-) -> None:
-    """Writes the distiller as a Hugging Face folder, without card and release files; `settings` replace its own, `dtype` is that
-    of the backbone's file (stored_weights.py), `llm` the LLM's name where everybody has it under one."""
-    folder, params = Path(folder), distiller.params
-    folder.mkdir(parents=True, exist_ok=True)
-    of_file = {"dtype": dtype} if dtype == "bfloat16" else {}  # for `from_pretrained(dtype="auto")`
-    _write_json(folder / "config.json", to_hf_config(distiller.config, head=False) | of_file)
-    write_backbone(folder, distiller.config, params["backbone"], distiller.embeddings, dtype)
-    tensors = {"placeholders": np.asarray(params["placeholders"])}
-    if "projection" in params:
-        tensors["projection.weight"] = np.asarray(params["projection"]["kernel"]).T
-        tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
-    weights.write_file(_contiguous(tensors), folder / TENSORS)
-    _write_json(folder / SETTINGS, (settings or distiller.settings()) | ({"llm": llm} if llm else {}))
-    if distiller.tokenizer is not None and distiller.embeddings != LLM:  # else it is the LLM's too
-        distiller.tokenizer.save_pretrained(folder)
-    shutil.copyfile(Path(__file__).parent / MODULE, folder / MODULE)
-
-
-def read_folder(folder: Path, place: Place | None = None) -> Distiller:
-    """The distiller that `write_folder` wrote. Raises UserError if a file is damaged or belongs to another model."""
-    settings = read_settings(folder)
-    try:
-        projection, llm_width, template = settings["projection"], settings["llm_width"], from_fields(settings)
-        nested = tuple(map(int, settings.get("nested", ())))
-        if type(llm_width) is not int or llm_width < 1:
-            raise ValueError(f"llm_width is {described(llm_width)}, not a width")
-        if settings.get("bos", NONE) not in CHOICES["data.bos"]:
-            raise ValueError(f"bos is {described(settings['bos'])}, not one of {', '.join(CHOICES['data.bos'])}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _unreadable(folder, error) from None
-    if projection not in PROJECTIONS:
-        raise UserError(
-            f"{folder / SETTINGS} has projection={projection!r}: it must be one of {', '.join(PROJECTIONS)}."
-        )
-    config, where = from_hf_config(folder), folder / TENSORS
-    own = {name: np.asarray(tensor[:], np.float32) for name, tensor in weights.read_file(where)}
-    embeddings = settings.get("embeddings", TRAINED)
-    params = {"backbone": read_backbone(folder, config, embeddings, place)}
-    params["placeholders"] = weights.take(own, "placeholders", (None, config.width), where)
-    if projection != "identity":
-        kernel = weights.take(own, "projection.weight", (llm_width, config.width), where).T
-        params["projection"] = {
-            "kernel": np.ascontiguousarray(kernel),
-            "bias": weights.take(own, "projection.bias", (llm_width,), where),
-        }
-    if own:
-        raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    rest = template, settings.get("bos", NONE), embeddings, nested
-    return Distiller.of(config, params, projection, load_tokenizer(folder), *rest)
-
-
-def read_settings(folder: Path) -> dict:
-    """The settings in `SETTINGS` of an exported folder. Raises UserError if the file is damaged."""
-    return read_json(folder / SETTINGS, "export the distiller again")
-
-
-def _unreadable(folder: Path, error) -> UserError:
-    return UserError(f"{folder / SETTINGS} cannot be read ({error}): export the distiller again.")
-
-
-def _contiguous(tensors: Mapping) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-
-
-def _write_json(path, content) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

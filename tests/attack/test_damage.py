@@ -33,7 +33,8 @@ from mend_jax.losses import TopK
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import headless_params, load_model, load_tokenizer
 from mend_jax.packs.pack import Pack, load_pack
-from mend_jax.prefixes.distiller import Distiller, write_folder
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.distiller_folder import write_folder
 from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.report.results import read_results
 from mend_jax.run import best, checkpoint, reporting, resume, teacher_cache

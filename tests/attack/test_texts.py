@@ -27,7 +27,7 @@ from mend_jax.models.gguf.config import hf_fields  # noqa: F401  (imported here,
 from mend_jax.packs.demonstrations import read_demonstrations
 from mend_jax.packs.pack import Pack, load_pack
 from mend_jax.packs.queries import options_of, read_queries
-from mend_jax.prefixes.distiller import read_settings
+from mend_jax.prefixes.distiller_folder import read_settings
 from mend_jax.report.results import read_results
 from mend_jax.run import checkpoint, reporting, resume
 from mend_jax.run.sealed import write_sealed
