@@ -21,6 +21,7 @@ import mend_jax
 from configs import base
 from mend_jax import benchmark
 from mend_jax.cli import command_line as cli
+from mend_jax.cli import config_files
 from mend_jax.measure import accelerator, accelerator_pack, devices, parts, timed_training
 from mend_jax.measure.accelerator_page import page
 from mend_jax.measure.parts import DONE, FAILED, SKIPPED, TIMED_OUT, Part
@@ -246,7 +247,7 @@ def test_pieces_make_the_file_again(tmp_path):
 @pytest.fixture
 def bundles(tmp_path, tiny_llm, monkeypatch):
     """The bundles of a tiny world and of a model of a few bytes."""
-    load = cli.load_config
+    load = config_files.load_config
 
     def tiny(path):
         config = load(path)
@@ -257,7 +258,7 @@ def bundles(tmp_path, tiny_llm, monkeypatch):
 
     world = make_world(tmp_path / "world")
     (tmp_path / "m.gguf").write_bytes(b"GGUF and more")
-    monkeypatch.setattr(cli, "load_config", tiny)
+    monkeypatch.setattr(config_files, "load_config", tiny)
     monkeypatch.setattr(accelerator_pack, "local_folder", lambda path: tmp_path / "m.gguf")
     arguments = str(tmp_path / "bundles"), str(world / "c4"), str(world / "metaicl"), 1
     accelerator_pack.pack(*arguments)

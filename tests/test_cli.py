@@ -11,13 +11,13 @@ import pytest
 from facts import says, states
 
 from mend_jax.cli import command_line as cli
-from mend_jax.cli import messages
+from mend_jax.cli import config_files, messages
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES, NOT_REACHED, RANGES, TUPLES, check, dotted_fields, nearest
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
 from mend_jax.prefixes import KINDS
 
-BASE = str(cli.ROOT / "configs" / "base.py")
+BASE = str(config_files.ROOT / "configs" / "base.py")
 
 
 def command(config, workdir):
@@ -204,17 +204,17 @@ def test_config_files(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with says(path, *words):
-        cli.load_config(str(path))
+        config_files.load_config(str(path))
 
 
 def test_variants(monkeypatch):
-    monkeypatch.chdir(cli.ROOT)
+    monkeypatch.chdir(config_files.ROOT)
     with says("configs/small_world.py", "quik", "quick"):
-        cli.load_config("configs/small_world.py:quik")
+        config_files.load_config("configs/small_world.py:quik")
     with says("configs/base.py", '":quick"'):
-        cli.load_config("configs/base.py:quick")
+        config_files.load_config("configs/base.py:quick")
     with says("configs/smal_world.py", "configs/small_world.py"):
-        cli.load_config("configs/smal_world.py:quick")
+        config_files.load_config("configs/smal_world.py:quick")
 
 
 def test_config_and_workdir_are_needed(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from facts import states
 
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.config_files import ROOT
 
 PROGRAM = """
 import jax

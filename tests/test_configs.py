@@ -10,11 +10,12 @@ from data_files import make_world, tiny_config, words, write_examples
 from facts import says
 
 from mend_jax.cli import command_line as cli
+from mend_jax.cli import config_files
 from mend_jax.cli.settings import METHODS, check
 from mend_jax.data.small_world import PACKAGED_MODELS
 from mend_jax.experiments import methods
 
-ROOT = cli.ROOT
+ROOT = config_files.ROOT
 PARTITIONS = [
     "class_to_class",
     "non_class_to_class",
@@ -46,7 +47,7 @@ def test_no_config_file_is_forgotten():
 @pytest.mark.parametrize("name", NAMES)
 def test_loads(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = cli.load_config(name)
+    config = config_files.load_config(name)
     check(config)
     assert config.data.demo_buckets[-1] >= config.data.max_demo_tokens
 
@@ -111,7 +112,7 @@ def test_written_commands_run(module, arguments, monkeypatch):
 
 def load(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    return cli.load_config(name)
+    return config_files.load_config(name)
 
 
 def test_methods_are_the_papers(monkeypatch):

@@ -10,6 +10,7 @@ from data_files import make_world, tiny_config
 from facts import says
 
 from mend_jax.cli import command_line as cli
+from mend_jax.cli import config_files
 from mend_jax.cli.progress import Parts
 from mend_jax.experiments import (
     ablations,
@@ -32,7 +33,7 @@ PRETRAIN = ("pretrain", 1.0, 0.0, 0.0)
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    c = cli.load_config("configs/small_world.py:experiments")
+    c = config_files.load_config("configs/small_world.py:experiments")
     c.data.cache, c.experiment.training_seeds = str(tmp_path / "cache"), (0, 1)
     return c
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import train
-from mend_jax.cli import command_line as cli
+from mend_jax.cli import config_files
 from mend_jax.cli.settings import check
 from mend_jax.data.batches import Batch
 from mend_jax.data.query import Query
@@ -321,7 +321,7 @@ def test_loading_never_holds_two_copies(tmp_path, ending, mesh):
         (folder / "config.json").write_text(json.dumps(sizes | changes))
         shard = write_shards(folder, 4, ending)
     command = [sys.executable, "-c", LOAD, small, large, json.dumps(mesh)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cli.ROOT, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=config_files.ROOT, check=True)
     found = json.loads(done.stdout)
     within = {name: of["peak"] <= of["result"] + 1.2 * shard for name, of in found.items()}
     assert within == {"int8": True, "full": True, "careless": False}, (found, shard)

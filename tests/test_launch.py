@@ -10,7 +10,7 @@ import threading
 import pytest
 from facts import states
 
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.config_files import ROOT
 
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", ".ci/run"]
 ALONE = ["launch/accelerator.sh"]  # see test_accelerator.py

@@ -13,7 +13,7 @@ import sys
 import pytest
 import yaml
 
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.config_files import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from facts import says
 from test_end_to_end import _model as model_folder
 
 from mend_jax import train
-from mend_jax.cli.command_line import load_config
+from mend_jax.cli.config_files import load_config
 from mend_jax.evaluate import evaluate
 from mend_jax.run import build, checkpoint, distributed, reporting
 

@@ -11,7 +11,6 @@ A user error ends in one sentence and exit code 2.
 
 import ast
 import contextlib
-import importlib.util
 import inspect
 import os
 import re
@@ -24,20 +23,18 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from absl import flags, logging
-from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from mend_jax.cli import compile_cache
+from mend_jax.cli.config_files import plain_overrides, resolved, take_config, wanted
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.imports import hide_pytorch
 from mend_jax.cli.messages import of_the_machine, plain_warnings
-from mend_jax.cli.settings import PATHS, check, check_choice, dotted_fields, nearest
+from mend_jax.cli.settings import dotted_fields, nearest
 from mend_jax.cli.text import shown
 from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder that holds configs/ and the package
-OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=(.*))?", re.DOTALL)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
@@ -104,9 +101,9 @@ def parse(main, argv) -> list:
     values = flags.FlagValues()
     argv, fields = list(argv), {}
     if "config" in parameters:
-        argv, config = _take_config(argv)
+        argv, config = take_config(argv)
         fields = dotted_fields(config)
-        argv = _plain_overrides(argv, fields)
+        argv = plain_overrides(argv, fields)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
     for name, parameter in parameters.items():
         if name != "config" and parameter.kind is not parameter.POSITIONAL_ONLY:
@@ -121,139 +118,6 @@ def parse(main, argv) -> list:
         raise UserError(f"{str(error).rstrip('.')}: see --help.") from None
     flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
     return _arguments(main, values, words)
-
-
-def load_config(name: str) -> ConfigDict:
-    """The config that FILE.py's get_config makes, for FILE.py or FILE.py:VARIANT; it has exactly the fields of configs/base.py.
-
-    Raises UserError for a missing or broken file, an unknown variant, or fields that differ from those of configs/base.py.
-    """
-    path, _, variant = name.partition(":")
-    get_config = _get_config(path)
-    takes_variant = bool(inspect.signature(get_config).parameters)
-    if variant and not takes_variant:
-        raise UserError(f'{path} has no variants: leave ":{variant}" out.')
-    try:
-        config = get_config(variant) if variant else get_config()
-    except UserError:
-        raise
-    except (ValueError, KeyError) as error:
-        if not variant:
-            raise UserError(f"{path} fails: {_reason(error)}.") from error
-        own_words = isinstance(error, ValueError) and variant in str(error)
-        raise UserError(f"{'' if own_words else f'{path} has no variant {variant}: '}{_reason(error)}.") from error
-    except Exception as error:
-        raise UserError(f"{path} fails: {_reason(error)}.") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config of {path} must return an ml_collections ConfigDict, as configs/base.py does.")
-    base = base_config()
-    if base is not None:
-        _compare_fields(path, config, base)
-    return config
-
-
-def base_config() -> ConfigDict | None:
-    """The config of configs/base.py: every field with its default. None if the package is installed without configs/."""
-    base = ROOT / "configs" / "base.py"
-    return _get_config(str(base))() if base.is_file() else None
-
-
-def _get_config(path: str):
-    if not Path(path).is_file():
-        there = sorted(str(p) for folder in {Path(path).parent, Path("configs")} for p in folder.glob("*.py"))
-        hint = f"did you mean {nearest(path, there)}?" if there else "give the path of a file like configs/base.py."
-        raise UserError(f'There is no config file "{path}": {hint}')
-    for folder in (str(ROOT), str(Path.cwd())):  # a variant says "from configs import base"
-        if folder not in sys.path:
-            sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    if spec is None:
-        raise UserError(f'"{path}" is not a config file: give a Python file like configs/base.py.')
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"{path} has no function get_config: see configs/base.py.")
-    return module.get_config
-
-
-def _compare_fields(path: str, config: ConfigDict, base: ConfigDict) -> None:
-    ours, theirs = dotted_fields(base), dotted_fields(config)
-    for key in theirs:
-        if key not in ours:
-            raise UserError(f"{path} sets {key}, which is not in configs/base.py: did you mean {nearest(key, ours)}?")
-    for key in ours:
-        if key not in theirs:
-            raise UserError(f"{path} has no field {key}: start from configs.base.get_config() and change what differs.")
-
-
-def _reason(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().rstrip(".")
-    line = getattr(error, "lineno", None)
-    return " ".join(f"{'' if line is None else f'line {line}: '}{text or type(error).__name__}".split())
-
-
-def _take_config(argv: list[str]):
-    """argv without --config, and the config that it names."""
-    rest, name = [], None
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument in ("--config", "-config"):
-            name = next(arguments, "")
-        elif argument.startswith(("--config=", "-config=")):
-            name = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if not name:
-        raise UserError("A config is needed: add --config=FILE.py, for example --config=configs/small_world.py:quick.")
-    return rest, load_config(name)
-
-
-def _plain_overrides(argv: list[str], fields: dict) -> list[str]:
-    """argv with every override as --config.key=value, its key checked and tuples written as in Python."""
-    plain = []
-    arguments = iter(argv)
-    for argument in arguments:
-        match = OVERRIDE.fullmatch(argument)
-        if not match:
-            plain.append(argument)
-            continue
-        negated, key, has_value, value = match.groups()
-        if key not in fields:
-            raise _unknown_field(key, fields)
-        if not has_value and not isinstance(fields[key], bool):
-            value = next(arguments, None)
-            if value is None:
-                raise UserError(f"--config.{key} needs a value: {_wanted(fields[key])}.")
-        elif not has_value:
-            value = "false" if negated else "true"
-        elif negated:
-            raise UserError(f"--noconfig.{key} takes no value: write --config.{key}=false.")
-        if isinstance(fields[key], tuple):
-            value = repr(_tuple(value))
-        plain.append(f"--config.{key}={value}")
-    return plain
-
-
-def _tuple(text: str) -> tuple:
-    """A tuple from its text: "(13, 21)", "13,21" and "zero_shot,mend=runs/mend" are all understood."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        value = tuple(int(part) if part.isdecimal() else part for part in parts)
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _unknown_field(key: str, fields: dict) -> UserError:
-    within = [name for name in fields if name.startswith(f"{key}.")]
-    if within:
-        return UserError(f"--config.{key} is a section: set one of its fields, for example --config.{within[0]}.")
-    return UserError(
-        f"There is no --config.{key}: did you mean --config.{nearest(key, fields)}? (configs/base.py lists all fields.)"
-    )
 
 
 def _parameters(main) -> dict[str, inspect.Parameter]:
@@ -285,40 +149,12 @@ def _arguments(main, values, words: list[str]) -> list:
         if parameter.kind is parameter.POSITIONAL_ONLY:
             arguments.append(_words(main, parameter, words))
         elif name == "config":
-            arguments.append(_resolved(values.config))
+            arguments.append(resolved(values.config))
         else:
             arguments.append(_flag(main, name, parameter, values[name].value))
     if words:
         raise UserError(f'"{words[0]}" is not understood: flags are written --name=value; see --help.')
     return arguments
-
-
-def _resolved(config: ConfigDict) -> ConfigDict:
-    """The config as a command reads it: checked, and its paths resolved.
-
-    The public functions can be called without a command line, so they resolve the paths they are given themselves.
-    """
-    from mend_jax.data.small_world import resolve
-
-    check(config)
-    for key, names in _named().items():
-        check_choice(key, dotted_fields(config)[key], names)
-    for key in PATHS:
-        section, name = key.split(".")
-        config[section][name] = os.path.expanduser(config[section][name])
-    config.evaluate.methods = tuple(
-        re.sub(r"(?<=[=:])~", os.path.expanduser("~"), spec) for spec in config.evaluate.methods
-    )
-    return resolve(config).lock()
-
-
-def _named() -> dict[str, list[str]]:
-    """{field: the names that it may have}, from the dicts in which kinds and objectives are registered."""
-    from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
-    from mend_jax.prefixes import KINDS
-
-    kinds = [name for name, kind in KINDS.items() if kind.begins_with]  # those that can be trained
-    return {"prefix.kind": kinds, "loss.objective": [*OBJECTIVES, *STATE_OBJECTIVES]}
 
 
 def _words(main, parameter: inspect.Parameter, words: list[str]):
@@ -389,19 +225,14 @@ def _wrong_value(message: str, argv: list[str], fields: dict, parameters) -> Use
     ]  # if a flag is given twice, the message has the wrong one
     given = next((v for v in values if message.startswith(f"flag --{name}={v}:")), values[0] if values else "")
     if name.startswith("config."):
-        return UserError(f"--{name} must be {_wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")
+        return UserError(f"--{name} must be {wanted(fields[name.removeprefix('config.')])}, not {_given(given)}.")
     parameter = parameters[name]
     if get_origin(parameter.annotation) is Literal:
         choices = [str(word) for word in get_args(parameter.annotation)]
         return UserError(
             f'--{name} must be one of {", ".join(choices)}, not "{given}": did you mean "{nearest(given, choices)}"?'
         )
-    return UserError(f"--{name} must be {_wanted(parameter.annotation())}, not {_given(given)}.")
-
-
-def _wanted(value) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(type(value), "a list like a,b")
+    return UserError(f"--{name} must be {wanted(parameter.annotation())}, not {_given(given)}.")
 
 
 def _given(text: str) -> str:

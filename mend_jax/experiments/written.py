@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.config_files import ROOT
 from mend_jax.cli.text import markdown, number
 from mend_jax.experiments.table import Experiment, Row
 from mend_jax.measure.machine import machine

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 from mend_jax.cli import command_line as cli
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli import config_files
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import columns
 from mend_jax.data import c4, metaicl
@@ -40,7 +40,7 @@ def pack(out: str, text: str, tasks: str, files: int = 3) -> None:
         files: how many of C4's training files go along.
     """
     bundles = Path(out).expanduser().absolute()
-    config = cli.load_config(str(ROOT / CONFIG))
+    config = config_files.load_config(str(config_files.ROOT / CONFIG))
     model, data = local_folder(config.llm.path), bundles / DATA
     choose_data(config, Path(text).expanduser(), Path(tasks).expanduser(), files, data)
     config.data.update(text=str(data / "c4"), tasks=str(data / "metaicl"), cache=str(data / "tokens"))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from mend_jax.cli.command_line import ROOT
+from mend_jax.cli.config_files import ROOT
 
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 TAIL = 30  # lines of a part's output that are kept

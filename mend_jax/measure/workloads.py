@@ -5,7 +5,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from mend_jax.cli import command_line as cli
+from mend_jax.cli.config_files import ROOT, load_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields
 from mend_jax.data import sampling
@@ -15,7 +15,7 @@ from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
 from mend_jax.prefixes import KINDS, Kind, kind_of
 
-FOLDER = cli.ROOT / "configs"
+FOLDER = ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
 TABLE = (
     "gpt2_large",
@@ -85,7 +85,7 @@ def load_workload(
         UserError: a config that cannot be read, several queries per context or the release's budgets, lengths that do not fit
             the models' windows, a batch that cannot be divided.
     """
-    config = cli.load_config(str(FOLDER / f"{name}.py"))
+    config = load_config(str(FOLDER / f"{name}.py"))
     if dtype:
         config.llm.dtype = config.prefix.dtype = dtype
     if weights:

@@ -9,7 +9,7 @@ import json
 import logging
 from pathlib import Path
 
-from mend_jax.cli.command_line import base_config
+from mend_jax.cli.config_files import base_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields
 from mend_jax.data.bos import NONE
