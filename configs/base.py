@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     evaluate.option_score = "mean"  # an option's log-probability per token (MetaICL's), or its "sum", the probability of the whole option (docs/protocol.md)
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
     # What `evaluate` shows instead of the files' demonstrations (docs/experiments.md); of them validation in training follows evaluate.demos="pool" alone.
-    evaluate.demos = "file"  # "file": the seed's; from the task's training pool "pool": drawn for all items, or for each item "random", "bm25" (shared words), "dense" (near embeddings)
+    evaluate.demos = "file"  # "file": the seed's; "pool": these, then ones drawn from the task's training pool; from the pool for each item "random", "bm25" (shared words), "dense" (near embeddings)
     evaluate.encoder = ""  # demos "dense": the model whose mean last states are the embeddings, named as llm.path; "" is the LLM itself
     evaluate.perturb = "none"  # "no_label", "no_input", "random_label", "wrong_label" (Table 3), "adversarial" (labels exchanged), "typos", "irrelevant" (of other tasks)
     evaluate.perturb_share = 1.0  # the share of the demonstrations that is perturbed

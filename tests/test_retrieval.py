@@ -72,6 +72,8 @@ def test_drawn_ones_change_with_seed_and_item(pool):
     assert not {e.input for e in many} & {e.input for e in items}
     with says("'t'", 55, "config.data.k = 56"):
         drawn(pool, items, 56, 13)
+    begun = drawn(pool, items, 16, 13, [items[0], *pool[9:7:-1]])  # no item, and none of them twice
+    assert begun[:2] == pool[9:7:-1] and len({e.input for e in begun}) == 16
 
 
 def test_neighbours_are_kept_by_content(pool, tmp_path, monkeypatch):

@@ -106,7 +106,14 @@ def test_validation_in_training_reads_the_files(config, llm):
     model = Demonstrations.beside(llm)
     plain = task_scoring.dev_tasks(config, llm, model)
     config.evaluate.demos, config.data.k = "pool", 5  # more than a file has
-    assert {len(task.demos) for task in task_scoring.dev_tasks(config, llm, model)} == {5}
+    longer = task_scoring.dev_tasks(config, llm, model)
+    assert {len(task.demos) for task in longer} == {5}
+    for short, long in zip(plain, longer, strict=True):  # the same ones and another
+        assert all(
+            np.array_equal(a, b)
+            for x, y in zip(short.demos, long.demos, strict=False)
+            for a, b in zip(x, y, strict=True)
+        )
     config.data.k, config.evaluate.demos, config.evaluate.perturb, config.evaluate.order = 4, "random", "wrong_label", 2
     found = task_scoring.dev_tasks(config, llm, model)
     assert [task_scoring.content_of(task, True) for task in plain] == [

@@ -58,10 +58,15 @@ def demonstrations(
             rows = cached_neighbours(config.data.cache, name, pool, items, k, shown.demos, seed, encode)
             found = [[pool[i] for i in row] for row in rows]
         else:
-            found = [drawn(pool, items, k, seed)]
+            found = [drawn(pool, items, k, seed, _of_file(config, task, seed))]
     elsewhere = _of_others(config, seed, others) if shown.perturb == "irrelevant" else []
     changed = [perturbed(one, shown.perturb, shown.perturb_share, seed, elsewhere) for one in found]
     return [[one[i] for i in reordered(len(one), shown.order, seed)] for one in changed]
+
+
+def _of_file(config, task: str, seed: int) -> list[Example]:
+    file = metaicl.largest_file(config.data.tasks, task, seed, "train")
+    return [] if file is None else metaicl.read_file(file)
 
 
 def _of_others(config, seed: int, others: Sequence[str]) -> list[Example]:

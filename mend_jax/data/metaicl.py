@@ -64,12 +64,18 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
     return found
 
 
+def largest_file(folder, task: str, seed: int, split: str) -> Path | None:
+    """The file of a task and seed with the most examples, None where there is none."""
+    return _find_examples(folder, task, 0, seed, split)
+
+
 def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | None:
+    """The smallest file with `k` examples or more; of k=0 the largest."""
     here = data_folder(folder) / task
     pattern = re.compile(re.escape(task) + rf"_([0-9]+)_{seed}_{split}\.jsonl")
     names = (pattern.fullmatch(path.name) for path in (here.iterdir() if here.is_dir() else ()) if path.is_file())
     sizes = sorted(int(match[1]) for match in names if match)
-    size = next((size for size in sizes if size >= k), None)
+    size = next((size for size in sizes if size >= k), None) if k else max(sizes, default=None)
     return None if size is None else here / f"{task}_{size}_{seed}_{split}.jsonl"
 
 
@@ -184,7 +190,9 @@ def held_out_files(config) -> list[Path]:
     present, _ = present_tasks(data.tasks, names, "dev", k, seeds)
     parts = [(task, seed, split) for task in present for seed in seeds for split in ("train", "dev")]
     pools = [path for task in present if from_pool and (path := meta_train_file(data.tasks, task)).is_file()]
-    return [example_file(data.tasks, task, k, seed, split) for task, seed, split in parts] + pools
+    files = [example_file(data.tasks, task, k, seed, split) for task, seed, split in parts]
+    more = [largest_file(data.tasks, task, seed, "train") for task in present if from_pool for seed in seeds]
+    return list(dict.fromkeys([*files, *more, *pools]))
 
 
 def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:

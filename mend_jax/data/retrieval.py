@@ -3,7 +3,7 @@
 | name | the K demonstrations |
 | --- | --- |
 | file | those of the file of K and the seed (MetaICL's protocol) |
-| pool | drawn from the pool with the seed, the same for all test items; those of a smaller K come first |
+| pool | those of the seed's largest file, then ones drawn from the pool with the seed; the same for all test items, those of a smaller K first |
 | random | drawn from the pool with the seed, for each test item |
 | bm25 | those whose inputs share the rarest words with the test item's, nearest first |
 | dense | those whose inputs have the nearest embeddings by cosine, nearest first |
@@ -47,13 +47,19 @@ def same_text(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def drawn(pool: Sequence[Example], items: Sequence[Example], k: int, seed: int) -> list[Example]:
-    """K examples of the pool, the same for all items, whose inputs are none of theirs. Raises UserError if there are fewer."""
-    asked = {same_text(item.input) for item in items}
-    rest = [example for example in pool if same_text(example.input) not in asked]
-    task = items[0].task
-    _check_size(len(rest), k, task)
-    return random.Random(f"{seed} {task} pool").sample(rest, len(rest))[:k]
+def drawn(
+    pool: Sequence[Example], items: Sequence[Example], k: int, seed: int, first: Sequence[Example] = ()
+) -> list[Example]:
+    """K examples, the same for all items: those of `first`, then others drawn from the pool; no input is an item's.
+
+    Raises UserError if there are fewer.
+    """
+    asked, task = {same_text(item.input) for item in items}, items[0].task
+    begin = [example for example in first if same_text(example.input) not in asked]
+    known = asked | {same_text(example.input) for example in begin}
+    rest = [example for example in pool if same_text(example.input) not in known]
+    _check_size(len(begin) + len(rest), k, task)
+    return (begin + random.Random(f"{seed} {task} pool").sample(rest, len(rest)))[:k]
 
 
 def neighbours(

@@ -2,8 +2,8 @@
 
     python -m mend_jax.experiments.num_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
-Up to config.data.k they are the first of the files' demonstrations, beyond it they are drawn from the tasks' training pools
-(evaluate.demos="pool"). Demonstrations that do not fit a method's window are left out: its prefix then stops growing.
+Up to config.data.k they are the first of the files' demonstrations; beyond it these are followed by ones that are drawn from the tasks'
+training pools (evaluate.demos="pool"). Demonstrations that do not fit a method's window are left out: its prefix then stops growing.
 """
 
 from mend_jax.experiments.run import run_experiment
