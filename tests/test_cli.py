@@ -131,6 +131,8 @@ def test_mistakes(refused, argument, words):
             ["data.text_share", "batch_size", "0.125"],
         ),
         (["llm.attention=cudnn"], ["cudnn", "llm.dtype=bfloat16"]),
+        (["experiment.training_seeds=0,1,0"], ["experiment.training_seeds", "0 twice"]),
+        (["evaluate.seeds=13,13"], ["evaluate.seeds", "13 twice"]),
         (["llm.attention=cudnn", "llm.dtype=bfloat16"], ["cudnn", "prefix.dtype=bfloat16"]),
     ],
 )

@@ -8,12 +8,14 @@ import pytest
 from conftest import ROOT
 from data_files import make_world, tiny_config
 from facts import says
+from transformers import T5Config
 
 from mend_jax.cli import command_line as cli
 from mend_jax.cli import config_files
 from mend_jax.cli.progress import Parts
 from mend_jax.experiments import (
     ablations,
+    attention,
     many_demonstrations,
     num_vectors,
     objectives,
@@ -21,6 +23,7 @@ from mend_jax.experiments import (
     perturbations,
     run,
     templates,
+    written,
 )
 from mend_jax.experiments import all as every
 from mend_jax.experiments.table import Experiment, evaluation_key, of_methods, of_trainings
@@ -84,7 +87,8 @@ def test_what_is_the_same_is_trained_once(config):
         one.folder for one in mend.chain
     }
     lengths = [one.config.prefix.length for one in trainings(num_vectors.rows(config)).values() if one.start is None]
-    assert sorted(lengths) == sorted([*(2 * config.experiment.num_vectors), 16, 16])
+    # Two seeds of MEND, PromptTuning and HyperTuning for each l, and of MEND with nested lengths.
+    assert sorted(lengths) == sorted([*(3 * 2 * config.experiment.num_vectors), 16, 16])
 
 
 def test_a_training_is_known_by_what_decides_it(config):
@@ -151,9 +155,10 @@ def test_what_was_trained_elsewhere(config, tmp_path):
     assert (row.seed, row.training.folder, row.training.chain) == (None, str(tmp_path), [])
     assert {one.config.stage for one in trainings(objectives.rows(config)).values()} == {"finetune"}
     elsewhere = [row for row in ablations.rows(config) if row.training is not None and row.training.config is None]
-    assert [(row.seed, row.labels["pretraining"]) for row in elsewhere] == [
-        (None, "L_distill")
-    ]  # once, not for each seed
+    # Once for a setting, not for each seed.
+    assert [(row.seed, row.labels["setting"], row.labels["pretraining"]) for row in elsewhere] == [
+        (None, setting, "L_distill") for setting in ("small_world", "small_world_four")
+    ]
     config.experiment.trained = (f"pretraining={tmp_path}",)
     others = trainings(EXPERIMENTS["main_table"].rows(config)).values()
     of_mend = [one for one in others if one.config.loss.kd and one.config.prefix.kind == "distiller"]
@@ -240,7 +245,7 @@ def fakes(monkeypatch):
     return Fakes(monkeypatch)
 
 
-def test_it_goes_on_where_it_stopped(tiny, fakes, tmp_path, capsys):
+def test_it_goes_on_where_it_stopped(tiny, fakes, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     fakes.code = 75
     assert run.run_experiment(TINY, tiny, workdir) == 75
@@ -265,9 +270,15 @@ def test_it_goes_on_where_it_stopped(tiny, fakes, tmp_path, capsys):
         scores = json.loads((workdir / row["evaluation"] / "scores.json").read_text())
         assert row["method"] in scores["methods"]
     assert content["command"] and content["config"]["data"]["k"] == 4
+    monkeypatch.setattr(written, "_commit", lambda: "later")  # what was scored before stays what it was
     fakes.calls = []
     assert run.run_experiment(TINY, tiny, workdir) == 0
     assert fakes.calls == []  # nothing is left to do
+    assert json.loads((workdir / "tiny" / "experiment.json").read_text()) == content
+    tiny.experiment.training_seeds = (0, 1, 2)
+    assert run.run_experiment(TINY, tiny, workdir) == 0
+    commits = json.loads((workdir / "tiny" / "experiment.json").read_text())["commit"]
+    assert commits == f"{content['commit']}, later"
 
 
 def test_experiments_share_what_they_need(tiny, fakes, tmp_path):
@@ -316,6 +327,28 @@ def test_methods_that_an_experiment_does_not_show(tiny, fakes, tmp_path):
     with says("order has no row", "experiment.methods", "icl"):
         run.run_experiments([TINY, order.EXPERIMENT], tiny, tmp_path / "run")
     assert fakes.calls == []
+
+
+def test_what_has_no_attention_or_cost_is_said_before_any_work(tiny, fakes, tmp_path, capsys, monkeypatch):
+    run_every = lambda c: every.main(c, tmp_path / "run")  # noqa: E731
+    with says("gpt3"):
+        run_every(with_fields(tiny, {"experiment.cost_llms": ("gpt3",)}))
+    T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    of_t5 = with_fields(tiny, {"llm.path": str(tmp_path / "t5")})
+    with says("attention", tmp_path / "t5", "llm.path"):
+        attention.check(of_t5)
+    assert fakes.calls == []
+    monkeypatch.setattr(every, "TABLES", ())
+    assert run_every(of_t5) == 0 and "left out" in capsys.readouterr().err
+
+
+def test_tasks_seeds_and_items_may_change_in_a_workdir(tiny, fakes, tmp_path):
+    """What is chosen or scored by them is known by them."""
+    run.run_experiment(TINY, tiny, tmp_path / "run")
+    fakes.calls = []
+    assert run.run_experiment(TINY, with_fields(tiny, {"evaluate.limit": 3}), tmp_path / "run") == 0
+    assert [call[0] for call in fakes.calls if isinstance(call, tuple)].count("pretrain") == 0
+    assert len(list((tmp_path / "run" / "evaluations").iterdir())) == 2
 
 
 def test_a_result_that_is_lost_is_made_again(tiny, fakes, tmp_path):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from facts import says
 
 from mend_jax.experiments.attention import best_heads, pool, seen_by
 from mend_jax.llm import heads
@@ -124,11 +123,3 @@ def test_attention_before_an_answer(untrained):
 def test_pooling_keeps_the_largest():
     assert pool(np.arange(100.0)).tolist() == [4.0 + 5 * i for i in range(20)]
     assert pool(np.array([0.2, 0.1])).tolist() == [0.2, 0.1]
-
-
-def test_an_encoder_decoder_is_refused():
-    class Other:
-        path = "t5"
-
-    with says("decoder-only", "t5", "llm.path"):
-        heads.require_decoder(Other())

@@ -150,5 +150,5 @@ def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monk
 
 def test_a_pool_that_is_too_small(config, llm):
     config.evaluate.demos, config.data.k = "bm25", 100
-    with says("colour", "config.data.k = 100"):
+    with says("'colour' (", "'choice' (", "config.data.k = 100"):
         load_tasks(config, llm, "test")

@@ -16,7 +16,7 @@ from mend_jax.cli.settings import nearest
 from mend_jax.data import alignment, metaicl, sampling
 from mend_jax.data.demonstrations import demonstrations, files_for
 from mend_jax.data.perturbations import NOT_SHOWN
-from mend_jax.data.retrieval import PER_ITEM
+from mend_jax.data.retrieval import PER_ITEM, check_pools
 from mend_jax.data.templates import Template, chosen
 from mend_jax.data.tokenize import check_tokenizer, encode, readings, tokenizer_text
 
@@ -70,7 +70,11 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
     names = metaicl.load_partition(data.tasks, data.partition)["test"]
     for name in config.evaluate.tasks:
         if name not in names:
-            hint = f": did you mean {nearest(name, names)!r}?" if names else ", which has none."
+            hint = (
+                f': did you mean {nearest(name, names)!r}? (For all of them: "--config.evaluate.tasks=()".)'
+                if names
+                else ", which has none."
+            )
             raise UserError(
                 f"config.evaluate.tasks names {name!r}, which is not a meta-test task of {data.partition!r}{hint}"
             )
@@ -82,6 +86,8 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
         logging.warning(
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
         )
+    if config.evaluate.demos != "file":
+        check_pools(data.tasks, present, data.k)
     tokenizer = Tokenizer.from_str(tokenizer_text(llm.tokenizer))
     return [task for name in present for task in read_task(config, tokenizer, name, split, present, encoder)], missing
 

@@ -42,6 +42,19 @@ def read_pool(folder, task: str) -> list[Example]:
     return examples if path.is_file() else list(dict.fromkeys(examples))
 
 
+def check_pools(folder, tasks: Sequence[str], k: int) -> None:
+    """Raises UserError, which names all of them, if pools have fewer than k examples."""
+    sizes = {task: len(read_pool(folder, task)) for task in tasks}
+    small = [f"{task!r} ({size})" for task, size in sizes.items() if size < k]
+    enough = [task for task, size in sizes.items() if size >= k]
+    if small:
+        rest = f", or leave them out: --config.evaluate.tasks={','.join(enough)}" if enough else ""
+        raise UserError(
+            f"Fewer training examples than config.data.k = {k} have {', '.join(small)}: lower k, add examples to their"
+            f" 16384_100_train files{rest}."
+        )
+
+
 def same_text(text: str) -> str:
     """A key that is equal for texts that differ in spaces and capitals alone."""
     return " ".join(text.split()).casefold()

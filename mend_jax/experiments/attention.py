@@ -22,6 +22,8 @@ from mend_jax.data.evaluation import load_tasks
 from mend_jax.evaluate import evaluation_layout, load_models
 from mend_jax.experiments import run, trainings
 from mend_jax.llm import heads
+from mend_jax.models.families import DecoderConfig, from_hf_config
+from mend_jax.models.folders import local_folder
 from mend_jax.prefixes.context import bucket
 from mend_jax.run.files import write_text
 from mend_jax.run.sealed import write_sealed
@@ -33,12 +35,12 @@ HEADS, COLUMNS = 4, 20
 
 def main(config, workdir) -> int:
     """Writes <workdir>/attention/experiment.json and prints the best heads; returns a training's exit code if it was stopped."""
+    check(config)
     run.open_workdir(config, workdir)
     config, code = with_methods(config, workdir)
     if code:
         return code
     llm, methods = load_models(config, evaluation_layout(config))
-    heads.require_decoder(llm)
     scores, length = induction_scores(config, llm)
     best = best_heads(scores)
     examples = look(config, llm, methods, best)
@@ -60,14 +62,21 @@ def main(config, workdir) -> int:
     return 0
 
 
+def check(config) -> None:
+    """Raises UserError for an LLM or methods of which there is no attention to a prefix; reads no weights."""
+    if not isinstance(from_hf_config(local_folder(config.llm.path)), DecoderConfig):
+        raise UserError(f"attention is of decoder-only LLMs, and {config.llm.path} is none: set another llm.path.")
+    if not _names(config):
+        raise UserError("experiment.methods has nothing that stands before a query: name icl or mend as well.")
+
+
+def _names(config) -> list[str]:
+    return [name for name in config.experiment.methods if name != "zero_shot"]
+
+
 def with_methods(config, workdir):
     """(the config with the methods to look at in evaluate.methods, exit code of their training)."""
-    seed, names = (
-        config.experiment.training_seeds[0],
-        [name for name in config.experiment.methods if name != "zero_shot"],
-    )
-    if not names:
-        raise UserError("experiment.methods has nothing that stands before a query: name icl or mend as well.")
+    seed, names = config.experiment.training_seeds[0], _names(config)
     wanted = {name: training for name in names if (training := trainings.of_method(config, name, seed)) is not None}
     code, paths = run.train(config, workdir, list(wanted.values()))
     trained = dict(zip(wanted, paths, strict=True))

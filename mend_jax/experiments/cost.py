@@ -58,6 +58,11 @@ def main(config, workdir) -> int:
     return 0
 
 
+def check(config) -> None:
+    """Raises UserError for models, sizes or tasks that have no costs; nothing is computed."""
+    settings(config)
+
+
 @dataclasses.dataclass(frozen=True)
 class Named(Models):
     """Models with the name of their LLM."""

@@ -2,7 +2,8 @@
 
     python -m mend_jax.experiments.hyperparameters --config=configs/small_world.py --workdir=runs/experiments
 
-beta is the share of a text that is distilled in pretraining, gamma the weight of L_distill beside L_CLM there, lambda the weight of
+As the paper's ablations, and unlike its figures, which score MEND before its finetuning, every row is pretrained and finetuned; gamma = 0 is
+pretraining with L_CLM alone. beta is the share of a text that is distilled in pretraining, gamma the weight of L_distill beside L_CLM there, lambda the weight of
 L_distill beside L_pred in finetuning; the other two are as in MEND.
 """
 
@@ -28,7 +29,7 @@ def with_lambda(config, value, seed):
 
 def rows(config):
     searched = config.experiment
-    values = {"beta": searched.betas, "gamma": searched.gammas, "lambda": searched.lambdas}
+    values = {"beta": searched.betas, "gamma": (0.0, *filter(None, searched.gammas)), "lambda": searched.lambdas}
     trained = {"beta": with_beta, "gamma": with_gamma, "lambda": with_lambda}
     return [
         row

@@ -7,14 +7,13 @@ experiment.trained names.
 """
 
 from mend_jax.experiments.run import run_experiment
-from mend_jax.experiments.table import Experiment, of_methods
+from mend_jax.experiments.table import Experiment, of_methods, settings
 
 
 def rows(config):
-    settings = config.experiment.partitions or (config.data.partition,)
     return [
         row
-        for setting in settings
+        for setting in settings(config)
         for row in of_methods(
             config,
             config.experiment.methods,

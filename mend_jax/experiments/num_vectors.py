@@ -1,10 +1,12 @@
-"""How many vectors (paper, Figure 4b): MEND with l = 1, 10, 50, 100, 200, trained for each l, and trained once for all of them.
+"""How many vectors (paper, Figure 4b): PromptTuning, HyperTuning and MEND with l = 1, 10, 50, 100, 200, trained for each l, and MEND
+trained once for all of them.
 
     python -m mend_jax.experiments.num_vectors --config=configs/small_world.py --workdir=runs/experiments
 
-The one that is trained once has nested lengths (prefix.nested): its first l vectors are used.
+The one that is trained once has nested lengths (prefix.nested): its first l vectors are used. The others are those of experiment.methods.
 """
 
+from mend_jax.experiments.methods import STAGES
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method
@@ -14,10 +16,11 @@ def rows(config):
     made, lengths = [], config.experiment.num_vectors
     longest = max(lengths)
     nested = {"prefix.length": longest, "prefix.nested": tuple(length for length in lengths if length != longest)}
+    methods = [name for name in STAGES if name == "mend" or (STAGES[name] and name in config.experiment.methods)]
     for length in lengths:
         trained_with = {} if length == config.prefix.length else {"prefix.length": length}
         made += of_methods(config, ["icl"], {"l": length})
-        made += of_methods(config, ["mend"], {"l": length}, trained_with=trained_with)
+        made += of_methods(config, methods, {"l": length}, trained_with=trained_with)
         made += of_trainings(
             config,
             "mend",

@@ -19,7 +19,7 @@ from mend_jax.cli.settings import dotted_fields
 from mend_jax.experiments.methods import Times
 from mend_jax.experiments.table import Experiment, Row, evaluation_key
 from mend_jax.experiments.trainings import READ_DEMOS, Training, with_fields
-from mend_jax.experiments.written import ROWS, TABLE, head, write  # noqa: F401  (for experiments that have no rows)
+from mend_jax.experiments.written import ROWS, TABLE, add_origins, head, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
 from mend_jax.run.resume import FREE_FIELDS, defaults
 from mend_jax.run.sealed import read_sealed, write_sealed
@@ -36,6 +36,10 @@ FREE = (
     "evaluate.methods",
     "evaluate.batch_size",
     "evaluate.parallel",
+    # Evaluations are known by these, and finetunings, whose checkpoint is chosen by such items.
+    "evaluate.tasks",
+    "evaluate.seeds",
+    "evaluate.limit",
 )
 
 
@@ -213,6 +217,8 @@ class Work:
         found = evaluate(c, str(folder), llm, prints=False)
         if known and distributed.is_first():  # those of other experiments stay
             results.write_results(folder, found | {"methods": known | found["methods"]})
+        if distributed.is_first():
+            add_origins(folder, [row.name for row in rows])
 
     def _spec(self, row: Row) -> str:
         """The row in evaluate.methods."""

@@ -95,6 +95,11 @@ def of_methods(
     return rows
 
 
+def settings(config: ConfigDict) -> tuple[str, ...]:
+    """The partitions of a table with a column for each."""
+    return config.experiment.partitions or (config.data.partition,)
+
+
 def reading(config: ConfigDict) -> list[str]:
     """The methods of the config that read demonstrations."""
     return [method for method in config.experiment.methods if method in READ_DEMOS]

@@ -1,5 +1,6 @@
 """What a finished experiment leaves: experiment.json, and its table, one line for all training seeds of a row."""
 
+import functools
 import json
 import subprocess
 from collections.abc import Sequence
@@ -8,14 +9,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mend_jax.cli.config_files import ROOT
+from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import markdown, number
 from mend_jax.experiments.table import Experiment, Row
 from mend_jax.measure.machine import machine
-from mend_jax.run.files import write_text
+from mend_jax.run.files import write_json, write_text
+from mend_jax.run.reading import read_json
 from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring.metrics import mean_and_std, percent
 
 ROWS, TABLE = "experiment.json", "table.md"
+ORIGINS = "origins.json"  # in the folder of an evaluation: what scored each of its methods
 
 
 def write(
@@ -27,7 +31,8 @@ def write(
     """
     there = folder / experiment.name
     there.mkdir(exist_ok=True)
-    content = head(experiment.name, experiment.title, experiment.paper, config) | {
+    scored = [origin for row in rows if (origin := _origins(folder / row.folder).get(row.name))]
+    content = head(experiment.name, experiment.title, experiment.paper, config, scored) | {
         "rows": [
             {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name}
             for row in rows
@@ -41,22 +46,49 @@ def write(
     print(f"{experiment.title} ({experiment.paper})\n\n{table}\n", flush=True)
 
 
-def head(name: str, title: str, paper: str, config: ConfigDict) -> dict:
-    """What every experiment.json begins with."""
+def head(name: str, title: str, paper: str, config: ConfigDict, scored: Sequence[dict] = ()) -> dict:
+    """What every experiment.json begins with. `scored`: the origins of its numbers, which may be older than this command; where
+    there are several, the newest's command and machine, and all commits and dates."""
+    scored = sorted(scored or [origin()], key=lambda one: one["date"])
+    every = {
+        name: ", ".join(dict.fromkeys(one[name] for one in scored if one[name])) or None for name in ("commit", "date")
+    }
+    return (
+        {"experiment": name, "title": title, "paper": paper}
+        | scored[-1]
+        | every
+        | {"config": json.loads(config.to_json())}
+    )
+
+
+def origin() -> dict:
+    """What computes now: command, commit, machine and date."""
     here = machine()
     cores = f"{here['cores']} core{'s' * (here['cores'] != 1)} of {here['cpu']}"
     return {
-        "experiment": name,
-        "title": title,
-        "paper": paper,
         "command": here["command"],
         "commit": _commit(),
         "machine": f"{cores}, load {here['load_before']:.1f} at the end",
         "date": here["date"][:10],
-        "config": json.loads(config.to_json()),
     }
 
 
+def add_origins(folder: Path, names: Sequence[str]) -> None:
+    """Keeps beside an evaluation what has just scored these methods."""
+    write_json(folder / ORIGINS, _origins(folder) | dict.fromkeys(names, origin()))
+
+
+def _origins(folder: Path) -> dict[str, dict]:
+    """What `add_origins` kept; of a workdir of an older version, or a damaged file, nothing."""
+    try:
+        found = read_json(folder / ORIGINS, "it is begun anew")
+    except (FileNotFoundError, UserError):
+        return {}
+    here = origin().keys()
+    return {name: one for name, one in found.items() if isinstance(one, dict) and one.keys() == here}
+
+
+@functools.cache
 def _commit() -> str | None:
     """The commit of the program, with a + if files differ from it; None where it is no checkout."""
     try:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mend_jax.cli.errors import UserError
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.attention_weights import attention_weights, queries_and_keys, spans
 from mend_jax.prefixes.prefix import Prefix, join
@@ -62,10 +61,3 @@ def attention_before_answer(llm: LLM, params, prefix: Prefix, inputs, length):
         return attention_weights(row, k, end[:1] - 1, span)[0, :, 0]
 
     return jax.lax.map(of_layer, (queries, keys, spans(llm.config)))
-
-
-def require_decoder(llm) -> LLM:
-    """Raises UserError for an encoder–decoder."""
-    if not isinstance(llm, LLM):
-        raise UserError(f"The heads of decoder-only LLMs are looked at, and {llm.path} is none: set another llm.path.")
-    return llm
