@@ -16,7 +16,7 @@ from mend_jax.cli.settings import nearest
 from mend_jax.data import alignment, metaicl, sampling
 from mend_jax.data.demonstrations import demonstrations, files_for
 from mend_jax.data.perturbations import NOT_SHOWN
-from mend_jax.data.retrieval import PER_ITEM, check_pools
+from mend_jax.data.retrieval import PER_ITEM, require_pools
 from mend_jax.data.templates import Template, chosen
 from mend_jax.data.tokenize import check_tokenizer, encode, readings, tokenizer_text
 
@@ -87,7 +87,7 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
         )
     if config.evaluate.demos != "file":
-        check_pools(data.tasks, present, data.k)
+        require_pools(data.tasks, present, data.k)
     tokenizer = Tokenizer.from_str(tokenizer_text(llm.tokenizer))
     return [task for name in present for task in read_task(config, tokenizer, name, split, present, encoder)], missing
 

@@ -42,7 +42,7 @@ def read_pool(folder, task: str) -> list[Example]:
     return examples if path.is_file() else list(dict.fromkeys(examples))
 
 
-def check_pools(folder, tasks: Sequence[str], k: int) -> None:
+def require_pools(folder, tasks: Sequence[str], k: int) -> None:
     """Raises UserError, which names all of them, if pools have fewer than k examples."""
     sizes = {task: len(read_pool(folder, task)) for task in tasks}
     small = [f"{task!r} ({size})" for task, size in sizes.items() if size < k]
