@@ -116,7 +116,7 @@ def _experiments(c: ConfigDict) -> None:
     c.data.tasks = "small_world_wrong_labels"
     c.loss.kd = 10.0
     c.experiment.pretrain_steps = 100
-    c.experiment.finetune_steps = 150
+    c.experiment.finetune_steps = 120
     c.experiment.training_seeds = (0,)
     c.experiment.partitions = ("small_world", "small_world_four")
     c.experiment.betas = (0.5, 0.8)
