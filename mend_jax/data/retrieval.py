@@ -63,14 +63,16 @@ def same_text(text: str) -> str:
 def drawn(
     pool: Sequence[Example], items: Sequence[Example], k: int, seed: int, first: Sequence[Example] = ()
 ) -> list[Example]:
-    """K examples, the same for all items: those of `first`, then others drawn from the pool; no input is an item's.
+    """K examples, the same for all items: those of `first`, then others drawn from what the pool holds besides; no input is an item's.
 
     Raises UserError if there are fewer.
     """
     asked, task = {same_text(item.input) for item in items}, items[0].task
     begin = [example for example in first if same_text(example.input) not in asked]
-    known = asked | {same_text(example.input) for example in begin}
-    rest = [example for example in pool if same_text(example.input) not in known]
+    rest = [example for example in pool if same_text(example.input) not in asked]
+    for example in begin:
+        if example in rest:
+            rest.remove(example)
     _check_size(len(begin) + len(rest), k, task)
     return (begin + random.Random(f"{seed} {task} pool").sample(rest, len(rest)))[:k]
 
