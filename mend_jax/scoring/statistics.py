@@ -142,8 +142,7 @@ def estimate(of: Resampled, minus: Resampled | None = None, task: int | None = N
         draws, by_seed, lowest = draws - minus.draws[pick].mean(0), by_seed - others.mean(0), -1.0
         spreads.append(_variance_of_mean(others.mean(1)))
     value = float(by_seed.mean())
-    degrees = _degrees(float(draws.var()), [*spreads, _variance_of_mean(by_seed)])
-    return _interval(value, draws, degrees, lowest)
+    return _interval(value, draws, [*spreads, _variance_of_mean(by_seed)], lowest)
 
 
 def compare(
@@ -276,18 +275,23 @@ def _variance_of_mean(values: np.ndarray) -> tuple[float, int]:
     return (float(values.var(ddof=1)) / count if count > 1 else 0.0), count - 1
 
 
-def _degrees(total: float, parts: list[tuple[float, int]]) -> float:
-    """Degrees of freedom of a variance in which these parts are estimated from few values (Satterthwaite, 1946)."""
-    total = max(total, sum(part for part, _ in parts))
-    lost = sum(part**2 / degrees for part, degrees in parts if part > 0)
-    return total**2 / lost if lost > 0 else np.inf
+def _half_width(total: float, parts: list[tuple[float, int]]) -> float:
+    """How far an interval of LEVEL reaches to each side for a variance in which these parts are estimated from few values: a mean
+    of the quantiles of Student's t and, for the rest, the normal's, weighted by the variances (Cochran and Cox, 1957), times
+    the standard deviation. Degrees of freedom for the sum (Satterthwaite, 1946) would make it too narrow: a part that is small
+    by chance would count for little."""
+    tail = (1 + LEVEL) / 2
+    few = sum(part for part, _ in parts)
+    total = max(total, few)
+    quantiles = sum(part * special.stdtrit(degrees, tail) for part, degrees in parts if part > 0)
+    return float((quantiles + (total - few) * special.ndtri(tail)) / np.sqrt(total)) if total > 0 else 0.0
 
 
-def _interval(value: float, draws: np.ndarray, degrees: float, lowest: float) -> Estimate:
-    """The middle LEVEL of the draws around the value, wider by Student's t over the normal's quantile."""
-    tail = 1 - (1 - LEVEL) / 2
-    wider = special.stdtrit(degrees, tail) / special.ndtri(tail)
-    low, high = value + wider * (np.quantile(draws, [1 - tail, tail]) - draws.mean())
+def _interval(value: float, draws: np.ndarray, parts: list[tuple[float, int]], lowest: float) -> Estimate:
+    """The value, `_half_width` to both sides, and no less than to the middle LEVEL of the draws, which may be skew."""
+    half, tail = _half_width(float(draws.var()), parts), (1 + LEVEL) / 2
+    low, high = np.quantile(draws, [1 - tail, tail]) - draws.mean()
+    low, high = value + min(low, -half), value + max(high, half)
     return Estimate(value, float(max(low, lowest)), float(min(high, 1.0)), float(draws.std()))
 
 
