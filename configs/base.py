@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     experiment.shares = (0.25, 0.5, 1.0)  # domains: shares of demonstrations that are perturbed
     experiment.cost_llms = ("gpt2-large", "gpt2-xl")  # cost: sizes beside the config's own LLM, with random weights; () is none
     experiment.cost_rows = (1, 8)  # and the numbers of queries to a pass
-    experiment.cost_repeats = 3  # and the timed runs of each program with one query to a pass; 0: no time is measured
+    experiment.cost_repeats = 3  # and the timed runs of each program; 0: no time is measured
     experiment.attention_sequences = 10  # attention: random sequences that are read twice, to find induction heads
     experiment.attention_length = 500  # and their tokens, or half the LLM's window
     experiment.attention_items = 16  # and the test items, of as many tasks as there are, before whose answers attention is shown

@@ -8,6 +8,7 @@ from conftest import save_tokenizer
 from evaluation_world import make_config, write_tasks
 from facts import says
 
+from configs.base import get_config
 from mend_jax.experiments import cost, paper
 from mend_jax.measure import regimes
 from mend_jax.measure.model_sizes import known_or_folder
@@ -127,3 +128,45 @@ def test_what_is_computed_is_kept(tmp_path, monkeypatch):
     assert cost._kept(*asked) == cost._kept(*asked) == {"method": "icl"} and len(computed) == 1
     cost._kept(*asked[:-1], 3)
     assert len(computed) == 2
+    monkeypatch.setattr(cost, "FORMAT", cost.FORMAT + 1)  # numbers mean something else now
+    cost._kept(*asked)
+    assert len(computed) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"flops": {"a": 1}}', '{"method": "icl", "checksum": "0"}'])
+def test_what_is_kept_but_no_row_is_made_again(tmp_path, monkeypatch, caplog, content):
+    monkeypatch.setattr(cost, "cost_of", lambda *asked: {"method": asked[2]})
+    asked = tmp_path, TINY, SHAPE, "icl", 1, 0
+    cost._kept(*asked)
+    [part] = (tmp_path / "parts").iterdir()
+    whole = part.read_text()
+    part.write_text(content)
+    assert cost._kept(*asked) == {"method": "icl"} and part.read_text() == whole
+    assert str(part) in caplog.text and "made again" in caplog.text
+
+
+def test_seconds_of_a_query_are_its_share_of_a_pass():
+    names = {"distil": 2.0, "reread": 8.0, "read": 4.0, "item": 6.0}
+    own = {name: {"seconds": value} for name, value in names.items()}
+    shared = {
+        name + regimes.ONE: {"seconds": value} for name, value in {"distil": 1.0, "read": 1.5, "item": 5.0}.items()
+    }
+    found = regimes.seconds_by_regime(own | shared, SHAPE, 2)
+    assert found["a"] == {"once": 0, "query": 1 + 3 * 4}  # three options
+    assert found["b"] == {"once": 0, "query": 1 + 2 + 3}
+    assert found["c"] == {"once": 2.5, "query": 2.5}
+    found = regimes.seconds_by_regime({"reread": own["reread"], **shared}, SHAPE)
+    assert [found[regime]["query"] for regime in REGIMES] == [1 + 24, 1 + 1.5 + 5, 5]
+
+
+def test_lengths_that_no_model_reads_are_said(monkeypatch, caplog):
+    """One line for each LLM, with the lengths and its windows."""
+    config = get_config()
+    config.experiment.cost_llms = ()
+    lengths = [SHAPE, SHAPE._replace(name="long", demos=600), SHAPE._replace(name="longer", demos=700)]
+    own = cost.Named(TINY.llm, TINY.distiller, TINY.vectors, "float32", "tiny")
+    monkeypatch.setattr(cost, "partition_shapes", lambda _: lengths)
+    monkeypatch.setattr(cost, "own_models", lambda _: own)
+    assert [shape.name for _, shape in cost.settings(config)] == ["task"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert all(fact in said for fact in ("tiny", "long (629 tokens, 610 to distil), longer (729", "window has 512"))

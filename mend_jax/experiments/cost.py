@@ -5,13 +5,14 @@
 Regimes: (a) as the paper, every option of a query reads the prefix again; (b) a query reads the prefix once; (c) the prefix is
 read once for all queries, which share its keys and values. Lengths: the means of the config's test tasks, partition by
 partition, and the five of the paper. Models: the config's, and the sizes that experiment.cost_llms names, with random weights.
-FLOPs are counted by formula and by XLA's compiler, bytes are the compiler's; seconds are measured with one query to a pass,
-experiment.cost_repeats runs of each program. Nothing is trained.
+FLOPs are counted by formula and, of one query to a pass, by XLA's compiler; bytes are the compiler's; seconds are measured,
+experiment.cost_repeats runs of each program, for each number of queries to a pass in experiment.cost_rows. Nothing is trained.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.tasks import make_context
 
 TITLE, PAPER = "What a query costs", "Figure 3"
+FORMAT = 1  # raise it when a number of a row changes its meaning, or its formula: rows that a workdir keeps are then made again
 
 
 def main(config, workdir) -> int:
@@ -72,7 +74,7 @@ class Named(Models):
 
 
 def settings(config) -> list[tuple[Named, Shape]]:
-    """All models with all lengths that they can read."""
+    """All models with all lengths that they can read; says which they cannot."""
     found = []
     known = [sized(name, config.llm.dtype) for name in config.experiment.cost_llms]
     for models in known:
@@ -81,13 +83,32 @@ def settings(config) -> list[tuple[Named, Shape]]:
     for shape in partition_shapes(config):
         for models in (own, *known):
             found.append((dataclasses.replace(models, source=shape.name), shape))
+    _say_left_out([(models, shape) for models, shape in found if not fits(models, shape)])
     return [(models, shape) for models, shape in found if fits(models, shape)]
 
 
 def fits(models: Models, shape: Shape) -> bool:
     """Whether the LLM can read the demonstrations with a query, and the distiller them with its placeholders."""
+    longest, distilled = needed(models, shape)
+    return longest <= models.llm.window and distilled <= models.distiller.window
+
+
+def needed(models: Models, shape: Shape) -> tuple[int, int]:
+    """Positions that the LLM and the distiller need."""
     longest = max(shape.demos, models.vectors) + shape.query + round(shape.options * shape.target)
-    return longest <= models.llm.window and shape.demos + models.vectors <= models.distiller.window
+    return longest, shape.demos + models.vectors
+
+
+def _say_left_out(left_out: list[tuple[Named, Shape]]) -> None:
+    """One line for each LLM with lengths that do not fit."""
+    by_llm: dict[Named, list[str]] = {}
+    for models, shape in left_out:
+        longest, distilled = needed(models, shape)
+        same = dataclasses.replace(models, source="")
+        by_llm.setdefault(same, []).append(f"{shape.name} ({longest:,} tokens, {distilled:,} to distil)")
+    for models, lengths in by_llm.items():
+        windows = f"its window has {models.llm.window:,}, its distiller's {models.distiller.window:,}"
+        logging.warning("cost leaves out, of %s, the lengths of %s: %s.", models.name, ", ".join(lengths), windows)
 
 
 def sized(name: str, dtype: str) -> Named:
@@ -139,7 +160,7 @@ def mean_shape(config, llm: LLM, name: str) -> Shape:
 def cost_of(models: Named, shape: Shape, method: str, rows: int, repeats: int) -> dict:
     """One row of the table: a method with so many queries to a pass."""
     found = {
-        name: regimes.measured(program, repeats if rows == 1 else 0)
+        name: regimes.measured(program, repeats)
         for name, program in regimes.programs(models, shape, method, rows).items()
     }
     distil = regimes.distil_flops(models, shape)
@@ -147,10 +168,10 @@ def cost_of(models: Named, shape: Shape, method: str, rows: int, repeats: int) -
     row |= {"method": method, "rows": rows, "dtype": models.dtype}
     row |= {"flops": regimes.query_flops(models, shape, method), "distil_flops": distil if method == "mend" else 0}
     row |= {"peak_bytes": regimes.peak_bytes(found), **regimes.held_bytes(models, shape, method)}
+    row["seconds"] = regimes.seconds_by_regime(found, shape, rows) if repeats else None
+    row["distil_seconds"] = found["distil" + regimes.ONE]["seconds"] if method == "mend" else None
     if rows == 1:
         row["compilers_flops"] = regimes.compilers_query_flops(models, shape, method)
-        row["seconds"] = regimes.seconds_by_regime(found, shape) if repeats else None
-        row["distil_seconds"] = found["distil" + regimes.ONE]["seconds"] if method == "mend" else None
     if method == "mend":
         row["pays_from"] = pays_from(row["flops"], regimes.query_flops(models, shape, "icl"), distil)
     return row
@@ -222,7 +243,7 @@ def ratio_table(found: list[dict]) -> str:
 
 
 def largest_difference(row: dict) -> float | None:
-    """The largest relative difference between the compiler's count and the formula's; None where only bytes are new."""
+    """The largest relative difference between the compiler's count and the formula's; None where it has none."""
     if "compilers_flops" not in row:
         return None
     pairs = [(row["compilers_flops"][r][part], row["flops"][r][part]) for r in REGIMES for part in ("once", "query")]
@@ -248,12 +269,15 @@ def _cells(row: dict) -> list[str]:
 
 def _kept(folder: Path, models: Named, shape: Shape, method: str, rows: int, repeats: int) -> dict:
     """`cost_of`, computed once: a file keeps it for when the command is started again."""
-    asked = [dataclasses.asdict(models), shape, method, rows, repeats]
+    asked = [FORMAT, dataclasses.asdict(models), shape, method, rows, repeats]
     path = folder / "parts" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     try:
-        return read_sealed(path, "it is made again")
-    except (FileNotFoundError, UserError):
-        row = cost_of(models, shape, method, rows, repeats)
+        return read_sealed(path, "it is made again", only=True)
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        logging.warning("%s", error)
+    row = cost_of(models, shape, method, rows, repeats)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(path, row)
     return row

@@ -248,15 +248,20 @@ def measured(program: Program, repeats: int) -> dict:
     return found
 
 
-def seconds_by_regime(found: dict[str, dict], shape: Shape) -> dict[str, dict[str, float]]:
-    """{regime: {"once", "query"}} seconds of `measured` programs of one row, by their names."""
-    made, read, item = (
-        found[name]["seconds"] if name in found else 0.0 for name in ("distil" + ONE, "read" + ONE, "item" + ONE)
-    )
+def seconds_by_regime(found: dict[str, dict], shape: Shape, rows: int = 1) -> dict[str, dict[str, float]]:
+    """{regime: {"once", "query"}} seconds of `measured` programs by their names; a query's are its share of a pass of R."""
+
+    def seconds(name: str) -> float:
+        return found.get(name, {"seconds": 0.0})["seconds"]
+
+    def share(name: str) -> float:
+        return seconds(name if name in found else name + ONE) / rows
+
+    made = share("distil")
     return {
-        "a": {"once": 0.0, "query": made + shape.options * found["reread"]["seconds"]},
-        "b": {"once": 0.0, "query": made + read + item},
-        "c": {"once": made + read, "query": item},
+        "a": {"once": 0.0, "query": made + shape.options * share("reread")},
+        "b": {"once": 0.0, "query": made + share("read") + share("item")},
+        "c": {"once": seconds("distil" + ONE) + seconds("read" + ONE), "query": seconds("item" + ONE) / rows},
     }
 
 

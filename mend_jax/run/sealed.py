@@ -18,13 +18,16 @@ def write_sealed(path: str | Path, content: dict, **options) -> None:
     write_json(path, {FIELD: checksum(plain), **plain}, **options)
 
 
-def read_sealed(path: str | Path, remedy: str) -> dict:
-    """The object in a file of `write_sealed`, without its checksum. A file without one is believed: an older version wrote it.
+def read_sealed(path: str | Path, remedy: str, only: bool = False) -> dict:
+    """The object in a file of `write_sealed`, without its checksum. A file without one is believed, since an older version wrote
+    it, but not if it shall be `only` such a file.
 
     Raises UserError for a file that cannot be read, or has changed since it was written; FileNotFoundError.
     """
     content = read_json(path, remedy)
     known = content.pop(FIELD, None)
+    if known is None and only:
+        raise UserError(f"{path} has no checksum: {remedy}.")
     if known is not None and known != checksum(content):
         raise UserError(
             f"{path} has changed since it was written: {remedy}, or, if you changed it yourself, take its"
