@@ -104,6 +104,8 @@ def test_the_pool_is_the_training_file_or_all_demonstrations(tmp_path):
     assert sorted(e.input for e in read_pool(tmp_path, "t")) == ["w0", "w1", "w2", "w3", "w4"]
     (here / "t_16384_100_train.jsonl").write_text("".join(map(line, range(9))))
     assert len(read_pool(tmp_path, "t")) == 9
+    (here / "t_16384_100_train.jsonl").write_text("".join(map(line, [3, 0, 3, 1])))
+    assert [e.input for e in read_pool(tmp_path, "t")] == ["w3", "w0", "w3", "w1"]  # as many as the file has
 
 
 @pytest.mark.parametrize("name", domains.SPELLINGS)

@@ -31,7 +31,11 @@ Encode = Callable[[Sequence[str]], np.ndarray]  # texts -> (count, width) float3
 
 
 def read_pool(folder, task: str) -> list[Example]:
-    """The training pool of a test task, each example once. Raises UserError for bad files, or if the task has none."""
+    """The training pool of a test task: its file as it is, where one example may stand several times (the small world's has 1,024
+    of fewer than 300 different ones, and K = 1,024 wants them all), or each example of the seeds' files, which overlap, once.
+
+    Raises UserError for bad files, or if the task has none.
+    """
     path = metaicl.meta_train_file(folder, task)
     files = [path] if path.is_file() else sorted(path.parent.glob("*_train.jsonl"))
     if not files:
