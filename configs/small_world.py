@@ -129,4 +129,3 @@ def _experiments(c: ConfigDict) -> None:
     c.train.batch_size = 16
     c.train.eval_every = c.train.save_every = 1_000  # at the end alone
     c.optimizer.warmup_steps = 20
-    c.evaluate.seeds = (13, 21)
