@@ -52,7 +52,8 @@ def main(config, workdir) -> int:
             bar.at(f"{models.name}  {shape.name}  {method}")
             rows.append(_kept(folder, models, shape, method, count, config.experiment.cost_repeats))
             bar.update()
-    report = run.head("cost", TITLE, PAPER, config) | {"rows": [], "costs": rows, "ratios": ratios()}
+    counted = [row.pop("origin") for row in rows]
+    report = run.head("cost", TITLE, PAPER, config, counted) | {"rows": [], "costs": rows, "ratios": ratios()}
     write_text(folder / run.TABLE, f"{ratio_table(report['ratios'])}\n\n{cost_table(rows)}\n")
     write_sealed(folder / run.ROWS, report)
     print(short_table(rows))
@@ -277,7 +278,7 @@ def _kept(folder: Path, models: Named, shape: Shape, method: str, rows: int, rep
         pass
     except UserError as error:
         logging.warning("%s", error)
-    row = cost_of(models, shape, method, rows, repeats)
+    row = cost_of(models, shape, method, rows, repeats) | {"origin": run.origin()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(path, row)
     return row

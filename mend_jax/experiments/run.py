@@ -19,7 +19,7 @@ from mend_jax.cli.settings import dotted_fields
 from mend_jax.experiments.methods import Times
 from mend_jax.experiments.table import Experiment, Row, evaluation_key
 from mend_jax.experiments.trainings import READ_DEMOS, Training, with_fields
-from mend_jax.experiments.written import ROWS, TABLE, add_origins, head, write  # noqa: F401  (for experiments that have no rows)
+from mend_jax.experiments.written import ROWS, TABLE, add_origins, head, origin, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
 from mend_jax.run.resume import FREE_FIELDS, defaults
 from mend_jax.run.sealed import read_sealed, write_sealed
