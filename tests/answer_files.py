@@ -12,14 +12,15 @@ SEEDS = (13, 21)
 
 
 def write_evaluation(folder, methods, items=24, seed=0, seeds=SEEDS, partition="tiny"):
-    """An evaluation's files; `methods` are {name: share of right answers}. Returns the folder."""
+    """An evaluation's files; `methods` are {name: share of right answers, or {seed: share}}. Returns the folder."""
     random, scores, found = np.random.default_rng(seed), {}, {}
     asked = {task: _items(np.random.default_rng(7), options, items) for task, options in TASKS.items()}
     for name, share in methods.items():
         store, scores = results.Store(folder, name, {"method": name, "seed": seed}), {}
         for task, rows in asked.items():
             for of_seed in seeds:
-                lines = [_line(random, i, *row, share) for i, row in enumerate(rows)]
+                right = share[of_seed] if isinstance(share, dict) else share
+                lines = [_line(random, i, *row, right) for i, row in enumerate(rows)]
                 store.write(task, of_seed, lines, {"content": "x"})
                 pairs = [line["prediction"] for line in lines], [line["gold"] for line in lines]
                 scores.setdefault(task, {})[of_seed] = task_scores(*pairs, task == "colour")

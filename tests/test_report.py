@@ -15,10 +15,12 @@ pytest.importorskip("jinja2")
 
 from mend_jax.experiments import paper
 from mend_jax.experiments.report import report
-from mend_jax.report.figures import Bar, bars
+from mend_jax.report.drawing import Bar
+from mend_jax.report.figures import bars
 from mend_jax.report.results import read_results
-from mend_jax.report.sections import rank_figures, section_of
-from mend_jax.report.tables import scored_rows
+from mend_jax.report.score_figures import rank_figures
+from mend_jax.report.sections import section_of
+from mend_jax.report.studies import scored_rows
 
 GPT2_LARGE = {"llm": {"path": "models/gpt2-large"}, "data": {"partition": "class_to_class"}}
 HEADS = [{"layer": 1, "head": 2, "score": 0.9}, {"layer": 0, "head": 1, "score": 0.5}]
@@ -116,7 +118,7 @@ def test_every_result_is_on_both_pages(workdir):
             assert fact in page and fact in text
         assert f'<h2 id="{result.name}"' in page
     assert "objectives" in page and "not finished" in page
-    assert "never" in page and "finetune-1a2b3c4d" in page
+    assert "never" in page and "finetune-1a2b3c4d, of no finished experiment" in page
 
 
 @pytest.mark.parametrize("name", ["cost", "attention"])
@@ -145,26 +147,56 @@ def test_names_from_results_are_shown_and_lead_nowhere(tmp_path):
 
 
 def test_the_data_of_a_table_are_its_numbers(workdir):
-    (row,) = (r for r in _csv(workdir, "perturbations_by_method") if r["method"] == "mend")
+    (row,) = (r for r in _csv(workdir, "perturbations_by_method") if r["method"] == "MEND")
     scores = json.loads((workdir / "evaluations" / "none" / "scores.json").read_text())["methods"]
     mean = np.mean([scores[name]["score"]["mean"] for name in ("mend-0", "mend-1")])
-    assert row["none"].startswith(f"{100 * mean:.2f} ± ")
-    papers = {r["method"]: r for r in _csv(workdir, "perturbations_by_method")}["mend, paper"]
+    assert float(row["none"]) == pytest.approx(100 * mean, abs=1e-5) and float(row["none_std"]) > 0
+    papers = {r["method"]: r for r in _csv(workdir, "perturbations_by_method")}["MEND, paper"]
     assert [float(papers[kind]) for kind in ("none", "no_label")] == [
         paper.TABLE_3[kind]["mend"] for kind in ("none", "no_label")
     ]
     long = {(r["method"], r["demonstrations"]): r for r in _csv(workdir, "perturbations_rows")}
-    assert long["mend", "none"]["trainings"] == "2" and long["icl", "none"]["trainings"] == "–"
+    mine = long["MEND", "none"]
+    assert mine["trainings"] == "2" and long["Vanilla ICL", "none"]["trainings"] == ""
     assert (
-        long["mend", "no_label"]["compared with"] == "icl, no_label"
-        and long["icl", "no_label"]["compared with"] == "icl, none"
+        float(mine["score_low"]) <= float(mine["score"]) <= float(mine["score_high"])
+        and float(mine["prefix_length"]) == 8
+    )
+    assert float(mine["p"]) > 0 and int(mine["tasks_won"]) + int(mine["tasks_lost"]) <= 2
+    assert (
+        long["MEND", "no_label"]["compared with"] == "Vanilla ICL, no_label"
+        and long["Vanilla ICL", "no_label"]["compared with"] == "Vanilla ICL, none"
     )
     assert {"most frequent label", "random option"} <= {r["method"] for r in _csv(workdir, "perturbations_rows")}
     assert len(_csv(workdir, "perturbations_tasks")) == 4 * 2
     bars = _csv(workdir, "num_demonstrations")
-    assert [r["K"] for r in bars] == ["4", "4", "8", "8"] and all(
+    assert [r["K"] for r in bars] == ["4", "8", "4", "8"] and all(
         float(r["low"]) <= float(r["value"]) <= float(r["high"]) for r in bars
     )
+    costs = _csv(workdir, "cost")
+    assert {r["peak_bytes_a"] for r in costs} == {"1000000000"} and {r["flops_a"] for r in costs} == {"1000000000000.0"}
+
+
+def test_data_are_numbers_and_ascii(workdir):
+    for path in (workdir / "report" / "data").glob("*.csv"):
+        text = path.read_text(encoding="utf-8")
+        assert text.isascii() and not re.search(r"\d \[|\d [kM]?B\b", text), path
+
+
+def test_the_whole_config_is_beside_the_data_and_the_page_shows_what_differs(workdir):
+    page, text = ((workdir / "report" / name).read_text() for name in ("index.html", "report.md"))
+    file = "data/perturbations_config.json"
+    assert json.loads((workdir / "report" / file).read_text()) == GPT2_LARGE
+    assert f'href="{file}"' in page and f"[{file}]({file})" in text
+    (result,) = (r for r in read_results(workdir) if r.name == "perturbations")
+    changed = section_of(result).changed_config
+    assert 'llm.path = "models/gpt2-large"' in changed and "data.partition" not in changed  # it is the default
+
+
+def test_a_rows_labels_stay_in_sight_together(workdir):
+    page = (workdir / "report" / "index.html").read_text()
+    assert "<td>MEND, K=4</td>" in page and "<td>Vanilla ICL, no_label</td>" in page
+    assert "<td>beta=0.8</td>" in page and '<th scope="col"></th>' not in page
 
 
 def test_the_same_report_every_time(tmp_path):
@@ -187,7 +219,7 @@ def test_an_evaluation_alone_is_reported(tmp_path):
     write_evaluation(tmp_path / "run" / "evaluation", {"zero_shot": 0.4, "icl": 0.7})
     (result,) = read_results(tmp_path / "run")
     section = section_of(result)
-    assert [row[0] for row in section.tables[0].rows][:2] == ["zero_shot", "icl"]
+    assert [row[0] for row in section.tables[0].rows][:2] == ["zero-shot", "Vanilla ICL"]
 
 
 def test_names_below_bars_stand_apart():
@@ -203,20 +235,6 @@ def test_names_below_bars_stand_apart():
         assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
         seen += len(boxes)
     assert seen == len(names) and len({axis.get_ylim() for axis in figure.axes}) == 1
-
-
-def test_the_spread_over_orders(tmp_path):
-    folder, rows = tmp_path, []
-    for order, share in enumerate((0.5, 0.9)):
-        write_evaluation(folder / "evaluations" / str(order), {"icl": share}, seed=order)
-        rows.append(({"method": "icl", "order": str(order)}, None, f"evaluations/{order}", "icl"))
-    write_experiment(folder, "order", rows)
-    (result,) = read_results(folder)
-    scores = [100 * one.score.value for one in scored_rows(result)]
-    (row,) = section_of(result).tables[0].rows
-    assert row[:2] == ["icl", "2"] and [float(cell) for cell in row[3:]] == pytest.approx(
-        [min(scores), max(scores), max(scores) - min(scores)], abs=0.006
-    )
 
 
 def test_costs_of_several_queries_to_a_pass_alone(tmp_path):

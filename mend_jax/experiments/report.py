@@ -12,7 +12,8 @@ from pathlib import Path
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
-from mend_jax.report.figures import require_matplotlib
+from mend_jax.report.drawing import require_matplotlib
+from mend_jax.report.names import counted
 from mend_jax.report.page import PAGE, write_report
 from mend_jax.report.results import read_results, unfinished
 from mend_jax.report.sections import section_of, trainings_section
@@ -32,9 +33,9 @@ def report(workdir: str, /) -> None:
         for result in results:
             sections.append(section_of(result))
             bar.update()
-        sections += [section] if (section := trainings_section(folder)) else []
+        sections += [section] if (section := trainings_section(folder, results)) else []
         bar.update()
-    notes = [f"{len(results)} result{'s' * (len(results) != 1)} of {folder.absolute().name}."]
+    notes = [f"{counted(len(results), 'finished experiment')} in the workdir “{folder.absolute().name}”."]
     if left:
         notes.append(f"Begun and not finished, so not shown: {', '.join(left)}.")
     try:

@@ -1,7 +1,9 @@
-"""The report's files: one page that needs no others, the same as Markdown, every figure as PNG, all data as CSV."""
+"""The report's files: one page that needs no others, the same as Markdown, every figure as PNG, all data as CSV,
+every config."""
 
 import csv
 import io
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -9,19 +11,21 @@ from pathlib import Path
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import in_markdown, markdown, shown
-from mend_jax.report.figures import Drawing
+from mend_jax.report.drawing import Drawing
 from mend_jax.report.sections import Section
-from mend_jax.report.tables import Table
+from mend_jax.report.table import Table
 from mend_jax.run.files import whole_folder, write_text
 from mend_jax.run.reading import is_inside
 
 PAGE, MARKDOWN, FIGURES, DATA = "index.html", "report.md", "figures", "data"
 FOOT = (
     "Intervals are 95%, for these tasks: test items, sets of demonstrations (seeds) and, where there are several, trainings are"
-    " drawn anew. A difference is to the row that is named; p is of a test that exchanges the answers to an item, two-sided; “sure”"
-    " counts tasks, won : lost, whose p is below 0.05 after Holm's correction over tasks. “Smallest visible” is the difference that"
-    " so many items show in four cases of five. The most frequent label and the random option read nothing. ± is the standard"
-    " deviation over seeds, as in the paper. All scores x 100. docs/statistics.md says how each number is made."
+    " drawn anew. A difference is to the row that is named; p is of a test that exchanges the answers to an item, two-sided. p asks"
+    " whether these trainings with these demonstrations would differ on other items; the interval also asks about other seeds and"
+    " trainings, so it may hold 0 where p is small. “Of them sure” counts tasks, won : lost, whose p is below 0.05 after Holm's"
+    " correction over tasks. “Smallest visible” is the difference that so many items show in four cases of five. The most frequent"
+    " label and the random option read nothing. ± is the standard deviation over seeds, as in the paper. All scores x 100."
+    " docs/statistics.md says how each number is made."
 )
 
 
@@ -31,6 +35,7 @@ def write_report(folder: Path, title: str, notes: Sequence[str], sections: Seque
     Raises UserError for a name from a result that no file in the folder can have.
     """
     _require_names(part.name for section in sections for part in (*section.drawings, *section.tables))
+    _require_names(section.config_name for section in sections)
     shutil.rmtree(_beside(folder), ignore_errors=True)
     with whole_folder(_beside(folder), sync=False) as new:
         for name in (FIGURES, DATA):
@@ -40,6 +45,9 @@ def write_report(folder: Path, title: str, notes: Sequence[str], sections: Seque
                 (new / FIGURES / f"{drawing.name}.png").write_bytes(drawing.png())
             for part in (*section.drawings, *section.tables):
                 (new / DATA / f"{part.name}.csv").write_text(as_csv(part), encoding="utf-8")
+            if section.config:
+                text = json.dumps(section.config, indent=1, sort_keys=True)
+                (new / DATA / f"{section.config_name}.json").write_text(text + "\n", encoding="utf-8")
         write_text(new / PAGE, as_html(title, notes, sections))
         write_text(new / MARKDOWN, as_markdown(title, notes, sections))
     _replace(folder)
@@ -58,33 +66,42 @@ def as_html(title: str, notes: Sequence[str], sections: Sequence[Section]) -> st
 
 
 def as_markdown(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
-    parts = [f"# {title}", *notes]
+    """The same as Markdown, with links to the figures and, of folded tables, to their data."""
+    parts = [f"# {title}", *map(in_markdown, notes)]
     for section in sections:
-        parts.append(f"## {in_markdown(section.title + (f' (the paper: {section.paper})' if section.paper else ''))}")
+        parts.append(f"## {in_markdown(section.title + (f' ({section.paper})' if section.paper else ''))}")
         parts += section.notes
         for drawing in section.drawings:
-            parts.append(
-                f"![{in_markdown(drawing.caption)}]({FIGURES}/{drawing.name}.png)\n\n{in_markdown(drawing.caption)}"
-                f" [Data]({DATA}/{drawing.name}.csv)."
-            )
+            caption = in_markdown(drawing.caption)
+            parts.append(f"![{caption}]({FIGURES}/{drawing.name}.png)\n\n{caption} [Data]({DATA}/{drawing.name}.csv).")
         for table in section.tables:
-            if table.folded:
-                parts.append(f"{table.title}: [{DATA}/{table.name}.csv]({DATA}/{table.name}.csv).")
-            else:
-                rows = [[in_markdown(str(cell)) for cell in row] for row in (table.header, *table.rows)]
-                parts += [f"### {table.title}", markdown(rows[0], rows[1:])]
-        if section.made:
-            parts.append("\n".join(f"- {name}: `{shown(value).replace('`', ' ')}`" for name, value in section.made))
+            parts += _table_as_markdown(table)
+        facts = [f"- {name}: `{shown(value).replace('`', ' ')}`" for name, value in section.made]
+        if section.config:
+            file = f"{DATA}/{section.config_name}.json"
+            facts.append(f"- config: [{file}]({file})")
+        parts += ["\n".join(facts)] if facts else []
     return shown("\n\n".join([*parts, FOOT]), keep="\n") + "\n"
 
 
 def as_csv(part: Table | Drawing) -> str:
     """The data of a table or a figure."""
+    header, rows = (
+        (part.data_header, part.data_rows) if isinstance(part, Table) else (part.header, part.rows)
+    )  # texts of a table are for people
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(part.header)
-    writer.writerows(part.rows)
+    writer.writerow(header)
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _table_as_markdown(table: Table) -> list[str]:
+    title, note = in_markdown(table.title), in_markdown(table.note)
+    if table.folded:
+        return [f"{title}: [{DATA}/{table.name}.csv]({DATA}/{table.name}.csv). {note}".rstrip()]
+    rows = [[in_markdown(cell) for cell in row] for row in (table.header, *table.rows)]
+    return [f"### {title}", markdown(rows[0], rows[1:]), *([note] if note else [])]
 
 
 def _require_names(names: Iterable[str]) -> None:

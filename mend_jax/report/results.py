@@ -67,7 +67,7 @@ def read_results(workdir: str | Path) -> list[Result]:
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder: name the workdir of experiments.")
-    found = [_read(workdir, path) for path in sorted(workdir.glob(f"*/{RESULT}"))]
+    found = [read_result(path) for path in sorted(workdir.glob(f"*/{RESULT}"))]
     for folder in (workdir, workdir / "evaluation"):
         if (folder / SCORES).is_file():
             found.append(_of_evaluation(workdir, folder))
@@ -95,7 +95,9 @@ def curves(workdir: str | Path) -> dict[str, list[dict]]:
     return {str(path.parent.relative_to(workdir)): read_lines(path) for path in paths}
 
 
-def _read(workdir: Path, path: Path) -> Result:
+def read_result(path: Path) -> Result:
+    """The experiment of an experiment.json. Raises UserError if it is damaged, or an evaluation that it names is gone."""
+    workdir = path.parent.parent
     try:
         own = read_sealed(path, DAMAGED)
         head = {name: own[name] for name in HEAD}

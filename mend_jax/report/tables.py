@@ -1,294 +1,172 @@
-"""The tables and figures of an experiment whose rows are evaluations: scores with intervals, tests, the paper's beside ours.
+"""The tables of an experiment whose rows are evaluations: every row with its intervals and tests, tasks, pairs of methods."""
 
-Rows that answered the same items of the same tasks are compared with each other: each with the row of Vanilla ICL that has the
-same labels, or without one with the first row.
-"""
-
-import dataclasses
 from collections.abc import Sequence
 
-from mend_jax.cli.errors import UserError
-from mend_jax.experiments import paper
-from mend_jax.report.figures import Bar, Drawing, bars, curves
+from mend_jax.report.compact_tables import compact_tables, papers_score
+from mend_jax.report.names import value_name
 from mend_jax.report.results import Result, Row
-from mend_jax.scoring.answers import read_scores
-from mend_jax.scoring.comparisons import Study, interval, note, p_value, percent, spread
-from mend_jax.scoring.metrics import METRICS, TITLES, mean_and_std
-from mend_jax.scoring.metrics import percent as mean_and_spread
-from mend_jax.scoring.statistics import ALPHA, Comparison, Estimate, Resampled, estimate, is_by_class
+from mend_jax.report.studies import Scored, by_study, joined_labels, pairs_of_rows, row_name, varied_labels
+from mend_jax.report.table import Table
+from mend_jax.scoring.cells import (
+    Cell,
+    comparison_cells,
+    in_percent,
+    interval_cell,
+    percent,
+    percent_cell,
+    task_cells,
+    text_cell,
+)
+from mend_jax.scoring.comparisons import Study
+from mend_jax.scoring.metrics import METRICS, TITLES
+from mend_jax.scoring.statistics import Comparison, is_by_class
 
-BASELINE = "icl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of texts; `folded` ones are closed at first."""
-
-    name: str  # of its file
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    folded: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A row with what its answers say."""
-
-    row: Row
-    study: Study  # of all rows that answered the same
-    name: str  # in the study
-    score: Estimate
-    metrics: dict[str, Estimate]
-    spread: dict  # over seeds
-    draws: Resampled
-    baseline: Row | None
-    comparison: Comparison | None  # with the baseline
+GROWS = 0.5  # of K's growth: a prefix that grows by less lacks demonstrations
 
 
-def scored_rows(result: Result) -> list[Scored]:
-    """Every row, in the order of the table."""
-    found: dict[tuple, Scored] = {}
-    for rows, study in _studies(result.rows):
-        names = [_name(row) for row in rows]
-        drawn = {metric: study.resampled(metric) for metric in ("score", *METRICS)}
-        for row, name in zip(rows, names, strict=True):
-            other = _baseline(row, rows)
-            score = drawn["score"]
-            comparison = None if other is None else study.compare(name, _name(other), score, "score")
-            metrics = {metric: estimate(drawn[metric][name]) for metric in METRICS}
-            own = score[name]
-            found[row.labels] = Scored(row, study, name, estimate(own), metrics, spread(own), own, other, comparison)
-    return [found[row.labels] for row in result.rows]
+def all_tables(result: Result, rows: Sequence[Scored]) -> list[Table]:
+    """The compact ones, then every row with its numbers; then pairs and tasks, folded."""
+    made = [*compact_tables(result, rows, labels_of(rows)), rows_table(result, rows)]
+    return [*made, *pairs_table(result, rows), tasks_table(result, rows)]
 
 
-def main_tables(result: Result, rows: Sequence[Scored]) -> list[Table]:
-    """The table as the paper has it, where two things are varied; then every row with its numbers; then the tasks."""
-    labels = labels_of(rows)
-    compact = [pivot_table(result, rows, labels)] if len(labels) == 2 and "method" in labels else []
-    if result.name == "order":
-        compact.insert(0, orders_table(result, rows))
-    return [*compact, long_table(result, rows), task_table(result, rows)]
-
-
-def orders_table(result: Result, rows: Sequence[Scored]) -> Table:
-    """How far each method's score goes apart over the orders of the same demonstrations."""
-    made = []
-    for method in dict.fromkeys(one.row.label("method") for one in rows):
-        scores = [one.score.value for one in rows if one.row.label("method") == method]
-        mean, std = mean_and_std(scores)
-        made.append([method, str(len(scores)), mean_and_spread({"mean": mean, "std": std})])
-        made[-1] += [percent(value) for value in (min(scores), max(scores), max(scores) - min(scores))]
-    header = ["method", "orders", "mean ± over orders", "lowest", "highest", "apart"]
-    return Table(f"{result.name}_spread", "Spread over orders", header, made)
-
-
-def pivot_table(result: Result, rows: Sequence[Scored], labels: Sequence[str]) -> Table:
-    """Methods by what else is varied, with the paper's numbers below ours where it has them for this LLM."""
-    (across,) = (name for name in labels if name != "method")
-    columns, methods = (list(dict.fromkeys(one.row.label(name) for one in rows)) for name in (across, "method"))
-    cells = {(one.row.label("method"), one.row.label(across)): one for one in rows}
-    average = across == "setting" and len(columns) > 1
-    made = []
-    for method in methods:
-        own = [cells.get((method, column)) for column in columns]
-        line = [method, *("" if one is None else mean_and_spread(one.spread) for one in own)]
-        if average:
-            line.append(percent(sum(one.score.value for one in own) / len(own)) if all(own) else "")
-        made.append(line)
-        theirs = [None if one is None else papers_score(result, one.row) for one in own]
-        if any(theirs):
-            line = [f"{method}, paper", *("" if value is None else f"{value:.2f}" for value in theirs)]
-            if average:
-                line.append(f"{sum(theirs) / len(theirs):.2f}" if all(theirs) else "")
-            made.append(line)
-    title = "Score ± over seeds"
-    return Table(f"{result.name}_by_method", title, ["method", *columns, *(["mean"] if average else [])], made)
-
-
-def long_table(result: Result, rows: Sequence[Scored]) -> Table:
-    """Each row with its intervals, and its difference to the row that it is compared with."""
-    labels = labels_of(rows)
+def rows_table(result: Result, rows: Sequence[Scored]) -> Table:
+    """Each row with its intervals, and its difference to the row that it is compared with; then what reads nothing."""
+    labels, metrics = labels_of(rows), _metrics(rows)
     theirs = [papers_score(result, one.row) for one in rows]
-    papers = ["paper"] if any(theirs) else []
-    header = [
-        *labels,
-        "trainings",
-        "score ± over seeds",
-        *papers,
-        "score [95%]",
-        "compared with",
-        "difference [95%]",
-        "p",
-    ]
-    header += ["tasks won : lost", "sure", "smallest visible", "", *(f"{title} [95%]" for title in TITLES.values())]
-    made = []
+    lines = []
     for one, value in zip(rows, theirs, strict=True):
-        line = [*(one.row.label(name) for name in labels), _trainings(one), mean_and_spread(one.spread)]
-        line += ["" if value is None else f"{value:.2f}"] if papers else []
-        line += [interval(one.score), *_compared(one, labels), *(interval(found) for found in one.metrics.values())]
-        made.append(line)
-    references = _reference_rows(rows)
+        count = None if one.row.seeds == [None] else len(one.row.sources)
+        line = [*_label_cells(one.row, labels), _trainings_cell(count)]
+        line += [interval_cell("score [95%]", one.score, "score"), _seeds_cell(one.spread["std"])]
+        line += [_papers_cell(value)] if any(theirs) else []
+        line += [_length_cell(one.length), text_cell("compared with", joined_labels(one.baseline, labels))]
+        line += comparison_cells(one.comparison)
+        lines.append(line + [interval_cell(f"{TITLES[m]} [95%]", one.metrics[m], m) for m in metrics])
+    references = reference_scores(rows)
     for study, found in references:
         for name, values in found.items():
             which = f"{name} ({len(study.tasks)} tasks, {study.tasks[0].name} ...)" if len(references) > 1 else name
-            score = percent(values["score"])
-            line = [which, *[""] * (len(labels) - 1), "–", score, *[""] * len(papers), score, *[""] * 7]
-            made.append([*line, *(percent(values[metric]) for metric in METRICS)])
-    return Table(f"{result.name}_rows", "Every row, with 95% intervals", header, made)
+            line = [text_cell(label, which if label == labels[0] else "") for label in labels]
+            line += [_trainings_cell(None), _alone("score [95%]", values["score"], "score"), _seeds_cell(None)]
+            line += [_papers_cell(None)] if any(theirs) else []
+            line += [_length_cell(None), text_cell("compared with", ""), *comparison_cells(None)]
+            lines.append(line + [_alone(f"{TITLES[m]} [95%]", values[m], m) for m in metrics])
+    note, title = " ".join(prefix_notes(result, rows)), "Every row, with 95% intervals"
+    return Table.of(f"{result.name}_rows", title, lines, labels=len(labels), note=note)
 
 
-def task_table(result: Result, rows: Sequence[Scored]) -> Table:
+def tasks_table(result: Result, rows: Sequence[Scored]) -> Table:
     """Each task of each row: its metric, items and score, and its difference to the same task of the row compared with."""
-    labels = labels_of(rows)
-    header = ["task", *labels, "metric", "items", "score", "difference [95%]", "p (Holm)", "smallest visible", ""]
-    made = []
+    labels, lines = labels_of(rows), []
     for one in rows:
         for k, task in enumerate(one.study.tasks):
             metric = TITLES["macro_f1" if is_by_class(task, "score") else "accuracy"]
-            line = [task.name, *(one.row.label(name) for name in labels), metric, f"{task.items:,}"]
-            line.append(percent(one.draws.mean[k]))
-            if one.comparison is not None:
-                of_task = one.comparison.per_task[task.name]
-                line += [interval(of_task.estimate, plus=True), p_value(one.comparison.adjusted[task.name])]
-                line += [percent(of_task.visible), note(of_task)]
-            made.append(line + [""] * (len(header) - len(line)))
-    return Table(f"{result.name}_tasks", "By task", header, made, folded=True)
+            line = [text_cell("task", task.name), *_label_cells(one.row, labels), text_cell("metric", metric)]
+            line += [Cell("items", f"{task.items:,}", {"items": task.items})]
+            line += [percent_cell("score", float(one.draws.mean[k]), "score")]
+            line += [text_cell("compared with", joined_labels(one.baseline, labels))]
+            found = one.comparison
+            line += task_cells(found and found.per_task[task.name], found and found.adjusted[task.name])
+            lines.append(line)
+    return Table.of(f"{result.name}_tasks", "By task", lines, folded=True, labels=1 + len(labels))
 
 
-def score_figure(result: Result, rows: Sequence[Scored]) -> Drawing:
-    """Curves over the experiment's number, or bars."""
-    labels = labels_of(rows)
-    references = _common_references(rows)
-    if result.x:
-        others = [name for name in labels if name != result.x]
-        values = [_bar(one, one.row.label(result.x), _joined(one.row, others) or "score") for one in rows]
-        caption = f"Score over {result.x}; bars are 95% intervals."
-        return curves(result.name, caption, values, result.x, "score", references)
-    series = "method" if "method" in labels and len(labels) > 1 else ""
-    others = [name for name in labels if name != series]
-    values = [_bar(one, _joined(one.row, others), one.row.label(series) if series else "score") for one in rows]
-    xlabel = ", ".join(others)
-    return bars(result.name, "Scores; bars are 95% intervals.", values, "score", references, xlabel=xlabel)
+def pairs_table(result: Result, rows: Sequence[Scored]) -> list[Table]:
+    """Paired tests of the methods under equal labels, or of all rows of an experiment with few (studies.pairs_of_rows)."""
+    labels, lines = labels_of(rows), []
+    for own in by_study(rows):
+        scored = {row_name(one.row): one for one in own}
+        for one, other in pairs_of_rows([one.row for one in own]):
+            equal = [name for name in labels if one.label(name) == other.label(name)]
+            same = [name for name in equal if name != "hyperparameter"]  # it stands with its value
+            differ = [name for name in labels if name not in same]
+            names = joined_labels(one, differ), joined_labels(other, differ)
+            found = _compared(scored[row_name(one)], scored[row_name(other)])
+            line = [Cell("rows", " − ".join(names), dict(zip(("one", "other"), names, strict=True)))]
+            lines.append([*line, text_cell("both", joined_labels(one, same)), *comparison_cells(found)])
+    note = "p is of each pair alone, not corrected for the number of pairs."
+    return [Table.of(f"{result.name}_pairs", "Paired tests", lines, folded=True, labels=2, note=note)] if lines else []
+
+
+def prefix_notes(result: Result, rows: Sequence[Scored]) -> list[str]:
+    """Where K grows and what the LLM reads does not, a sentence for each series."""
+    found, constant = [], []
+    for name, own in series_of(result, rows).items() if result.x == "K" else ():
+        points = [(float(one.row.label("K")), one.length) for one in own if one.length]
+        lengths = [length for _, length in points]
+        if len(points) > 1 and max(lengths) == min(lengths):
+            constant.append(name)
+            continue
+        for (k, length), (next_k, longer) in zip(points, points[1:], strict=False):
+            if longer / length - 1 < GROWS * (next_k / k - 1):
+                found.append(
+                    f"{name}: beyond K={k:g} ({length:,.0f} positions) the prefix grows by less than K does, to"
+                    f" {lengths[-1]:,.0f} positions: demonstrations that do not fit the window are left out."
+                )
+                break
+    if constant:
+        found.append(f"The prefix has the same length for every K: {'; '.join(constant)}.")
+    return found
+
+
+def series_of(result: Result, rows: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """The rows of each curve over the experiment's number, from the lowest on."""
+    others, made = [name for name in labels_of(rows) if name != result.x], {}
+    for one in sorted(rows, key=lambda one: float(one.row.label(result.x))):
+        made.setdefault(joined_labels(one.row, others) or "score", []).append(one)
+    return made
 
 
 def labels_of(rows: Sequence[Scored]) -> list[str]:
-    """The names of the labels that differ between rows; of a single row the first."""
-    values: dict[str, set] = {}
-    for one in rows:
-        for name, value in one.row.labels:
-            values.setdefault(name, set()).add(value)
-    return [name for name, found in values.items() if len(found) > 1] or list(values)[:1]
+    """The names of the labels that differ between rows."""
+    return varied_labels([one.row for one in rows])
 
 
-def papers_score(result: Result, row: Row) -> float | None:
-    """The paper's number for a row of the same LLM, in percent."""
-    llm, method = result.llm, row.label("method")
-    setting = row.label("setting") or result.partition
-    if result.name in ("main_table", "methods"):
-        return paper.TABLE_2.get(llm, {}).get(method, {}).get(setting)
-    if llm != "gpt2-large":
-        return None
-    if result.name == "ablations":
-        return paper.TABLE_4.get((row.label("pretraining"), row.label("finetuning")), {}).get(setting)
-    if setting != "class_to_class":
-        return None
-    if result.name in ("perturbations", "retrieval"):
-        return paper.TABLE_3.get(row.label("demonstrations"), {}).get(method)
-    if result.name == "templates" and row.label("trained") in ("-", "space"):
-        return paper.TABLE_7.get(row.label("tested"), {}).get(method)
-    return None
-
-
-def _studies(rows: Sequence[Row]):
-    """(rows, study) of rows that answered the same items of the same tasks."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found = read_scores(row.sources[0].folder)
-        tasks = (
-            tuple(found["methods"][row.sources[0].method]["per_task"])
-            if row.sources[0].method in found["methods"]
-            else ()
-        )
-        groups.setdefault((tasks, tuple(found["seeds"])), []).append(row)
-    for group in groups.values():
-        yield from _study_of(group)
-
-
-def _study_of(rows: list[Row]):
-    """One study of all rows, or where their items differ one for each set of labels without the method, or one for each row."""
-    try:
-        yield rows, Study.of({_name(row): row.sources for row in rows})
-        return
-    except UserError:
-        if len(rows) == 1:
-            raise
-    parts: dict[tuple, list[Row]] = {}
-    for row in rows:
-        parts.setdefault(tuple(one for one in row.labels if one[0] != "method"), []).append(row)
-    split = list(parts.values()) if len(parts) > 1 else [[row] for row in rows]
-    for part in split:
-        yield from _study_of(part)
-
-
-def _name(row: Row) -> str:
-    return ", ".join(f"{name} {value}" for name, value in row.labels)
-
-
-def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row to compare with: Vanilla ICL's of the same labels; for itself, or without one, the first row of the same method or
-    else the first."""
-    others = [one for one in row.labels if one[0] != "method"]
-    if row.label("method") != BASELINE:
-        for other in rows:
-            if other.label("method") == BASELINE and [one for one in other.labels if one[0] != "method"] == others:
-                return other
-    same = [other for other in rows if other.label("method") == row.label("method")]
-    first = same[0] if len(same) > 1 else rows[0]
-    return None if first is row else first
-
-
-def _compared(one: Scored, labels: Sequence[str]) -> list[str]:
-    found = one.comparison
-    if found is None:
-        return [""] * 7
-    sure = [task for task, p in found.adjusted.items() if p < ALPHA]
-    better = sum(found.per_task[task].estimate.value > 0 for task in sure)
-    overall = found.overall
-    return [
-        _joined(one.baseline, labels),
-        interval(overall.estimate, plus=True),
-        p_value(overall.p),
-        f"{found.wins} : {found.losses}",
-        f"{better} : {len(sure) - better}",
-        percent(overall.visible),
-        note(overall),
-    ]
-
-
-def _reference_rows(rows: Sequence[Scored]) -> list[tuple[Study, dict[str, dict[str, float]]]]:
+def reference_scores(rows: Sequence[Scored]) -> list[tuple[Study, dict[str, dict[str, float]]]]:
     """Of each study, the scores of answers that read nothing: {name: {metric: score}}."""
     found = []
-    for study in {id(one.study): one.study for one in rows}.values():
+    for study in (own[0].study for own in by_study(rows)):
         by_metric = {metric: study.references(metric) for metric in ("score", *METRICS)}
         names = by_metric["score"]
         found.append((study, {name: {metric: by_metric[metric][name] for metric in by_metric} for name in names}))
     return found
 
 
-def _common_references(rows: Sequence[Scored]) -> dict[str, float]:
-    """Those for a figure, in percent: where all rows answered the same."""
-    found = _reference_rows(rows)
-    return {name: 100 * values["score"] for name, values in found[0][1].items()} if len(found) == 1 else {}
+def _compared(one: Scored, other: Scored) -> Comparison:
+    if one.baseline is other.row:
+        return one.comparison
+    draws = {scored.name: scored.draws for scored in (one, other)}
+    return one.study.compare(one.name, other.name, draws, "score")
 
 
-def _trainings(one: Scored) -> str:
-    return "–" if one.row.seeds == [None] else str(len(one.row.sources))
+def _metrics(rows: Sequence[Scored]) -> list[str]:
+    """The metrics that say more than the score does: it is Macro-F1 of classification and accuracy of the rest."""
+    kinds = {is_by_class(task, "score") for own in by_study(rows) for task in own[0].study.tasks}
+    return [metric for metric in METRICS if kinds != {metric == "macro_f1"}]
 
 
-def _bar(one: Scored, group: str, series: str) -> Bar:
-    return Bar(group, series, *(100 * value for value in (one.score.value, one.score.low, one.score.high)))
+def _label_cells(row: Row, labels: Sequence[str]) -> list[Cell]:
+    return [text_cell(name, value_name(name, row.label(name))) for name in labels]
 
 
-def _joined(row: Row, names: Sequence[str]) -> str:
-    return ", ".join(row.label(name) for name in names if row.label(name))
+def _trainings_cell(count: int | None) -> Cell:
+    return Cell("trainings", "–" if count is None else str(count), {"trainings": count})
+
+
+def _seeds_cell(std: float | None) -> Cell:
+    return percent_cell("± over seeds", std, "std_over_seeds")
+
+
+def _papers_cell(value: float | None) -> Cell:
+    return Cell("paper", "" if value is None else f"{value:.2f}", {"paper": value})
+
+
+def _length_cell(length: float | None) -> Cell:
+    text = "" if length is None else f"{length:,.0f}"
+    return Cell("prefix length", text, {"prefix_length": length})
+
+
+def _alone(title: str, value: float, key: str) -> Cell:
+    """A score without an interval, in a column of intervals."""
+    return Cell(title, percent(value), {key: in_percent(value), f"{key}_low": None, f"{key}_high": None})

@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from mend_jax.cli.text import in_markdown, markdown
 from mend_jax.scoring.answers import Source, gather
+from mend_jax.scoring.cells import as_rows, comparison_cells, interval, percent, task_cells, text_cell
 from mend_jax.scoring.metrics import METRICS, TITLES, mean_and_std
 from mend_jax.scoring.metrics import percent as mean_and_spread
 from mend_jax.scoring.statistics import (
-    ALPHA,
     Answers,
     Comparison,
-    Difference,
-    Estimate,
     Resampled,
     Task,
     compare,
@@ -69,24 +67,15 @@ def spread(found: Resampled) -> dict:
     return {"mean": mean, "std": std}
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def interval(found: Estimate, plus: bool = False) -> str:
-    """`43.35 [41.20, 45.51]`, with `plus` of a difference: `+1.20 [−0.31, +2.70]`."""
-    value, low, high = (f"{100 * x:{'+' if plus else ''}.2f}" for x in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]".replace("-", "−")
-
-
-def method_table(study: Study) -> str:
+def method_table(study: Study, shown: Mapping[str, str] | None = None) -> str:
     """A row for each method: the score with its spread over seeds and its interval, both metrics with theirs; then rows that
-    read nothing."""
+    read nothing. `shown`: other names for methods."""
     found = {metric: study.resampled(metric) for metric in ("score", *METRICS)}
     rows = []
     for name in study.answers:
         cells = [interval(estimate(found[metric][name])) for metric in ("score", *METRICS)]
-        rows.append([name, str(study.trainings[name]), mean_and_spread(spread(found["score"][name])), *cells])
+        title = (shown or {}).get(name, name)
+        rows.append([title, str(study.trainings[name]), mean_and_spread(spread(found["score"][name])), *cells])
     references = {metric: study.references(metric) for metric in ("score", *METRICS)}
     for name in REFERENCES:
         own = [percent(references[metric][name]) for metric in ("score", *METRICS)]
@@ -97,49 +86,27 @@ def method_table(study: Study) -> str:
 
 def pair_table(comparisons: Mapping[tuple[str, str], Comparison]) -> str:
     """A row for each pair of methods."""
-    rows = []
-    for (one, other), found in comparisons.items():
-        sure = [
-            task
-            for task, difference in found.per_task.items()
-            if found.adjusted[task] < ALPHA and difference.estimate.value
-        ]
-        better = sum(found.per_task[task].estimate.value > 0 for task in sure)
-        rows.append(
-            [f"{one} − {other}", interval(found.overall.estimate, plus=True), p_value(found.overall.p)]
-            + [f"{found.wins} : {found.losses}", f"{better} : {len(sure) - better}"]
-            + [percent(found.overall.visible), note(found.overall)]
-        )
-    header = ["difference", "points [95%]", "p", "tasks won : lost", "of them sure", "smallest visible", ""]
-    return markdown(header, rows)
+    lines = [
+        [text_cell("methods", in_markdown(f"{one} − {other}")), *comparison_cells(found)]
+        for (one, other), found in comparisons.items()
+    ]
+    return markdown(*as_rows(lines))
 
 
 def task_table(study: Study, metric: str, resampled: Mapping[str, Resampled], pair=None, found=None) -> str:
     """A row for each task: its metric, its items, every method's score, and the difference of one pair of methods."""
-    header = ["task", "metric", "items", *study.answers]
-    if pair:
-        header += [f"{pair[0]} − {pair[1]} [95%]", "p (Holm)", "smallest visible", ""]
-    rows = []
+    lines = []
     for k, task in enumerate(study.tasks):
         by_class = is_by_class(task, metric)
-        row = [in_markdown(task.name), TITLES["macro_f1" if by_class else "accuracy"], f"{task.items:,}"]
-        row += [percent(resampled[name].mean[k]) for name in study.answers]
+        line = [text_cell("task", in_markdown(task.name))]
+        line += [text_cell("metric", TITLES["macro_f1" if by_class else "accuracy"])]
+        line += [text_cell("items", f"{task.items:,}")]
+        line += [text_cell(name, percent(resampled[name].mean[k])) for name in study.answers]
         if pair:
-            of_task = found.per_task[task.name]
-            row += [interval(of_task.estimate, plus=True), p_value(found.adjusted[task.name])]
-            row += [percent(of_task.visible), note(of_task)]
-        rows.append(row)
-    return markdown(header, rows)
-
-
-def note(found: Difference) -> str:
-    """A warning where there are too few items to show a difference of this size."""
-    too_small = found.estimate.value and abs(found.estimate.value) < found.visible and found.p >= ALPHA
-    return "too few items to tell" if too_small else ""
-
-
-def p_value(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.001 else f"{p:.1g}"
+            title = f"{pair[0]} − {pair[1]} [95%]"
+            line += task_cells(found.per_task[task.name], found.adjusted[task.name], title)
+        lines.append(line)
+    return markdown(*as_rows(lines))
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
