@@ -3,9 +3,11 @@
     python -m mend_jax.compare runs/quickstart/evaluation
     python -m mend_jax.compare runs/a/evaluation runs/b/evaluation --trainings   # the same methods, trained twice
 
-Reads the answers that `evaluate` and `experiments.methods` left; nothing is computed with an LLM. docs/statistics.md says what
+    python -m mend_jax.compare runs/experiments/perturbations   # the rows of an experiment
+
+Reads the answers that `evaluate` and the experiments left; nothing is computed with an LLM. docs/statistics.md says what
 every number means. Methods of the same name in several evaluations are told apart by their folders, or with --trainings are
-several trainings of one method, of which the intervals then take account.
+several trainings of one method, of which the intervals then take account. Those of an experiment's row always are.
 """
 
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.report.results import RESULT, Row, read_result
+from mend_jax.report.studies import joined_labels, pairs_of_rows, row_name, studies_of, varied_labels
 from mend_jax.run.files import write_text
 from mend_jax.scoring import statistics
 from mend_jax.scoring.answers import Source, read_scores
@@ -33,33 +37,59 @@ def compare(
     trainings: bool = False,
     out: str = "",
 ) -> None:
-    """Prints three tables, of methods, of pairs of methods, of tasks.
+    """Prints three tables, of methods, of pairs of methods, of tasks; of an experiment the first two, for its rows.
 
     Args:
-        evaluations: the workdirs of evaluations.
+        evaluations: the workdirs of evaluations, or the folder of one experiment (WORKDIR/NAME).
         methods: the methods to compare, with commas between; empty: all. The table of tasks compares the last with the
-            one before it.
+            one before it. Of an experiment, values of the first thing that it varies.
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
         trainings: methods of the same name are trainings of one method.
         out: a Markdown file to write the tables to as well.
     """
-    study = Study.of(chosen(sources_of(evaluations, trainings), methods))
-    pairs = pairs_of(list(study.answers))
-    resampled = study.resampled(metric)
-    with Progress(len(pairs), "pair", leave=False) as bar:
-        found = {}
-        for pair in pairs:
-            found[pair] = study.compare(*pair, resampled, metric)
-            bar.update()
-    tables = [method_table(study)]
-    last = pairs[-1] if pairs else None
-    if pairs:
-        tables.append(pair_table(found))
-    tables.append(task_table(study, metric, resampled, last, found.get(last)))
+    experiments = [folder for folder in evaluations if (Path(folder).expanduser() / RESULT).is_file()]
+    if experiments and len(evaluations) > 1:
+        raise UserError(f"{experiments[0]} is an experiment: compare its rows alone, or evaluations with each other.")
+    if experiments:
+        tables = of_experiment(experiments[0], methods, metric)
+    else:
+        tables = of_evaluations(evaluations, methods, metric, trainings)
     text = "\n\n".join([*tables, " ".join(NOTES.split())])
     print(text)
     if out:
         _write(out, text + "\n")
+
+
+def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool) -> list[str]:
+    """The three tables."""
+    study = Study.of(chosen(sources_of(evaluations, trainings), methods))
+    resampled, pairs = study.resampled(metric), pairs_of(list(study.answers))
+    found = _compared(study, pairs, resampled, metric)
+    last = pairs[-1] if pairs else None
+    tables = [method_table(study), *([pair_table(found)] if pairs else [])]
+    return [*tables, task_table(study, metric, resampled, last, found.get(last))]
+
+
+def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
+    """For each set of rows that answered the same items, a table of the rows and one of the pairs that the report tests too."""
+    path = Path(folder).expanduser().absolute() / RESULT
+    rows = read_result(path).rows
+    if not rows or not rows[0].labels:
+        raise UserError(f"{path} has no rows with scores: name the folder of an experiment that scores methods.")
+    first = rows[0].labels[0][0]
+    by_value: dict[str, list[Row]] = {}
+    for row in rows:
+        by_value.setdefault(row.label(first), []).append(row)
+    rows = [row for own in chosen(by_value, methods).values() for row in own]
+    labels, tables = varied_labels(rows), []
+    for own, study in studies_of(rows):
+        shown = {row_name(row): joined_labels(row, labels) for row in own}
+        tables.append(method_table(study, shown))
+        pairs = [(row_name(one), row_name(other)) for one, other in pairs_of_rows(own)]
+        found = _compared(study, pairs, study.resampled(metric), metric)
+        if found:
+            tables.append(pair_table({(shown[a], shown[b]): one for (a, b), one in found.items()}))
+    return tables
 
 
 def sources_of(evaluations: list[str], trainings: bool) -> dict[str, list[Source]]:
@@ -76,6 +106,15 @@ def sources_of(evaluations: list[str], trainings: bool) -> dict[str, list[Source
                     found[name].append(Source(folder, name))
             else:
                 found[f"{name} in {folder}"] = [Source(folder, name)]
+    return found
+
+
+def _compared(study: Study, pairs: list[tuple[str, str]], resampled, metric: str) -> dict:
+    found = {}
+    with Progress(len(pairs), "pair", leave=False) as bar:
+        for pair in pairs:
+            found[pair] = study.compare(*pair, resampled, metric)
+            bar.update()
     return found
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from answer_files import write_evaluation
+from answer_files import write_evaluation, write_experiment
 from facts import says
 
 from mend_jax.cli.command_line import parse
@@ -22,7 +22,7 @@ def test_three_tables(evaluation, capsys, tmp_path):
     assert (tmp_path / "tables.md").read_text() == printed
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
     assert rows[:6] == ["method", "zero_shot", "icl", "mend", "most frequent label", "random option"]
-    assert rows[6:10] == ["difference", "icl − zero_shot", "mend − zero_shot", "mend − icl"]
+    assert rows[6:10] == ["methods", "icl − zero_shot", "mend − zero_shot", "mend − icl"]
     assert rows[10:] == ["task", "colour", "choice"]
     score = json.loads((evaluation / "scores.json").read_text())["methods"]["mend"]["score"]
     assert f"| {100 * score['mean']:.2f} ± {100 * score['std']:.2f} " in printed
@@ -48,6 +48,29 @@ def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
     assert [task.name for task in tasks] == ["colour", "choice"] and answers["mend"]["colour"][0].shape == (2, 24)
     compare([str(evaluation), str(other)], trainings=True, methods="icl,mend")
     assert "| mend                | 2 " in capsys.readouterr().out
+
+
+def test_the_rows_of_an_experiment(tmp_path, capsys):
+    """Trainings of a row are grouped; pairs are of methods under equal labels, or of all rows of one method."""
+    for seed, k in enumerate(("4", "8")):
+        write_evaluation(tmp_path / "e" / k, {"icl": 0.5, "mend-0": 0.9, "mend-1": 0.8}, seed=seed)
+    rows = [({"method": "icl", "K": k}, None, f"e/{k}", "icl") for k in ("4", "8")]
+    rows += [({"method": "mend", "K": k}, seed, f"e/{k}", f"mend-{seed}") for k in ("4", "8") for seed in (0, 1)]
+    there = write_experiment(tmp_path, "num_demonstrations", rows, x="K")
+    compare([str(there)])
+    printed = capsys.readouterr().out
+    first = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
+    assert first[:5] == ["method", "Vanilla ICL, K=4", "Vanilla ICL, K=8", "MEND, K=4", "MEND, K=8"]
+    assert first[7:] == ["methods", "MEND, K=4 − Vanilla ICL, K=4", "MEND, K=8 − Vanilla ICL, K=8"]
+    assert "| MEND, K=4           | 2 " in printed
+    compare([str(there)], methods="mend")
+    assert "| K=8 − K=4 " in capsys.readouterr().out
+    with says("'memd'", "icl, mend"):
+        compare([str(there)], methods="memd")
+    with says(there, "alone"):
+        compare([str(there), str(tmp_path / "e" / "4")])
+    with says("experiment.json", "no rows"):
+        compare([str(write_experiment(tmp_path, "cost", []))])
 
 
 def test_predictions_of_another_key_are_not_taken(evaluation):
