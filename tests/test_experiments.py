@@ -28,6 +28,7 @@ from mend_jax.experiments import (
 from mend_jax.experiments import all as every
 from mend_jax.experiments.table import Experiment, evaluation_key, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method, of_stages, trained_elsewhere, with_fields
+from mend_jax.experiments.written import printed_table
 
 EXPERIMENTS = {table.EXPERIMENT.name: table.EXPERIMENT for table in every.TABLES}
 PRETRAIN = ("pretrain", 1.0, 0.0, 0.0)
@@ -62,6 +63,23 @@ def test_rows(config, name):
     assert {row.seed for row in rows} <= {None, 0, 1}
     if EXPERIMENTS[name].x:
         assert all(float(row.labels[EXPERIMENTS[name].x]) > 0 for row in rows)
+
+
+def test_the_printed_table_has_the_mean_over_settings():
+    def scored(**per_seed):
+        own = {"score": {"per_seed": per_seed, "mean": sum(per_seed.values()) / len(per_seed)}}
+        return own | {"cost": {"prefix_length": 8}, "path": ""}
+
+    evaluations = {"a": {"icl": scored(x=0.2, y=0.4)}, "b": {"icl": scored(x=0.6, y=0.4), "mend": scored(x=1, y=1)}}
+    rows = [("icl", "a"), ("icl", "b"), ("mend", "b")]
+    content = {
+        "varied": ["method", "setting"],
+        "rows": [{"labels": {"method": m, "setting": s}, "evaluation": s, "method": m} for m, s in rows],
+    }
+    last = printed_table(content, evaluations).splitlines()[5:]
+    assert [[cell.strip() for cell in line.split("|")[1:4]] for line in last] == [
+        ["icl", "mean of settings", "40.00 ± 0.00"]  # each of the same weight; mend lacks a setting
+    ]
 
 
 def test_what_is_the_same_is_trained_once(config):

@@ -30,7 +30,7 @@ def rows(config):
     return made
 
 
-EXPERIMENT = Experiment("domains", "Other domains, noisy demonstrations", "the next checks", rows)
+EXPERIMENT = Experiment("domains", "Other domains, noisy demonstrations", "", rows)
 
 
 def main(config, workdir) -> int:

@@ -17,7 +17,7 @@ def rows(config):
     ]
 
 
-EXPERIMENT = Experiment("order", "The order of the demonstrations", "asked for by reviewers", rows)
+EXPERIMENT = Experiment("order", "The order of the demonstrations", "", rows)
 
 
 def main(config, workdir) -> int:

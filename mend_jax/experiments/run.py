@@ -62,7 +62,7 @@ def run_experiments(experiments: Sequence[Experiment], config: ConfigDict, workd
         check(config, folder, left)
     work = Work(folder, rows)
     for experiment, part in planned:
-        say(f"{experiment.name}: {experiment.title} ({experiment.paper}), {len(part)} rows")
+        say(f"{experiment.name}: {experiment.heading}, {len(part)} rows")
         code = work.train([row.training for row in part if row.training is not None])
         if code:
             return code

@@ -62,9 +62,13 @@ class Experiment:
 
     name: str  # of its file, and of its folder in the workdir
     title: str
-    paper: str  # what it is in the paper
+    paper: str  # what it is in the paper, or ""
     rows: Callable[[ConfigDict], list[Row]]
     x: str | None = None  # the label along a curve
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} ({self.paper})" if self.paper else self.title
 
 
 def of_methods(

@@ -43,7 +43,7 @@ def write(
     table = printed_table(content, evaluations)
     write_text(there / TABLE, table + "\n")
     write_sealed(there / ROWS, content)
-    print(f"{experiment.title} ({experiment.paper})\n\n{table}\n", flush=True)
+    print(f"{experiment.heading}\n\n{table}\n", flush=True)
 
 
 def head(name: str, title: str, paper: str, config: ConfigDict, scored: Sequence[dict] = ()) -> dict:
@@ -106,21 +106,40 @@ def printed_table(content: dict, evaluations: dict[str, dict]) -> str:
         evaluations: {an evaluation's folder: the methods of its scores.json}.
     Returns:
         A line per row: its labels; the score, ± over the sets of demonstrations (of the mean over trainings); the number of
-        trainings and ± over them; the positions of its prefix.
+        trainings and ± over them; the positions of its prefix. Of methods by settings their mean over settings too.
     """
     lines = {}
     for row in content["rows"]:
         lines.setdefault(tuple(row["labels"].values()), []).append(evaluations[row["evaluation"]][row["method"]])
     header = [*content["varied"], "score", "trainings", "± trainings", "prefix length"]
-    return markdown(header, [[*labels, *_cells(found)] for labels, found in lines.items()])
+    rows = [[*labels, *_cells(found)] for labels, found in lines.items()]
+    return markdown(header, rows + (_averages(lines) if content["varied"] == ["method", "setting"] else []))
+
+
+def _averages(lines: dict[tuple, list[dict]]) -> list[list[str]]:
+    """A line for each method that has all of several settings: their mean, each of the same weight, ± over the seeds."""
+    methods, settings = (list(dict.fromkeys(labels[place] for labels in lines)) for place in (0, 1))
+    made = []
+    for method in methods if len(settings) > 1 else ():
+        of_settings = [_of_seeds(lines[method, setting]) for setting in settings if (method, setting) in lines]
+        if len(of_settings) < len(settings) or len({tuple(seeds) for seeds in of_settings}) > 1:
+            continue
+        together = zip(*(seeds.values() for seeds in of_settings), strict=True)
+        mean, std = mean_and_std([mean_and_std(scores)[0] for scores in together])
+        made.append([method, "mean of settings", percent({"mean": mean, "std": std}), "", "", ""])
+    return made
 
 
 def _cells(found: list[dict]) -> list[str]:
-    seeds = found[0]["score"]["per_seed"]
-    of_seeds = [mean_and_std([one["score"]["per_seed"][seed] for one in found])[0] for seed in seeds]
-    mean, std = mean_and_std(of_seeds)
+    mean, std = mean_and_std(list(_of_seeds(found).values()))
     _, trained = mean_and_std([one["score"]["mean"] for one in found])
     length = mean_and_std([one["cost"]["prefix_length"] for one in found])[0]
     spread = "" if trained is None else f"{100 * trained:.2f}"
     count = str(len(found)) if found[0]["path"] else ""
     return [percent({"mean": mean, "std": std}), count, spread, number(length)]
+
+
+def _of_seeds(found: list[dict]) -> dict[str, float]:
+    """{seed: score}, the mean over trainings."""
+    seeds = found[0]["score"]["per_seed"]
+    return {seed: mean_and_std([one["score"]["per_seed"][seed] for one in found])[0] for seed in seeds}
