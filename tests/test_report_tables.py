@@ -43,7 +43,10 @@ def test_a_prefix_that_stops_growing_is_said(tmp_path):
     rows += [({"method": "mend", "K": k}, f"mend-{k}", 8) for k in lengths]
     result = _of_one_evaluation(tmp_path, "num_demonstrations", rows, x="K")
     note = _table(result, "num_demonstrations_rows").note
-    assert "Vanilla ICL: beyond K=16 (300 positions)" in note and "same length for every K: MEND." in note
+    assert (
+        "Vanilla ICL: beyond K=16 the prefix, of 300 positions, grows by less than K, to 310" in note
+        and "same length for every K: MEND." in note
+    )
     (drawing,) = section_of(result).drawings
     assert note in drawing.caption
 

@@ -183,5 +183,5 @@ def _wrapped(text: str, groups: int) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """The parts between which a name can be broken; a hyphen or underscore stays with what is before it."""
-    return re.sub(r"(?<=[^\W_])([-_])(?=\w)", r"\1 ", text).split()
+    """The parts between which a name can be broken; a hyphen, or an underscore between longer words, stays with what is before it."""
+    return re.sub(r"(?<=\w)(-)(?=\w)|(?<=[^\W_]{3})(_)(?=[^\W_]{3})", r"\1\2 ", text).split()

@@ -20,11 +20,11 @@ class Look(NamedTuple):
 KNOWN = {
     METHODS["zero_shot"]: Look("#ffffff", "", "#7a7a7a", "x", ":"),
     METHODS["prompt_tuning"]: Look("#f6dfbd", "...", "#a86200", "D", "-."),
-    METHODS["icl"]: Look("#b4b4b4", "", "#000000", "o", "-"),
+    METHODS["icl"]: Look("#c4c4c4", "", "#000000", "o", "-"),
     METHODS["hypertuning"]: Look("#dce8cc", "\\\\\\", "#4b7a28", "^", "--"),
-    METHODS["mend"]: Look("#4f82b5", "", "#2b5c8a", "s", "-"),
+    METHODS["mend"]: Look("#6397c6", "", "#2b5c8a", "s", "-"),
     f"{METHODS['icl']}, paper": Look("#e4e4e4", "///", "#000000", "o", ":"),
-    f"{METHODS['mend']}, paper": Look("#c9dbec", "///", "#2b5c8a", "s", ":"),
+    f"{METHODS['mend']}, paper": Look("#c9dbec", "\\\\\\", "#2b5c8a", "s", ":"),
 }
 ALONE = Look("#d3e3f0", "", "#2b5c8a", "o", "-")
 OTHERS = (  # for series that are no method of the paper, in their order

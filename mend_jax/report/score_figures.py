@@ -38,8 +38,7 @@ def score_bars(name: str, rows: Sequence[Scored]) -> Drawing:
     series = "method" if "method" in labels and len(labels) > 1 else ""
     others = [label for label in labels if label != series]
     values = [
-        _bar(one, joined_labels(one.row, others), value_name(series, one.row.label(series)) if series else "score")
-        for one in rows
+        _bar(one, _group(one, others), value_name(series, one.row.label(series)) if series else "score") for one in rows
     ]
     references, xlabel = _common_references(rows), ", ".join(others)
     return bars(name, f"Scores, {INTERVALS}", values, "score", references, xlabel=xlabel)
@@ -48,7 +47,7 @@ def score_bars(name: str, rows: Sequence[Scored]) -> Drawing:
 def domain_figures(result: Result, rows: Sequence[Scored]) -> list[Drawing]:
     """The tasks without noise as bars; then curves over the share of noisy demonstrations, a panel for each kind of noise."""
     clean = [one for one in rows if one.row.label("demonstrations") == "none"]
-    noisy = [one for one in rows if one not in clean]
+    noisy = [one for one in rows if one.row.label("demonstrations") != "none"]
     drawn = [score_bars(result.name, clean)] if clean else []
     maps: dict[str, list[Bar]] = {}
     for kind in dict.fromkeys(one.row.label("demonstrations") for one in noisy):
@@ -87,6 +86,13 @@ def _common_references(rows: Sequence[Scored]) -> dict[str, float]:
 
 def _bar(one: Scored, group: str, series: str) -> Bar:
     return Bar(group, series, *(100 * value for value in (one.score.value, one.score.low, one.score.high)))
+
+
+def _group(one: Scored, names: Sequence[str]) -> str:
+    """What stands below a bar; of a single label, which the axis names, the value alone."""
+    if len(names) == 1:
+        return value_name(names[0], one.row.label(names[0]))
+    return joined_labels(one.row, names)
 
 
 def _in_percent(share: str) -> str:

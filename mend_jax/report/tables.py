@@ -100,9 +100,10 @@ def prefix_notes(result: Result, rows: Sequence[Scored]) -> list[str]:
             continue
         for (k, length), (next_k, longer) in zip(points, points[1:], strict=False):
             if longer / length - 1 < GROWS * (next_k / k - 1):
+                then = "stays as long" if lengths[-1] <= length else f"grows by less than K, to {lengths[-1]:,.0f}"
                 found.append(
-                    f"{name}: beyond K={k:g} ({length:,.0f} positions) the prefix grows by less than K does, to"
-                    f" {lengths[-1]:,.0f} positions: demonstrations that do not fit the window are left out."
+                    f"{name}: beyond K={k:g} the prefix, of {length:,.0f} positions, {then}: demonstrations that do not fit the"
+                    " window are left out."
                 )
                 break
     if constant:
