@@ -77,6 +77,16 @@ def test_a_hyperparameters_values_are_compared_with_each_other(tmp_path):
     ]
 
 
+def test_ablations_of_several_settings_are_compared_within_each(tmp_path):
+    """Settings may have the same test tasks: their rows are then one study."""
+    stages = ("icl", "-"), ("mend", "L_distill"), ("mend", "none")
+    rows = [({"method": m, "setting": s, "pretraining": p}, f"{m}-{s}-{p}", 8) for s in "ab" for m, p in stages]
+    result = _of_one_evaluation(tmp_path, "ablations", rows)
+    assert len(_table(result, "ablations_pairs").rows) == 2 * 3
+    found = [one.baseline and one.baseline.label("setting") for one in scored_rows(result)]
+    assert found == [None, None, "a", "a", None, "b"]  # Vanilla ICL, which is alone in b, is compared with itself in a
+
+
 def test_the_loss_of_another_template(tmp_path):
     rows = [
         ({"method": "mend", "trained": a, "tested": b}, f"mend-{a}-{b}", 8)

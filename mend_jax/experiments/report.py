@@ -3,7 +3,7 @@
     python -m mend_jax.experiments.report runs/experiments
 
 Writes <workdir>/report: index.html, which needs no other file and no network, report.md, every figure as PNG in figures/, all data as
-CSV in data/. Reads a workdir of experiments, of `experiments.methods`, or of one evaluation; nothing is computed with an LLM. It needs
+CSV and every config in data/. Reads a workdir of experiments, of `experiments.methods`, or of one evaluation; nothing is computed with an LLM. It needs
 matplotlib and Jinja2: pip install "matplotlib~=3.11" "jinja2~=3.1".
 """
 

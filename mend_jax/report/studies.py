@@ -77,14 +77,14 @@ def pairs_of_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The pairs of a study's rows that are tested, the later row first.
 
     Methods under equal labels; where one was not trained, its labels of training equal all others. Where no two trained methods have
-    equal labels, as in ablations, all rows if they are few, of one hyperparameter each.
+    equal labels, as in ablations, all rows if they are few, of one hyperparameter and setting each.
     """
     pairs = [(other, one) for one, other in itertools.combinations(rows, 2)]
     if any(_is_of_other_method(*pair) and _others(pair[0]) == _others(pair[1]) for pair in pairs):
         return [pair for pair in pairs if _is_of_other_method(*pair) and _have_equal_labels(*pair)]
-    parts: dict[str, list[Row]] = {}
+    parts: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        parts.setdefault(row.label("hyperparameter"), []).append(row)
+        parts.setdefault((row.label("hyperparameter"), row.label("setting")), []).append(row)
     few = [part for part in parts.values() if len(part) <= MOST_ROWS]
     return [(other, one) for part in few for one, other in itertools.combinations(part, 2)]
 
@@ -125,14 +125,16 @@ def _study_of(rows: list[Row]) -> Iterator[tuple[list[Row], Study]]:
 
 
 def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row to compare with: Vanilla ICL's of the same labels; for itself, or without one, the first row of the same method and
-    hyperparameter, or else the first."""
+    """The row to compare with: Vanilla ICL's of the same labels; for itself, or without one, the first row of the same method,
+    hyperparameter and, if there are several, setting; or else the first."""
     if row.label("method") != BASELINE:
         for other in rows:
             if other.label("method") == BASELINE and _others(other) == _others(row):
                 return other
-    kind = lambda one: (one.label("method"), one.label("hyperparameter"))  # noqa: E731
-    same = [other for other in rows if kind(other) == kind(row)]
+    for names in (("method", "hyperparameter", "setting"), ("method", "hyperparameter")):
+        same = [other for other in rows if all(other.label(name) == row.label(name) for name in names)]
+        if len(same) > 1:
+            break
     first = same[0] if len(same) > 1 or row.label("hyperparameter") else rows[0]
     return None if first is row else first
 
