@@ -54,6 +54,7 @@ def run_experiments(experiments: Sequence[Experiment], config: ConfigDict, workd
     Raises:
         UserError: a workdir of another config, or anything that a training or an evaluation would stumble over.
     """
+    origin()  # asks now for the commit, which may be another one when hours of work have ended
     folder = open_workdir(config, workdir)
     _compile_into(folder / COMPILED)
     planned = [(experiment, _rows(experiment, config)) for experiment in experiments]

@@ -155,6 +155,12 @@ def _others(row: Row) -> dict[str, str]:
     return {name: value for name, value in row.labels if name != "method"}
 
 
+def is_trained(row: Row) -> bool:
+    """Whether it has trainings, of its experiment or from elsewhere."""
+    [entry, *_] = [read_scores(source.folder)["methods"].get(source.method) or {} for source in row.sources]
+    return bool(entry.get("path"))
+
+
 def _prefix_length(row: Row) -> float | None:
     costs = [read_scores(source.folder)["methods"][source.method].get("cost") for source in row.sources]
     lengths = [cost.get("prefix_length") if isinstance(cost, dict) else None for cost in costs]

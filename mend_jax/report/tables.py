@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from mend_jax.report.compact_tables import compact_tables, papers_score
 from mend_jax.report.names import value_name
 from mend_jax.report.results import Result, Row
-from mend_jax.report.studies import Scored, by_study, joined_labels, pairs_of_rows, row_name, varied_labels
+from mend_jax.report.studies import (
+    Scored,
+    by_study,
+    is_trained,
+    joined_labels,
+    pairs_of_rows,
+    row_name,
+    varied_labels,
+)
 from mend_jax.report.table import Table
 from mend_jax.scoring.cells import (
     Cell,
@@ -36,7 +44,7 @@ def rows_table(result: Result, rows: Sequence[Scored]) -> Table:
     theirs = [papers_score(result, one.row) for one in rows]
     lines = []
     for one, value in zip(rows, theirs, strict=True):
-        count = None if one.row.seeds == [None] else len(one.row.sources)
+        count = len(one.row.sources) if is_trained(one.row) else None
         line = [*_label_cells(one.row, labels), _trainings_cell(count)]
         line += [interval_cell("score [95%]", one.score, "score"), _seeds_cell(one.spread["std"])]
         line += [_papers_cell(value)] if any(theirs) else []
