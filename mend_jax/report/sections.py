@@ -64,7 +64,7 @@ def section_of(result: Result) -> Section:
     tables, drawings, notes = _scores(result) if own is None else _own_section(own, result)
     head = result.head
     made = {name: head[name] for name in ("command", "commit", "machine", "date")}
-    made |= {"LLM": (head["config"].get("llm") or {}).get("path"), "partition": result.partition}
+    made |= {"LLM": result.llm, "partition": result.partition}  # its whole path is in the config
     facts = [(name, str(value)) for name, value in made.items() if value]
     papers = _of_the_paper(head["paper"] or "")
     return Section(result.name, head["title"], papers, facts, head["config"], notes, tables, drawings)
