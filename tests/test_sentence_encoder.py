@@ -1,10 +1,13 @@
 """Sentence encoders: BERT's family through sentence-transformers, as config.evaluate.encoder."""
 
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ONE_DEVICE, ROOT
 from evaluation_world import make_config, write_tasks
 from facts import says
 
@@ -87,12 +90,37 @@ def test_neighbours_by_its_embeddings(bert, tiny_llm, tmp_path):
         assert best.input in shown[0]
 
 
+@pytest.mark.slow
+def test_a_command_which_hides_pytorch_reads_it(bert, tiny_llm, tmp_path):
+    folder = write_tasks(tmp_path)
+    fields = {
+        "llm.path": tiny_llm,
+        "data.tasks": folder,
+        "data.partition": "tiny",
+        "data.k": 2,
+        "data.cache": tmp_path / "c",
+    }
+    fields |= {"evaluate.demos": "dense", "evaluate.encoder": bert, "evaluate.methods": "icl,", "evaluate.seeds": "13,"}
+    fields |= {"data.max_demo_tokens": 48, "data.demo_buckets": "48,", "data.query_buckets": "32,"}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "mend_jax.evaluate",
+        "--config=configs/base.py",
+        f"--workdir={tmp_path}/run",
+        *flags,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
+    assert done.returncode == 0 and "icl" in done.stdout, done.stderr
+
+
 def test_what_cannot_be_read_is_one_sentence(bert, tmp_path, monkeypatch):
     shutil.copytree(bert, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with says(tmp_path / "cut", "sentence-transformers"):
         sentence_encoder(tmp_path / "cut")
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with says(bert, "pip install sentence-transformers", "evaluate.encoder"):
         check_encoder(bert)

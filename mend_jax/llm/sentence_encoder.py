@@ -1,7 +1,12 @@
-"""Sentence encoders (config.evaluate.encoder): models of families that are not ours, BERT's above all, read by sentence-transformers."""
+"""Sentence encoders (config.evaluate.encoder): models of families that are not ours, BERT's above all, read by sentence-transformers.
 
+They run in a process of their own, which ends with this one: commands hide PyTorch, which the library needs, from their own.
+"""
+
+import hashlib
+import importlib.util
+import multiprocessing
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +15,11 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.retrieval import Encode
 from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.models.families import FAMILIES, read_json
-from mend_jax.models.folders import fingerprint, local_folder
+from mend_jax.models.folders import local_folder
 from mend_jax.models.gguf.header import is_gguf
 
 MODULES = "modules.json"  # of a folder that sentence-transformers wrote: how states become an embedding
+LIBRARY = "sentence_transformers"
 
 
 def is_sentence_encoder(path: str | Path) -> bool:
@@ -24,16 +30,13 @@ def is_sentence_encoder(path: str | Path) -> bool:
     return (folder / MODULES).is_file() or read_json(folder).get("model_type") not in FAMILIES
 
 
-def require_sentence_transformers(path: str | Path) -> type:
-    """The library's class. Raises UserError where it is not installed."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
+def require_sentence_transformers(path: str | Path) -> None:
+    """Raises UserError where the library is not installed."""
+    if importlib.util.find_spec(LIBRARY) is None:
         raise UserError(
             f"{path} is a sentence encoder, which sentence-transformers reads: pip install sentence-transformers, or leave"
-            f" evaluate.encoder out for the LLM itself ({error})."
-        ) from None
-    return SentenceTransformer
+            " evaluate.encoder out for the LLM itself."
+        )
 
 
 def sentence_encoder(path: str | Path) -> tuple[str, Encode]:
@@ -41,20 +44,60 @@ def sentence_encoder(path: str | Path) -> tuple[str, Encode]:
 
     Raises UserError: the library is missing, or it cannot read the folder.
     """
-    kind, folder = require_sentence_transformers(path), local_folder(path)
+    require_sentence_transformers(path)
+    folder = local_folder(path)
+    return f"{_fingerprint(folder)} sentence-transformers", _Encoder(folder, path)
+
+
+class _Encoder:
+    """The model in its own process."""
+
+    def __init__(self, folder: Path, named: str | Path):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(folder)), daemon=True)
+        self.process.start()
+        theirs.close()
+        if reason := self._answer():
+            raise UserError(f"{named} is no sentence encoder that sentence-transformers reads ({reason}).")
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.pipe.send(list(texts))
+        return self._answer()
+
+    def _answer(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process of the sentence encoder has ended") from None
+
+
+def _serve(pipe, folder: str) -> None:
+    """Says whether it has read the model, in the reason why not; then answers until the other end is closed."""
     try:
-        model = kind(str(folder), device="cpu", trust_remote_code=False)
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(folder, device="cpu", trust_remote_code=False)
     except Exception as error:  # of many kinds, the libraries' own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no sentence encoder that sentence-transformers reads ({reason}).") from error
-    return f"{fingerprint(folder)} {_settings(folder)} sentence-transformers", partial(_encode, model)
+        pipe.send((str(error).splitlines() or [type(error).__name__])[0])
+        return
+    pipe.send("")
+    while True:
+        try:
+            texts = pipe.recv()
+        except EOFError:
+            return
+        found = model.encode(texts, show_progress_bar=False, convert_to_numpy=True)
+        pipe.send(np.asarray(found, np.float32))
 
 
-def _encode(model, texts: Sequence[str]) -> np.ndarray:
-    return np.asarray(model.encode(list(texts), show_progress_bar=False, convert_to_numpy=True), np.float32)
+def _fingerprint(folder: Path) -> str:
+    """Changes with any settings, vocabulary or weights, those of modules in folders of their own among them."""
+    names = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")
+    files = sorted(file for name in names for pattern in (name, f"*/{name}") for file in folder.glob(pattern))
+    return text_fingerprint(*(part for file in files for part in (file.relative_to(folder), _digest(file))))
 
 
-def _settings(folder: Path) -> str:
-    """Changes with what stands in the folder's own settings and those of its modules."""
-    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/config.json"))]
-    return text_fingerprint(*(file.read_bytes() for file in files))
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
