@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
     evaluate.shuffle_demos = False  # the release's fresh order of demonstrations for every test item
     # What `evaluate` shows instead of the files' demonstrations (docs/experiments.md); of them validation in training follows evaluate.demos="pool" alone.
     evaluate.demos = "file"  # "file": the seed's; "pool": these, then ones drawn from the task's training pool; from the pool for each item "random", "bm25" (shared words), "dense" (near embeddings)
-    evaluate.encoder = ""  # demos "dense": the model whose mean last states are the embeddings, named as llm.path; "" is the LLM itself
+    evaluate.encoder = ""  # demos "dense": a sentence encoder, or a model whose mean last states are the embeddings, named as llm.path; "" is the LLM itself
     evaluate.perturb = "none"  # "no_label", "no_input", "random_label", "wrong_label" (Table 3), "adversarial" (labels exchanged), "typos", "irrelevant" (of other tasks)
     evaluate.perturb_share = 1.0  # the share of the demonstrations that is perturbed
     evaluate.order = 0  # the n-th of the seed's orders of the demonstrations; 0 is the file's
@@ -128,12 +128,12 @@ def get_config() -> ConfigDict:
     # The rest is of all experiments but `methods`.
     experiment.training_seeds = (0, 1, 2)  # config.seed of the trainings of what is trained: as many of each
     experiment.trained = ()  # "METHOD=WORKDIR": use what was trained there; "pretraining=WORKDIR": begin MEND's finetunings with it
-    experiment.partitions = ()  # main_table: its settings; () is data.partition alone
-    experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)  # num_demonstrations: K; more than data.k are drawn from the tasks' pools
+    experiment.partitions = ()  # main_table, ablations: their settings; () is data.partition alone
+    experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)  # num_demonstrations: K; those beyond data.k are drawn from the tasks' pools
     experiment.num_vectors = (1, 10, 50, 100, 200)  # num_vectors: l
-    experiment.many_demonstrations = (16, 32, 64, 256, 1024)  # many_demonstrations: K, drawn from the tasks' pools
+    experiment.many_demonstrations = (16, 32, 64, 256, 1024)  # many_demonstrations: K; those that the files lack are drawn from the tasks' pools
     experiment.betas = (0.1, 0.5, 0.8, 0.9)  # hyperparameters: data.beta
-    experiment.gammas = (0.01, 0.1, 1.0, 10.0)  # weight of L_distill beside L_CLM in pretraining
+    experiment.gammas = (0.01, 0.1, 1.0, 10.0)  # weight of L_distill beside L_CLM in pretraining; 0 is added to them
     experiment.lambdas = (0.01, 0.1, 1.0, 10.0)  # weight of L_distill in finetuning
     experiment.templates = ("space", "newline")  # templates: each is trained with, and tested with
     experiment.orders = 10  # order: of the same demonstrations

@@ -120,13 +120,23 @@ def _compared(study: Study, pairs: list[tuple[str, str]], resampled, metric: str
 
 def chosen(found: dict, methods: str) -> dict:
     """The methods that a comma-separated list names, in its order. Raises UserError for others."""
-    names = [name.strip() for name in methods.split(",") if name.strip()] or list(found)
+    names = _split(methods, found) or list(found)
     for name in names:
         if name not in found:
             raise UserError(
                 f"--methods names {name!r}, which the evaluations do not have: they have {', '.join(found)}."
             )
     return {name: found[name] for name in names}
+
+
+def _split(methods: str, known) -> list[str]:
+    """The names in a comma-separated list, some of which may hold a comma themselves ("mend, nested")."""
+    parts, names = [part.strip() for part in methods.split(",") if part.strip()], []
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if ", ".join(parts[:n]) in known), 1)
+        names.append(", ".join(parts[:count]))
+        parts = parts[count:]
+    return names
 
 
 def _write(out: str, text: str) -> None:

@@ -168,6 +168,6 @@ def test_lengths_that_no_model_reads_are_said(monkeypatch, caplog):
     own = cost.Named(TINY.llm, TINY.distiller, TINY.vectors, "float32", "tiny")
     monkeypatch.setattr(cost, "partition_shapes", lambda _: lengths)
     monkeypatch.setattr(cost, "own_models", lambda _: own)
-    assert [shape.name for _, shape in cost.settings(config)] == ["task"]
+    assert [shape.name for _, shape in cost.readable(cost.settings(config))] == ["task"]
     [said] = [record.getMessage() for record in caplog.records]
     assert all(fact in said for fact in ("tiny", "long (629 tokens, 610 to distil), longer (729", "window has 512"))

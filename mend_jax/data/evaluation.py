@@ -86,7 +86,7 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
         logging.warning(
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)
         )
-    if config.evaluate.demos != "file":
+    if config.evaluate.demos in PER_ITEM:
         require_pools(data.tasks, present, data.k)
     tokenizer = Tokenizer.from_str(tokenizer_text(llm.tokenizer))
     return [task for name in present for task in read_task(config, tokenizer, name, split, present, encoder)], missing

@@ -36,16 +36,15 @@ from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.tasks import make_context
 
 TITLE, PAPER = "What a query costs", "Figure 3"
-FORMAT = 1  # raise it when a number of a row changes its meaning, or its formula: rows that a workdir keeps are then made again
+FORMAT = 2  # raise it when a number of a row changes its meaning, or its formula: rows that a workdir keeps are then made again
 
 
 def main(config, workdir) -> int:
     """Writes <workdir>/cost/experiment.json and prints its tables; returns exit code 0."""
     run.open_workdir(config, workdir)
     folder = Path(workdir) / "cost"
-    parts = [
-        (m, s, method, rows) for m, s in settings(config) for method in METHODS for rows in config.experiment.cost_rows
-    ]
+    read = readable(settings(config))
+    parts = [(m, s, method, rows) for m, s in read for method in METHODS for rows in config.experiment.cost_rows]
     rows = []
     with Progress(len(parts), "program") as bar:
         for models, shape, method, count in parts:
@@ -75,17 +74,23 @@ class Named(Models):
 
 
 def settings(config) -> list[tuple[Named, Shape]]:
-    """All models with all lengths that they can read; says which they cannot."""
+    """All models with all lengths, whether they can read them or not."""
     found = []
     known = [sized(name, config.llm.dtype) for name in config.experiment.cost_llms]
     for models in known:
         found += [(dataclasses.replace(models, source="the paper"), shape) for shape in paper.FIGURE_3_TASKS]
     own = own_models(config)
+    others = [models for models in known if models.name != own.name]
     for shape in partition_shapes(config):
-        for models in (own, *known):
+        for models in (own, *others):
             found.append((dataclasses.replace(models, source=shape.name), shape))
-    _say_left_out([(models, shape) for models, shape in found if not fits(models, shape)])
-    return [(models, shape) for models, shape in found if fits(models, shape)]
+    return found
+
+
+def readable(found: list[tuple[Named, Shape]]) -> list[tuple[Named, Shape]]:
+    """Those of `settings` whose LLM and distiller can read the lengths; says which cannot."""
+    _say_left_out([one for one in found if not fits(*one)])
+    return [one for one in found if fits(*one)]
 
 
 def fits(models: Models, shape: Shape) -> bool:

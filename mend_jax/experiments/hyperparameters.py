@@ -29,7 +29,11 @@ def with_lambda(config, value, seed):
 
 def rows(config):
     searched = config.experiment
-    values = {"beta": searched.betas, "gamma": (0.0, *filter(None, searched.gammas)), "lambda": searched.lambdas}
+    values = {
+        "beta": searched.betas,
+        "gamma": (0.0, *filter(None, searched.gammas)) if searched.gammas else (),
+        "lambda": searched.lambdas,
+    }
     trained = {"beta": with_beta, "gamma": with_gamma, "lambda": with_lambda}
     return [
         row

@@ -2,7 +2,7 @@
 
     python -m mend_jax.experiments.many_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
-For every K all methods have the same demonstrations, drawn from the tasks' training pools. Vanilla ICL and MEND read those that fit
+For every K all methods have the same demonstrations: the file's, then ones drawn from the tasks' training pools. Vanilla ICL and MEND read those that fit
 their windows. MEND in chunks reads all that its chunks hold, untrained (the distiller as it is) and trained: finetuned with twice
 config.data.k demonstrations from the same pretraining.
 """

@@ -2,7 +2,7 @@
 
     python -m mend_jax.experiments.num_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
-Up to config.data.k they are the first of the files' demonstrations; beyond it these are followed by ones that are drawn from the tasks'
+Up to config.data.k they are the first of the files' demonstrations; beyond it those of a seed's largest file, as a rule the same, are followed by ones that are drawn from the tasks'
 training pools (evaluate.demos="pool"). Demonstrations that do not fit a method's window are left out: its prefix then stops growing.
 """
 

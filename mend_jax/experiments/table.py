@@ -12,7 +12,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mend_jax.cli.settings import dotted_fields
-from mend_jax.experiments.trainings import READ_DEMOS, Training, of_method, seeds_of, trained_elsewhere, with_fields
+from mend_jax.experiments.trainings import (
+    READ_DEMOS,
+    Training,
+    as_meant_today,
+    of_method,
+    seeds_of,
+    trained_elsewhere,
+    with_fields,
+)
 from mend_jax.run.resume import FREE_FIELDS
 from mend_jax.scoring.results import content_hash
 
@@ -50,7 +58,7 @@ class Row:
 
 def evaluation_key(config: ConfigDict) -> str:
     """8 hexadecimal digits, the same for evaluations with the same predictions of a method."""
-    fields, other = dotted_fields(config.to_dict()), (*NOT_READ, *FREE_FIELDS)
+    fields, other = as_meant_today(dotted_fields(config.to_dict())), (*NOT_READ, *FREE_FIELDS)
     return content_hash({name: value for name, value in fields.items() if name in READ or not name.startswith(other)})[
         :8
     ]

@@ -2,7 +2,7 @@
 
     python -m mend_jax.experiments.templates --config=configs/small_world.py --workdir=runs/experiments
 
-The templates are experiment.templates; what experiment.trained names was trained with data.template. What was trained with another
+The templates are experiment.templates; what experiment.trained names was trained with data.template, and is tested with it too. What was trained with another
 template than the test's says so in a warning: here that is the point.
 """
 
@@ -17,7 +17,7 @@ def rows(config):
     names, there, made = config.experiment.templates, trained_elsewhere(config), []
     given = [method for method in reading(config) if method in there]
     methods = [method for method in reading(config) if method != "icl" and method not in there]
-    for tested in names:
+    for tested in dict.fromkeys((*names, *([config.data.template] if given else ()))):
         fields = {"data.template": tested}
         made += of_methods(config, ["icl"], {"trained": UNTRAINED, "tested": tested}, fields)
         made += of_methods(config, given, {"trained": config.data.template, "tested": tested}, fields)

@@ -37,7 +37,7 @@ class Training:
         """8 hexadecimal digits, the same for trainings with the same result."""
         if self.config is None:
             return content_hash(str(Path(self.elsewhere).expanduser().absolute()))[:8]
-        fields = dotted_fields(self.config.to_dict())
+        fields = as_meant_today(dotted_fields(self.config.to_dict()))
         kept = {name: value for name, value in fields.items() if resume.matters(name, self.config)}
         kept[resume.START] = None if self.start is None else self.start.key
         return content_hash(kept)[:8]
@@ -52,6 +52,11 @@ class Training:
         """What must be trained for it in this workdir, in order, itself last."""
         before = [] if self.start is None else self.start.chain
         return before if self.config is None else [*before, self]
+
+
+def as_meant_today(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a key; a value that once meant something else is marked, so that a workdir's older results are not taken for it."""
+    return fields | ({"evaluate.demos": "the file's, then the pool's"} if fields["evaluate.demos"] == "pool" else {})
 
 
 def of_stages(

@@ -20,6 +20,7 @@ from mend_jax.scoring.metrics import mean_and_std, percent
 
 ROWS, TABLE = "experiment.json", "table.md"
 ORIGINS = "origins.json"  # in the folder of an evaluation: what scored each of its methods
+UNKNOWN = {"command": "", "commit": "unknown", "machine": "", "date": ""}  # of what an older version scored
 
 
 def write(
@@ -31,7 +32,7 @@ def write(
     """
     there = folder / experiment.name
     there.mkdir(exist_ok=True)
-    scored = [origin for row in rows if (origin := _origins(folder / row.folder).get(row.name))]
+    scored = [_origins(folder / row.folder).get(row.name, UNKNOWN) for row in rows]
     content = head(experiment.name, experiment.title, experiment.paper, config, scored) | {
         "rows": [
             {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name}
@@ -50,8 +51,9 @@ def head(name: str, title: str, paper: str, config: ConfigDict, scored: Sequence
     """What every experiment.json begins with. `scored`: the origins of its numbers, which may be older than this command; where
     there are several, the newest's command and machine, and all commits and dates."""
     scored = sorted(scored or [origin()], key=lambda one: one["date"])
+    days = [one | {"date": one["date"][:10]} for one in scored]
     every = {
-        name: ", ".join(dict.fromkeys(one[name] for one in scored if one[name])) or None for name in ("commit", "date")
+        name: ", ".join(dict.fromkeys(one[name] for one in days if one[name])) or None for name in ("commit", "date")
     }
     return (
         {"experiment": name, "title": title, "paper": paper}
@@ -69,7 +71,7 @@ def origin() -> dict:
         "command": here["command"],
         "commit": _commit(),
         "machine": f"{cores}, load {here['load_before']:.1f} at the end",
-        "date": here["date"][:10],
+        "date": here["date"],
     }
 
 

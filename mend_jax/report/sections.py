@@ -77,7 +77,12 @@ def trainings_section(workdir: str | Path, results: Sequence[Result]) -> Section
     if not drawings:
         return None
     notes = [f"{counted(sum(map(len, stages.values())), 'training')}, named after the rows that use them."]
-    return Section("trainings", "Trainings", "", [], {}, notes, [], drawings)
+    heads = [result.head for result in results]
+    made = {
+        name: ", ".join(dict.fromkeys(head[name] for head in heads if head[name])) for name in ("command", "commit")
+    }
+    facts = [(name, text) for name, text in made.items() if text]
+    return Section("trainings", "Trainings", "", facts, {}, notes, [], drawings)
 
 
 def _training_figures(stage: str, trainings: Found) -> list[Drawing]:

@@ -110,8 +110,8 @@ def prefix_notes(result: Result, rows: Sequence[Scored]) -> list[str]:
             if longer / length - 1 < GROWS * (next_k / k - 1):
                 then = "stays as long" if lengths[-1] <= length else f"grows by less than K, to {lengths[-1]:,.0f}"
                 found.append(
-                    f"{name}: beyond K={k:g} the prefix, of {length:,.0f} positions, {then}: demonstrations that do not fit the"
-                    " window are left out."
+                    f"{name}: beyond K={k:g} the prefix, of {length:,.0f} positions, {then}: what does not fit"
+                    " the window is left out, and a chunk has as many vectors for few demonstrations as for many."
                 )
                 break
     if constant:
