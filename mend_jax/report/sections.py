@@ -77,7 +77,7 @@ def trainings_section(workdir: str | Path, results: Sequence[Result]) -> Section
     if not drawings:
         return None
     notes = [f"{counted(sum(map(len, stages.values())), 'training')}, named after the rows that use them."]
-    heads = [result.head for result in results]
+    heads = [result.head for result in results if any(seed is not None for row in result.rows for seed in row.seeds)]
     made = {
         name: ", ".join(dict.fromkeys(head[name] for head in heads if head[name])) for name in ("command", "commit")
     }
