@@ -61,7 +61,13 @@ def test_the_rows_of_an_experiment(tmp_path, capsys):
     printed = capsys.readouterr().out
     first = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
     assert first[:5] == ["method", "Vanilla ICL, K=4", "Vanilla ICL, K=8", "MEND, K=4", "MEND, K=8"]
-    assert first[7:] == ["methods", "MEND, K=4 − Vanilla ICL, K=4", "MEND, K=8 − Vanilla ICL, K=8"]
+    assert first[7:] == [
+        "methods",
+        "MEND, K=4 − Vanilla ICL, K=4",
+        "MEND, K=8 − Vanilla ICL, K=8",
+        "Vanilla ICL, K=8 − Vanilla ICL, K=4",
+        "MEND, K=8 − MEND, K=4",
+    ]
     assert "| MEND, K=4           | 2 " in printed
     compare([str(there)], methods="mend")
     assert "| K=8 − K=4 " in capsys.readouterr().out

@@ -150,9 +150,9 @@ def test_the_data_of_a_table_are_its_numbers(workdir):
     (row,) = (r for r in _csv(workdir, "perturbations_by_method") if r["method"] == "MEND")
     scores = json.loads((workdir / "evaluations" / "none" / "scores.json").read_text())["methods"]
     mean = np.mean([scores[name]["score"]["mean"] for name in ("mend-0", "mend-1")])
-    assert float(row["none"]) == pytest.approx(100 * mean, abs=1e-5) and float(row["none_std"]) > 0
+    assert float(row["unchanged"]) == pytest.approx(100 * mean, abs=1e-5) and float(row["unchanged_std"]) > 0
     papers = {r["method"]: r for r in _csv(workdir, "perturbations_by_method")}["MEND, paper"]
-    assert [float(papers[kind]) for kind in ("none", "no_label")] == [
+    assert [float(papers[kind]) for kind in ("unchanged", "no_label")] == [
         paper.TABLE_3[kind]["mend"] for kind in ("none", "no_label")
     ]
     long = {(r["method"], r["demonstrations"]): r for r in _csv(workdir, "perturbations_rows")}

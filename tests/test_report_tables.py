@@ -55,7 +55,9 @@ def test_pairs_are_of_methods_under_equal_labels_or_of_few_rows(tmp_path):
     rows = [({"method": m, "kind": k}, f"{m}-{k}", 8) for k in "ab" for m in ("zero_shot", "icl", "mend")]
     table = _table(_of_one_evaluation(tmp_path / "1", "perturbations", rows), "perturbations_pairs")
     names = ("Vanilla ICL", "zero-shot"), ("MEND", "zero-shot"), ("MEND", "Vanilla ICL")
-    assert _columns(table, "one", "other", "both") == [(*pair, k) for k in "ab" for pair in names] and table.folded
+    across = [(*pair, k) for k in "ab" for pair in names]
+    within = [("b", "a", name) for name in ("zero-shot", "Vanilla ICL", "MEND")]  # with the first of its method
+    assert _columns(table, "one", "other", "both") == across + within and table.folded
     rows = [({"objective": name}, name, 8) for name in "abcd"]
     assert len(_table(_of_one_evaluation(tmp_path / "2", "objectives", rows), "objectives_pairs").rows) == 6
     rows = [({"objective": name}, name, 8) for name in "abcdefghijklm"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mend_jax.experiments import paper
-from mend_jax.report.names import UNTRAINED, method_name
+from mend_jax.report.names import UNTRAINED, method_name, value_name
 from mend_jax.report.results import Result, Row
 from mend_jax.report.studies import Scored
 from mend_jax.report.table import Table
@@ -89,17 +89,17 @@ def pivot_table(result: Result, rows: Sequence[Scored], labels: Sequence[str]) -
     (across,) = (name for name in labels if name != "method")
     columns, methods = (list(dict.fromkeys(one.row.label(name) for one in rows)) for name in (across, "method"))
     cells = {(one.row.label("method"), one.row.label(across)): one for one in rows}
-    average = across == "setting" and len(columns) > 1
+    average, shown = across == "setting" and len(columns) > 1, [value_name(across, column) for column in columns]
     lines = []
     for method in methods:
         own = [cells.get((method, column)) for column in columns]
         line = [text_cell("method", method_name(method))]
-        line += [_spread_cell(column, one and one.spread) for column, one in zip(columns, own, strict=True)]
+        line += [_spread_cell(column, one and one.spread) for column, one in zip(shown, own, strict=True)]
         lines.append(line + ([_average_cell(own)] if average else []))
         theirs = [None if one is None else papers_score(result, one.row) for one in own]
         if any(theirs):
             line = [text_cell("method", f"{method_name(method)}, paper")]
-            line += [_papers_cell(column, value) for column, value in zip(columns, theirs, strict=True)]
+            line += [_papers_cell(column, value) for column, value in zip(shown, theirs, strict=True)]
             lines.append(line + ([_papers_average(theirs)] if average else []))
     title = f"Score ± over seeds, by {across}"
     return Table.of(f"{result.name}_by_method", title, lines)

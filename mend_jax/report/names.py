@@ -21,6 +21,8 @@ def method_name(name: str) -> str:
 
 def value_name(label: str, value: str) -> str:
     """The value of a label as it is shown."""
+    if label == "demonstrations" and value == "none":  # their perturbation
+        return "unchanged"
     return method_name(value) if label == "method" else value
 
 

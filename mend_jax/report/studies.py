@@ -76,12 +76,18 @@ def studies_of(rows: Sequence[Row]) -> Iterator[tuple[list[Row], Study]]:
 def pairs_of_rows(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The pairs of a study's rows that are tested, the later row first.
 
-    Methods under equal labels; where one was not trained, its labels of training equal all others. Where no two trained methods have
+    Methods under equal labels; where one was not trained, its labels of training equal all others; and each row with the first of its
+    method. Where no two trained methods have
     equal labels, as in ablations, all rows if they are few, of one hyperparameter and setting each.
     """
     pairs = [(other, one) for one, other in itertools.combinations(rows, 2)]
     if any(_is_of_other_method(*pair) and _others(pair[0]) == _others(pair[1]) for pair in pairs):
-        return [pair for pair in pairs if _is_of_other_method(*pair) and _have_equal_labels(*pair)]
+        across = [pair for pair in pairs if _is_of_other_method(*pair) and _have_equal_labels(*pair)]
+        first: dict[str, Row] = {}
+        for row in rows:
+            first.setdefault(row.label("method"), row)
+        within = [pair for pair in pairs if pair[1] is first[pair[0].label("method")]]
+        return [*across, *within]
     parts: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         parts.setdefault((row.label("hyperparameter"), row.label("setting")), []).append(row)

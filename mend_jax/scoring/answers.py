@@ -35,7 +35,10 @@ def read_scores(folder: Path) -> dict:
     try:
         found = read_sealed(path, AGAIN)
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {SCORES}: name the workdir of a finished evaluation.") from None
+        what = f"has no {SCORES}" if Path(folder).is_dir() else "does not exist"
+        raise UserError(
+            f"{folder} {what}: name the workdir of a finished evaluation, or the folder of a finished experiment in its workdir."
+        ) from None
     if not _is_scores(found):
         raise UserError(f"{path} is damaged: {AGAIN}.")
     return found
