@@ -16,6 +16,7 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.report.names import method_name
 from mend_jax.report.results import RESULT, Row, read_result
 from mend_jax.report.studies import joined_labels, pairs_of_rows, row_name, studies_of, varied_labels
 from mend_jax.run.files import write_text
@@ -120,7 +121,8 @@ def _compared(study: Study, pairs: list[tuple[str, str]], resampled, metric: str
 
 def chosen(found: dict, methods: str) -> dict:
     """The methods that a comma-separated list names, in its order. Raises UserError for others."""
-    names = _split(methods, found) or list(found)
+    titles = {method_name(name): name for name in found}  # what the tables call them
+    names = [titles.get(name, name) for name in _split(methods, found.keys() | titles.keys())] or list(found)
     for name in names:
         if name not in found:
             raise UserError(

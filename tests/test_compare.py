@@ -70,7 +70,10 @@ def test_the_rows_of_an_experiment(tmp_path, capsys):
     ]
     assert "| MEND, K=4           | 2 " in printed
     compare([str(there)], methods="mend")
-    assert "| K=8 − K=4 " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| K=8 − K=4 " in said
+    compare([str(there)], methods="MEND")  # as its table calls it
+    assert capsys.readouterr().out == said
     with says("'memd'", "icl, mend"):
         compare([str(there)], methods="memd")
     with says(there, "alone"):
