@@ -7,8 +7,8 @@
 On 2 cores of an Intel Xeon the first takes 5 minutes: MEND 99.3, Vanilla ICL 100 (one training). The second took 64 minutes of
 one core; in it a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4,
 from one training each (docs/results.md).
-The third, which is what `:experiments` names too, trains 50 times and makes 44 evaluations in 37 minutes of CPU time, about half an hour on
-2 cores with nothing else to do (docs/results.md).
+The third, which is what `:experiments` names too, trains 50 times and makes 44 evaluations in 37 minutes of CPU time
+(docs/results.md).
 
 A single stage:
 
@@ -113,7 +113,7 @@ def _full(c: ConfigDict) -> None:
 
 
 def _experiments(c: ConfigDict) -> None:
-    # As `full`, at a budget that lets all experiments end in half an hour: the numbers show that they run, and little else.
+    # As `full`, at a small budget for all experiments together: the numbers show that they run, and little else.
     c.data.tasks = "small_world_wrong_labels"
     c.loss.kd = 10.0
     c.experiment.pretrain_steps = 100
