@@ -66,17 +66,22 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
 
 def largest_file(folder, task: str, seed: int, split: str) -> Path | None:
     """The file of a task and seed with the most examples, None where there is none."""
-    return _find_examples(folder, task, 0, seed, split)
+    return max(_files_by_size(folder, task, seed, split).items(), default=(0, None))[1]
 
 
 def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | None:
-    """The smallest file with `k` examples or more; of k=0 the largest."""
+    """The smallest file with `k` examples or more."""
+    files = _files_by_size(folder, task, seed, split)
+    return next((path for size, path in sorted(files.items()) if size >= k), None)
+
+
+def _files_by_size(folder, task: str, seed: int, split: str) -> dict[int, Path]:
+    """{examples by its name: file} of a task, seed and split."""
     here = data_folder(folder) / task
     pattern = re.compile(re.escape(task) + rf"_([0-9]+)_{seed}_{split}\.jsonl")
     names = (pattern.fullmatch(path.name) for path in (here.iterdir() if here.is_dir() else ()) if path.is_file())
-    sizes = sorted(int(match[1]) for match in names if match)
-    size = next((size for size in sizes if size >= k), None) if k else max(sizes, default=None)
-    return None if size is None else here / f"{task}_{size}_{seed}_{split}.jsonl"
+    sizes = {int(match[1]) for match in names if match}
+    return {size: here / f"{task}_{size}_{seed}_{split}.jsonl" for size in sizes}
 
 
 def read_file(path) -> list[Example]:

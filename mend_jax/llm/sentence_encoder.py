@@ -79,7 +79,7 @@ def _serve(pipe, folder: str) -> None:
 
         model = SentenceTransformer(folder, device="cpu", trust_remote_code=False)
     except Exception as error:  # of many kinds, the libraries' own
-        pipe.send((str(error).splitlines() or [type(error).__name__])[0])
+        pipe.send(next((line for line in str(error).splitlines() if line), type(error).__name__))
         return
     pipe.send("")
     while True:
