@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     loss.top_k = 64  # top_k_kl: the teacher's likeliest words that are compared
     loss.pred = 1.0  # weight of L_pred: finetuning only
     loss.clm = 0.0  # weight of L_CLM: pretraining only (and 1 in stage "lm")
+    loss.clm_tokens = "all"  # stage "lm": the tokens that are predicted; "outputs": of an in-context sequence its outputs alone, as MetaICL trains
     loss.teacher_cache = ""  # a folder that keeps the teacher's predictions: a rerun of the same batches computes no teacher pass; "" keeps none
     loss.teacher_top_k = 128  # teacher_cache: the likeliest words that are kept of each prediction; the mass of the rest is logged as teacher_lost
     loss.chunk = 256  # tokens whose (tokens, vocabulary) logits exist at one time
@@ -65,6 +66,7 @@ def get_config() -> ConfigDict:
     data.bos = "false"  # whether the LLM's BOS token stands before every prefix: "true", "false", or "auto", as its tokenizer does before a text (docs/protocol.md); Gemma needs it
     data.k = 16  # demonstrations per context
     data.queries = 1  # finetuning: queries of one task that share a context; the context is read once for all (the paper has 1)
+    data.symbols = 0.0  # symbol tuning: the share of contexts (stage "lm": of in-context sequences) that have random words in the place of their task's labels, which only the demonstrations then tell (docs/protocol.md)
     data.beta = 0.8  # pretraining: share of a text that is distilled; the rest is continued
     data.max_text_tokens = 1024  # pretraining: a text is cut here
     data.max_demo_tokens = 900  # a context's budget, in the tokens of either model; examples that do not fit are left out

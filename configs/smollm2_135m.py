@@ -6,15 +6,27 @@
 The LLM comes with a package (docs/data.md). Each stage has one shape of batches: on a fast device compiling another takes
 longer than its padding. `launch/accelerator.sh` trains it with as many steps as its minutes allow.
 
-Hardware: a device of 24 GB.
-Time: not measured here.
-Expected: no number for this LLM is published or was measured here; the table has zero-shot and Vanilla ICL to compare with.
+`:cpu` has shorter contexts and a vector for every twentieth token, for two CPU cores; so was the distiller that the package carries
+trained (docs/lab_notes.md). `:metaicl` makes SmolLM2-MetaICL of the LLM, by training it on in-context sequences:
+
+    python -m mend_jax.train --config=configs/smollm2_135m.py:metaicl --workdir=runs/smollm2_metaicl --config.data.tasks=METAICL
+
+It stands in runs/smollm2_metaicl/llm, for --config.llm.path and --config.prefix.backbone.
+
+Hardware: a device of 24 GB; `:cpu` and `:metaicl` 2 CPU cores and 8 GB.
+Time: on a device not measured here; on 2 cores of an Intel Xeon with AMX see docs/results.md.
+Expected: no number for this LLM is published; those measured here are in docs/results.md.
 """
 
 from configs import base
+from mend_jax.cli.errors import UserError
+
+NAMES = ("gpu", "cpu", "metaicl")
 
 
-def get_config():
+def get_config(name: str = "gpu"):
+    if name not in NAMES:
+        raise UserError(f"configs/smollm2_135m.py has no {name!r}: use {', '.join(NAMES[:-1])} or {NAMES[-1]}.")
     c = base.get_config()
     c.llm.path = c.prefix.backbone = "smollm2-135m-instruct"
     c.llm.dtype = c.prefix.dtype = "bfloat16"
@@ -31,4 +43,37 @@ def get_config():
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 1_500
     c.evaluate.tasks = ("emo", "ethos-religion", "wiki_qa")  # () is all of the partition
     c.evaluate.limit = 100
+    if name != "gpu":
+        _small_batches(c)
+    if name == "metaicl":
+        _metaicl(c)
     return c
+
+
+def _small_batches(c):
+    c.prefix.length = 32
+    c.data.template = "qa"  # the LLM learns most from demonstrations in it: docs/results.md
+    c.data.symbols = 0.5  # else the vectors do not carry which label an input has (docs/results.md)
+    c.data.max_text_tokens = c.data.max_demo_tokens = 512
+    c.data.max_input_tokens = 112
+    c.data.demo_buckets, c.data.query_buckets = (256, 384, 512), (64, 128)
+    c.data.validation_items = 24
+    c.optimizer.learning_rate = 5e-4
+    c.optimizer.warmup_steps = 30
+    c.train.batch_size = 4
+    c.train.eval_every, c.train.save_every = 100, 25
+    c.train.patience = 50
+    c.experiment.pretrain_steps, c.experiment.finetune_steps = 250, 400
+    c.evaluate.tasks = ()
+
+
+def _metaicl(c):
+    c.stage = "lm"
+    c.loss.clm_tokens = "outputs"
+    c.data.sequence_length = 1024
+    c.data.query_buckets = (128, 256, 384, 512, 768)
+    c.data.validation_items = 128
+    c.optimizer.learning_rate = 1e-4
+    c.train.batch_size = 8
+    c.train.steps = 200
+    c.train.eval_every = 50

@@ -32,6 +32,7 @@ from mend_jax.measure.scoring import measure_scoring
 from mend_jax.measure.serving import measure_serving
 from mend_jax.measure.step import measure_largest, measure_step
 from mend_jax.models.families import DecoderConfig
+from mend_jax.prefixes.start import first_layers
 from mend_jax.run.files import write_report
 
 DEFAULTS = {
@@ -52,6 +53,8 @@ def benchmark(
     remat=False,
     weights: Literal[*CHOICES["llm.weights"]] = "full",
     demos="900",
+    layers=0,
+    queries=1,
     vectors=100,
     query=0,
     target=0,
@@ -85,6 +88,8 @@ def benchmark(
         remat: recompute activations in the backward pass.
         weights: the LLM's; "full" means in `dtype`.
         demos: tokens of the demonstrations; inference: several numbers separated by commas.
+        layers: of the distiller, its first so many alone, as prefix.layers; 0: all.
+        queries: step: that share a context, as data.queries; the figures of PyTorch then are with a cache of the context.
         vectors: number of vectors that the distiller makes.
         query: tokens of the query (inference: of its input x); 0 means 124 (inference 56, quantization 32, objectives 256).
         target: step: tokens of y, the query's end; inference: tokens of each option; 0 means 4 (inference 3, quantization 16).
@@ -190,10 +195,18 @@ def settings_of(arguments) -> Settings:
     arguments.distiller = arguments.distiller or smallest_of(llm.family)
     distiller = known_or_folder(arguments.distiller).headless
     _check_sizes(arguments)
+    if not 0 <= arguments.layers <= distiller.layers:
+        raise UserError(
+            f"--layers={arguments.layers}: the distiller {arguments.distiller} has {distiller.layers}; 0 is all of them."
+        )
+    distiller = first_layers(distiller, arguments.layers)
+    if arguments.what != "step" and arguments.queries > 1:
+        raise UserError(f"--queries={arguments.queries} is for `step` alone: `inference` has --items.")
     if arguments.what == "inference" and not isinstance(llm, DecoderConfig):
         raise UserError(f"inference measures decoder-only LLMs, {arguments.llm} is {llm.family}: name another.")
     shape = (arguments.batch_size, arguments.demos, arguments.query, arguments.target, arguments.vectors)
-    return Settings(llm, distiller, arguments.dtype, *shape, arguments.attention, arguments.remat, arguments.weights)
+    how = arguments.attention, arguments.remat, arguments.weights, arguments.queries
+    return Settings(llm, distiller, arguments.dtype, *shape, *how)
 
 
 def _lengths(text: str, flag: str = "demos", what: str = "tokens") -> list[int]:
@@ -205,7 +218,7 @@ def _lengths(text: str, flag: str = "demos", what: str = "tokens") -> list[int]:
 
 
 def _check_sizes(arguments) -> None:
-    for name in ("batch_size", "demos", "query", "vectors", "target", "repeats", "rows"):
+    for name in ("batch_size", "demos", "query", "queries", "vectors", "target", "repeats", "rows"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} is too small: give 1 or more.")
     if arguments.what != "inference" and arguments.target >= arguments.query:

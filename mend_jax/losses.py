@@ -76,10 +76,11 @@ def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
     targets = jnp.roll(query.tokens, -shift, axis=1)
     at = jnp.arange(Q)[None]
     length, start = query.length[:, None], query.target_start[:, None]
+    counted = True if query.counted is None else jnp.roll(query.counted, -shift, axis=1)
     return targets, Weights(
         kd=_mean_weights(at < length),
         pred=_mean_weights((at + shift >= start) & (at + shift < length)),
-        clm=_mean_weights(at + shift < length),
+        clm=_mean_weights((at + shift < length) & counted),
     )
 
 

@@ -107,6 +107,19 @@ def test_train_step(backbone):
     assert StepSide(settings).flops == costs.step(LLM, backbone, *SIZES[2:])["total"] + 2 * again
 
 
+def test_queries_that_share_a_context():
+    """The LLM reads the context, and the vectors, once for all."""
+    settings = dataclasses.replace(SETTINGS, queries=3)
+    counted, planned = StepSide(settings).flops, costs.step(*SIZES, queries=3)
+    once = costs.step(*SIZES)
+    assert planned["head"] == 3 * once["head"] and planned["distiller"] == once["distiller"]
+    assert once["teacher"] < planned["teacher"] < 2.2 * once["teacher"]
+    scores = costs.reading(BACKBONE, 24).attention // 2 + costs.reading(LLM, 4).attention // 2
+    scores += 3 * costs.reading(LLM, 9, 13).attention // 2  # computed twice
+    assert counted == planned["total"] + 2 * scores
+    assert costs.release_step(*SIZES, queries=3, query_head=True) > planned["total"]  # the vectors stand before each query
+
+
 def test_the_release_head_costs_every_position_and_nothing_else():
     extra = costs.release_step(*SIZES) - costs.step(*SIZES)["total"]
     assert extra == 2 * (costs.head(LLM, 20) + 2 * costs.head(LLM, 4))
@@ -195,12 +208,13 @@ def test_step_command(folder, capsys, monkeypatch):
     assert "the same" in capsys.readouterr().out
 
 
-def test_pytorch_computes_every_family_of_decoders():
+@pytest.mark.parametrize("queries", [1, 3])
+def test_pytorch_computes_every_family_of_decoders(queries):
     pytest.importorskip("torch")
     from mend_jax.measure.pytorch_side import PyTorchStep
 
     opt = from_hf_config(OPT)
-    settings = dataclasses.replace(SETTINGS, llm=opt, distiller=opt.headless)
+    settings = dataclasses.replace(SETTINGS, llm=opt, distiller=opt.headless, queries=queries)
     ours, theirs = (side.run() for side in (StepSide(settings), PyTorchStep(settings, False)))
     for name in ("loss", "pred", "grad_norm"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)

@@ -118,7 +118,7 @@ def test_finetuning_rows_are_examples_of_one_task(world, tokenizer):
     for step in range(8):
         batch = made[step]
         for row in range(4):
-            task, chosen, (query,), budget = made.rows.draw(int(batch.ids[row]))
+            task, chosen, (query,), budget, _ = made.rows.draw(int(batch.ids[row]))
             name = "abc"[task]
             tasks.add(name)
             assert query not in chosen and len(set(chosen)) == len(chosen) == 4
@@ -259,7 +259,7 @@ def test_language_model_rows(world, tokenizer):
             if kinds[-1] is not None:
                 assert batch.query.length[row] == 32
                 continue
-            task, chosen = made.rows.draw(int(number))
+            task, chosen, _ = made.rows.draw(int(number))
             counts.add(len(chosen))
             examples = [made.rows.stores[task].example(i, 6) for i in chosen]
             flat = [token for example in examples for part in example for token in part]

@@ -106,9 +106,9 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
         make_batches(tiny_config(world, "finetune", queries=n), Readers(tokenizer, 96, 80)) for n in (1, QUERIES)
     )
     for row in range(60):
-        task, chosen, queries, _ = three.rows.draw(row)
+        task, chosen, queries, *_ = three.rows.draw(row)
         assert len({*chosen, *queries}) == len(chosen) + QUERIES  # none twice
-        same_task, same_chosen, (first,), _ = one.rows.draw(row)
+        same_task, same_chosen, (first,), *_ = one.rows.draw(row)
         assert (task, *chosen, queries[0]) == (same_task, *same_chosen, first)
     for step in range(8):
         batch = three[step]
@@ -116,7 +116,7 @@ def test_rows_hold_other_examples_of_the_task(world, tokenizer):
         real = batch.demos_length.sum() + batch.query.length.sum()
         assert three.padding(step) == pytest.approx(1 - real / (batch.demos.size + batch.query.tokens.size))
         for place, row in enumerate(batch.ids):
-            task, _, queries, _ = three.rows.draw(int(row))
+            task, _, queries, *_ = three.rows.draw(int(row))
             for i, query in enumerate(queries):
                 x, y = three.rows.stores[task].example(query, 6)
                 length = batch.query.length[place, i]

@@ -117,7 +117,7 @@ def test_training_reads_these_texts(name, world, tokenizers):
         return "".join(template.example(e.input, e.output))
 
     for row, number in enumerate(batch.ids):
-        task, shown, [asked], _ = made.rows.draw(int(number))
+        task, shown, [asked], *_ = made.rows.draw(int(number))
         e, start, length = rows["abc"[task]][asked], batch.query.target_start[row], batch.query.length[row]
         assert read(batch.demos[row, : batch.demos_length[row]]) == "".join(text(rows["abc"[task]][i]) for i in shown)
         assert read(batch.query.tokens[row, :start]) == template.before + e.input + template.between
@@ -125,7 +125,7 @@ def test_training_reads_these_texts(name, world, tokenizers):
     config.stage, config.data.text_share, config.data.sequence_length = "lm", 0.0, 400
     made = make_batches(config, Readers(tokenizers["byte"], 1000))
     for row, number in enumerate(made[0].ids):
-        task, shown = made.rows.draw(int(number))
+        task, shown, _ = made.rows.draw(int(number))
         sequence = made[0].query.tokens[row, : made[0].query.length[row]]
         assert read(sequence) == "".join(text(rows["abc"[task]][i]) for i in shown)
 
@@ -159,7 +159,7 @@ def test_two_tokenizers_read_what_each_makes_of_the_texts(llm_kind, own_kind, wo
         made = make_batches(config, Readers(pair[0], 1000, 1000, pair[1]))
         batch = made[0]
         for row, number in enumerate(batch.ids):
-            task, shown, [asked], _ = made.rows.draw(int(number))
+            task, shown, [asked], *_ = made.rows.draw(int(number))
             rows = examples_of(world, f"{'abc'[task]}/{'abc'[task]}_16384_100_train.jsonl")
             chosen_rows = [rows[i] for i in shown]
             texts = tuple((template.before + e.input, template.answer + e.output) for e in chosen_rows)

@@ -97,7 +97,7 @@ def test_both_read_the_same_examples(world, pair):
         batch = made[step]
         assert batch.teacher_demos.shape == batch.demos.shape and batch.demos.shape[1] in made.rows.demo_buckets
         for row, number in enumerate(batch.ids):
-            task, chosen, [query], _ = made.rows.draw(int(number))
+            task, chosen, [query], *_ = made.rows.draw(int(number))
             rows = [examples["abc"[task]][i] for i in chosen]
             wanted = [], []
             for example in rows:

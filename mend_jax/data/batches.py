@@ -77,6 +77,8 @@ class Batches:
         demos, queries, teachers = zip(*(self.rows.tokens(int(row)) for row in mine), strict=True)
         demos, demos_length = pad(demos, demo_size)
         query = Query(*pad_queries(queries, query_size), *self._columns(rows))
+        if self.rows.counts_outputs:
+            query = query.replace(counted=pad([self.rows.counted(int(row)) for row in mine], query_size)[0] > 0)
         batch = Batch(demos, demos_length, query, mine)
         if teachers[0] is not None:  # one size for the global batch: every process needs the same shape
             teacher, teacher_length = pad(teachers, self._teacher_size(rows, demo_size))
@@ -200,12 +202,13 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
     if stage == "pretrain":
         rows = TextRows(config, store, documents, train, readers)
     elif stage == "finetune":
-        rows = TaskRows(config, tasks, readers)
+        rows = TaskRows(config, tasks, train, readers)
     else:
         rows = SequenceRows(config, store, documents, tasks, train, readers)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
     lengths = (*config.prefix.nested, config.prefix.length) if train and stage != "lm" and config.prefix.nested else ()
-    return Batches(rows, config, steps, train and stage != "lm", share, readers.separate_targets, contents, lengths)
+    sort = train and (stage != "lm" or store is None)  # the place of a text is a function of the row (SequenceRows.text_number)
+    return Batches(rows, config, steps, sort, share, readers.separate_targets, contents, lengths)
 
 
 def prepare_tasks(config, tokenizer, split: str, distiller_tokenizer=None) -> dict:

@@ -250,11 +250,19 @@ def is_classification(folder, task: str, examples: list[Example]) -> bool:
 
 
 def _read_json(path: Path) -> dict:
-    """The object in a file that a folder may have; {} where it has none."""
+    """The object in a file that a folder may have; {} where it has none. It is shared: not to be changed."""
     try:
-        return read_json(path, "correct the file")
+        found = path.stat()
+        return _object(path, found.st_size, found.st_mtime_ns)
     except FileNotFoundError:
         return {}
+
+
+@functools.lru_cache(maxsize=8)
+def _object(path: Path, size: int, changed: int) -> dict:
+    """Every task of an evaluation, with each seed, asks for the same file, which may name thousands of tasks."""
+    del size, changed  # they make it another file
+    return read_json(path, "correct the file")
 
 
 def metaicl_builder(folder, data_dir, partition: str, k: int = 16, seeds: tuple[int, ...] = (13, 21, 42, 87, 100)):

@@ -22,6 +22,7 @@ class Query:
     # Upper bounds of the rows' lengths of x and y; None: unknown. Static, so that an encoder–decoder skips empty columns.
     input_columns: int | None = struct.field(pytree_node=False, default=None)
     target_columns: int | None = struct.field(pytree_node=False, default=None)
+    counted: jax.Array | None = None  # (B,Q) bool, the tokens that L_CLM covers (loss.clm_tokens); None: all
 
 
 def query_tokens(llm, text_or_ids, what: str, pieces: Callable[[str], list[str]]) -> list[int]:

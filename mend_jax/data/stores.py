@@ -69,9 +69,14 @@ class Reading:
 
     def example(self, i: int, max_input_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """(x, y) of example i, with x cut to `max_input_tokens` and the text between behind it."""
-        (x, y), (x_length, y_length) = self.starts[i], self.lengths[i]
-        cut = self.ids[x : x + min(x_length, max_input_tokens)]
-        return np.concatenate([cut, self.between]) if len(self.between) else cut, self.ids[y : y + y_length]
+        start, length = self.starts[i, 0], self.lengths[i, 0]
+        cut = self.ids[start : start + min(length, max_input_tokens)]
+        return np.concatenate([cut, self.between]) if len(self.between) else cut, self.output(i)
+
+    def output(self, i: int) -> np.ndarray:
+        """y of example i."""
+        start = self.starts[i, 1]
+        return self.ids[start : start + self.lengths[i, 1]]
 
     def input_marks(self, i: int) -> np.ndarray:
         """Where x of example i can be cut for both models: (tokens of x,) bool."""

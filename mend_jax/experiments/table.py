@@ -27,7 +27,7 @@ from mend_jax.scoring.results import content_hash
 # Fields that change no prediction of an evaluation, besides resume.FREE_FIELDS.
 NOT_READ = (
     "stage", "seed", "loss.", "optimizer.", "train.", "prefix.", "evaluate.methods", "evaluate.batch_size", "evaluate.parallel",
-    "data.text", "data.beta", "data.queries", "data.max_text_tokens", "data.query_buckets", "data.bucket_window",
+    "data.text", "data.symbols", "data.beta", "data.queries", "data.max_text_tokens", "data.query_buckets", "data.bucket_window",
     "data.text_share", "data.sequence_length", "data.validation_items",
 )  # fmt: skip
 READ = ("prefix.join", "prefix.chunk_demos", "prefix.dtype")  # but these do

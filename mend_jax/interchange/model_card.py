@@ -83,7 +83,7 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
             rows["began with"] = public_name(began)
     if config["stage"] == "finetune":
         rows["tasks"] = (
-            f"{public_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context"
+            f"{public_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context{_symbols(data)}"
         )
         rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill{_objective(loss)}"
     elif config["stage"] == "pretrain":
@@ -91,8 +91,10 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
         rows["loss"] = f"{loss['kd']} L_distill{_objective(loss)} + {loss['clm']} L_CLM"
     else:
         rows["data"] = (
-            f"{data['text_share']:.0%} text of {public_name(data['text'])}, the rest tasks of {public_name(data['tasks'])}"
+            f"{data['text_share']:.0%} text of {public_name(data['text'])}, the rest tasks of {public_name(data['tasks'])}{_symbols(data)}"
         )
+        if loss.get("clm_tokens", "all") == "outputs":
+            rows["loss"] = "cross-entropy of the outputs"
     rows["optimizer"] = (
         f"AdamW, {optimizer['learning_rate']:g} with linear decay, {train['batch_size']} sequences a step"
     )
@@ -100,6 +102,11 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
     measured = _measured(workdir, meta["step"])
     text = "## Training\n\n" + _table(rows)
     return text + ("\n## Measured at this checkpoint\n\n" + _table(measured) if measured else "")
+
+
+def _symbols(data: dict) -> str:
+    """Runs of earlier versions of this program had the tasks' own labels alone."""
+    return f", {share:.0%} of them with words for labels" if (share := data.get("symbols", 0.0)) else ""
 
 
 def _objective(loss: dict) -> str:

@@ -52,6 +52,7 @@ class Settings:
     attention: str = "auto"
     remat: bool = False
     weights: str = "full"  # the LLM's: "full" (in `dtype`) or "int8"
+    queries: int = 1  # R, that share a row's context
 
 
 class Item(NamedTuple):
@@ -103,9 +104,9 @@ def distiller_params(settings: Settings) -> dict:
 
 
 def batch_tokens(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Random demonstrations (B,N) and queries (B,Q), int32."""
+    """Random demonstrations (B,N) and queries (B*R,Q), int32."""
     random = np.random.default_rng(BATCH_SEED)
-    shapes = (settings.rows, settings.demos), (settings.rows, settings.query)
+    shapes = (settings.rows, settings.demos), (settings.rows * settings.queries, settings.query)
     demos, query = (random.integers(0, settings.llm.vocab_size, shape, np.int32) for shape in shapes)
     return demos % settings.distiller.vocab_size, query
 
@@ -213,7 +214,7 @@ class StepSide(Side):
 
     def _read_batch(self) -> None:
         self.batch = step_batch(self.settings)
-        chunks = -(-self.settings.rows * self.settings.query // CHUNK)
+        chunks = -(-self.settings.rows * self.settings.queries * self.settings.query // CHUNK)
         self.flops = costs.count_products(self.train_step, self.state, self.llm.params, self.batch, while_trips=chunks)
 
     @functools.cached_property
@@ -311,7 +312,8 @@ class InferenceSide(Side):
 def step_batch(settings: Settings) -> Batch:
     """The batch of `batch_tokens`: every row is full, and y is its last `target` tokens."""
     demos, query = batch_tokens(settings)
-    full, x = np.full(settings.rows, 1, np.int32), settings.query - settings.target
+    rows, x = (settings.rows, settings.queries), settings.query - settings.target
     separate = (None, None) if isinstance(settings.llm, DecoderConfig) else (x, settings.target)
-    query = Query(query, full * settings.query, full * x, *separate)
-    return Batch(demos, full * settings.demos, query, np.arange(settings.rows))
+    arrays = query.reshape(*rows, -1), np.full(rows, settings.query, np.int32), np.full(rows, x, np.int32)
+    query = Query(*(array[:, 0] if settings.queries == 1 else array for array in arrays), *separate)
+    return Batch(demos, np.full(settings.rows, settings.demos, np.int32), query, np.arange(settings.rows))

@@ -1,7 +1,8 @@
 """The same train step in PyTorch with transformers, the way the public release does it.
 
 Logits at all positions, the teacher under no_grad, autograd through the frozen LLM. It is faster than the release where that
-does not change the result: no dropout, no cache of keys and values, transformers' fast attention (sdpa), no padding.
+does not change the result: no dropout, no cache of keys and values, transformers' fast attention (sdpa), no padding. Where
+several queries share a context, which the release does not have, the teacher reads it once and its cache is repeated.
 """
 
 import time
@@ -98,20 +99,28 @@ class PyTorchStep:
         return times | {name: value.item() for name, value in values.items()}
 
     def _losses(self):
-        rows, target = len(self.demos), self.settings.target
+        rows, target, queries = len(self.demos), self.settings.target, self.settings.queries
         placeholders = self.placeholders.expand(rows, -1, -1)
         read = torch.cat([self.backbone.get_input_embeddings()(self.demos), placeholders], 1)
         vectors = self.backbone(inputs_embeds=read, use_cache=False).last_hidden_state[:, -self.settings.vectors :]
         if self.projection is not None:
             vectors = torch.tanh(self.projection(vectors))
         embed = self.llm.get_input_embeddings()
-        student = self._query_logits(torch.cat([vectors.to(embed.weight.dtype), embed(self.query)], 1))
+        vectors = vectors.repeat_interleave(queries, 0).to(embed.weight.dtype)
+        student = self._query_logits(torch.cat([vectors, embed(self.query)], 1))
         with torch.no_grad():
-            teacher = self._query_logits(torch.cat([embed(self.demos), embed(self.query)], 1))
+            teacher = self._teacher_logits(embed)
         log_student, log_teacher = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
         kd = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1).mean()
         predictions = student[:, -target - 1 : -1].flatten(0, 1)
         return kd, F.cross_entropy(predictions, self.query[:, -target:].flatten())
+
+    def _teacher_logits(self, embed):
+        if self.settings.queries == 1:
+            return self._query_logits(torch.cat([embed(self.demos), embed(self.query)], 1))
+        cache = self.llm.get_decoder()(inputs_embeds=embed(self.demos), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(self.settings.queries)
+        return self.llm(inputs_embeds=embed(self.query), past_key_values=cache, use_cache=True).logits.float()
 
     def _query_logits(self, embeds):
         keep = self.settings.query

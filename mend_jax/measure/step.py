@@ -96,11 +96,14 @@ def _add_figures(report: dict, arguments, settings: Settings, described: dict, s
     """Adds the figures of all sides to a report: of what `description` and `matmul_flops` say, of their runs and memory."""
     sizes = (settings.llm, settings.distiller, settings.rows, settings.demos, settings.query, settings.vectors)
     report["sides"] = {name: side | {"matmul_flops": speeds[name]} for name, side in described.items()}
-    report["model_flops"] = costs.step(*sizes, 0 if isinstance(settings.llm, DecoderConfig) else settings.target)
+    targets = 0 if isinstance(settings.llm, DecoderConfig) else settings.target
+    report["model_flops"] = costs.step(*sizes, targets, settings.queries)
     report["machine"]["matmul_flops"] = max(speeds.values())
-    ours, tokens = report["model_flops"]["total"], settings.rows * (settings.demos + settings.query)
+    tokens = settings.rows * (settings.demos + settings.queries * settings.query)
     for name, side in report["sides"].items():
-        flops = costs.release_step(*sizes) if name == "PyTorch" and not arguments.query_head else ours
+        flops = report["model_flops"]["total"]
+        if name == "PyTorch":
+            flops = costs.release_step(*sizes, settings.queries, arguments.query_head)
         side |= _step_figures(runs[name], tokens, flops, max(speeds.values())) | memory[name]
     report["same"] = compare_losses(runs, TOLERANCE[settings.dtype])
     if len(runs) == 2:
@@ -167,9 +170,10 @@ def step_text(report: dict) -> str:
     rows.append(["peak memory, GB", *(f"{s['peak_bytes'] / 1e9:.2f}" for s in sides.values())])
     rows.append(["  of it before the first step", *(f"{s['start_bytes'] / 1e9:.2f}" for s in sides.values())])
     parts = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in report["model_flops"].items())
-    shape = "{rows} x ({demos} + {query}) tokens, {vectors} vectors, {dtype}, {weights} weights".format(**settings)
+    queries = "{queries} x {query}" if settings["queries"] > 1 else "{query}"
+    shape = "{rows} x ({demos} + " + queries + ") tokens, {vectors} vectors, {dtype}, {weights} weights"
     lines = [
-        f"MEND train step, LLM {report['arguments']['llm']}, distiller {report['arguments']['distiller']}, {shape}",
+        f"MEND train step, LLM {report['arguments']['llm']}, distiller {_distiller(report)}, {shape.format(**settings)}",
         measure.machine_line(report),
         "",
         columns(rows),
@@ -190,6 +194,11 @@ def step_text(report: dict) -> str:
         in_cpu = f"; in CPU seconds {theirs['cpu_seconds'] / ours['cpu_seconds']:.2f}x" if on_cpu else ""
         lines.append(f"MEND-JAX is {report['ratio']:.2f}x as fast as PyTorch{in_cpu}")
     return "\n".join(lines)
+
+
+def _distiller(report: dict) -> str:
+    named, layers = report["arguments"]["distiller"], report["arguments"].get("layers")
+    return f"{named} (its first {layers} layers)" if layers else named
 
 
 def _interleave(sides: dict, repeats: int):

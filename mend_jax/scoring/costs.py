@@ -61,11 +61,15 @@ def reading(config: Config, tokens: int, keys: int | None = None) -> Products:
     return Products(2 * tokens * (config.layers * layer + ends), attention)
 
 
-def query_reading(llm: Config, before: int, query: int, targets: int) -> Products:
-    """The LLM on a query after a prefix of `before` positions; an encoder–decoder decodes the query's last `targets` tokens."""
+def query_reading(llm: Config, before: int, query: int, targets: int, queries: int = 1) -> Products:
+    """The LLM on `queries` queries after one prefix of `before` positions, which a decoder reads once for all; an encoder–decoder
+    reads it with each, and decodes the query's last `targets` tokens."""
     if isinstance(llm, EncoderDecoderConfig):
-        return _encoder_decoder(llm, before + query - targets, targets)
-    return reading(llm, before + query)
+        return Products(*(queries * part for part in _encoder_decoder(llm, before + query - targets, targets)))
+    if queries == 1:
+        return reading(llm, before + query)
+    prefix, one = reading(llm, before), reading(llm, query, before + query)
+    return Products(*(first + queries * part for first, part in zip(prefix, one, strict=True)))
 
 
 def _encoder_decoder(config: EncoderDecoderConfig, tokens: int, targets: int) -> Products:
@@ -91,31 +95,42 @@ def projection(width: int, llm_width: int, vectors: int) -> int:
 
 
 def step(
-    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, targets: int = 0
+    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, targets: int = 0, queries: int = 1
 ) -> dict[str, int]:
     """FLOPs of one train step (finetuning with L_distill and L_pred), by part; "total" is their sum.
 
     Forward and backward through the distiller's weights, forward and the vectors' gradient through the LLM, the teacher's
     forward, and the head at the query's tokens: both logits and one gradient. `targets` is the number of tokens of y; only an
-    encoder–decoder treats them differently from x, and applies the head to them alone.
+    encoder–decoder treats them differently from x, and applies the head to them alone. `queries` of one row share its context.
     """
     own = reading(distiller, demos + vectors)
-    student = query_reading(llm, vectors, query, targets)
+    student = query_reading(llm, vectors, query, targets, queries)
     predicted = targets if isinstance(llm, EncoderDecoderConfig) else query
     parts = {
         "distiller": own.forward + own.gradient + 3 * projection(distiller.width, llm.width, vectors),
         "student": student.forward + student.input_gradient,
-        "teacher": query_reading(llm, demos, query, targets).forward,
-        "head": 3 * head(llm, predicted),
+        "teacher": query_reading(llm, demos, query, targets, queries).forward,
+        "head": 3 * queries * head(llm, predicted),
     }
     parts = {name: rows * flops for name, flops in parts.items()}
     return parts | {"total": sum(parts.values())}
 
 
-def release_step(llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int) -> int:
-    """FLOPs of the same step with the head as in the public release: logits and the student's gradient at every position."""
-    ours = step(llm, distiller, rows, demos, query, vectors)
-    return ours["total"] - ours["head"] + rows * (head(llm, demos + query) + 2 * head(llm, vectors + query))
+def release_step(
+    llm: Config, distiller: Config, rows: int, demos: int, query: int, vectors: int, queries: int = 1, query_head=False
+) -> int:
+    """FLOPs of the same step with the head as in the public release: logits and the student's gradient at every position.
+
+    The release has one query to a context. With several, which read the teacher's context once too, the student's vectors are
+    rows of each query's sequence. `query_head`: as in `step`, the head is at the queries alone.
+    """
+    ours = step(llm, distiller, rows, demos, query, vectors, queries=queries)
+    student = query_reading(llm, vectors, query, 0)
+    body = ours["distiller"] + rows * queries * (student.forward + student.input_gradient) + ours["teacher"]
+    if query_head:
+        return body + ours["head"]
+    read = demos + query if queries == 1 else queries * query
+    return body + rows * (head(llm, read) + 2 * queries * head(llm, vectors + query))
 
 
 def distil(distiller: Config, llm: Config, demos: int, vectors: int) -> int:

@@ -1,6 +1,7 @@
 """Finetuning's rows: demonstrations and queries of one task."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,15 +10,29 @@ from mend_jax.data import sampling
 from mend_jax.data.readers import Readers
 from mend_jax.data.rows.windows import KEPT, TRIES, buckets, budgets, largest_budgets
 from mend_jax.data.stores import TaskStore
+from mend_jax.data.symbols import Renamed, Symbols
+
+
+class Drawn(NamedTuple):
+    """What stands in a row: numbers of examples of one task."""
+
+    task: int
+    demos: np.ndarray
+    queries: np.ndarray
+    budget: int  # tokens that the demonstrations may have
+    symbols: Renamed | None = None  # the words in the place of the task's labels
 
 
 class TaskRows:
     """Finetuning: K demonstrations and a query of one task, drawn uniformly at random (paper, section 3.3).
 
-    With data.queries > 1, several queries of the same task follow the same demonstrations.
+    With data.queries > 1, several queries of the same task follow the same demonstrations. With data.symbols, a share of the
+    rows of `train` have other labels (symbols.py), where the label of every query is among the demonstrations.
     """
 
-    def __init__(self, config, stores: list[TaskStore], readers: Readers):
+    counts_outputs = False
+
+    def __init__(self, config, stores: list[TaskStore], train: bool, readers: Readers):
         windows = readers.windows
         self.config, self.stores, self.windows, self.seed = config.data, stores, windows, config.seed
         self.input_columns = stores[0].input_columns(config.data.max_input_tokens)
@@ -28,7 +43,7 @@ class TaskRows:
         self.two_readings = len(stores[0].readings) == 2
         self.separate_teacher = self.two_readings or self.packing is not None
         self.budgets = functools.partial(budgets, config, windows, two_readings=self.two_readings)
-        limit = min(max(self.config.query_buckets), windows[0] - readers.positions(config))
+        limit = self.limit = min(max(self.config.query_buckets), windows[0] - readers.positions(config))
         self.cut = [store.cut_lengths(self.config.max_input_tokens) for store in stores]
         self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
         self.shown = [store.shown_lengths(kept) for store, kept in zip(stores, self.kept, strict=True)]
@@ -49,9 +64,9 @@ class TaskRows:
         if self.packing is not None:
             self.demo_buckets = self.packing.buckets(self.demo_buckets[-1])
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
+        self.symbols = Symbols(self.config.symbols if train and self.contexts else 0, config, stores, readers)
 
-    def draw(self, row: int):
-        """(task number, demonstration numbers, query numbers, budget) of a row."""
+    def draw(self, row: int) -> Drawn:
         rng = sampling.row_rng(self.seed, 1, row)
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
@@ -59,20 +74,44 @@ class TaskRows:
             chosen = sampling.sample_demos(rng, len(self.stores[task]) - 1, self.config.k)
             chosen = chosen + (chosen >= query)  # any example but the query
             queries = self._with_others(row, task, chosen, query)
-            longest = int(self.cut[task][queries].max())
-            allowed = self.budgets(longest)
-            budget = min(allowed)
-            if self.config.release_truncation or not self.contexts:
-                return task, chosen, queries, budget
-            fitting = min(map(sampling.fit_demos, self.shown[task][chosen].T, allowed))
-            if self.packing is not None:  # the teacher does not see what fits no chunk either
-                fitting = len(self.packing.chunk_of(self.shown[task][chosen[:fitting], -1]))
-            if fitting:
-                return task, chosen[:fitting], queries, budget
+            symbols = self.symbols.draw(row, task)
+            if symbols is not None:
+                drawn = self._fitted(task, chosen, queries, symbols)
+                if symbols.can_be_read(drawn.demos, queries) and self._asked(drawn).max() <= self.limit:
+                    return drawn
+            drawn = self._fitted(task, chosen, queries)
+            if len(drawn.demos):
+                return drawn
         raise UserError(
-            f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {budget} "
+            f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {drawn.budget} "
             "tokens: raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
         )
+
+    def _fitted(self, task: int, chosen, queries, symbols: Renamed | None = None) -> Drawn:
+        """The row with as many of the chosen demonstrations as fit, counted from the first."""
+        whole = Drawn(task, chosen, queries, 0, symbols)
+        allowed = self.budgets(int(self._asked(whole).max()))
+        whole = whole._replace(budget=min(allowed))
+        if self.config.release_truncation or not self.contexts:
+            return whole
+        shown = self._shown(whole)
+        fitting = min(map(sampling.fit_demos, shown.T, allowed))
+        if self.packing is not None:  # the teacher does not see what fits no chunk either
+            fitting = len(self.packing.chunk_of(shown[:fitting, -1]))
+        return whole._replace(demos=chosen[:fitting])
+
+    def _asked(self, drawn: Drawn) -> np.ndarray:
+        """The length of each query, in the LLM's tokens."""
+        lengths = self.cut[drawn.task][drawn.queries]
+        return lengths if drawn.symbols is None else lengths + self._gained(drawn, drawn.queries)[:, 0]
+
+    def _shown(self, drawn: Drawn) -> np.ndarray:
+        """The length of each demonstration: (demonstrations, tokenizers)."""
+        lengths = self.shown[drawn.task][drawn.demos]
+        return lengths if drawn.symbols is None else lengths + self._gained(drawn, drawn.demos)
+
+    def _gained(self, drawn: Drawn, examples) -> np.ndarray:
+        return drawn.symbols.gained(self.stores[drawn.task], examples)
 
     def _with_others(self, row: int, task: int, chosen, query: int) -> np.ndarray:
         """The query and data.queries - 1 others of its task: no demonstration, and none twice if there are enough examples."""
@@ -85,47 +124,51 @@ class TaskRows:
         return np.asarray([query, *others])
 
     def lengths(self, row: int) -> tuple[int, ...]:
-        task, chosen, queries, budget = self.draw(row)
-        shown = self.shown[task][chosen, -1]
+        drawn = self.draw(row)
+        shown, asked = self._shown(drawn)[:, -1], map(int, self._asked(drawn))
         context = int(shown.sum()) if self.contexts else 0
         if self.packing is not None:
-            return self.packing.length(shown), *map(int, self.cut[task][queries])
+            return self.packing.length(shown), *asked
         if self.config.release_truncation:
-            context = min(context, budget, sampling.RELEASE_DISTILLER_TOKENS)
-        return context, *map(int, self.cut[task][queries])
+            context = min(context, drawn.budget, sampling.RELEASE_DISTILLER_TOKENS)
+        return context, *asked
 
     def teacher_length(self, row: int) -> int:
-        task, chosen, _, _ = self.draw(row)
-        return int(self.shown[task][chosen, 0].sum())
+        return int(self._shown(self.draw(row))[:, 0].sum())
 
     def target_length(self, row: int) -> int:
-        task, _, queries, _ = self.draw(row)
-        return int(self.stores[task].lengths[queries, 1].max())
+        drawn = self.draw(row)
+        return max(len(self._example(drawn, query, 0, 0)[1]) for query in drawn.queries)
 
     def tokens(self, row: int):
-        task, chosen, queries, budget = self.draw(row)
-        store, limit = self.stores[task], self.config.max_input_tokens
-        asked = [store.example(query, limit) for query in queries]
+        drawn, limit = self.draw(row), self.config.max_input_tokens
+        asked = [self._example(drawn, query, 0, limit) for query in drawn.queries]
         asked = [(np.concatenate([x, y]).astype(np.int32), len(x)) for x, y in asked]
-        chosen = chosen if self.contexts else []
-        teacher, demos = self._context(task, chosen, 0), self._context(task, chosen, -1, self.packing)
+        teacher, demos = self._context(drawn, 0), self._context(drawn, -1, self.packing)
         if not self.config.release_truncation:
             return demos, asked, teacher if self.separate_teacher else None
         longest = max(len(query) for query, _ in asked)
-        demos, teacher = sampling.release_truncation(demos, budget, self.windows[0] - longest)
+        demos, teacher = sampling.release_truncation(demos, drawn.budget, self.windows[0] - longest)
         return demos, asked, teacher
 
-    def _context(self, task: int, chosen, reading: int, packing=None) -> np.ndarray:
-        own, kept = self.stores[task].readings[reading], self.kept[task]
-        examples = [own.example(i, kept[i, reading]) for i in chosen]
+    def _example(self, drawn: Drawn, i: int, reading: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self.stores[drawn.task].readings[reading].example(i, limit)
+        return x, y if drawn.symbols is None else drawn.symbols.output(i, reading)
+
+    def _context(self, drawn: Drawn, reading: int, packing=None) -> np.ndarray:
+        kept = self.kept[drawn.task]
+        examples = [
+            self._example(drawn, i, reading, kept[i, reading]) for i in (drawn.demos if self.contexts else [])
+        ]
         return (
             sampling.join_demos(examples) if packing is None else packing.lay_out([np.concatenate(e) for e in examples])
         )
 
     def describe(self, row: int) -> str:
-        task, chosen, queries, _ = self.draw(row)
-        asked = ", ".join(map(str, queries))
-        return f"task {self.stores[task].task}: query {asked}, demonstrations {chosen.tolist()} (examples from 0)"
+        drawn = self.draw(row)
+        asked = ", ".join(map(str, drawn.queries))
+        others = "" if drawn.symbols is None else ", with words for its labels"
+        return f"task {self.stores[drawn.task].task}{others}: query {asked}, demonstrations {drawn.demos.tolist()} (examples from 0)"
 
 
 def check_enough_examples(stores: list[TaskStore], k: int, queries: int = 1) -> None:

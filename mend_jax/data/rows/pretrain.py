@@ -14,6 +14,7 @@ class TextRows:
     """Meta-distillation pretraining: the share beta of a text is the context, the rest is the query."""
 
     input_columns = 0  # the whole query is target: there is no x
+    counts_outputs = False
 
     def __init__(self, config, store: TextStore, documents: range, shuffle: bool, readers: Readers):
         self.config, self.store, self.windows = config.data, store, readers.windows
