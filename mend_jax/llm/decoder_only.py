@@ -19,6 +19,7 @@ from mend_jax.llm.frozen import FrozenLLM
 from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
 from mend_jax.models.folders import PACKAGED, Model, init_model, init_params, load_model
+from mend_jax.models.stacks import as_bits
 from mend_jax.prefixes.prefix import Prefix, continue_after
 from mend_jax.run.sharding import Place
 
@@ -47,7 +48,7 @@ class LLM(FrozenLLM):
         tokens, contexts = query.tokens, len(prefix.length)
         prefix = self.begin(params, prefix)
         if len(tokens) == contexts:
-            return continue_after(self.model, params, prefix, self.embed(params, tokens))
+            return continue_after(self.model, _read(params), prefix, self.embed(params, tokens))
         at = jnp.broadcast_to(jnp.arange(tokens.size // contexts), (contexts, tokens.size // contexts))
         segment, position = jnp.divmod(at, tokens.shape[1])
         cache = Cache(*self._keys_and_values(params, prefix), prefix.length)
@@ -71,7 +72,7 @@ class LLM(FrozenLLM):
         return Cache(*self._keys_and_values(params, prefix), prefix.length)
 
     def _keys_and_values(self, params, prefix: Prefix):
-        return self.model.clone(keep_cache=True).apply({"params": params}, prefix.embeds)[1]
+        return self.model.clone(keep_cache=True).apply({"params": _read(params)}, prefix.embeds)[1]
 
     def cached_states(self, params, cache: Cache, tokens, positions, segments, items=None):
         """States (B,T,D) of rows that all follow the one cached prefix, or each its own.
@@ -90,7 +91,7 @@ class LLM(FrozenLLM):
         if items is not None:
             within &= items[:, None, :] == items[:, :, None]
         embeds = self.embed(params, tokens)
-        return self.model.apply({"params": params}, embeds, length + positions, cache, within)
+        return self.model.apply({"params": _read(params)}, embeds, length + positions, cache, within)
 
     def prefill(self, params, cache: Cache, inputs, length, room: int):
         """Reads inputs (B,X) with lengths (B,) after the one prefix, or each after its own: (what `decode_next` needs for answers
@@ -119,7 +120,12 @@ class LLM(FrozenLLM):
     def _with_keys(self, params, cache, tokens, positions, within):
         """States (B,T,D) of tokens after a cache, and their keys and values (layers,B,T,G,F)."""
         model = self.model.clone(keep_cache=True)
-        return model.apply({"params": params}, self.embed(params, tokens), positions, cache, within)
+        return model.apply({"params": _read(params)}, self.embed(params, tokens), positions, cache, within)
+
+
+def _read(params):
+    """The params as the model reads them."""
+    return {**params, "layers": as_bits(params["layers"])}
 
 
 def _with_room(a, rows: int, room: int):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mend_jax.models.stacks import keep
+
 BLOCK = 128
 MASKED = -1e30
 
@@ -31,7 +33,7 @@ def causal_attention(q, k, v, span=0, slides=None):
 def _forward(q, k, v, span, slides):
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     out, normaliser = _as_it_slides(_read, span, slides, q.shape[2], q, k, v)
-    out = checkpoint_name(out, "attended")
+    out = keep(out, "attended")
     return out, (q, k, v, slides, out, checkpoint_name(normaliser, "normaliser"))
 
 

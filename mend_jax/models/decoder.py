@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from mend_jax.models import rope
 from mend_jax.models.attention import (
@@ -25,6 +24,7 @@ from mend_jax.models.attention import (
 from mend_jax.models.config import DecoderConfig
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import layer_norm, rms_norm, rms_norm_module
+from mend_jax.models.stacks import keep, written
 from mend_jax.run.sharding import shard_rows
 
 # What a layer keeps for the backward pass: the products. Norms, activations and rotations are computed again, which is
@@ -86,7 +86,7 @@ class Block(nn.Module):
         """x (B,T,W); cache None or this layer's (keys, values) of a prefix; slides () bool, None where all layers are alike;
         seen None (causal) or a `Seen`; rotations None or those of the tokens' positions, in full layers and in sliding ones;
         wanted None or a `Wanted`: of the other columns there are keys and values alone."""
-        config, x = self.config, shard_rows(x)
+        config, carried, x = self.config, x.dtype, shard_rows(x.astype(self.dtype))
         norm1, norm2 = (_norm(config, self.dtype, name) for name in ("norm1", "norm2"))
         residual_std = 0.02 / (2 * max(1, config.layers)) ** 0.5  # GPT-2's: the sum of all residuals keeps its size
         q, k, v = self._heads(norm1(x) if config.norm_first else x, self._rotations(rotations, slides))
@@ -97,12 +97,13 @@ class Block(nn.Module):
         y = self._attend(q, k, v, cache, seen, slides).reshape(*x.shape[:2], config.heads * config.head_width)
         y = _dense(config.hidden_width, self.dtype, "out", config.out_bias, residual_std)(y)
         x = x + (_norm(config, self.dtype, "out_norm")(y) if config.post_norms else y)
-        x = checkpoint_name(shard_rows(x if config.norm_first else norm1(x)), "middle")
+        x = keep(shard_rows(x if config.norm_first else norm1(x)), "middle")
         y = self._up(norm2(x) if config.norm_first else x)
         y = _dense(config.hidden_width, self.dtype, "down", config.mlp_bias, residual_std)(y)
         x = x + (_norm(config, self.dtype, "down_norm")(y) if config.post_norms else y)
         x = shard_rows(x if config.norm_first else norm2(x))
-        return x, ((k, v) if self.keep_cache else None)
+        kept = tuple(a.astype(written(a.dtype)) for a in (k, v)) if self.keep_cache else None
+        return x.astype(carried), kept
 
     def _before(self, wanted: Wanted, k, v):
         """(keys, values) of the columns before the wanted ones, as of a prefix for each row, and what these see."""
@@ -124,12 +125,12 @@ class Block(nn.Module):
         """Queries (B,T,H,F), keys and values (B,T,G,F), turned by their positions."""
         config, F = self.config, self.config.head_width
         if config.fused_qkv:
-            qkv = checkpoint_name(_dense(3 * config.hidden_width, self.dtype, "qkv", config.qkv_bias)(y), "qkv")
+            qkv = keep(_dense(3 * config.hidden_width, self.dtype, "qkv", config.qkv_bias)(y), "qkv")
             q, k, v = jnp.split(qkv, 3, axis=-1)
         else:
             heads = (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
             q, k, v = (
-                checkpoint_name(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads
+                keep(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads
             )
         q, k, v = (a.reshape(*a.shape[:2], a.shape[2] // F, F) for a in (q, k, v))
         if config.qk_norm:
@@ -158,10 +159,10 @@ class Block(nn.Module):
     def _up(self, y):
         """The activated inside of the MLP (B,T,mlp_width)."""
         config, activation = self.config, ACTIVATIONS[self.config.activation]
-        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up", config.mlp_bias)(y), "up")
+        up = keep(_dense(config.mlp_width, self.dtype, "up", config.mlp_bias)(y), "up")
         if not config.gated:
             return activation(up)
-        gate = checkpoint_name(_dense(config.mlp_width, self.dtype, "gate", config.mlp_bias)(y), "up")
+        gate = keep(_dense(config.mlp_width, self.dtype, "gate", config.mlp_bias)(y), "up")
         return activation(gate) * up
 
 
@@ -218,7 +219,8 @@ class Decoder(nn.Module):
         if len(set(config.sliding)) > 1:
             slides = jnp.asarray(config.sliding)
         if wanted is None:
-            x, kept = layers(shard_rows(x), before, slides, seen, rotations)
+            x, kept = layers(shard_rows(x.astype(written(x.dtype))), before, slides, seen, rotations)
+            x, kept = jax.tree.map(lambda a: a.astype(self.dtype), (x, kept))
         else:
             x, kept = self._last_alone(shard_rows(x), slides, rotations, wanted), None
         x = shard_rows(x)

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from mend_jax.models.attention import MASKED
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.decoder import ACTIVATIONS
 from mend_jax.models.int8 import Dense
 from mend_jax.models.norms import rms_norm
+from mend_jax.models.stacks import keep
 from mend_jax.run.sharding import shard_copies, shard_rows
 
 KEPT = ("qkv", "attended", "middle", "up")  # for the backward pass: the products, as the decoder-only models
@@ -51,13 +51,13 @@ class Attention(nn.Module):
             separate = scores.reshape(bias.shape[0], -1, *scores.shape[1:])
             scores = (separate + bias[:, None]).reshape(scores.shape)
         shares = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED)).astype(v.dtype)
-        out = checkpoint_name(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
+        out = keep(jnp.einsum("bhts,bshf->bthf", shares, v), "attended")
         return _dense(config.width, self.dtype, "out")(out.reshape(*x.shape[:2], -1)), (k, v)
 
     def _heads(self, name, a):
         """(B,T,D) -> (B,T,H,F)."""
         made = _dense(self.config.heads * self.config.head_width, self.dtype, name)(a)
-        return checkpoint_name(made, "qkv").reshape(*a.shape[:2], self.config.heads, -1)
+        return keep(made, "qkv").reshape(*a.shape[:2], self.config.heads, -1)
 
 
 class Block(nn.Module):
@@ -75,15 +75,15 @@ class Block(nn.Module):
         x = shard_rows(x)
         y, (own, others) = self._norm("norm1")(x), (None, None) if kept is None else kept
         y, own = Attention(config, self.dtype, name="self")(y, y, bias, mask, own, at)
-        x = checkpoint_name(shard_rows(x + y), "middle")
+        x = keep(shard_rows(x + y), "middle")
         if self.cross:
             attend = Attention(config, self.dtype, name="cross")
             y, _ = attend(self._norm("cross_norm")(x), encoded, None, encoded_mask, others)
-            x = checkpoint_name(shard_rows(x + y), "middle")
+            x = keep(shard_rows(x + y), "middle")
         y = self._norm("norm2")(x)
-        up = checkpoint_name(_dense(config.mlp_width, self.dtype, "up")(y), "up")
+        up = keep(_dense(config.mlp_width, self.dtype, "up")(y), "up")
         if config.gated:
-            up = activation(checkpoint_name(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
+            up = activation(keep(_dense(config.mlp_width, self.dtype, "gate")(y), "up")) * up
         else:
             up = activation(up)
         return shard_rows(x + _dense(config.width, self.dtype, "down")(up)), None if kept is None else own

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from mend_jax.models.stacks import from_bits
 from mend_jax.run.sharding import unshard_fsdp
 
 SCALE = "_scale"
@@ -38,7 +39,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         """(...,in) -> (...,features)."""
         kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
-        in_8_bits = self.has_variable("params", "kernel" + SCALE)
+        kernel, in_8_bits = from_bits(kernel), self.has_variable("params", "kernel" + SCALE)
         kernel = unshard_fsdp(kernel, f"{self.name}/kernel") if in_8_bits else kernel
         y = times(x.astype(self.dtype), kernel.astype(self.dtype))
         if in_8_bits:
