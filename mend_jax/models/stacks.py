@@ -22,15 +22,20 @@ def keep(a, name: str):
 
 
 def as_bits(params):
-    """A tree of frozen stacks of weights, those of bfloat16 as their bits, uint16: `from_bits` reads a layer's.
+    """A tree of frozen stacks of weights, with the kernels of bfloat16 as their bits, uint16: `from_bits` reads a layer's.
 
     No gradient flows back to them.
     """
-    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if _converts(a.dtype) else a, params)
+
+    def of(path, a):
+        kernel = path[-1] == jax.tree_util.DictKey("kernel")
+        return jax.lax.bitcast_convert_type(a, jnp.uint16) if kernel and _converts(a.dtype) else a
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def from_bits(a):
-    """The weights of a layer, which may be of `as_bits`."""
+    """A kernel, which may be one of `as_bits`."""
     return jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
 
 
