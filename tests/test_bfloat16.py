@@ -9,6 +9,7 @@ import pytest
 from data_files import make_world, tiny_config
 
 from mend_jax import train
+from mend_jax.models import stacks
 from mend_jax.run import build, checkpoint, reporting
 from mend_jax.run.loop import Loop
 from mend_jax.step import make_loss_fn
@@ -96,3 +97,28 @@ def test_the_losses_are_near_those_of_float32(stage, trained):
         assert float(rounded[name]) != float(exact[name])
     lines = [line for line in reporting.read_lines(trained[stage].workdir / "metrics.jsonl") if "loss" in line]
     assert len(lines) == STEPS and all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stacks_over_the_layers_are_no_bfloat16_on_a_cpu(stage, trained, monkeypatch):
+    """XLA would convert a whole stack for each layer that is read or written (models/stacks.py); the numbers are the same."""
+    loss, args = loss_of(trained[stage], "bfloat16")
+
+    def stacked(jaxpr):
+        scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+        written = [v for e in scans for v in e.outvars[e.params["num_carry"] :]]
+        read = [v for e in scans for v in e.invars[e.params["num_consts"] + e.params["num_carry"] :]]
+        return {str(v.aval.dtype) for v in written}, {str(v.aval.dtype) for v in read if v.aval.ndim > 2}
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    written, read = stacked(jax.make_jaxpr(gradient)(*args).jaxpr)
+    assert "bfloat16" not in written | read and "uint16" in read
+    (value, _), found = jax.jit(gradient)(*args)
+    monkeypatch.setattr(stacks, "_converts", lambda dtype: False)
+    loss, args = loss_of(trained[stage], "bfloat16")
+    written, read = stacked(jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(*args).jaxpr)
+    assert "bfloat16" in written & read
+    (wanted, _), plain = jax.jit(jax.value_and_grad(loss, has_aux=True))(*args)
+    assert float(value) == pytest.approx(float(wanted), rel=1e-4)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
