@@ -10,6 +10,7 @@ from data_files import make_world, tiny_config
 
 from mend_jax import train
 from mend_jax.models import stacks
+from mend_jax.models.int8 import times
 from mend_jax.run import build, checkpoint, reporting
 from mend_jax.run.loop import Loop
 from mend_jax.step import make_loss_fn
@@ -122,3 +123,21 @@ def test_stacks_over_the_layers_are_no_bfloat16_on_a_cpu(stage, trained, monkeyp
     assert float(value) == pytest.approx(float(wanted), rel=1e-4)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6, 4), (3, 5, 4, 6), (2, 70, 64, 96), (1, 1, 8, 8), (0, 5, 6, 4), (2, 0, 4, 6)])
+def test_a_kernels_gradient_is_the_sum_over_all_rows(shape):
+    """Of bfloat16's numbers, rounded once: whichever of the two is turned, and for no rows at all."""
+    (B, T, m, n), keys = shape, jax.random.split(jax.random.key(0), 3)
+    x, g = (jax.random.normal(key, (B, T, width)).astype(jnp.bfloat16) for key, width in zip(keys, (m, n), strict=False))
+    kernel = jax.random.normal(keys[2], (m, n)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def gradients(x, kernel, g):
+        return jax.vjp(times, x, kernel)[1](g)
+
+    x_grad, kernel_grad = gradients(x, kernel, g)
+    wide = [a.astype(jnp.float32) for a in (x, kernel, g)]
+    assert x_grad.dtype == kernel_grad.dtype == jnp.bfloat16 and kernel_grad.shape == (m, n)
+    np.testing.assert_allclose(kernel_grad, jnp.einsum("btm,btn->mn", wide[0], wide[2]), rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(x_grad, wide[2] @ wide[1].T, rtol=2**-8, atol=1e-5)

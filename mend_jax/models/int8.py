@@ -94,7 +94,7 @@ def _over_rows(a, b):
         rows = tuple(range(a.ndim - 1))
         return jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
     bits = jax.lax.bitcast_convert_type(a.reshape(-1, a.shape[-1]), jnp.uint16)
-    zero = bits[0, 0].astype(jnp.int32) >> 16
+    zero = bits[:1, :1].sum(dtype=jnp.int32) >> 16
     turned = jax.lax.dynamic_slice_in_dim(jnp.pad(bits.T, ((0, 1), (0, 0))), zero, a.shape[-1])
     turned = jax.lax.bitcast_convert_type(turned, a.dtype)
     return _dot(turned, b.reshape(-1, b.shape[-1]), (((1,), (0,)), ((), ())))
