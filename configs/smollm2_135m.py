@@ -70,10 +70,10 @@ def _small_batches(c):
 def _metaicl(c):
     c.stage = "lm"
     c.loss.clm_tokens = "outputs"
-    c.data.sequence_length = 1024
-    c.data.query_buckets = (128, 256, 384, 512, 768)
-    c.data.validation_items = 128
+    c.data.sequence_length = 768
+    c.data.query_buckets = (128, 256, 384, 512)
+    c.data.validation_items = 64
     c.optimizer.learning_rate = 1e-4
     c.train.batch_size = 8
-    c.train.steps = 200
+    c.train.steps = 150
     c.train.eval_every = 50
