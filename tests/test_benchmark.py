@@ -117,7 +117,9 @@ def test_queries_that_share_a_context():
     scores = costs.reading(BACKBONE, 24).attention // 2 + costs.reading(LLM, 4).attention // 2
     scores += 3 * costs.reading(LLM, 9, 13).attention // 2  # computed twice
     assert counted == planned["total"] + 2 * scores
-    assert costs.release_step(*SIZES, queries=3, query_head=True) > planned["total"]  # the vectors stand before each query
+    assert (
+        costs.release_step(*SIZES, queries=3, query_head=True) > planned["total"]
+    )  # the vectors stand before each query
 
 
 def test_the_release_head_costs_every_position_and_nothing_else():

@@ -125,11 +125,15 @@ def test_stacks_over_the_layers_are_no_bfloat16_on_a_cpu(stage, trained, monkeyp
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 6, 4), (3, 5, 4, 6), (2, 70, 64, 96), (1, 1, 8, 8), (0, 5, 6, 4), (2, 0, 4, 6)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 6, 4), (3, 5, 4, 6), (2, 70, 64, 96), (1, 1, 8, 8), (0, 5, 6, 4), (2, 0, 4, 6)]
+)
 def test_a_kernels_gradient_is_the_sum_over_all_rows(shape):
     """Of bfloat16's numbers, rounded once: whichever of the two is turned, and for no rows at all."""
     (B, T, m, n), keys = shape, jax.random.split(jax.random.key(0), 3)
-    x, g = (jax.random.normal(key, (B, T, width)).astype(jnp.bfloat16) for key, width in zip(keys, (m, n), strict=False))
+    x, g = (
+        jax.random.normal(key, (B, T, width)).astype(jnp.bfloat16) for key, width in zip(keys, (m, n), strict=False)
+    )
     kernel = jax.random.normal(keys[2], (m, n)).astype(jnp.bfloat16)
 
     @jax.jit

@@ -14,8 +14,9 @@ from facts import says, states
 from test_export import make_workdir
 
 import mend_jax
+from configs import base
 from mend_jax.data.templates import TEMPLATES
-from mend_jax.interchange import export, trained
+from mend_jax.interchange import export, model_card, trained
 from mend_jax.prefixes import Chunked
 
 torch = pytest.importorskip("torch")
@@ -228,6 +229,7 @@ def exported_module(folder):
         ),
         ({"loss.kd": 0.0, "loss.objective": "skewed_kl"}, ["| loss | 1.0 L_pred + 0.0 L_distill |"]),
         ({"prefix.start_from": "/home/me/runs/first", **KINDS["soft prompt"]}, ["| began with | first |"]),
+        ({"data.symbols": 0.5}, ["16 demonstrations per context, 50% of them with words for labels |"]),
     ],
 )
 def test_the_card_names_start_and_objective(fields, rows, llm, folders, tmp_path):
@@ -235,6 +237,16 @@ def test_the_card_names_start_and_objective(fields, rows, llm, folders, tmp_path
     export.export(run, tmp_path / "out")
     card = re.sub(" +", " ", (tmp_path / "out" / "README.md").read_text())  # columns are aligned
     assert all(row in card for row in rows)
+
+
+def test_the_card_of_an_llm_says_what_it_was_trained_to_predict(tmp_path):
+    config = base.get_config()
+    config.stage, config.data.symbols, config.loss.clm_tokens = "lm", 0.5, "outputs"
+    card = re.sub(" +", " ", model_card.llm_card(config.to_dict(), {"step": 3}, tmp_path))
+    assert "50% of them with words for labels |" in card and "| loss | cross-entropy of the outputs |" in card
+    config.data.symbols, config.loss.clm_tokens = 0.0, "all"
+    card = model_card.llm_card(config.to_dict(), {"step": 3}, tmp_path)
+    assert "words for labels" not in card and "| loss" not in card
 
 
 def test_a_soft_prompt_began_with_no_backbone(llm, folders, tmp_path):

@@ -129,9 +129,7 @@ class Block(nn.Module):
             q, k, v = jnp.split(qkv, 3, axis=-1)
         else:
             heads = (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
-            q, k, v = (
-                keep(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads
-            )
+            q, k, v = (keep(_dense(count * F, self.dtype, name, config.qkv_bias)(y), "qkv") for name, count in heads)
         q, k, v = (a.reshape(*a.shape[:2], a.shape[2] // F, F) for a in (q, k, v))
         if config.qk_norm:
             # Heads may lie on several devices, so they are not joined with the tokens.

@@ -157,9 +157,7 @@ class TaskRows:
 
     def _context(self, drawn: Drawn, reading: int, packing=None) -> np.ndarray:
         kept = self.kept[drawn.task]
-        examples = [
-            self._example(drawn, i, reading, kept[i, reading]) for i in (drawn.demos if self.contexts else [])
-        ]
+        examples = [self._example(drawn, i, reading, kept[i, reading]) for i in (drawn.demos if self.contexts else [])]
         return (
             sampling.join_demos(examples) if packing is None else packing.lay_out([np.concatenate(e) for e in examples])
         )
