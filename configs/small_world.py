@@ -7,7 +7,7 @@
 On 2 cores of an Intel Xeon the first takes 5 minutes: MEND 99.3, Vanilla ICL 100 (one training). The second took 64 minutes of
 one core; in it a quarter of the labels in training and demonstrations are wrong: MEND 77.7, Vanilla ICL 76.0, HyperTuning 71.4,
 from one training each (docs/results.md).
-The third, which is what `:experiments` names too, trains 50 times and makes 44 evaluations in 37 minutes of CPU time
+The third, which is what `:experiments` names too, trains 50 times and makes 44 evaluations in 30 minutes on two quiet cores
 (docs/results.md).
 
 A single stage:
