@@ -15,8 +15,9 @@ sequences:
 It stands in runs/smollm2_metaicl/llm, for --config.llm.path and --config.prefix.backbone.
 
 Hardware: a device of 24 GB; `:cpu` and `:metaicl` 2 CPU cores and 8 GB.
-Time: on a device not measured here; on 2 cores of an Intel Xeon with AMX see docs/results.md.
-Expected: no number for this LLM is published; those measured here are in docs/results.md.
+Time: on a device not measured here; `:metaicl` 32 minutes on 2 cores of an Intel Xeon with AMX (docs/lab_notes.md).
+Expected: no number for this LLM is published; those measured here are in docs/results.md. SmolLM2-MetaICL was no better than the LLM
+that it began with (docs/lab_notes.md).
 """
 
 from configs import base

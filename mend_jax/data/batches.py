@@ -207,9 +207,8 @@ def make_batches(config, readers: Readers, split: str = "train", share: tuple[in
         rows = SequenceRows(config, store, documents, tasks, train, readers)
     steps = None if train else max(1, config.data.validation_items // config.train.batch_size)
     lengths = (*config.prefix.nested, config.prefix.length) if train and stage != "lm" and config.prefix.nested else ()
-    sort = train and (
-        stage != "lm" or store is None
-    )  # the place of a text is a function of the row (SequenceRows.text_number)
+    # Stage "lm": the place of a text in its batch is a function of the row (SequenceRows.text_number).
+    sort = train and (stage != "lm" or store is None)
     return Batches(rows, config, steps, sort, share, readers.separate_targets, contents, lengths)
 
 
