@@ -65,7 +65,7 @@ def no_processes(monkeypatch):
 
 def command(*arguments) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.run(benchmark.benchmark, ["benchmark", *arguments])
+        cli.run(benchmark.COMMANDS, ["benchmark", *arguments])
     return ended.value.code
 
 
@@ -324,7 +324,7 @@ def test_inference_command_at_several_lengths(folder, capsys):
     assert "cached: " in printed and printed.count("K/V cache MB") == 2
 
 
-AGAINST = ["inference", "--against=pytorch", "--items=3", "--repeats=1"]
+AGAINST = ["scoring", "--items=3", "--repeats=1"]
 LENGTHS = ["--demos=20", "--query=9", "--options=2", "--target=3"]
 
 
@@ -412,12 +412,16 @@ def test_step_command_of_an_encoder_decoder(folder, capsys):
         (["inference", "--llm=t5-small-lm-adapt"], ["inference", "decoder-only", "t5-small-lm-adapt"]),
         (["step", "--llm=t5-small-lm-adapt"], ["decoder-only", "--no_pytorch"]),
         (["quantization", "--demos=1000"], ["window"]),
-        (["quantization", "--weights=int4"], ["--weights", "full", "int8"]),
+        (["step", "--weights=int4"], ["--weights", "full", "int8"]),
         (["step", "--demos=1000"], ["window"]),
-        (["step", "--demos=many"], ["--demos=many", "tokens"]),
-        (["step", "--demos=20,30"], ["inference", "--demos=20,30"]),
+        (["step", "--demos=20,30"], ["--demos", "20,30", "whole number"]),
+        (["inference", "--demos=many"], ["--demos=many", "tokens"]),
         (["step", "--batch_size=4", "--up_to=2"], ["--up_to=2"]),
-        (["inference", "--up_to=2"], ["--up_to=2", "step"]),
+        (["inference", "--up_to=2"], ["--up_to"]),
+        (["objectives", "--layers=2"], ["--layers"]),
+        ([], ["first word", "step", "serving"]),
+        (["--llm=gpt2", "step"], ["first word", "step"]),
+        (["scores"], ["scores", "scoring"]),
         (["inference", "--demos=10,980"], ["window"]),
         (["inference", "--demos=980"], ["window"]),
         (["step", "--query=4"], ["--target=4"]),

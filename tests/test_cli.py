@@ -339,15 +339,20 @@ def test_a_flag_given_twice_names_the_wrong_value():
 
 
 def test_help_says_what_each_flag_is(capsys):
-    from mend_jax.benchmark import benchmark
+    from mend_jax.benchmark import COMMANDS
 
     with pytest.raises(SystemExit):
-        cli.run(benchmark, ["benchmark", "--help"])
+        cli.run(COMMANDS, ["benchmark", "step", "--help"])
     said = capsys.readouterr().out
+    assert said.startswith("Seconds, memory") and "inference" not in said
     entries = {entry.partition("=")[0]: " ".join(entry.split()) for entry in said.split("\n  --")[1:]}
     states(entries["repeats"], "int", "default 5", "timed runs")
     for name in ("llm", "distiller"):  # described together
         states(entries[name], "gpt2", "opt-6.7b", "folder")
+    with pytest.raises(SystemExit):
+        cli.run(COMMANDS, ["benchmark", "--help"])
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("quantization or serving: with --help behind it, each prints its flags.")
 
 
 def test_a_flag_of_several_values_stands_several_times(capsys):

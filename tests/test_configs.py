@@ -107,7 +107,7 @@ def test_written_commands_run(module, arguments, monkeypatch):
         return
     runpy.run_module(module, run_name="__main__")
     if arguments:
-        cli.parse(mains[0], [module, *arguments])
+        cli.parse(*cli.chosen(mains[0], [module, *arguments]))
 
 
 def load(name, monkeypatch):

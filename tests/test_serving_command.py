@@ -170,7 +170,7 @@ def test_the_load_test_asks_the_same_with_vectors_and_demonstrations(stub, monke
     with running(stub) as client:
         monkeypatch.setattr(serving, "_server", lambda _: contextlib.nullcontext(f"http://127.0.0.1:{client.port}"))
         asked = {"clients": "1,2", "seconds": 0.05, "repeats": 1, "packs": 2, "out": str(tmp_path / "a.json")}
-        assert benchmark.benchmark("serving", distiller="x", **asked) == 0
+        assert benchmark.serving("x", **asked) == 0
         info = client.ask("GET", "/info")[1]
         questions = serving._questions(f"http://127.0.0.1:{client.port}", info, "score", 2)
     report, text = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
@@ -196,11 +196,10 @@ def packs_like(serving_models, count):
 
 def test_the_load_test_needs_a_distiller():
     with says("--distiller"):
-        benchmark.benchmark("serving")
-    with says("--clients=a"):
-        benchmark.benchmark("serving", distiller="x", clients="a")
-    with says("--clients", "1 or more"):
-        benchmark.benchmark("serving", distiller="x", clients="0")
+        command_line.parse(benchmark.serving, ["benchmark"])
+    for clients in ("a", "0"):
+        with says(f"--clients={clients}"):
+            benchmark.serving("x", clients=clients)
 
 
 # What the docs say

@@ -2,11 +2,11 @@
 
     def train(config, workdir): ...          # --config=FILE.py[:VARIANT] --workdir=FOLDER --config.section.field=value
     def export(workdir, out, name="mend"):   # --workdir=FOLDER --out=... [--name=mend]
-    def benchmark(what: Literal["step", "inference"], /, repeats=5):   # the word itself, and [--repeats=5]
+    def experiment(what: Literal["a", "b"], /, repeats=5):   # the word itself, and [--repeats=5]
     def compare(evaluations: list[str], /, metric="score"):   # one word or several, and [--metric=score]
     def generate(pack, stop: list[str] = ()):   # --pack=FILE [--stop=TEXT --stop=TEXT ...]
 
-A user error ends in one sentence and exit code 2.
+`run((step, inference))` has several commands in one: the first word is the name of one, which has flags of its own. A user error ends in one sentence and exit code 2.
 """
 
 import ast
@@ -36,6 +36,7 @@ from mend_jax.run import distributed
 from mend_jax.run.distributed import STOPPED
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+HELP = {"--help", "-h", "-help"}
 
 
 def run(main, argv=None, several=False) -> None:
@@ -44,6 +45,7 @@ def run(main, argv=None, several=False) -> None:
     Args:
         main: its parameter `config` is a file of configs/ and `workdir` a folder. Any other is a flag, whose type is that of
             its annotation or default; it is required if it has no default. A positional-only one is a word without a flag.
+            Or a tuple of such functions, of which the first word of the command line names one.
         argv: for tests; None means sys.argv.
         several: whether the command may run as several processes (distributed.py); other commands run as one.
     """
@@ -62,9 +64,10 @@ def _code_of(main, argv: list[str], several: bool) -> int:
     plain_warnings()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch, which is missing on purpose
     try:
-        if {"--help", "-h", "-help"} & set(argv[1:]):
-            print(_help(main))
+        if text := _help_asked_for(main, argv):
+            print(text)
             return 0
+        main, argv = chosen(main, argv)
         arguments = parse(main, argv)
         if several:
             distributed.start()
@@ -93,6 +96,15 @@ def _code_of(main, argv: list[str], several: bool) -> int:
             raise
         traceback.print_exc()  # here, because `leave` may end the process before Python would print it
         return FAILED
+
+
+def chosen(commands, argv: list[str]) -> tuple:
+    """(that of several functions whose name is the first word, argv without the word); a single one as it is. Raises UserError."""
+    if not isinstance(commands, tuple):
+        return commands, argv
+    names = {command.__name__: command for command in commands}
+    word = argv[1] if argv[1:] and not argv[1].startswith("-") else None
+    return names[_one_of(names, word)], [argv[0], *argv[2:]]
 
 
 def parse(main, argv) -> list:
@@ -180,11 +192,14 @@ def _placeholder(parameter: inspect.Parameter) -> str:
 
 
 def _word(parameter: inspect.Parameter, word: str | None):
-    choices = get_args(parameter.annotation)
-    if word in choices:
-        return word
     if word is None and parameter.default is not parameter.empty:
         return parameter.default
+    return _one_of(get_args(parameter.annotation), word)
+
+
+def _one_of(choices, word: str | None) -> str:
+    if word in choices:
+        return word
     given = "The first word is missing" if word is None else f'"{word}" is not understood as the first word'
     raise UserError(f"{given}: give one of {', '.join(choices)}.")
 
@@ -244,8 +259,25 @@ def _given(text: str) -> str:
     return f'"{text}" ({words.get(kind, kind.__name__)})'
 
 
-def _help(main) -> str:
-    doc = inspect.cleandoc(sys.modules[main.__module__].__doc__ or main.__doc__ or "")
+def _help_asked_for(main, argv: list[str]) -> str:
+    """Empty if it is not asked for."""
+    if not HELP & set(argv[1:]):
+        return ""
+    if isinstance(main, tuple) and argv[1] in HELP:
+        return _overview(main)
+    return _help(chosen(main, argv)[0], isinstance(main, tuple))
+
+
+def _overview(commands: tuple) -> str:
+    """The help of a command that has several."""
+    doc = inspect.cleandoc(sys.modules[commands[0].__module__].__doc__ or "")
+    names = [command.__name__ for command in commands]
+    return f"{doc}\n\n{', '.join(names[:-1])} or {names[-1]}: with --help behind it, each prints its flags."
+
+
+def _help(main, of_several: bool) -> str:
+    own = inspect.cleandoc(main.__doc__ or "").partition("\nArgs:")[0].rstrip()
+    doc = own if of_several else inspect.cleandoc(sys.modules[main.__module__].__doc__ or main.__doc__ or "")
     lines = [doc, "", "Flags:"]
     for name, parameter in _parameters(main).items():
         if name == "config":

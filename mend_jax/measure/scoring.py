@@ -21,7 +21,7 @@ def measure_scoring(arguments, config: Config) -> tuple[dict, str, bool]:
     report = {"arguments": vars(arguments), "machine": measure.machine(), "tasks": {}}
     report["weights"] = "its own" if own_weights(arguments.llm) else "random"
     common = (config, arguments.llm, arguments.dtype)
-    ours = measure.Worker(ScoringSide, *common, arguments.attention, arguments.rows, tasks)
+    ours = measure.Worker(ScoringSide, *common, arguments.attention, arguments.batch_size, tasks)
     try:
         theirs = measure.Worker(_pytorch_side(), *common, arguments.query_head, tasks)
         sides = {"MEND-JAX": ours, "PyTorch": theirs}
@@ -50,7 +50,7 @@ def make_tasks(arguments, config: Config) -> list[ScoredTask]:
             )
         where = (16, arguments.seed, arguments.items, arguments.llm, arguments.template)
         return [real_task(arguments.tasks, name, *where) for name in names]
-    if arguments.lengths_given:
+    if arguments.query:
         shape = (arguments.demos, (arguments.query,), (arguments.target,) * arguments.options)
         return [random_task("given lengths", shape, arguments.items, config.vocab_size)]
     wrong = next((name for name in names if name not in SHAPES), None)
@@ -136,7 +136,7 @@ def _measure_task(sides: dict, task: ScoredTask, arguments, bar: Progress) -> di
 def _pytorch_side():
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--against=pytorch needs {package}: pip install {package}.")
+            raise UserError(f"benchmark scoring needs {package}: pip install {package}.")
     from mend_jax.measure.pytorch_scoring import PyTorchScoring
 
     return PyTorchScoring

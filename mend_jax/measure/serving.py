@@ -173,7 +173,7 @@ def _server(arguments) -> Iterator[str]:
         "mend_jax.serve",
         *flags,
         "--port=0",
-        f"--batch_size={arguments.rows}",
+        f"--batch_size={arguments.batch_size}",
         "--warm_up=all",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
