@@ -36,11 +36,13 @@ def get_config() -> ConfigDict:
     prefix.train_embeddings = True  # False: the backbone's token embeddings stay as they are, and out of checkpoints, optimiser and, where they are the LLM's own, exports
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
     prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
-    prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json; 0: as backbone and projection give them
+    prefix.residual = False  # add the distiller's vectors to the LLM's embeddings of the last l tokens that it reads (kind "chunked": of each chunk), so that training begins with in-context learning cut to these; for a backbone that is the LLM, with train_embeddings=False
+    prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json (with prefix.residual a tenth of it is added to them); 0: as backbone and projection give them
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
     prefix.join = "concat"  # kind "chunked": the chunks' vectors one after another, or their "mean"
-    prefix.chunk_demos = 16  # demonstrations of a chunk, at most; one also holds no more than data.max_demo_tokens
+    prefix.chunk_demos = 16  # demonstrations of a chunk, at most
+    prefix.chunk_tokens = 0  # tokens of a chunk, at most; 0: data.max_demo_tokens, which is also that of a context in training
     prefix.chunks = 4  # chunks of a context in training, at most; an evaluation has as many as the LLM's window holds
     prefix.start_from = ""  # begin with an earlier training: its workdir, an exported folder, or a name that load_distiller knows; "": the backbone
 

@@ -22,20 +22,33 @@ from mend_jax.prefixes import Chunked
 torch = pytest.importorskip("torch")
 
 DEMOS = [("a great film", "positive"), ("dull", "negative")]
-LLMS_EMBEDDINGS = "reads with the LLM's embeddings"
+LLMS_EMBEDDINGS, RESIDUAL = "reads with the LLM's embeddings", "added to the LLM's embeddings"
 KINDS = {
     "distiller": {},
     LLMS_EMBEDDINGS: {"prefix.train_embeddings": False},  # and its backbone is the LLM
+    RESIDUAL: {"prefix.train_embeddings": False, "prefix.residual": True},
+    "residual in chunks": {
+        "prefix.train_embeddings": False,
+        "prefix.residual": True,
+        "prefix.kind": "chunked",
+        "prefix.chunk_demos": 1,
+        "prefix.chunk_tokens": 50,
+    },
     "one chunk a demonstration": {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
     "mean": {"prefix.kind": "chunked", "prefix.join": "mean", "prefix.chunk_demos": 1, "data.max_demo_tokens": 50},
     "soft prompt": {"prefix.kind": "soft_prompt"},
 }
 
 
+def of_llm(kind: str) -> bool:
+    """Whether its backbone must be the LLM."""
+    return "prefix.train_embeddings" in KINDS[kind]
+
+
 # Each with one template at least, the four of them with the distiller.
 CASES = [
-    *((kind, template) for kind in KINDS if kind != LLMS_EMBEDDINGS for template in ("space", "newline", "qa")),
-    *((kind, "question") for kind in ("distiller", LLMS_EMBEDDINGS)),
+    *((kind, template) for kind in KINDS if not of_llm(kind) for template in ("space", "newline", "qa")),
+    *((kind, "question") for kind in KINDS if kind == "distiller" or of_llm(kind)),
 ]
 
 
@@ -113,10 +126,10 @@ def assert_same_scores(llm, prefix, template, logits):
 @pytest.mark.slow
 def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, folders, tmp_path):
     folder, backbone = folders
-    backbone = folder if kind == LLMS_EMBEDDINGS else backbone
+    backbone = folder if of_llm(kind) else backbone
     run = make_workdir(tmp_path / "run", llm, folder, backbone, **{"data.template": template, **KINDS[kind]})
     prefix = assert_the_snippet_gives_our_scores(run, tmp_path / "out", llm, folder, template)
-    assert prefix.embeds.shape[1] == (12 if kind == "one chunk a demonstration" else 6)
+    assert prefix.embeds.shape[1] == (12 if "chunk" in kind else 6)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ RANGES = {
     "llm.layers": (0, math.inf),
     "prefix.layers": (0, math.inf),
     "loss.top_k": (2, math.inf),  # of one word, which has all of the mass, the KL is always 0
+    "prefix.chunk_tokens": (0, math.inf),
     "prefix.rms": (-1, math.inf),
     "evaluate.limit": (0, math.inf),
     "evaluate.perturb_share": (0, 1),

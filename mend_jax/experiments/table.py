@@ -30,7 +30,7 @@ NOT_READ = (
     "data.text", "data.symbols", "data.beta", "data.queries", "data.max_text_tokens", "data.query_buckets", "data.bucket_window",
     "data.text_share", "data.sequence_length", "data.validation_items",
 )  # fmt: skip
-READ = ("prefix.join", "prefix.chunk_demos", "prefix.dtype")  # but these do
+READ = ("prefix.join", "prefix.chunk_demos", "prefix.chunk_tokens", "prefix.dtype")  # but these do
 
 
 @dataclass(frozen=True, eq=False)

@@ -190,7 +190,7 @@ class Chunked(Kind):
 
     @classmethod
     def packing(cls, config, window: int) -> Packing:
-        columns = min(config.data.max_demo_tokens, window - config.prefix.length)
+        columns = min(_chunk_tokens(config), window - config.prefix.length)
         return Packing(columns, config.prefix.chunk_demos, config.prefix.chunks)
 
     @classmethod
@@ -238,7 +238,7 @@ class Chunked(Kind):
     @classmethod
     def of_trained(cls, model: Kind, config, path: str) -> "Chunked":
         made = model if isinstance(model, Distiller) else super().of_trained(model, config, path).distiller
-        return cls.around(made, config.prefix.join, config.prefix.chunk_demos, config.data.max_demo_tokens)
+        return cls.around(made, config.prefix.join, config.prefix.chunk_demos, _chunk_tokens(config))
 
     def placed(self, put, dtype: str) -> "Chunked":
         params = put(self.params)
@@ -249,7 +249,7 @@ class Chunked(Kind):
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "Chunked":
         made, prefix = Distiller.from_run(config, params, backbone), config["prefix"]
-        return cls.around(made, prefix["join"], prefix["chunk_demos"], config["data"]["max_demo_tokens"])
+        return cls.around(made, prefix["join"], prefix["chunk_demos"], _chunk_tokens(config))
 
     @classmethod
     def restored(cls, config: dict, params, backbone: Path | None):
@@ -289,6 +289,11 @@ class Chunked(Kind):
             "A MEND distiller of chunks",
             f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n",
         )
+
+
+def _chunk_tokens(config) -> int:
+    """The tokens of a chunk, at most, by a run's config, which may be nested dicts."""
+    return config["prefix"].get("chunk_tokens", 0) or config["data"]["max_demo_tokens"]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -32,7 +32,7 @@ from mend_jax.prefixes.distiller_module import PROJECTION_START, DistillerModule
 from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.prefixes.start import cut_layers, embeddings_rms, first_layers, with_rms
+from mend_jax.prefixes.start import cut_layers, first_layers, first_rms, with_rms
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -52,6 +52,7 @@ class Distiller(Kind):
         "prefix.layers",
         "prefix.train_embeddings",
         "prefix.projection",
+        "prefix.residual",
     )
 
     config: Config  # of the backbone
@@ -66,6 +67,7 @@ class Distiller(Kind):
     bos: str = NONE  # what its vectors stand behind: config.data.bos of its training
     embeddings: str = TRAINED  # what its backbone reads with (embeddings.py)
     nested: tuple[int, ...] = ()  # shorter numbers of vectors: config.prefix.nested of its training
+    residual: bool = False  # config.prefix.residual of its training
 
     @property
     def num_vectors(self) -> int:
@@ -86,7 +88,7 @@ class Distiller(Kind):
 
     def module_of(self, num_vectors: int) -> DistillerModule:
         """The network for another number of vectors."""
-        settings = self.projection, self.dtype, self.attention, self.remat
+        settings = self.projection, self.dtype, self.attention, self.remat, self.residual
         return DistillerModule(self.config, num_vectors, self.llm_width, *settings)
 
     def apply(self, params, demos, length, vectors=None) -> Prefix:
@@ -99,8 +101,8 @@ class Distiller(Kind):
 
     @property
     def shorter(self) -> tuple[int, ...]:
-        # A decoder's first vectors do not see the later ones; an encoder's do.
-        return () if isinstance(self.config, EncoderDecoderConfig) else self.nested
+        # A decoder's first vectors do not see the later ones; an encoder's do. Fewer are added to later tokens.
+        return () if isinstance(self.config, EncoderDecoderConfig) or self.residual else self.nested
 
     def read(self, demos):
         """Tokens (B,N) and lengths (B,) of the input of `distill`; N is one of few sizes, because each is compiled."""
@@ -153,7 +155,12 @@ class Distiller(Kind):
     @classmethod
     def check(cls, config, backbone, llm) -> None:
         cls.reader_settings(config, backbone)
-        resolve_projection(config.prefix.projection, backbone.width, llm.width)
+        projection = resolve_projection(config.prefix.projection, backbone.width, llm.width)
+        if config.prefix.residual and (whose(config) != LLM or projection != "identity"):
+            raise UserError(
+                "prefix.residual adds vectors to the LLM's token embeddings: it needs llm.path as prefix.backbone,"
+                ' prefix.train_embeddings=False and no projection ("auto" or "identity").'
+            )
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Distiller":
@@ -177,7 +184,8 @@ class Distiller(Kind):
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
         rest["nested"] = tuple(prefix.nested)
         made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
-        return made._with_rms(embeddings_rms(llm) if prefix.rms < 0 else prefix.rms) if prefix.rms else made
+        made = made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
+        return dataclasses.replace(made, residual=prefix.residual)
 
     @classmethod
     def sketch(cls, prefix, backbone: Config, llm) -> "Distiller":
@@ -213,8 +221,9 @@ class Distiller(Kind):
         # The run's widths are in the parameters; what "auto" was decided with is not: equal widths, no projection.
         llm_width = params["projection"]["kernel"].shape[1] if "projection" in params else settings.width
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
-        data, tokenizer = config["data"], load_tokenizer(backbone)
-        rest = chosen(data["template"]), data.get("bos", NONE), whose(config), tuple(config["prefix"].get("nested", ()))
+        data, prefix, tokenizer = config["data"], config["prefix"], load_tokenizer(backbone)
+        rest = chosen(data["template"]), data.get("bos", NONE), whose(config)
+        rest += tuple(prefix.get("nested", ())), prefix.get("residual", False)
         return cls.of(settings, params, projection, tokenizer, *rest)
 
     @classmethod
@@ -247,10 +256,11 @@ class Distiller(Kind):
         bos: str = NONE,
         embeddings: str = TRAINED,
         nested: tuple[int, ...] = (),
+        residual: bool = False,
     ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
-        rest = {"template": template, "bos": bos, "embeddings": embeddings, "nested": nested}
+        rest = {"template": template, "bos": bos, "embeddings": embeddings, "nested": nested, "residual": residual}
         return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, **rest)
 
     @classmethod
@@ -263,8 +273,13 @@ class Distiller(Kind):
 
     def settings(self) -> dict:
         """The content of `SETTINGS` in an exported folder."""
-        rest = {"bos": self.bos, "embeddings": self.embeddings, "nested": list(self.nested)}
-        usual = {"bos": NONE, "embeddings": TRAINED, "nested": []}  # not written, so that older files say the same
+        rest = {"bos": self.bos, "embeddings": self.embeddings, "nested": list(self.nested), "residual": self.residual}
+        usual = {
+            "bos": NONE,
+            "embeddings": TRAINED,
+            "nested": [],
+            "residual": False,
+        }  # not written, so that older files say the same
         return {
             "num_vectors": self.num_vectors,
             "width": self.config.width,

@@ -28,7 +28,7 @@ MODULE = "mend_distiller.py"
 CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
 {llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
 In-Context Learning (Li et al., ICLR 2024). The backbone is a {family} of {layers} layers and width {width};
-projection to the LLM's width: {projection}. It reads {window} demonstration tokens.
+projection to the LLM's width: {projection}.{residual} It reads {window} demonstration tokens.
 
 ## Use
 
@@ -57,6 +57,7 @@ In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 {rule}; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
+RESIDUAL = " The vectors are added to the embeddings of as many tokens, the last ones that it reads."
 WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings and tokenizer, which this folder does not hold."
 
 
@@ -86,7 +87,7 @@ def read_folder(folder: Path, place: Place | None = None) -> tuple:
     settings = read_settings(folder)
     try:
         projection, llm_width, template = settings["projection"], settings["llm_width"], from_fields(settings)
-        nested = tuple(map(int, settings.get("nested", ())))
+        nested, residual = tuple(map(int, settings.get("nested", ()))), bool(settings.get("residual", False))
         if type(llm_width) is not int or llm_width < 1:
             raise ValueError(f"llm_width is {described(llm_width)}, not a width")
         if settings.get("bos", NONE) not in CHOICES["data.bos"]:
@@ -110,7 +111,7 @@ def read_folder(folder: Path, place: Place | None = None) -> tuple:
         }
     if own:
         raise UserError(f"{where} holds {sorted(own)[0]}, which a {projection} projection does not have.")
-    rest = template, settings.get("bos", NONE), embeddings, nested
+    rest = template, settings.get("bos", NONE), embeddings, nested, residual
     return config, params, projection, load_tokenizer(folder), *rest
 
 
@@ -142,6 +143,7 @@ def card_text(distiller, llm: str, logits: str, shape: str, load: str) -> str:
         family=distiller.config.family,
         width=distiller.config.width,
         projection=distiller.projection,
+        residual=RESIDUAL if distiller.residual else "",
         window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
         **in_words(distiller.template),
         **first_lines(distiller.bos),

@@ -17,7 +17,7 @@ from mend_jax.models.encoder_decoder import encode
 from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import init_params
 from mend_jax.models.int8 import rows
-from mend_jax.prefixes.prefix import Prefix, join, take_rows, vectors_after
+from mend_jax.prefixes.prefix import Prefix, join, last_embeds, take_rows, vectors_after
 
 
 class DistillerModule(nn.Module):
@@ -31,6 +31,7 @@ class DistillerModule(nn.Module):
     dtype: str = "float32"  # of the arithmetic
     attention: str = "xla"
     remat: bool = False
+    residual: bool = False  # the states are added to the embeddings of the last L demonstration tokens
 
     @nn.compact
     def __call__(self, demos, length, vectors=None):
@@ -47,6 +48,8 @@ class DistillerModule(nn.Module):
         states = self._states_at(placeholders, backbone, context, vectors)
         if self.projection != "identity":
             states = _Projection(self.llm_width, self.dtype, name="projection")(states)
+        if self.residual:  # of the LLM's own embeddings, so there is no projection
+            return states + last_embeds(context, self.length, vectors)
         return jnp.tanh(states) if self.projection == "tanh" else states
 
     def _random_backbone(self, key):

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
 class MendDistiller(nn.Module):
     """A decoder, or T5's encoder, that reads the demonstrations and then L placeholders; its states at the placeholders,
-    projected, are the vectors."""
+    projected, are the vectors; with `residual` they are added to the embeddings of the last L demonstration tokens."""
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class MendDistiller(nn.Module):
         tokenizer=None,
         template=(" ", "", " "),
         chunks=None,
+        residual=False,
     ):
         super().__init__()
         width = backbone.get_input_embeddings().embedding_dim  # also the width of its states
@@ -49,6 +50,7 @@ class MendDistiller(nn.Module):
         self.tokenizer = tokenizer  # for texts
         self.before, self.between, self.answer = template  # stand before every x, after it and before every y
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
+        self.residual = residual
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None, tokenizer=None) -> "MendDistiller":
@@ -72,7 +74,8 @@ class MendDistiller(nn.Module):
             template = [settings["template"][name] for name in ("before", "between", "answer")]
         else:  # one text before every x and y
             template = settings["separator"], "", settings["separator"]
-        model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks)
+        residual = settings.get("residual", False)
+        model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks, residual)
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
@@ -121,6 +124,9 @@ class MendDistiller(nn.Module):
         if isinstance(self.backbone, T5EncoderModel):
             options = {"attention_mask": torch.arange(N + L, device=input_ids.device) < (lengths + L)[:, None]}
         states = self.backbone(inputs_embeds=embeds, **options).last_hidden_state.gather(1, places)
+        if self.residual:  # zero where there are fewer tokens than vectors
+            last = places - L
+            return states + embeds.gather(1, last.clamp(min=0)) * (last >= 0)
         return self.activation(states if self.projection is None else self.projection(states))
 
     @torch.no_grad()

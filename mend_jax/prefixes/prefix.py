@@ -69,3 +69,16 @@ def take_rows(states, start, count: int):
     """`count` columns of (B,T,D), starting at each row's `start` (B,): (B,count,D)."""
     shape = count, states.shape[2]
     return jax.vmap(lambda row, first: jax.lax.dynamic_slice(row, (first, 0), shape))(states, start)
+
+
+def last_embeds(prefix: Prefix, count: int, wanted=None):
+    """The last embeddings of each row, one for each of `count` places: (B,P,D) -> (B,count,D).
+
+    `wanted` (B,) int32 places are filled, the first ones (None: all), with as many of the row's last embeddings; where it has
+    fewer, the first of these places are zero.
+    """
+    wanted = jnp.full_like(prefix.length, count) if wanted is None else wanted
+    at = (prefix.length - wanted)[:, None] + jnp.arange(count)
+    inside = (at >= 0) & (at < prefix.length[:, None])
+    found = jnp.take_along_axis(prefix.embeds, jnp.clip(at, 0, prefix.embeds.shape[1] - 1)[..., None], 1)
+    return jnp.where(inside[..., None], found, jnp.zeros((), found.dtype))

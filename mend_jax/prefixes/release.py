@@ -63,6 +63,10 @@ def release_tensors(distiller) -> dict[str, np.ndarray]:
             f'The release\'s layout has no "{distiller.projection}" projection from width {width} to '
             f"{llm_width}: it cannot hold this distiller."
         )
+    if distiller.residual:
+        raise UserError(
+            "The release's layout has no prefix.residual, which adds to the tokens' embeddings: it cannot hold this distiller."
+        )
     params = distiller.params
     tensors = {HYPERNET + PLACEHOLDERS: np.asarray(params["placeholders"])}
     tensors |= weights.to_tensors(distiller.config, params["backbone"], HYPERNET)

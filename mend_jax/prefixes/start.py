@@ -20,6 +20,7 @@ from mend_jax.models.families import Config, EncoderDecoderConfig
 
 SAMPLE = 4_096  # embeddings whose RMS is measured
 CONTEXTS, TOKENS = 4, 64  # random contexts, and the most tokens of each, whose vectors are measured
+RESIDUAL_SHARE = 0.1  # of the embeddings' RMS, that what is added to them begins with (prefix.residual)
 TANH_RMS = 0.5  # more than that tanh, which is bounded by 1, would have to be saturated for
 
 
@@ -48,6 +49,13 @@ def embeddings_rms(llm) -> float:
     """The root mean square of the LLM's token embeddings, as it reads them, of `SAMPLE` random tokens; four digits."""
     tokens = np.random.default_rng(0).integers(0, llm.config.vocab_size, (1, SAMPLE), np.int32)
     return float(f"{_rms(llm.embed(llm.params, tokens)):.4g}")
+
+
+def first_rms(prefix, llm) -> float:
+    """The root mean square of the first vectors, by the section `prefix` of a run's config: what is added to embeddings begins small."""
+    if prefix.rms >= 0:
+        return prefix.rms
+    return embeddings_rms(llm) * (RESIDUAL_SHARE if prefix.residual else 1)
 
 
 def with_rms(vectors_of: Callable, config: Config, params, projection: str, rms: float):

@@ -19,7 +19,7 @@ from mend_jax.models.folders import has_weights, load_tokenizer, local_folder
 from mend_jax.objectives import Objective
 from mend_jax.prefixes import kind_of
 from mend_jax.prefixes.kind import FROZEN
-from mend_jax.prefixes.start import embeddings_rms
+from mend_jax.prefixes.start import first_rms
 from mend_jax.run import checkpoint
 from mend_jax.scoring.recovered import dev_batches, make_recovered
 from mend_jax.scoring.tasks import dev_score, dev_tasks
@@ -55,7 +55,7 @@ def measured(config, llm, workdir):
     begun = (Path(workdir) / checkpoint.CONFIG).is_file()
     saved = checkpoint.read_config(workdir)["prefix"].get("rms", 0.0) if begun else -1.0
     with config.unlocked():
-        config.prefix.rms = embeddings_rms(llm) if saved < 0 else saved
+        config.prefix.rms = first_rms(config.prefix, llm) if saved < 0 else saved
     return config
 
 

@@ -1,0 +1,125 @@
+"""Vectors that are added to the embeddings of the last demonstration tokens (`prefix.residual`)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from facts import says
+from family_rows import save_random
+from test_start import FAMILIES, rms
+from tiny_training import RandomBatches, config, model_folder
+
+import mend_jax
+from mend_jax.data.sampling import EMPTY
+from mend_jax.interchange.export import export
+from mend_jax.prefixes import Chunked
+from mend_jax.prefixes.distiller import Distiller
+from mend_jax.prefixes.start import RESIDUAL_SHARE, embeddings_rms
+from mend_jax.run import checks
+
+RESIDUAL = {"prefix.residual": True, "prefix.train_embeddings": False, "prefix.length": 4}
+CONTEXTS = [[5, 3, 9, 2, 8, 1], [7, 1]]  # longer and shorter than the vectors
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gemma3", "opt-350m", "t5"])
+def made(request, tmp_path_factory):
+    """(config, LLM, distiller); gemma3 scales its embeddings, opt-350m projects them."""
+    folder = save_random(tmp_path_factory.mktemp(request.param) / "llm", FAMILIES[request.param], 0)
+    c, llm = config(folder, **RESIDUAL), mend_jax.load_llm(folder)
+    return c, llm, Distiller.init(c, llm, 3).read_by(llm)
+
+
+def embedded(llm, tokens):
+    return llm.embed(llm.params, jnp.asarray([tokens]))[0]
+
+
+def test_what_is_added_to_the_last_tokens_is_what_the_distiller_makes_without(made):
+    _, llm, distiller = made
+    alone = dataclasses.replace(distiller, residual=False)
+    added = distiller.distill(CONTEXTS).embeds - alone.distill(CONTEXTS).embeds
+    np.testing.assert_allclose(added[0], embedded(llm, CONTEXTS[0][-4:]), atol=1e-5)
+    np.testing.assert_allclose(added[1, 2:], embedded(llm, CONTEXTS[1]), atol=1e-5)
+    assert not np.any(added[1, :2])  # places without a token
+    found = rms(alone.distill(np.arange(24).tolist()).embeds)
+    assert found == pytest.approx(RESIDUAL_SHARE * embeddings_rms(llm), rel=0.1)
+
+
+def test_without_what_is_added_it_is_in_context_learning_cut_to_these_tokens(made):
+    _, llm, distiller = made
+    params = jax.tree.map(jnp.zeros_like, distiller.params)
+    params["backbone"]["embed"] = distiller.params["backbone"]["embed"]
+    cut = mend_jax.demonstrations_prefix(llm, CONTEXTS[0][-4:])
+    np.testing.assert_allclose(
+        dataclasses.replace(distiller, params=params).distill(CONTEXTS[0]).embeds, cut.embeds, atol=1e-6
+    )
+
+
+def test_a_shorter_prefix_has_the_last_tokens_too(made):
+    _, _, distiller = made
+    nested = dataclasses.replace(distiller, nested=(2,))
+    tokens, length = nested.read(CONTEXTS)
+    drawn = nested.apply(nested.params, tokens, length, vectors=jnp.full((2,), 2, jnp.int32))
+    np.testing.assert_allclose(drawn.embeds[:, :2], nested.first(2).distill(CONTEXTS).embeds, atol=1e-5)
+    assert nested.shorter == ()  # the first two of four vectors are added to other tokens
+
+
+def test_each_chunk_is_added_to_its_own_last_tokens(made):
+    _, llm, distiller = made
+    demos = [[5, 3, 9, 2, 8], [7, 1], [4, 4, 6, 2]]
+    model, alone = (
+        Chunked.around(dataclasses.replace(distiller, residual=residual), chunk_demos=1, chunk_tokens=8)
+        for residual in (True, False)
+    )
+    added = (model.distill(demos).embeds - alone.distill(demos).embeds).reshape(3, 4, -1)
+    wanted = jnp.stack([embedded(llm, demo[-4:]) for demo in ([5, 3, 9, 2, 8], [4, 4, 6, 2])])
+    np.testing.assert_allclose(added[jnp.asarray([0, 2])], wanted, atol=1e-5)
+    np.testing.assert_allclose(added[1, 2:], embedded(llm, [7, 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prefix.train_embeddings": True},
+        {"prefix.projection": "linear"},
+        {"prefix.backbone": "other"},
+        {"prefix.kind": "chunked", "prefix.train_embeddings": True},
+    ],
+)
+def test_it_needs_the_llms_own_embeddings(fields, tmp_path):
+    folder = model_folder(tmp_path / "llm", with_weights=False)
+    if "prefix.backbone" in fields:
+        fields = {"prefix.backbone": str(model_folder(tmp_path / "other", with_weights=False))}
+    with says("prefix.residual", "prefix.backbone", "prefix.train_embeddings=False"):
+        checks.check_config(config(folder, **RESIDUAL | fields))
+
+
+@pytest.mark.slow
+def test_it_is_trained_exported_and_read_again(tmp_path, monkeypatch):
+    from mend_jax.run import build
+    from mend_jax.train import train
+
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    folder = model_folder(tmp_path / "llm")
+    llm = mend_jax.load_llm(folder)
+    c = config(folder, **RESIDUAL, **{"train.steps": 2})
+    assert train(c, tmp_path / "run") == 0
+    export(tmp_path / "run", tmp_path / "out")
+    first = Distiller.init(c, llm, c.seed)
+    found = [mend_jax.load_distiller(tmp_path / name, llm) for name in ("run", "out")]
+    vectors = [one.distill(CONTEXTS).embeds for one in (first, *found)]
+    np.testing.assert_array_equal(vectors[1], vectors[2])
+    assert 1e-6 < jnp.abs(vectors[0] - vectors[1]).max() < 0.1  # trained, and still near the tokens' embeddings
+    assert not (tmp_path / "out" / "release").exists()
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(8, [8] * 3), (0, [24])])
+def test_a_chunk_may_hold_less_than_a_context(tokens, sizes):
+    """prefix.chunk_tokens is a chunk's, data.max_demo_tokens a training context's."""
+    c = config("x", **{"prefix.kind": "chunked", "prefix.chunk_tokens": tokens, "data.max_demo_tokens": 24})
+    packing = Chunked.packing(c, 64)
+    assert packing.columns == (tokens or 24)
+    pieces = [np.full(8, i, np.int32) for i in range(3)]
+    rows = packing.lay_out(pieces).reshape(-1, packing.columns)
+    assert [int((row != EMPTY).sum()) for row in rows] == sizes
