@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     mesh.tensor = 1  # splits the products by heads: for fast links, such as those within one machine
 
     c.evaluate = evaluate = ConfigDict()
-    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks, "NAME=first8:PATH" makes the first 8 vectors (prefix.nested)
+    evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks, "NAME=first8:PATH" makes the first 8 vectors (prefix.nested); "NAME=last96:icl" is ICL cut to the last 96 tokens, "NAME=last6each:icl" to the last 6 of each demonstration
     evaluate.split = "test"  # "test" or "dev"
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
     evaluate.tasks = ()  # some of the partition's test tasks; () is all

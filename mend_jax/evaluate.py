@@ -30,7 +30,7 @@ from mend_jax.interchange.trained import load_trained
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.llm.embeddings import encoder_of
 from mend_jax.models.folders import fingerprint
-from mend_jax.prefixes import KINDS, Kind
+from mend_jax.prefixes import KINDS, Demonstrations, Kind
 from mend_jax.run import checks, distributed, sharding
 from mend_jax.run.layout import Layout, make_layout
 from mend_jax.run.lock import alone_in
@@ -156,7 +156,8 @@ def load_the_llm(config, layout: Layout) -> LLM:
 
 def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
     """The methods of config.evaluate.methods: "zero_shot", "icl", "NAME=PATH", "NAME=KIND:PATH" for a model that is used as
-    another kind than it was trained as, or "NAME=firstN:PATH" for its first N vectors (prefix.nested)."""
+    another kind than it was trained as, "NAME=firstN:PATH" for its first N vectors (prefix.nested), or "NAME=lastN:icl" and
+    "NAME=lastNeach:icl" for in-context learning cut to the last N tokens, of the context or of each demonstration."""
     methods = []
     for spec in config.evaluate.methods:
         name, _, path = spec.partition("=")
@@ -170,7 +171,11 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        model = load_prefix_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
+        cut = re.fullmatch(r"last(\d+)(each)?:icl", path)
+        if cut:
+            model = Demonstrations.beside(llm).cut(int(cut[1]), bool(cut[2]))
+        else:
+            model = load_prefix_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
         methods.append(Method(name, model, path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
@@ -211,8 +216,8 @@ def prediction_facts(config, method: Method, read_from: str) -> dict:
     if config.evaluate.option_score != MEAN:
         facts |= {"option_score": config.evaluate.option_score}
     if not method.model.method:
-        facts |= {"model": results.tree_hash(method.model.params)} | method.model.facts()
-    return facts
+        facts |= {"model": results.tree_hash(method.model.params)}
+    return facts | method.model.facts()
 
 
 def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:

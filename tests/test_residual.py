@@ -12,12 +12,14 @@ from test_start import FAMILIES, rms
 from tiny_training import RandomBatches, config, model_folder
 
 import mend_jax
+from mend_jax import evaluate
 from mend_jax.data.sampling import EMPTY
 from mend_jax.interchange.export import export
 from mend_jax.prefixes import Chunked
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.start import RESIDUAL_SHARE, embeddings_rms
 from mend_jax.run import checks
+from mend_jax.run.layout import make_layout
 
 RESIDUAL = {"prefix.residual": True, "prefix.train_embeddings": False, "prefix.length": 4}
 CONTEXTS = [[5, 3, 9, 2, 8, 1], [7, 1]]  # longer and shorter than the vectors
@@ -51,9 +53,8 @@ def test_without_what_is_added_it_is_in_context_learning_cut_to_these_tokens(mad
     params = jax.tree.map(jnp.zeros_like, distiller.params)
     params["backbone"]["embed"] = distiller.params["backbone"]["embed"]
     cut = mend_jax.demonstrations_prefix(llm, CONTEXTS[0][-4:])
-    np.testing.assert_allclose(
-        dataclasses.replace(distiller, params=params).distill(CONTEXTS[0]).embeds, cut.embeds, atol=1e-6
-    )
+    found = dataclasses.replace(distiller, params=params).distill(CONTEXTS[0])
+    np.testing.assert_allclose(found.embeds, cut.embeds, atol=1e-6)
 
 
 def test_a_shorter_prefix_has_the_last_tokens_too(made):
@@ -123,3 +124,26 @@ def test_a_chunk_may_hold_less_than_a_context(tokens, sizes):
     pieces = [np.full(8, i, np.int32) for i in range(3)]
     rows = packing.lay_out(pieces).reshape(-1, packing.columns)
     assert [int((row != EMPTY).sum()) for row in rows] == sizes
+
+
+def test_in_context_learning_can_be_cut_to_as_many_tokens(tmp_path):
+    """What such vectors have to be better than: evaluate.methods "NAME=last6:icl"."""
+    folder = model_folder(tmp_path / "llm")
+    c, llm = config(folder), mend_jax.load_llm(folder)
+    c.evaluate.methods = ("icl", "a=last5:icl", "b=last3each:icl")
+    whole, last, each = (method.model for method in evaluate.load_methods(c, llm, make_layout("pmap", c.mesh)))
+    pairs = [
+        (np.asarray([1, 2, 3]), np.asarray([4])),
+        (np.asarray([5]), np.asarray([6])),
+        (np.asarray([7]), np.asarray([8])),
+    ]
+    assert [model.lay_out(pairs, 40).tolist() for model in (whole, last, each)] == [
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        [4, 5, 6, 7, 8],
+        [2, 3, 4, 5, 6, 7, 8],
+    ]
+    facts = [evaluate.prediction_facts(c, evaluate.Method("m", model), "x") for model in (whole, last, each)]
+    assert len({str(one) for one in facts}) == 3 and "last" not in facts[0]
+    c.evaluate.methods = ("a=last0:icl",)
+    with says("0 tokens", "1 or more"):
+        evaluate.load_methods(c, llm, make_layout("pmap", c.mesh))

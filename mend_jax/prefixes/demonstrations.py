@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+from mend_jax.cli.errors import UserError
 from mend_jax.data.templates import Template, chosen
 from mend_jax.prefixes.context import demo_tokens
 from mend_jax.prefixes.kind import Kind
@@ -37,10 +40,26 @@ class Demonstrations(Kind):
     name, title, method, reads_demos = "demonstrations", "in-context learning", "icl", True
 
     llm: Any
+    last: int = 0  # tokens: of the context its last ones alone, or of `each` demonstration; 0: all
+    each: bool = False
 
     @classmethod
     def beside(cls, llm) -> "Demonstrations":
         return cls(llm)
+
+    def cut(self, last: int, each: bool = False) -> "Demonstrations":
+        """Cut to the last tokens of the context, or of each demonstration: what vectors of that number have to be better than."""
+        if last < 1:
+            raise UserError(f"In-context learning cannot be cut to {last} tokens: give 1 or more.")
+        return dataclasses.replace(self, last=last, each=each)
+
+    def lay_out(self, pairs, room: int) -> np.ndarray:
+        if self.each:
+            return np.concatenate([np.concatenate(pair)[-self.last :] for pair in pairs])
+        return super().lay_out(pairs, room)[-self.last :]
+
+    def facts(self) -> dict:
+        return {"last": [self.last, self.each]} if self.last else {}
 
     @property
     def params(self):

@@ -209,7 +209,8 @@ class Distiller(Kind):
         return costs.distil(self.config, llm, len(context), self.num_vectors)
 
     def facts(self) -> dict:
-        own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # the usual dtype is not recorded
+        own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # what is usual is not recorded
+        own |= {"residual": True} if self.residual else {}
         return {"projection": self.projection} | own
 
     def placed(self, put, dtype: str) -> "Distiller":
