@@ -26,6 +26,7 @@ from mend_jax.experiments import (
     written,
 )
 from mend_jax.experiments import all as every
+from mend_jax.experiments.methods import stage_configs
 from mend_jax.experiments.table import Experiment, evaluation_key, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method, of_stages, trained_elsewhere, with_fields
 from mend_jax.experiments.written import printed_table
@@ -50,6 +51,14 @@ def test_each_file_is_an_experiment():
     names = {path.stem for path in (ROOT / "mend_jax" / "experiments").glob("*.py")}
     assert EXPERIMENTS.keys() <= names
     assert len(EXPERIMENTS) == 12 and all(table.EXPERIMENT.name in table.__name__ for table in every.TABLES)
+
+
+def test_a_soft_prompt_is_as_long_as_the_others_prefixes(config):
+    for kind, length in (("distiller", 6), ("chunked", 96)):
+        c = with_fields(config, {"prefix.kind": kind, "prefix.length": 6, "prefix.chunks": 16})
+        [(_, run_of_methods)] = stage_configs(c, "prompt_tuning")
+        for made in (run_of_methods, of_method(c, "prompt_tuning", 0).config):
+            assert (made.prefix.kind, made.prefix.length) == ("soft_prompt", length)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -28,6 +28,7 @@ from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import METHODS
 from mend_jax.cli.text import minutes
+from mend_jax.prefixes import kind_of
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
 from mend_jax.run.reading import read_json
@@ -56,10 +57,17 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
     runs = []
     for stage, kd, pred, clm in STAGES[method]:
         c = stage_config(config, stage, kd, pred, clm).unlock()
-        if method == "prompt_tuning":
-            c.prefix.kind = "soft_prompt"
+        c.update_from_flattened_dict(fields_of(config, method))
         runs.append((stage, c.lock()))
     return runs
+
+
+def fields_of(config: ConfigDict, method: str) -> dict:
+    """{"section.field": value} that a method's trainings have instead of the config's: PromptTuning's matrix is as long as the
+    longest prefix that the others train."""
+    if method != "prompt_tuning":
+        return {}
+    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(config).positions(config)}
 
 
 def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:

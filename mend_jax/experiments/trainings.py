@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields, nearest
-from mend_jax.experiments.methods import STAGES, stage_config
+from mend_jax.experiments.methods import STAGES, fields_of, stage_config
 from mend_jax.interchange.trained import trained_path
 from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
@@ -89,7 +89,8 @@ def of_method(config: ConfigDict, method: str, seed: int, fields: dict[str, Any]
         return None
     if method in there and not fields:
         return there[method]
-    fields = {"prefix.kind": "soft_prompt"} | (fields or {}) if method == "prompt_tuning" else fields
+    if own := fields_of(config if fields is None else with_fields(config, fields), method):
+        fields = (fields or {}) | own
     if method == "mend" and PRETRAINING in there and _same_pretraining(config, seed, fields):
         return of_stages(config, stages[1:], seed, fields, there[PRETRAINING])
     return of_stages(config, stages, seed, fields)
