@@ -115,6 +115,15 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """Of three kinds, {name: tokenizer of transformers} (tokenizer_files.py)."""
+    import tokenizer_files
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {kind: tokenizer_files.load(save(folder / kind)) for kind, save in tokenizer_files.SAVE.items()}
+
+
+@pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory):
     """A folder as transformers saves GPT2LMHeadModel, with a tokenizer: 2 layers, width 32, 96 positions, 64 tokens."""
     return _torch_gpt2(tmp_path_factory.mktemp("tiny_llm"), seed=1, n_embd=32, n_layer=2, n_head=4, n_positions=96)

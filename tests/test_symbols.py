@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizer_files
 from data_files import make_world, tiny_config, words, write_examples
 from facts import says, states
 
@@ -15,12 +14,6 @@ from mend_jax.data.symbols import MOST_LABELS, vocabulary_words
 from mend_jax.losses import token_weights
 
 LABELS = {"w50", "w51"}
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: tokenizer_files.load(save(folder / kind)) for kind, save in tokenizer_files.SAVE.items()}
 
 
 @pytest.fixture(scope="module")

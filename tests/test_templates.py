@@ -47,12 +47,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: tokenizer_files.load(save(folder / kind)) for kind, save in tokenizer_files.SAVE.items()}
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Of an LLM and of a backbone, both with the byte tokenizer."""
     root = tmp_path_factory.mktemp("models")

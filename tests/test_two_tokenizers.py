@@ -41,12 +41,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: tokenizer_files.load(save(folder / kind)) for kind, save in tokenizer_files.SAVE.items()}
-
-
 @pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request, tokenizers):
     return tuple(tokenizers[kind] for kind in request.param)
