@@ -176,6 +176,8 @@ def scoring(
     """
     asked = SimpleNamespace(**locals())
     _check(asked, "demos", "target", "options", "items", "batch_size", "repeats")
+    if query < 0:
+        raise UserError(f"--query={query} is no length: give 1 or more, or 0 for those of the tasks.")
     return _finished(*measure_scoring(asked, _check_decoder_only("scoring", llm)), out)
 
 
@@ -294,7 +296,7 @@ def _numbers(text: str, flag: str, what: str) -> list[int]:
     """The numbers of a flag, ascending."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) for word in words):
-        raise UserError(f"--{flag}={text} is not a number of {what}, or several separated by commas: give some.")
+        raise UserError(f"--{flag}={text} is not a number of {what}, or several separated by commas: give 1 or more.")
     return sorted({int(word) for word in words})
 
 

@@ -176,7 +176,7 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
             model = Demonstrations.beside(llm).cut(int(cut[1]), bool(cut[2]))
         else:
             model = load_prefix_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
-        methods.append(Method(name, model, path))
+        methods.append(Method(name, model, "" if cut else path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods

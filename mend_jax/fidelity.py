@@ -90,7 +90,7 @@ def _lengths(pack: Pack, path: str, choose: bool, tolerance: float, out: str) ->
     if choose and not pack.shorter:
         raise UserError(
             f"{path} has one trained length, {pack.num_vectors} vectors: its distiller must be trained with --config.prefix.nested"
-            " and a decoder as backbone (an encoder's packs are made anew, by `distill --vectors`)."
+            ", a decoder as backbone and no prefix.residual (the packs of others are made anew, by `distill --vectors`)."
         )
     return tuple(sorted(pack.shorter, reverse=True)) if choose else ()
 

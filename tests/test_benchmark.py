@@ -430,6 +430,7 @@ def test_step_command_of_an_encoder_decoder(folder, capsys):
         ([*AGAINST, "--names=agnews"], ["emo", "ethos-religion"]),
         ([*AGAINST, "--tasks=/not/there"], ["--llm"]),
         ([*AGAINST, "--demos=1000", "--query=50"], ["window"]),
+        ([*AGAINST, "--query=-5"], ["--query=-5"]),
         (["step", "--out=/not/there/a.json"], ["--out=/not/there/a.json"]),
     ],
 )

@@ -54,8 +54,16 @@ def test_each_file_is_an_experiment():
 
 
 def test_a_soft_prompt_is_as_long_as_the_others_prefixes(config):
-    for kind, length in (("distiller", 6), ("chunked", 96)):
-        c = with_fields(config, {"prefix.kind": kind, "prefix.length": 6, "prefix.chunks": 16})
+    cases = (
+        ("distiller", 1, 40, 6),
+        ("chunked", 1, 40, 96),
+        ("chunked", 8, 40, 96),
+        ("chunked", 8, 0, 12),
+        ("chunked", 1, 0, 96),
+    )
+    for kind, demos, tokens, length in cases:
+        fields = {"prefix.kind": kind, "prefix.length": 6, "prefix.chunks": 20}
+        c = with_fields(config, fields | {"prefix.chunk_demos": demos, "prefix.chunk_tokens": tokens})
         [(_, run_of_methods)] = stage_configs(c, "prompt_tuning")
         for made in (run_of_methods, of_method(c, "prompt_tuning", 0).config):
             assert (made.prefix.kind, made.prefix.length) == ("soft_prompt", length)

@@ -144,6 +144,44 @@ def test_in_context_learning_can_be_cut_to_as_many_tokens(tmp_path):
     ]
     facts = [evaluate.prediction_facts(c, evaluate.Method("m", model), "x") for model in (whole, last, each)]
     assert len({str(one) for one in facts}) == 3 and "last" not in facts[0]
+    assert last.fit([4, 2, 2], [4, 2, 2], 5, 40) == 1 and each.fit([4, 2, 2], [4, 2, 2], 5, 40) == 3
+    assert each.fit([4, 2, 2], [4, 2, 2], 5, 6) == 2  # of the LLM's window
+    c.data.release_truncation, loaded = True, evaluate.Method("short", last)
+    with says("short", "data.release_truncation"):
+        checks.check_evaluation(c, llm, [loaded], [], None)
     c.evaluate.methods = ("a=last0:icl",)
     with says("0 tokens", "1 or more"):
         evaluate.load_methods(c, llm, make_layout("pmap", c.mesh))
+
+
+@pytest.mark.parametrize("value", ['"false"', "[0]", "1"])
+def test_an_export_that_does_not_say_which_is_refused(value, tmp_path):
+    folder = model_folder(tmp_path / "llm")
+    llm = mend_jax.load_llm(folder)
+    out = tmp_path / "out"
+    Distiller.init(config(folder, **RESIDUAL), llm, 0).write(out)
+    settings = out / "distiller_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace('"residual": true', f'"residual": {value}'))
+    assert settings.read_text() != text
+    with says("distiller_config.json", "residual"):
+        Distiller.from_folder(out)
+
+
+@pytest.mark.parametrize(("there", "here"), [(False, True), (True, False)])
+def test_an_export_begins_only_what_uses_it_the_same_way(there, here, tmp_path):
+    from mend_jax.run import build
+
+    folder = model_folder(tmp_path / "llm")
+    llm, frozen = mend_jax.load_llm(folder), RESIDUAL | {"prefix.residual": there}
+    Distiller.init(config(folder, **frozen), llm, 0).write(tmp_path / "out")
+    fields = RESIDUAL | {"prefix.residual": here, "prefix.start_from": str(tmp_path / "out")}
+    with says("prefix.start_from", f"residual={there}", f"this run's has {here}"):
+        build.build(config(folder, **fields), llm)
+
+
+def test_a_chunk_holds_every_cut_demonstration(tmp_path):
+    fields = {"stage": "finetune", "prefix.kind": "chunked", "prefix.chunk_tokens": 16, "data.max_input_tokens": 16}
+    c = config(model_folder(tmp_path / "llm", with_weights=False), **fields)
+    with says("prefix.chunk_tokens", "data.max_input_tokens"):
+        checks.check_config(c)

@@ -28,7 +28,6 @@ from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import METHODS
 from mend_jax.cli.text import minutes
-from mend_jax.prefixes import kind_of
 from mend_jax.run import distributed
 from mend_jax.run.files import write_json
 from mend_jax.run.reading import read_json
@@ -64,10 +63,14 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
 
 def fields_of(config: ConfigDict, method: str) -> dict:
     """{"section.field": value} that a method's trainings have instead of the config's: PromptTuning's matrix is as long as the
-    longest prefix that the others train."""
+    longest prefix that the others finetune."""
+    from mend_jax.prefixes import kind_of
+
     if method != "prompt_tuning":
         return {}
-    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(config).positions(config)}
+    c = config.copy_and_resolve_references().unlock()
+    c.stage = "finetune"
+    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(c).positions(c)}
 
 
 def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:

@@ -19,6 +19,7 @@ from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
 
 READ_DEMOS = ("icl", "hypertuning", "mend")  # the methods that read demonstrations
+YOUNGER = {"prefix.residual": False, "prefix.chunk_tokens": 0}  # than the first keys, with their defaults
 PRETRAINING = "pretraining"  # in experiment.trained: what MEND's finetunings begin with
 # (stage, weight of L_distill or None for lambda, of L_pred, of L_CLM), as in STAGES.
 Stage = tuple[str, float | None, float, float]
@@ -55,8 +56,10 @@ class Training:
 
 
 def as_meant_today(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a key; a value that once meant something else is marked, so that a workdir's older results are not taken for it."""
-    return fields | ({"evaluate.demos": "the file's, then the pool's"} if fields["evaluate.demos"] == "pool" else {})
+    """The fields of a key. A value that once meant something else is marked, so that a workdir's older results are not taken for
+    it; a younger field with its default is left out, so that they are found."""
+    found = fields | ({"evaluate.demos": "the file's, then the pool's"} if fields["evaluate.demos"] == "pool" else {})
+    return {name: value for name, value in found.items() if YOUNGER.get(name, ...) != value}
 
 
 def of_stages(

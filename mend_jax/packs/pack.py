@@ -83,7 +83,7 @@ class Pack:
         if count not in self.shorter:
             known = ", ".join(map(str, (*sorted(self.shorter), self.num_vectors)))
             raise UserError(
-                f"A pack of {self.num_vectors} vectors cannot be cut to {count}: its distiller was trained with {known}."
+                f"A pack of {self.num_vectors} vectors cannot be cut to {count}: packs of {known} can be made of its vectors."
             )
         shorter = tuple(number for number in self.shorter if number < count)
         return dataclasses.replace(self, vectors=self.vectors[:count], shorter=shorter)

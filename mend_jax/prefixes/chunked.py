@@ -103,6 +103,10 @@ class Chunked(Kind):
         return min(self.chunk_tokens or self.distiller.window, self.distiller.window)
 
     @property
+    def holds(self) -> str:
+        return f" and a chunk of {self.width} (prefix.chunk_tokens)"
+
+    @property
     def module(self) -> DistillerModule:
         return self.distiller.module
 
@@ -186,7 +190,7 @@ class Chunked(Kind):
 
     @classmethod
     def positions(cls, config) -> int:
-        return config.prefix.length * (config.prefix.chunks if config.prefix.join == "concat" else 1)
+        return config.prefix.length * (_most_chunks(config) if config.prefix.join == "concat" else 1)
 
     @classmethod
     def packing(cls, config, window: int) -> Packing:
@@ -208,13 +212,18 @@ class Chunked(Kind):
             raise UserError(
                 "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
             )
+        if config.stage == "finetune" and 0 < config.prefix.chunk_tokens <= config.data.max_input_tokens:
+            raise UserError(
+                f"A chunk of prefix.chunk_tokens = {config.prefix.chunk_tokens} holds no demonstration whose input has "
+                f"data.max_input_tokens = {config.data.max_input_tokens}, and none behind it: raise the first or lower the second."
+            )
 
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Chunked":
         return cls.of_trained(Distiller.init(config, llm, seed, place), config, "")
 
     def fit(self, shown, own, limit: int, room: int) -> int:
-        """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit` is that of a chunk."""
+        """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit`, that of a context, is of each."""
         del shown
         return len(self._packing(room).chunk_of([size if size <= limit else 2**30 for size in own]))
 
@@ -279,7 +288,9 @@ class Chunked(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = card_text(self.distiller, llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix")
+        text = card_text(
+            self.distiller, llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix", " of a chunk"
+        )
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",
@@ -289,6 +300,14 @@ class Chunked(Kind):
             "A MEND distiller of chunks",
             f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n",
         )
+
+
+def _most_chunks(config) -> int:
+    """The chunks of a training context, at most: as many as there can be of k demonstrations."""
+    prefix = config.prefix
+    if config.stage == "pretrain":
+        return prefix.chunks
+    return min(prefix.chunks, config.data.k if prefix.chunk_tokens else -(-config.data.k // prefix.chunk_demos))
 
 
 def _chunk_tokens(config) -> int:

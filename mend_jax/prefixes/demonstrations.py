@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data import sampling
 from mend_jax.data.templates import Template, chosen
 from mend_jax.prefixes.context import demo_tokens
 from mend_jax.prefixes.kind import Kind
@@ -53,6 +54,12 @@ class Demonstrations(Kind):
             raise UserError(f"In-context learning cannot be cut to {last} tokens: give 1 or more.")
         return dataclasses.replace(self, last=last, each=each)
 
+    def fit(self, shown, own, limit: int, room: int) -> int:
+        """Cut to its last tokens each demonstration takes no more than these, as the vectors of chunks."""
+        if not self.each:
+            return super().fit(shown, own, limit, room)
+        return sampling.fit_demos([min(size, self.last) for size in shown], room)
+
     def lay_out(self, pairs, room: int) -> np.ndarray:
         if self.each:
             return np.concatenate([np.concatenate(pair)[-self.last :] for pair in pairs])
@@ -74,6 +81,10 @@ class Demonstrations(Kind):
         return self.llm.config.width
 
     def distill(self, demos) -> Prefix:
+        if self.last:
+            raise UserError(
+                "In-context learning cut to its last tokens is for evaluate.methods: cut the demonstrations themselves."
+            )
         return demonstrations_prefix(self.llm, demos)
 
     def apply(self, params, demos, length) -> Prefix:

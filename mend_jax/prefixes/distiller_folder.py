@@ -57,7 +57,7 @@ In JAX: `{load}(folder, mend_jax.load_llm(llm_folder{bos})).distill(demos)`.
 {rule}; `distill` does so itself. {alone} If there is a folder `release/`, it holds the same distiller in the layout of the public PyTorch release.
 
 """
-RESIDUAL = " The vectors are added to the embeddings of as many tokens, the last ones that it reads."
+RESIDUAL = " The vectors are added to the embeddings of as many tokens, the last ones that it reads{of}."
 WITHOUT_TOKENS = "The backbone reads\nwith the LLM's token embeddings and tokenizer, which this folder does not hold."
 
 
@@ -87,9 +87,11 @@ def read_folder(folder: Path, place: Place | None = None) -> tuple:
     settings = read_settings(folder)
     try:
         projection, llm_width, template = settings["projection"], settings["llm_width"], from_fields(settings)
-        nested, residual = tuple(map(int, settings.get("nested", ()))), bool(settings.get("residual", False))
+        nested, residual = tuple(map(int, settings.get("nested", ()))), settings.get("residual", False)
         if type(llm_width) is not int or llm_width < 1:
             raise ValueError(f"llm_width is {described(llm_width)}, not a width")
+        if type(residual) is not bool or (residual and projection != "identity"):
+            raise ValueError(f"residual is {described(residual)}, not true without a projection, or false")
         if settings.get("bos", NONE) not in CHOICES["data.bos"]:
             raise ValueError(f"bos is {described(settings['bos'])}, not one of {', '.join(CHOICES['data.bos'])}")
     except (KeyError, TypeError, ValueError) as error:
@@ -132,8 +134,9 @@ def _write_json(path, content) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def card_text(distiller, llm: str, logits: str, shape: str, load: str) -> str:
-    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder."""
+def card_text(distiller, llm: str, logits: str, shape: str, load: str, of: str = "") -> str:
+    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder, `of` what
+    it reads at a time, if not all."""
     return CARD.format(
         logits=logits,
         num_vectors=distiller.num_vectors,
@@ -143,7 +146,7 @@ def card_text(distiller, llm: str, logits: str, shape: str, load: str) -> str:
         family=distiller.config.family,
         width=distiller.config.width,
         projection=distiller.projection,
-        residual=RESIDUAL if distiller.residual else "",
+        residual=RESIDUAL.format(of=of) if distiller.residual else "",
         window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
         **in_words(distiller.template),
         **first_lines(distiller.bos),

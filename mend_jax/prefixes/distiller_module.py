@@ -1,7 +1,7 @@
 """The distiller's network (paper, section 3.1).
 
 A decoder, or the encoder of an encoder–decoder, reads the demonstrations and then L placeholder embeddings; its states
-there, projected to the LLM's width, are the vectors.
+there, projected to the LLM's width, are the vectors; with `residual` they are added to embeddings of demonstration tokens.
 
 Axes: B batch, N demonstration tokens, L vectors, D width of the backbone.
 """

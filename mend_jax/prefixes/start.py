@@ -55,7 +55,7 @@ def first_rms(prefix, llm) -> float:
     """The root mean square of the first vectors, by the section `prefix` of a run's config: what is added to embeddings begins small."""
     if prefix.rms >= 0:
         return prefix.rms
-    return embeddings_rms(llm) * (RESIDUAL_SHARE if prefix.residual else 1)
+    return float(f"{embeddings_rms(llm) * (RESIDUAL_SHARE if prefix.residual else 1):.4g}")
 
 
 def with_rms(vectors_of: Callable, config: Config, params, projection: str, rms: float):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.batches import make_batches
-from mend_jax.data.bos import bos_token
+from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.readers import Readers
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.interchange.trained import is_exported, read_trained
@@ -24,6 +24,8 @@ from mend_jax.run import checkpoint
 from mend_jax.scoring.recovered import dev_batches, make_recovered
 from mend_jax.scoring.tasks import dev_score, dev_tasks
 from mend_jax.step import make_kd_fn
+
+UNWRITTEN = {"residual": False, "bos": NONE}  # what an exported folder's settings mean that do not say it
 
 
 def load(config, place=None):
@@ -83,12 +85,12 @@ def _of_run(workdir, place):
 def _exported(path, model, llm, place):
     """The same of an exported folder. Raises UserError if it holds a model with other settings than `model`."""
     found = read_trained(path, place=place).read_by(llm)
-    here = model.settings()
+    here, other = UNWRITTEN | model.settings(), UNWRITTEN | found.settings()
     if found.name not in (model.name, *model.begins_with):
         raise UserError(
             f"prefix.start_from={path} holds {found.title}, which {model.title} cannot begin with: name another."
         )
-    for name, there in found.settings().items():
+    for name, there in other.items():
         if there != here.get(name):
             raise UserError(
                 f"prefix.start_from={path} holds a model with {name}={there}, this run's has {here.get(name)}: set the config as it was"

@@ -215,13 +215,22 @@ def check_method_template(config, llm, method, tasks, mesh) -> None:
         )
 
 
+def check_method_cut(config, llm, method, tasks, mesh) -> None:
+    """Demonstrations are cut in one way."""
+    del llm, tasks, mesh
+    if config.data.release_truncation and getattr(method.model, "last", 0):
+        raise UserError(
+            f"evaluate.methods cuts {method.name} to its last tokens, and data.release_truncation cuts every context: leave out one."
+        )
+
+
 def check_method_items(config, llm, method, tasks, mesh) -> None:
     """The longest item of each task fits the LLM's window after the method's prefix."""
     del mesh
     check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
 
 
-EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_template, check_method_items)
+EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_template, check_method_cut, check_method_items)
 
 
 def check_evaluation(config, llm, methods, tasks, mesh) -> None:
@@ -253,7 +262,7 @@ def check_experiment(config, trainings, evaluations) -> None:
     for c, split in {(c.to_json(), split): (c, split) for c, split in reads}.values():
         tasks, _ = load_tasks(c, llm, split)
         if finetunings:
-            check_longest(llm, config.prefix.length, tasks, split)
+            check_longest(llm, max(c.prefix.length for c, _ in trainings), tasks, split)
 
 
 def check_encoder(path) -> None:

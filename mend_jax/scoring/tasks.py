@@ -100,7 +100,7 @@ def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> 
     if count == 0:
         raise UserError(
             f"No demonstration of {task.task}, seed {task.seed} fits into"
-            f" {min(config.data.max_demo_tokens, room, model.window)} tokens: raise data.max_demo_tokens or lower"
+            f" {min(config.data.max_demo_tokens, room, model.window)} tokens{model.holds}: raise data.max_demo_tokens or lower"
             " data.max_input_tokens."
         )
     return model.lay_out(own[:count], room), join_demos(shown[:count])

@@ -84,8 +84,12 @@ class TaskRows:
                 return drawn
         raise UserError(
             f"Not even one demonstration of task {self.stores[task].task!r} fits the context's budget of {drawn.budget} "
-            "tokens: raise config.data.max_demo_tokens, lower config.data.max_input_tokens or leave the task out."
+            f"tokens{self._or_a_chunk()}: raise config.data.max_demo_tokens{', config.prefix.chunk_tokens' * bool(self.packing)}, "
+            "lower config.data.max_input_tokens or leave the task out."
         )
+
+    def _or_a_chunk(self) -> str:
+        return "" if self.packing is None else f" and a chunk of {self.packing.columns}"
 
     def _fitted(self, task: int, chosen, queries, symbols: Renamed | None = None) -> Drawn:
         """The row with as many of the chosen demonstrations as fit, counted from the first."""
