@@ -1,0 +1,42 @@
+"""Gemma 3 270M with a distiller made of its own first six layers: a small LLM that learns from demonstrations, on two CPU cores.
+
+    python -m mend_jax.experiments.main_table --config=configs/gemma3_270m.py --workdir=runs/gemma3_270m \\
+        --config.data.text=C4 --config.data.tasks=METAICL
+
+The LLM comes with a package (docs/data.md). Of the small LLMs that packages carry it is the one that gains from demonstrations what
+methods can be compared by (docs/results.md). Every demonstration becomes six vectors, which begin as its last six tokens
+(prefix.residual, docs/running.md): 96 for 16 demonstrations. Inputs are cut at 48 tokens, in tests too.
+
+Hardware: 2 CPU cores and 12 GB.
+Time: 7.5 s a step of pretraining on 2 cores of an Intel Xeon with AMX (docs/lab_notes.md).
+Expected: no number for this LLM is published; single trainings of fewer steps are in docs/lab_notes.md.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.llm.path = c.prefix.backbone = "gemma3-270m"
+    c.llm.dtype = c.prefix.dtype = "bfloat16"
+    c.data.bos = "auto"  # Gemma reads behind its BOS
+    c.prefix.layers = 6
+    c.prefix.train_embeddings = False
+    c.prefix.residual = True
+    c.prefix.kind = "chunked"
+    c.prefix.length = 6  # of each demonstration
+    c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 64, 16
+    c.data.template = "qa"
+    c.data.max_demo_tokens = 768
+    c.data.max_input_tokens = 48
+    c.data.max_text_tokens = 352
+    c.data.demo_buckets, c.data.query_buckets = (288, 512, 640, 768), (64, 128)
+    c.data.queries = 2
+    c.data.validation_items = 24
+    c.optimizer.learning_rate = 3e-4  # the paper's is 5e-5, for 30,000 steps
+    c.optimizer.warmup_steps = 20
+    c.train.batch_size = 4
+    c.train.eval_every, c.train.save_every = 100, 25
+    c.experiment.pretrain_steps, c.experiment.finetune_steps = 200, 200
+    c.evaluate.limit = 40
+    return c
