@@ -6,8 +6,8 @@
 The LLM comes with a package (docs/data.md). Each stage has one shape of batches: on a fast device compiling another takes
 longer than its padding. `launch/accelerator.sh` trains it with as many steps as its minutes allow.
 
-`:cpu` has shorter contexts, 32 vectors and symbol tuning, for two CPU cores; the distiller that the package carries was trained with
-nearly its settings, without symbol tuning (docs/lab_notes.md). `:metaicl` makes SmolLM2-MetaICL of the LLM, by training it on in-context
+`:cpu` has shorter contexts, 32 vectors and symbol tuning, for two CPU cores; the distiller that the package carries was trained with it
+and vectors that begin as tokens, without symbol tuning (docs/lab_notes.md). `:metaicl` makes SmolLM2-MetaICL of the LLM, by training it on in-context
 sequences:
 
     python -m mend_jax.train --config=configs/smollm2_135m.py:metaicl --workdir=runs/smollm2_metaicl --config.data.tasks=METAICL
@@ -55,7 +55,7 @@ def get_config(name: str = "gpu"):
 def _small_batches(c):
     c.prefix.length = 32
     c.data.template = "qa"  # the LLM learns most from demonstrations in it: docs/results.md
-    c.data.symbols = 0.5  # the carried distiller, trained without, does not read which label an input has (docs/results.md)
+    c.data.symbols = 0.5  # a distiller that was trained without did not read which label an input has (docs/results.md)
     c.data.max_text_tokens = c.data.max_demo_tokens = 512
     c.data.max_input_tokens = 112
     c.data.demo_buckets, c.data.query_buckets = (256, 384, 512), (64, 128)

@@ -5,7 +5,7 @@ import json
 import pytest
 from facts import says
 
-from mend_jax.interchange.trained import CARRIED, own_llm, read_distiller, trained_fingerprint, trained_path
+from mend_jax.interchange.trained import CARRIED, own_llm, read_trained, trained_fingerprint, trained_path
 from mend_jax.models.gguf.packaged import PACKAGED
 from mend_jax.run.sealed import require_unchanged
 
@@ -15,7 +15,7 @@ LARGEST = 30e6  # bytes
 
 def test_there_are_some_and_a_missing_one_names_them():
     assert "smollm2-135m-instruct" in NAMES
-    for read in (own_llm, read_distiller):
+    for read in (own_llm, read_trained):
         with says("smollm2-135m ", "does not exist", *NAMES):
             read("smollm2-135m")
 
@@ -35,7 +35,7 @@ def test_a_carried_distiller_is_whole_and_small(name):
     files = [path for path in (CARRIED / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < LARGEST
     require_unchanged(CARRIED / name)
-    distiller = read_distiller(name)
+    distiller = read_trained(name)
     settings = json.loads((CARRIED / name / "distiller_config.json").read_text())
     assert distiller.num_vectors == settings["num_vectors"] == len(distiller.params["placeholders"])
     assert name in (CARRIED / name / "README.md").read_text()
