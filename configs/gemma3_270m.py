@@ -8,7 +8,7 @@ methods can be compared by (docs/results.md). Every demonstration becomes six ve
 (prefix.residual, docs/running.md): 96 for 16 demonstrations. Inputs are cut at 48 tokens, in tests too.
 
 Hardware: 2 CPU cores and 12 GB.
-Time: 7.5 s a step of pretraining on 2 cores of an Intel Xeon with AMX (docs/lab_notes.md).
+Time: 8 s a step of finetuning on 2 cores of an Intel Xeon with AMX (docs/lab_notes.md).
 Expected: no number for this LLM is published; single trainings of fewer steps are in docs/lab_notes.md.
 """
 
