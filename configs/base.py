@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     prefix.chunk_demos = 16  # demonstrations of a chunk, at most
     prefix.chunk_tokens = 0  # tokens of a chunk, at most; 0: data.max_demo_tokens, which is also that of a context in training
     prefix.chunks = 4  # chunks of a context in training, at most; an evaluation has as many as the LLM's window holds
-    prefix.start_from = ""  # begin with an earlier training: its workdir, an exported folder, or a name that load_distiller knows; "": the backbone
+    prefix.start_from = ""  # begin with an earlier training: its workdir, an exported folder, or a name that load_prefix knows; "": the backbone
 
     c.loss = loss = ConfigDict()
     loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM
