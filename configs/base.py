@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
     data.text_share = 0.0  # stage "lm": share of each batch that is plain text; the rest are in-context sequences
     data.sequence_length = 256  # stage "lm": tokens per sequence
     data.validation_items = 256  # held-out texts (pretraining, lm) that the validation loss is measured on
+    data.validation_seeds = ()  # the seeds of the tasks' dev files that a validation reads; () is evaluate.seeds
     data.processes = 2  # of `prepare`
     data.prefetch = 8  # batches held ready ahead of the device
 
@@ -129,6 +130,7 @@ def get_config() -> ConfigDict:
     experiment.pretrain_steps = 30_000  # train.steps of every pretraining
     experiment.finetune_steps = 30_000  # and of every finetuning
     experiment.pretrain_batch_size = 0  # train.batch_size of every pretraining; 0: as in finetuning
+    experiment.prompt_tuning_learning_rate = 0.0  # of PromptTuning, whose few vectors need larger steps than a distiller's weights; 0: optimizer.learning_rate
     # The rest is of all experiments but `methods`.
     experiment.training_seeds = (0, 1, 2)  # config.seed of the trainings of what is trained: as many of each
     experiment.trained = ()  # "METHOD=WORKDIR": use what was trained there; "pretraining=WORKDIR": begin MEND's finetunings with it

@@ -33,10 +33,12 @@ def get_config():
     c.data.demo_buckets, c.data.query_buckets = (288, 512, 640, 768), (64, 128)
     c.data.queries = 2
     c.data.validation_items = 24
+    c.data.validation_seeds = (13,)
+    c.loss.kd = 10.0  # lambda
     c.optimizer.learning_rate = 3e-4  # the paper's is 5e-5, for 30,000 steps
-    c.optimizer.warmup_steps = 20
+    c.optimizer.warmup_steps = 10
     c.train.batch_size = 4
-    c.train.eval_every, c.train.save_every = 100, 25
-    c.experiment.pretrain_steps, c.experiment.finetune_steps = 200, 200
+    c.train.eval_every, c.train.save_every = 40, 20
+    c.experiment.pretrain_steps, c.experiment.finetune_steps = 100, 80
     c.evaluate.limit = 40
     return c

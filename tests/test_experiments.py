@@ -69,6 +69,14 @@ def test_a_soft_prompt_is_as_long_as_the_others_prefixes(config):
             assert (made.prefix.kind, made.prefix.length) == ("soft_prompt", length)
 
 
+def test_a_learning_rate_of_prompt_tuning_is_its_alone(config):
+    c = with_fields(config, {"experiment.prompt_tuning_learning_rate": 0.25})
+    assert {one.config.optimizer.learning_rate for one in of_method(c, "prompt_tuning", 0).chain} == {0.25}
+    for method in ("mend", "hypertuning"):
+        assert of_method(c, method, 0).key == of_method(config, method, 0).key
+    assert of_method(config, "prompt_tuning", 0).config.optimizer.learning_rate == config.optimizer.learning_rate
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_rows(config, name):
     rows = EXPERIMENTS[name].rows(config)
@@ -139,6 +147,9 @@ def test_a_training_is_known_by_what_decides_it(config):
     }.items():  # fmt: skip
         assert of_method(with_fields(config, {field: value}), "mend", 0).key != key, field
     assert of_method(config, "mend", 1).key != key != of_method(config, "mend", 0, {"data.beta": 0.5}).key
+    own = with_fields(config, {"data.validation_seeds": (13,)})  # then the test's seeds choose no checkpoint
+    assert of_method(own, "mend", 0).key != key
+    assert of_method(with_fields(own, {"evaluate.seeds": (21, 42)}), "mend", 0).key == of_method(own, "mend", 0).key
     other = with_fields(config, {"data.partition": "small_world_four"})
     assert of_method(other, "mend", 0).start.key == of_method(config, "mend", 0).start.key
     assert of_method(other, "mend", 0).key != key
@@ -146,7 +157,13 @@ def test_a_training_is_known_by_what_decides_it(config):
 
 def test_evaluations_are_known_by_what_decides_predictions(config):
     key = evaluation_key(config)
-    for same in ({"optimizer.learning_rate": 1.0}, {"evaluate.methods": ("icl",)}, {"prefix.length": 3}, {"seed": 4}):
+    for same in (
+        {"optimizer.learning_rate": 1.0},
+        {"evaluate.methods": ("icl",)},
+        {"prefix.length": 3},
+        {"seed": 4},
+        {"data.validation_seeds": (13,)},
+    ):
         assert evaluation_key(with_fields(config, same)) == key, same
     for other in (
         {"evaluate.order": 1},

@@ -11,6 +11,7 @@ from facts import says
 from test_evaluate import naive_scores
 
 from mend_jax import evaluate as ev
+from mend_jax.data import metaicl
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.llm.embeddings import encoder_of, mean_states
@@ -119,6 +120,20 @@ def test_validation_in_training_reads_the_files(config, llm):
     assert [task_scoring.content_of(task, True) for task in plain] == [
         task_scoring.content_of(task, True) for task in found
     ]
+
+
+def test_validation_in_training_has_its_own_seeds(config, llm):
+    model, config.evaluate.seeds = Demonstrations.beside(llm), (13, 21)
+    seeds = config.evaluate.seeds
+    assert {task.seed for task in task_scoring.dev_tasks(config, llm, model)} == set(seeds)
+    files = metaicl.held_out_files(config)
+    config.data.validation_seeds = seeds[:1]
+    assert {task.seed for task in task_scoring.dev_tasks(config, llm, model)} == set(seeds[:1])
+    assert set(metaicl.held_out_files(config)) < set(files)
+    config.data.validation_seeds = (77,)
+    with says("config.data.validation_seeds", 77):
+        task_scoring.dev_tasks(config, llm, model)
+    assert {task.seed for task in load_tasks(config, llm, "test")[0]} == set(seeds)
 
 
 def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monkeypatch, tmp_path):

@@ -75,6 +75,7 @@ RANGES = {
     "evaluate.perturb_share": (0, 1),
     "evaluate.order": (0, math.inf),
     "experiment.pretrain_batch_size": (0, math.inf),
+    "experiment.prompt_tuning_learning_rate": (0, math.inf),
     "experiment.cost_repeats": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
@@ -92,6 +93,7 @@ NOT_REACHED = {
 TUPLES = {  # the type of the elements, and whether the tuple may be empty
     "data.demo_buckets": (int, False),
     "data.query_buckets": (int, False),
+    "data.validation_seeds": (int, True),
     "prefix.nested": (int, True),
     "evaluate.methods": (str, False),
     "evaluate.seeds": (int, False),

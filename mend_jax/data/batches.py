@@ -225,9 +225,10 @@ def find_tasks(config, split: str) -> list[str]:
     """
     data, side, files = config.data, *(("train", "train") if split == "train" else ("test", "dev"))
     names = metaicl.load_partition(data.tasks, data.partition)[side]
-    present, missing = metaicl.present_tasks(data.tasks, names, files, data.k, tuple(config.evaluate.seeds))
+    seeds = metaicl.validation_seeds(config)
+    present, missing = metaicl.present_tasks(data.tasks, names, files, data.k, seeds)
     if not present:
-        raise metaicl.none_present(data.tasks, data.partition, names, files, data.k, tuple(config.evaluate.seeds))
+        raise metaicl.none_present(data.tasks, data.partition, names, files, data.k, seeds)
     if missing:
         logging.warning(
             "%d of %d meta-%s tasks are missing in %s: %s",

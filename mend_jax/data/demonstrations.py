@@ -16,10 +16,11 @@ AS_IN_FILES = {
 
 def as_in_validation(config):
     """A copy of the config whose evaluations show what validation in training does: the files' demonstrations as they are, or with
-    evaluate.demos="pool" these and more of the pool, for a K that no file has."""
+    evaluate.demos="pool" these and more of the pool, for a K that no file has; of data.validation_seeds, where there are some."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.evaluate.update(AS_IN_FILES | {"demos": "pool" if config.evaluate.demos == "pool" else "file"})
+        config.evaluate.seeds = metaicl.validation_seeds(config)
     return config
 
 

@@ -186,9 +186,14 @@ def present_tasks(folder, tasks: list[str], split: str, k: int = 16, seeds: tupl
     return present, missing
 
 
+def validation_seeds(config) -> tuple[int, ...]:
+    """The seeds whose files a run's validation reads."""
+    return tuple(config.data.validation_seeds or config.evaluate.seeds)
+
+
 def held_out_files(config) -> list[Path]:
     """The files that a run's validation reads: demonstrations and dev examples of the meta-test tasks that have files."""
-    data, seeds, chosen = config.data, tuple(config.evaluate.seeds), config.evaluate.tasks
+    data, seeds, chosen = config.data, validation_seeds(config), config.evaluate.tasks
     from_pool = config.evaluate.demos == "pool"
     k = 1 if from_pool else data.k
     names = [name for name in load_partition(data.tasks, data.partition)["test"] if name in chosen or not chosen]
@@ -214,19 +219,25 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(
             f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, but none for {absent}: set"
-            f" --config.evaluate.seeds={known.replace(' ', '')}, or add the missing files."
+            f" {_seeds_field(split, known)}, or add the missing files."
         )
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
     alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
     hint = f" ({alike[0]!r} exists: is it meant by {tasks[0]!r}?)" if alike else ""
     seeds_too = ""
     if side == "test":
-        seeds_too = f", config.data.k (now {k}) and config.evaluate.seeds (now {', '.join(map(str, seeds))}: every test task needs files for each)"
+        seeds_too = f", config.data.k (now {k}) and {_seeds_field(split)} (now {', '.join(map(str, seeds))}: every test task needs files for each)"
     return UserError(
         f"{folder} has no {split} files for any of the {len(tasks)} meta-{side} tasks of {partition!r}; the first missing "
         f"file is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
         f"config.data.partition{seeds_too}."
     )
+
+
+def _seeds_field(split: str, seeds: str = "") -> str:
+    """The fields that name the seeds of these files, as options that set `seeds` if there are some: a validation may have its own."""
+    names = ["config.evaluate.seeds"] if split == "test" else ["config.data.validation_seeds", "config.evaluate.seeds"]
+    return " or ".join(f"--{name}={seeds.replace(' ', '')}" if seeds else name for name in names)
 
 
 def _first_missing(folder, task: str, split: str, k: int, seeds: tuple[int, ...]) -> Path | None:

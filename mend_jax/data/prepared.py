@@ -50,7 +50,7 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
 
     Args:
         tasks: task names; each must have its file.
-        split: "train" for the meta-training files, "dev" for the dev examples of all config.evaluate.seeds together.
+        split: "train" for the meta-training files, "dev" for the dev examples of all of validation's seeds together.
         distiller_tokenizer: the distiller's if it differs from the LLM's, else None; both then tokenise the examples.
     """
     folder, jobs, template = config.data.tasks, [], chosen(config.data.template)
@@ -58,7 +58,9 @@ def prepare_tasks(config, tokenizer, tasks: list[str], split: str = "train", dis
         if split == "train":
             files = [metaicl.meta_train_file(folder, task)]
         else:
-            files = [metaicl.example_file(folder, task, config.data.k, s, split) for s in config.evaluate.seeds]
+            files = [
+                metaicl.example_file(folder, task, config.data.k, s, split) for s in metaicl.validation_seeds(config)
+            ]
         with readable(folder):
             stamps = stamps_of(files)
             data = [file.read_bytes() for file in files]

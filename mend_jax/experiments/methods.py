@@ -63,14 +63,16 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
 
 def fields_of(config: ConfigDict, method: str) -> dict:
     """{"section.field": value} that a method's trainings have instead of the config's: PromptTuning's matrix is as long as the
-    longest prefix that the others finetune."""
+    longest prefix that the others finetune, and may have a learning rate of its own."""
     from mend_jax.prefixes import kind_of
 
     if method != "prompt_tuning":
         return {}
     c = config.copy_and_resolve_references().unlock()
     c.stage = "finetune"
-    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(c).positions(c)}
+    own = config.experiment.prompt_tuning_learning_rate
+    rate = {"optimizer.learning_rate": own} if own else {}
+    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(c).positions(c)} | rate
 
 
 def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:

@@ -28,7 +28,7 @@ from mend_jax.scoring.results import content_hash
 NOT_READ = (
     "stage", "seed", "loss.", "optimizer.", "train.", "prefix.", "evaluate.methods", "evaluate.batch_size", "evaluate.parallel",
     "data.text", "data.symbols", "data.beta", "data.queries", "data.max_text_tokens", "data.query_buckets", "data.bucket_window",
-    "data.text_share", "data.sequence_length", "data.validation_items",
+    "data.text_share", "data.sequence_length", "data.validation_items", "data.validation_seeds",
 )  # fmt: skip
 READ = ("prefix.join", "prefix.chunk_demos", "prefix.chunk_tokens", "prefix.dtype")  # but these do
 

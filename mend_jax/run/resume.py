@@ -182,13 +182,13 @@ def matters(name: str, config, finished: bool = False) -> bool:
         return False
     if not name.startswith("evaluate."):
         return True
-    validation = []
+    validation, seeds = [], [] if config.data.validation_seeds else ["evaluate.seeds"]
     if config.stage == "finetune":
-        validation = ["evaluate.seeds", "evaluate.tasks", "evaluate.limit", "evaluate.option_score"]
+        validation = ["evaluate.tasks", "evaluate.limit", "evaluate.option_score", *seeds]
         validation += ["evaluate.demos"] if config.evaluate.demos == "pool" else []  # data/demonstrations.py
         validation += ["evaluate.shuffle_demos"] if kind_of(config).reads_demos else []
     elif config.stage == "lm" and config.data.text_share < 1:
-        validation = ["evaluate.seeds"]  # held-out sequences are the dev examples of these seeds
+        validation = seeds  # held-out sequences are the dev examples of these
     return name in validation and not finished
 
 
