@@ -27,10 +27,10 @@ def get_config():
     c.prefix.length = 6  # of each demonstration
     c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 64, 16
     c.data.template = "qa"
-    c.data.max_demo_tokens = 768
+    c.data.max_demo_tokens = 896
     c.data.max_input_tokens = 48
     c.data.max_text_tokens = 352
-    c.data.demo_buckets, c.data.query_buckets = (288, 512, 640, 768), (64, 128)
+    c.data.demo_buckets, c.data.query_buckets = (288, 512, 640, 768, 896), (64, 128)
     c.data.queries = 2
     c.data.validation_items = 24
     c.data.validation_seeds = (13,)
