@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizer_files
 from data_files import make_world, tiny_config
-from facts import says
+from facts import says, states
 from tiny_training import config, model_folder
 
 from mend_jax.data.batches import make_batches
@@ -18,7 +18,8 @@ from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.interchange.trained import read_trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Chunked, Distiller
-from mend_jax.scoring.tasks import Method, evaluate_task, make_context, prefix_maker
+from mend_jax.run.checks import check_method_demos
+from mend_jax.scoring.tasks import Method, demos_read, evaluate_task, make_context, prefix_maker
 from mend_jax.train import train
 
 
@@ -136,6 +137,27 @@ def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
         Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])
     with says("concat", "mean", '"sum"'):
         Chunked.around(distiller, "sum")
+
+
+def test_an_evaluation_says_which_demonstrations_are_left_out(folder, llm, distiller, caplog):
+    c, task = config(folder), task_of(8)
+    first = next(i for i, (x, y) in enumerate(task.demos) if len(x) + len(y) == 5)
+    whole, short = Chunked.around(distiller, "mean", 1, 5), Chunked.around(distiller, "mean", 1, 4)
+    assert demos_read(c, llm, whole, task) == (8, 8)
+    assert demos_read(c, llm, short, task) == (first, 8)
+    check_method_demos(c, llm, Method("whole", whole), [task], None)
+    assert not caplog.messages
+    check_method_demos(c, llm, Method("short", short), [task, task], None)
+    states(
+        caplog.messages[0],
+        "short",
+        "2 of 2",
+        "tiny",
+        "seed 13",
+        f"{first} of 8",
+        "a chunk of 4",
+        "data.max_demo_tokens",
+    )
 
 
 def test_texts_are_read_pair_by_pair(distiller):

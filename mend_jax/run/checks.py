@@ -40,7 +40,7 @@ from mend_jax.objectives import Objective
 from mend_jax.prefixes import KINDS, Kind, kind_of
 from mend_jax.run import reporting, resume, sharding, teacher_cache
 from mend_jax.run.layout import batch_parts, check_batch_size
-from mend_jax.scoring.tasks import check_longest, check_truncation
+from mend_jax.scoring.tasks import check_longest, check_truncation, demos_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,29 @@ def check_method_items(config, llm, method, tasks, mesh) -> None:
     check_longest(llm, method.model.num_vectors, tasks, config.evaluate.split)
 
 
-EVALUATION_CHECKS = (check_method_heads, check_method_llm, check_method_template, check_method_cut, check_method_items)
+def check_method_demos(config, llm, method, tasks, mesh) -> None:
+    """The method reads all demonstrations that the tasks have (a warning: those that do not fit are left out)."""
+    del mesh
+    if not method.model.reads_demos or config.data.release_truncation:
+        return
+    found = [(*demos_read(config, llm, method.model, task), task) for task in tasks]
+    if cut := [one for one in found if one[0] < one[1]]:
+        read, given, task = min(cut, key=lambda one: one[0] - one[1])
+        logging.warning(
+            "%s does not read all demonstrations of %d of %d tasks and seeds, of %s, seed %d, only %d of %d: the next does not fit into"
+            " %d tokens (data.max_demo_tokens), the models' windows%s.",
+            method.name, len(cut), len(found), task.task, task.seed, read, given, config.data.max_demo_tokens, method.model.holds,
+        )  # fmt: skip
+
+
+EVALUATION_CHECKS = (
+    check_method_heads,
+    check_method_llm,
+    check_method_template,
+    check_method_cut,
+    check_method_items,
+    check_method_demos,
+)
 
 
 def check_evaluation(config, llm, methods, tasks, mesh) -> None:

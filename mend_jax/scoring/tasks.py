@@ -89,14 +89,12 @@ def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> n
 def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> tuple[np.ndarray, np.ndarray]:
     """`make_context` of a kind that reads demonstrations, and the same demonstrations as the teacher reads them, in the LLM's
     tokens."""
-    room = llm.window - max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
-    shown, own = _readings(config, llm, model, task, order)
+    room, (shown, own) = _room(llm, task), _readings(config, llm, model, task, order)
     if config.data.release_truncation:
         window = min(model.window, room)
         cut = release_truncation(join_demos(own), window, room)
         return cut[model.reader is None], cut[1]  # without a reader of its own the LLM reads them, as the teacher
-    lengths = ([len(x) + len(y) for x, y in pairs] for pairs in (shown, own))
-    count = model.fit(*lengths, config.data.max_demo_tokens, room)
+    count = _fitting(config, model, shown, own, room)
     if count == 0:
         raise UserError(
             f"No demonstration of {task.task}, seed {task.seed} fits into"
@@ -104,6 +102,23 @@ def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> 
             " data.max_input_tokens."
         )
     return model.lay_out(own[:count], room), join_demos(shown[:count])
+
+
+def demos_read(config, llm: LLM, model: Kind, task: EvalTask) -> tuple[int, int]:
+    """(how many of a task's demonstrations the kind's context holds whole, how many there are); those of the first item, where each
+    has its own."""
+    shown, own = _readings(config, llm, model, task, None)
+    return _fitting(config, model, shown, own, _room(llm, task)), len(shown)
+
+
+def _room(llm: LLM, task: EvalTask) -> int:
+    """The positions that the LLM has left beside a task's longest query."""
+    return llm.window - max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+
+
+def _fitting(config, model: Kind, shown, own, room: int) -> int:
+    lengths = ([len(x) + len(y) for x, y in pairs] for pairs in (shown, own))
+    return model.fit(*lengths, config.data.max_demo_tokens, room)
 
 
 def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[list, list]:
