@@ -171,22 +171,21 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        cut = re.fullmatch(r"last(\d+)(each)?:icl", path)
-        if cut:
-            model = Demonstrations.beside(llm).cut(int(cut[1]), bool(cut[2]))
-        else:
-            model = load_prefix_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
-        methods.append(Method(name, model, "" if cut else path))
+        model = load_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
+        methods.append(Method(name, model, "" if model.method else path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods
 
 
-def load_prefix_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
-    """The trained model in a training workdir or an exported folder (PATH, KIND:PATH or firstN:PATH), placed beside this LLM.
+def load_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
+    """What stands behind NAME= in evaluate.methods: the trained model in a training workdir or an exported folder (PATH, KIND:PATH
+    or firstN:PATH), placed beside this LLM, or in-context learning that is cut (lastN:icl, lastNeach:icl).
 
-    It computes in prefix.dtype, so that its test scores have the same precision as its scores in training.
+    A trained one computes in prefix.dtype, so that its test scores have the same precision as its scores in training.
     """
+    if cut := re.fullmatch(r"last(\d+)(each)?:icl", spec):
+        return Demonstrations.beside(llm).cut(int(cut[1]), bool(cut[2]))
     kind, colon, path = spec.partition(":")
     kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
     cut = re.match(r"first(\d+):", path)

@@ -54,6 +54,13 @@ class Demonstrations(Kind):
             raise UserError(f"In-context learning cannot be cut to {last} tokens: give 1 or more.")
         return dataclasses.replace(self, last=last, each=each)
 
+    def check_use(self, config) -> None:
+        if self.last and config.data.release_truncation:
+            raise UserError(
+                "evaluate.methods cuts in-context learning to its last tokens, and data.release_truncation cuts every context: leave out"
+                " one."
+            )
+
     def fit(self, shown, own, limit: int, room: int) -> int:
         """Cut to its last tokens each demonstration takes no more than these, as the vectors of chunks."""
         if not self.each:

@@ -164,6 +164,9 @@ class Kind:
         """The settings of its own model that reads the demonstrations (models/config.py); None if it has none."""
         return None
 
+    def check_use(self, config) -> None:
+        """Raises UserError for a config of an evaluation that it cannot be used with."""
+
     def fit(self, shown: Sequence[int], own: Sequence[int], limit: int, room: int) -> int:
         """How many demonstrations of these lengths, counted from the first, make one context.
 

@@ -215,13 +215,13 @@ def check_method_template(config, llm, method, tasks, mesh) -> None:
         )
 
 
-def check_method_cut(config, llm, method, tasks, mesh) -> None:
-    """Demonstrations are cut in one way."""
+def check_method_use(config, llm, method, tasks, mesh) -> None:
+    """The method can be used with the config's other fields."""
     del llm, tasks, mesh
-    if config.data.release_truncation and getattr(method.model, "last", 0):
-        raise UserError(
-            f"evaluate.methods cuts {method.name} to its last tokens, and data.release_truncation cuts every context: leave out one."
-        )
+    try:
+        method.model.check_use(config)
+    except UserError as error:
+        raise UserError(f"{method.name}: {error}") from error
 
 
 def check_method_items(config, llm, method, tasks, mesh) -> None:
@@ -249,7 +249,7 @@ EVALUATION_CHECKS = (
     check_method_heads,
     check_method_llm,
     check_method_template,
-    check_method_cut,
+    check_method_use,
     check_method_items,
     check_method_demos,
 )
