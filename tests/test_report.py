@@ -65,7 +65,7 @@ def workdir(tmp_path_factory):
     training.mkdir(parents=True)
     (training / "config.json").write_text("{}")
     lines = [
-        {"step": step, "loss": 3 / step} | ({"dev_score": step / 100} if step % 20 == 0 else {})
+        {"step": step, "loss": 3 / step} | ({"dev_score": step / 100, "recovered": step / 90} if step % 20 == 0 else {})
         for step in range(10, 70, 10)
     ]
     (training / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -105,7 +105,7 @@ def test_the_page_needs_nothing_else(workdir):
     files = {path.relative_to(workdir / "report").as_posix() for path in (workdir / "report").rglob("*.*")}
     linked = set(re.findall(r'href="((?:figures|data)/[^"]+)"', page))
     assert linked == files - {"index.html", "report.md"}
-    assert page.count("<svg ") == sum(name.endswith(".png") for name in files) == 11
+    assert page.count("<svg ") == sum(name.endswith(".png") for name in files) == 12
     marks = re.findall(r'\bid="([^"]+)"', page)
     assert len(marks) == len(set(marks))  # figures in one page must not use each other's parts
     assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', page)) <= set(marks)

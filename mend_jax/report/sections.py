@@ -23,7 +23,12 @@ from mend_jax.report.tables import all_tables
 from mend_jax.report.trainings import Found, read_trainings
 
 MOST = 8  # curves of one figure: more could not be told apart
-METRICS = {"loss": ("Loss", "loss"), "dev_score": ("Validation score", "score x 100")}  # of a training
+# Of a training: {name in metrics.jsonl: (title, unit, the factor that makes the unit of it)}.
+METRICS = {
+    "loss": ("Loss", "loss", 1),
+    "dev_score": ("Validation score", "score x 100", 100),
+    "recovered": ("What the prefix recovers of the demonstrations", "recovered, %", 100),
+}
 Parts = tuple[list[Table], list[Drawing], list[str]]  # the last are notes
 
 
@@ -71,7 +76,7 @@ def section_of(result: Result) -> Section:
 
 
 def trainings_section(workdir: str | Path, results: Sequence[Result]) -> Section | None:
-    """The losses and validation scores of all trainings of a workdir; None without one."""
+    """The losses and the numbers of validation of all trainings of a workdir; None without one."""
     stages = read_trainings(workdir, results)
     drawings = [drawing for stage, found in stages.items() for drawing in _training_figures(stage, found)]
     if not drawings:
@@ -88,8 +93,8 @@ def trainings_section(workdir: str | Path, results: Sequence[Result]) -> Section
 def _training_figures(stage: str, trainings: Found) -> list[Drawing]:
     """The curves of one stage, a few to a figure."""
     drawn = []
-    for metric, (title, unit) in METRICS.items():
-        series = {name: _points(of, metric) for name, of in trainings.values()}
+    for metric, (title, unit, factor) in METRICS.items():
+        series = {name: _points(of, metric, factor) for name, of in trainings.values()}
         series = {name: points for name, points in series.items() if len(points) > 1}
         parts = range(0, len(series), MOST)
         for start in parts:
@@ -99,9 +104,9 @@ def _training_figures(stage: str, trainings: Found) -> list[Drawing]:
     return drawn
 
 
-def _points(found: Sequence[dict], name: str) -> list[tuple[float, float]]:
+def _points(found: Sequence[dict], name: str, factor: float) -> list[tuple[float, float]]:
     """The (step, value) pairs of a metric; of more than 200, means of neighbours."""
-    points = [(line["step"], line[name] * (100 if name == "dev_score" else 1)) for line in found if name in line]
+    points = [(line["step"], line[name] * factor) for line in found if name in line]
     parts = np.array_split(np.array(points, float), min(len(points), 200)) if points else []
     return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
 
