@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     data.text_share = 0.0  # stage "lm": share of each batch that is plain text; the rest are in-context sequences
     data.sequence_length = 256  # stage "lm": tokens per sequence
     data.validation_items = 256  # held-out texts (pretraining, lm) that the validation loss is measured on
-    data.validation_seeds = ()  # the seeds of the tasks' dev files that a validation reads; () is evaluate.seeds
+    data.validation_seeds = ()  # the seeds whose demonstrations and dev items a validation in training reads; () is evaluate.seeds
     data.processes = 2  # of `prepare`
     data.prefetch = 8  # batches held ready ahead of the device
 

@@ -41,6 +41,6 @@ def get_config():
     c.train.batch_size = 4
     c.train.eval_every, c.train.save_every = 40, 20
     c.experiment.pretrain_steps, c.experiment.finetune_steps = 100, 80
-    c.experiment.prompt_tuning_learning_rate = 3e-3  # of 3e-3, 3e-2, 0.1 and 0.3 the best on dev items (docs/lab_notes.md)
+    c.experiment.prompt_tuning_learning_rate = 3e-3  # of 3e-3, 3e-2, 0.1 and 0.3 the one with the best checkpoint on dev items (docs/lab_notes.md)
     c.evaluate.limit = 40
     return c

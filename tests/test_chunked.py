@@ -151,7 +151,7 @@ def test_an_evaluation_says_which_demonstrations_are_left_out(folder, llm, disti
     states(
         caplog.messages[0],
         "short",
-        "2 of 2",
+        "2 of 2 pairs",
         "tiny",
         "seed 13",
         f"{first} of 8",

@@ -149,6 +149,7 @@ def test_a_training_is_known_by_what_decides_it(config):
     assert of_method(config, "mend", 1).key != key != of_method(config, "mend", 0, {"data.beta": 0.5}).key
     own = with_fields(config, {"data.validation_seeds": (13,)})  # then the test's seeds choose no checkpoint
     assert of_method(own, "mend", 0).key != key
+    assert of_method(own, "mend", 0).start.key == of_method(config, "mend", 0).start.key
     assert of_method(with_fields(own, {"evaluate.seeds": (21, 42)}), "mend", 0).key == of_method(own, "mend", 0).key
     other = with_fields(config, {"data.partition": "small_world_four"})
     assert of_method(other, "mend", 0).start.key == of_method(config, "mend", 0).start.key

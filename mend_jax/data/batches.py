@@ -228,7 +228,7 @@ def find_tasks(config, split: str) -> list[str]:
     seeds = metaicl.validation_seeds(config)
     present, missing = metaicl.present_tasks(data.tasks, names, files, data.k, seeds)
     if not present:
-        raise metaicl.none_present(data.tasks, data.partition, names, files, data.k, seeds)
+        raise metaicl.none_present(config, names, files, data.k, seeds)
     if missing:
         logging.warning(
             "%d of %d meta-%s tasks are missing in %s: %s",

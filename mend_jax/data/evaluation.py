@@ -81,7 +81,7 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
     names = [name for name in names if name in config.evaluate.tasks or not config.evaluate.tasks]
     present, missing = metaicl.present_tasks(data.tasks, names, split, files_for(config), seeds)
     if not present:
-        raise metaicl.none_present(data.tasks, data.partition, names, split, files_for(config), seeds)
+        raise metaicl.none_present(config, names, split, files_for(config), seeds)
     if missing:
         logging.warning(
             "%d of %d meta-test tasks are missing in %s: %s", len(missing), len(names), data.tasks, ", ".join(missing)

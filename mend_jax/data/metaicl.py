@@ -191,6 +191,11 @@ def validation_seeds(config) -> tuple[int, ...]:
     return tuple(config.data.validation_seeds or config.evaluate.seeds)
 
 
+def seeds_field(config, seeds: tuple[int, ...]) -> str:
+    """The field that says that these are the seeds, of evaluate.seeds and data.validation_seeds."""
+    return "config.evaluate.seeds" if seeds != tuple(config.data.validation_seeds) else "config.data.validation_seeds"
+
+
 def held_out_files(config) -> list[Path]:
     """The files that a run's validation reads: demonstrations and dev examples of the meta-test tasks that have files."""
     data, seeds, chosen = config.data, validation_seeds(config), config.evaluate.tasks
@@ -205,8 +210,9 @@ def held_out_files(config) -> list[Path]:
     return list(dict.fromkeys([*files, *more, *pools]))
 
 
-def none_present(folder, partition: str, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:
-    """The error if `present_tasks` found none of a side's tasks: it names the first missing file."""
+def none_present(config, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:
+    """The error if `present_tasks` found none of a side's tasks of config.data.partition: it names the first missing file."""
+    folder, partition, field = config.data.tasks, config.data.partition, seeds_field(config, seeds)
     side = "train" if split == "train" else "test"
     if not tasks:
         return UserError(f"The partition {partition!r} has no meta-{side} tasks: name some, or choose another.")
@@ -219,25 +225,19 @@ def none_present(folder, partition: str, tasks: list[str], split: str, k: int, s
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(
             f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, but none for {absent}: set"
-            f" {_seeds_field(split, known)}, or add the missing files."
+            f" --{field}={known.replace(' ', '')}, or add the missing files."
         )
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]
     alike = [] if tasks[0] in folders else get_close_matches(tasks[0], folders, 1)
     hint = f" ({alike[0]!r} exists: is it meant by {tasks[0]!r}?)" if alike else ""
     seeds_too = ""
     if side == "test":
-        seeds_too = f", config.data.k (now {k}) and {_seeds_field(split)} (now {', '.join(map(str, seeds))}: every test task needs files for each)"
+        seeds_too = f", config.data.k (now {k}) and {field} (now {', '.join(map(str, seeds))}: every test task needs files for each)"
     return UserError(
         f"{folder} has no {split} files for any of the {len(tasks)} meta-{side} tasks of {partition!r}; the first missing "
         f"file is {_first_missing(folder, tasks[0], split, k, seeds)}{hint}: add it, or check config.data.tasks, "
         f"config.data.partition{seeds_too}."
     )
-
-
-def _seeds_field(split: str, seeds: str = "") -> str:
-    """The fields that name the seeds of these files, as options that set `seeds` if there are some: a validation may have its own."""
-    names = ["config.evaluate.seeds"] if split == "test" else ["config.data.validation_seeds", "config.evaluate.seeds"]
-    return " or ".join(f"--{name}={seeds.replace(' ', '')}" if seeds else name for name in names)
 
 
 def _first_missing(folder, task: str, split: str, k: int, seeds: tuple[int, ...]) -> Path | None:

@@ -40,6 +40,7 @@ FREE = (
     "evaluate.tasks",
     "evaluate.seeds",
     "evaluate.limit",
+    "data.validation_seeds",
 )
 
 

@@ -63,7 +63,7 @@ def choose_data(config, text: Path, tasks: Path, files: int, folder: Path) -> No
     chosen = [metaicl.meta_train_file(tasks, task) for task in trained]
     chosen += [
         metaicl.example_file(tasks, task, config.data.k, seed, part)
-        for task in tested for seed in config.evaluate.seeds for part in ("train", "dev", "test")
+        for task in tested for seed in {*config.evaluate.seeds, *metaicl.validation_seeds(config)} for part in ("train", "dev", "test")
     ]  # fmt: skip
     chosen += [tasks / name for name in ("partitions.json", "tasks.json") if (tasks / name).is_file()]
     _copied(found["train"][:files] + found["validation"], text, folder / "c4")

@@ -239,8 +239,8 @@ def check_method_demos(config, llm, method, tasks, mesh) -> None:
     if cut := [one for one in found if one[0] < one[1]]:
         read, given, task = min(cut, key=lambda one: one[0] - one[1])
         logging.warning(
-            "%s does not read all demonstrations of %d of %d tasks and seeds, of %s, seed %d, only %d of %d: the next does not fit into"
-            " %d tokens (data.max_demo_tokens), the models' windows%s.",
+            "%s leaves out demonstrations in %d of %d pairs of task and seed; most in %s, seed %d, where it reads %d of %d: the next does"
+            " not fit into %d tokens (data.max_demo_tokens), the models' windows%s.",
             method.name, len(cut), len(found), task.task, task.seed, read, given, config.data.max_demo_tokens, method.model.holds,
         )  # fmt: skip
 

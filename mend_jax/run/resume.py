@@ -25,6 +25,7 @@ SOURCES = "sources.json"
 MODELS = ("llm.path", "prefix.backbone")
 DATA = ("data.text", "data.tasks")
 START = "prefix.start_from"
+VALIDATION_SEEDS = "data.validation_seeds"
 BEFORE = {"data.bos": NONE}  # what a field meant before it existed, where its default may change
 # What may change when a run goes on: where and how fast it computes, what it prints, what it began with, what the experiment does
 # later.
@@ -177,12 +178,12 @@ def _paths_read(config) -> list[str]:
 
 
 def matters(name: str, config, finished: bool = False) -> bool:
-    """Whether another value of a field changes the rest of a run; in evaluate.* only the fields that validation reads do."""
+    """Whether another value of a field changes the rest of a run; what validation alone reads does where it reads it."""
     if name.startswith(FREE_FIELDS):
         return False
-    if not name.startswith("evaluate."):
+    if not name.startswith("evaluate.") and name != VALIDATION_SEEDS:
         return True
-    validation, seeds = [], [] if config.data.validation_seeds else ["evaluate.seeds"]
+    validation, seeds = [], [VALIDATION_SEEDS, *([] if config.data.validation_seeds else ["evaluate.seeds"])]
     if config.stage == "finetune":
         validation = ["evaluate.tasks", "evaluate.limit", "evaluate.option_score", *seeds]
         validation += ["evaluate.demos"] if config.evaluate.demos == "pool" else []  # data/demonstrations.py
