@@ -353,10 +353,11 @@ def test_training_and_evaluation(world, folders, tmp_path, caplog):
     assert step[0]["kd"] > 0 and np.isfinite(step[0]["loss"]) and np.isfinite(scored[0]["dev_score"])
     c.evaluate.methods, c.evaluate.seeds = ("icl", f"mend={tmp_path / 'run'}"), (13,)
     assert set(evaluate.evaluate(c, tmp_path / "scores")["methods"]) == {"icl", "mend"}
-    assert not caplog.messages
+    of_templates = lambda: [message for message in caplog.messages if "template" in message]  # noqa: E731
+    assert not of_templates()
     c.data.template = "newline"
     evaluate.evaluate(c, tmp_path / "others")
-    states(caplog.messages[0], tmp_path / "run", "newline", "lowers", "--config.data.template=qa")
+    states(of_templates()[0], tmp_path / "run", "newline", "lowers", "--config.data.template=qa")
 
 
 # Mistakes
