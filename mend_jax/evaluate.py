@@ -171,14 +171,14 @@ def load_methods(config, llm: LLM, layout: Layout) -> list[Method]:
                 f"config.evaluate.methods holds {spec!r}: NAME may hold letters, digits and _.+-, and is not one of"
                 f" {', '.join(BUILT_IN)}."
             )
-        model = load_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
+        model = load_method_model(path, config, llm, layout) if path else BUILT_IN[name].beside(llm)
         methods.append(Method(name, model, "" if model.method else path))
     if not methods:
         raise UserError("config.evaluate.methods is empty: name at least one, such as zero_shot.")
     return methods
 
 
-def load_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
+def load_method_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
     """What stands behind NAME= in evaluate.methods: the trained model in a training workdir or an exported folder (PATH, KIND:PATH
     or firstN:PATH), placed beside this LLM, or in-context learning that is cut (lastN:icl, lastNeach:icl).
 

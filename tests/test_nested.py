@@ -13,7 +13,7 @@ from test_start import FAMILIES
 from tiny_training import RandomBatches, config, model_folder
 
 import mend_jax
-from mend_jax.evaluate import load_model
+from mend_jax.evaluate import load_method_model
 from mend_jax.interchange.export import export
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.prefixes.distiller import Distiller
@@ -82,12 +82,12 @@ def test_the_lengths_stay_with_an_export_and_can_be_evaluated(tmp_path):
     assert json.loads((tmp_path / "out" / "distiller_config.json").read_text())["nested"] == [1, 2]
     c = config(folder, **NESTED)
     for path in (workdir, tmp_path / "out"):
-        found = load_model(f"first2:{path}", c, llm, make_layout("pmap", c.mesh))
+        found = load_method_model(f"first2:{path}", c, llm, make_layout("pmap", c.mesh))
         whole = mend_jax.load_distiller(path, llm)
         assert whole.nested == (1, 2) and found.num_vectors == 2
         np.testing.assert_allclose(found.distill([3, 4]).embeds, whole.distill([3, 4]).embeds[:, :2], atol=2e-6)
     with says("1, 2, 4", "not of 3"):
-        load_model(f"first3:{workdir}", c, llm, make_layout("pmap", c.mesh))
+        load_method_model(f"first3:{workdir}", c, llm, make_layout("pmap", c.mesh))
 
 
 @pytest.mark.parametrize(
