@@ -35,9 +35,9 @@ def get_config() -> ConfigDict:
     prefix.layers = 0  # of the backbone: its first so many layers alone; 0: all
     prefix.train_embeddings = True  # False: the backbone's token embeddings stay as they are, and out of checkpoints, optimiser and, where they are the LLM's own, exports
     prefix.placeholder_init = "vocabulary"  # random rows of the token embedding, or "normal" (std 0.02); a soft prompt too
-    prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"
+    prefix.projection = "auto"  # to the LLM's width: "tanh" (Linear, tanh), "linear", "identity"; "auto": "tanh" where widths differ, else "identity"; with prefix.residual "linear" begins at zero, and learns faster than "identity" (docs/running.md)
     prefix.residual = False  # add the distiller's vectors to the LLM's embeddings of the last l tokens that it reads (kind "chunked": of each chunk), so that training begins with in-context learning cut to these; for a backbone that is the LLM, with train_embeddings=False
-    prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json (with prefix.residual a tenth of it is added to them); 0: as backbone and projection give them
+    prefix.rms = -1.0  # root mean square of the first vectors; -1: that of the LLM's token embeddings, measured when a run begins and kept in its config.json (with prefix.residual a tenth of it is added to them, or, with a linear projection, which begins at zero, the states that it reads have it); 0: as backbone and projection give them
     prefix.dtype = "float32"  # of the distiller's arithmetic; its parameters are always float32
     prefix.remat = False  # as llm.remat, for the distiller
     prefix.join = "concat"  # kind "chunked": the chunks' vectors one after another, or their "mean"

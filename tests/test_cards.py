@@ -27,6 +27,11 @@ KINDS = {
     "distiller": {},
     LLMS_EMBEDDINGS: {"prefix.train_embeddings": False},  # and its backbone is the LLM
     RESIDUAL: {"prefix.train_embeddings": False, "prefix.residual": True},
+    "added behind a projection": {
+        "prefix.train_embeddings": False,
+        "prefix.residual": True,
+        "prefix.projection": "linear",
+    },
     "residual in chunks": {
         "prefix.train_embeddings": False,
         "prefix.residual": True,

@@ -57,6 +57,30 @@ def test_without_what_is_added_it_is_in_context_learning_cut_to_these_tokens(mad
     np.testing.assert_allclose(found.embeds, cut.embeds, atol=1e-6)
 
 
+def test_with_a_projection_it_begins_as_in_context_learning_cut_to_these_tokens(made):
+    """The projection begins at zero and learns at once; what it reads is as large as embeddings."""
+    c, llm, _ = made
+    linear = c.copy_and_resolve_references()
+    linear.prefix.projection = "linear"
+    distiller = Distiller.init(linear, llm, 3).read_by(llm)
+    found = distiller.distill(CONTEXTS).embeds
+    np.testing.assert_array_equal(found[0], embedded(llm, CONTEXTS[0][-4:]))
+    np.testing.assert_array_equal(found[1, 2:], embedded(llm, CONTEXTS[1]))
+    assert not np.any(found[1, :2])
+    states = {
+        **distiller.params,
+        "projection": {"kernel": jnp.eye(llm.config.width), "bias": jnp.zeros(llm.config.width)},
+    }
+    read = dataclasses.replace(distiller, params=states, residual=False).distill(np.arange(24).tolist()).embeds
+    assert rms(read) == pytest.approx(embeddings_rms(llm), rel=0.1)
+
+    def loss(params):
+        tokens, length = distiller.read(CONTEXTS)
+        return jnp.sum(distiller.apply(params, tokens, length).embeds ** 2)
+
+    assert jnp.abs(jax.grad(loss)(distiller.params)["projection"]["kernel"]).max() > 0
+
+
 def test_a_shorter_prefix_has_the_last_tokens_too(made):
     _, _, distiller = made
     nested = dataclasses.replace(distiller, nested=(2,))
@@ -83,7 +107,7 @@ def test_each_chunk_is_added_to_its_own_last_tokens(made):
     "fields",
     [
         {"prefix.train_embeddings": True},
-        {"prefix.projection": "linear"},
+        {"prefix.projection": "tanh"},
         {"prefix.backbone": "other"},
         {"prefix.kind": "chunked", "prefix.train_embeddings": True},
     ],
@@ -97,14 +121,15 @@ def test_it_needs_the_llms_own_embeddings(fields, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_trained_exported_and_read_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("projection", ["auto", "linear"])
+def test_it_is_trained_exported_and_read_again(projection, tmp_path, monkeypatch):
     from mend_jax.run import build
     from mend_jax.train import train
 
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     folder = model_folder(tmp_path / "llm")
     llm = mend_jax.load_llm(folder)
-    c = config(folder, **RESIDUAL, **{"train.steps": 2})
+    c = config(folder, **RESIDUAL, **{"train.steps": 2, "prefix.projection": projection})
     assert train(c, tmp_path / "run") == 0
     export(tmp_path / "run", tmp_path / "out")
     first = Distiller.init(c, llm, c.seed)

@@ -28,11 +28,11 @@ from mend_jax.prefixes.distiller_folder import (
     read_settings,
     write_folder,
 )
-from mend_jax.prefixes.distiller_module import PROJECTION_START, DistillerModule, make_vectors
+from mend_jax.prefixes.distiller_module import DistillerModule, make_vectors
 from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.prefixes.start import cut_layers, first_layers, first_rms, with_rms
+from mend_jax.prefixes.start import cut_layers, first_layers, first_projection, first_rms, with_rms
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -156,10 +156,10 @@ class Distiller(Kind):
     def check(cls, config, backbone, llm) -> None:
         cls.reader_settings(config, backbone)
         projection = resolve_projection(config.prefix.projection, backbone.width, llm.width)
-        if config.prefix.residual and (whose(config) != LLM or projection != "identity"):
+        if config.prefix.residual and (whose(config) != LLM or projection == "tanh"):
             raise UserError(
                 "prefix.residual adds vectors to the LLM's token embeddings: it needs llm.path as prefix.backbone,"
-                ' prefix.train_embeddings=False and no projection ("auto" or "identity").'
+                ' prefix.train_embeddings=False and a prefix.projection that is "linear", "identity" or "auto".'
             )
 
     @classmethod
@@ -176,16 +176,18 @@ class Distiller(Kind):
             "placeholders": initial_rows(prefix, backbone, seed),
         }
         projection = resolve_projection(prefix.projection, settings.width, llm.config.width)
-        if projection != "identity":  # spelled here, because tracing the network for its shapes takes a second
-            shapes = {"kernel": (settings.width, llm.config.width), "bias": (llm.config.width,)}
-            key = jax.random.key(seed + 1)
-            params["projection"] = {name: PROJECTION_START[name](key, shape) for name, shape in shapes.items()}
+        last = {}
+        if projection != "identity":
+            last["projection"] = first_projection(settings.width, llm.config.width, seed, zero=prefix.residual)
         arithmetic = prefix.dtype, llm.attention, prefix.remat
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
         rest["nested"] = tuple(prefix.nested)
-        made = cls(settings, params, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
-        made = made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
-        return dataclasses.replace(made, residual=prefix.residual)
+        if prefix.residual:  # a projection that begins at zero: the states that it reads are scaled
+            made = cls(settings, params, "identity", llm.config.width, backbone.tokenizer, *arithmetic, **rest)
+            made = made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
+            return dataclasses.replace(made, params=made.params | last, projection=projection, residual=True)
+        made = cls(settings, params | last, projection, llm.config.width, backbone.tokenizer, *arithmetic, **rest)
+        return made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
 
     @classmethod
     def sketch(cls, prefix, backbone: Config, llm) -> "Distiller":

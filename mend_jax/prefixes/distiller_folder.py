@@ -90,8 +90,8 @@ def read_folder(folder: Path, place: Place | None = None) -> tuple:
         nested, residual = tuple(map(int, settings.get("nested", ()))), settings.get("residual", False)
         if type(llm_width) is not int or llm_width < 1:
             raise ValueError(f"llm_width is {described(llm_width)}, not a width")
-        if type(residual) is not bool or (residual and projection != "identity"):
-            raise ValueError(f"residual is {described(residual)}, not true without a projection, or false")
+        if type(residual) is not bool or (residual and projection == "tanh"):
+            raise ValueError(f"residual is {described(residual)}, not false, or true without a tanh")
         if settings.get("bos", NONE) not in CHOICES["data.bos"]:
             raise ValueError(f"bos is {described(settings['bos'])}, not one of {', '.join(CHOICES['data.bos'])}")
     except (KeyError, TypeError, ValueError) as error:

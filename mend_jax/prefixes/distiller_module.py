@@ -18,6 +18,7 @@ from mend_jax.models.families import Config, EncoderDecoderConfig
 from mend_jax.models.folders import init_params
 from mend_jax.models.int8 import rows
 from mend_jax.prefixes.prefix import Prefix, join, last_embeds, take_rows, vectors_after
+from mend_jax.prefixes.start import PROJECTION_START
 
 
 class DistillerModule(nn.Module):
@@ -48,7 +49,7 @@ class DistillerModule(nn.Module):
         states = self._states_at(placeholders, backbone, context, vectors)
         if self.projection != "identity":
             states = _Projection(self.llm_width, self.dtype, name="projection")(states)
-        if self.residual:  # of the LLM's own embeddings, so there is no projection
+        if self.residual:
             return states + last_embeds(context, self.length, vectors)
         return jnp.tanh(states) if self.projection == "tanh" else states
 
@@ -77,9 +78,6 @@ class DistillerModule(nn.Module):
 def _shapes(module: DistillerModule):
     tokens, length = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), tokens, length)["params"]
-
-
-PROJECTION_START = {"kernel": nn.initializers.normal(0.02), "bias": nn.initializers.zeros}  # as the release
 
 
 class _Projection(nn.Module):

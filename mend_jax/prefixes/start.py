@@ -21,6 +21,7 @@ from mend_jax.models.families import Config, EncoderDecoderConfig
 SAMPLE = 4_096  # embeddings whose RMS is measured
 CONTEXTS, TOKENS = 4, 64  # random contexts, and the most tokens of each, whose vectors are measured
 RESIDUAL_SHARE = 0.1  # of the embeddings' RMS, that what is added to them begins with (prefix.residual)
+PROJECTION_START = {"kernel": jax.nn.initializers.normal(0.02), "bias": jax.nn.initializers.zeros}  # as the release
 TANH_RMS = 0.5  # more than that tanh, which is bounded by 1, would have to be saturated for
 
 
@@ -52,10 +53,21 @@ def embeddings_rms(llm) -> float:
 
 
 def first_rms(prefix, llm) -> float:
-    """The root mean square of the first vectors, by the section `prefix` of a run's config: what is added to embeddings begins small."""
+    """The root mean square of the first vectors, by the section `prefix` of a run's config. What is added to embeddings begins small;
+    a projection that makes it begins at zero, and the measure is that of the states which it reads."""
     if prefix.rms >= 0:
         return prefix.rms
-    return float(f"{embeddings_rms(llm) * (RESIDUAL_SHARE if prefix.residual else 1):.4g}")
+    small = prefix.residual and prefix.projection != "linear"
+    return float(f"{embeddings_rms(llm) * (RESIDUAL_SHARE if small else 1):.4g}")
+
+
+def first_projection(width: int, llm_width: int, seed: int, zero: bool) -> dict:
+    """{"kernel": (width,llm_width), "bias": (llm_width,)}, drawn as in the release, or zero (Zhang et al., 2023, ControlNet's zero
+    convolution): what is added begins as nothing and grows by whole matrices, not by the scales of a norm alone."""
+    shapes = {"kernel": (width, llm_width), "bias": (llm_width,)}
+    if zero:
+        return {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    return {name: PROJECTION_START[name](jax.random.key(seed + 1), shape) for name, shape in shapes.items()}
 
 
 def with_rms(vectors_of: Callable, config: Config, params, projection: str, rms: float):

@@ -124,10 +124,11 @@ class MendDistiller(nn.Module):
         if isinstance(self.backbone, T5EncoderModel):
             options = {"attention_mask": torch.arange(N + L, device=input_ids.device) < (lengths + L)[:, None]}
         states = self.backbone(inputs_embeds=embeds, **options).last_hidden_state.gather(1, places)
+        vectors = self.activation(states if self.projection is None else self.projection(states))
         if self.residual:  # zero where there are fewer tokens than vectors
             last = places - L
-            return states + embeds.gather(1, last.clamp(min=0)) * (last >= 0)
-        return self.activation(states if self.projection is None else self.projection(states))
+            vectors = vectors + embeds.gather(1, last.clamp(min=0)) * (last >= 0)
+        return vectors
 
     @torch.no_grad()
     def distill(self, demos, num_vectors=None):
