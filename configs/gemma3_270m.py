@@ -13,34 +13,23 @@ Expected: zero-shot 27.4, PromptTuning 28.9, Vanilla ICL 35.6, HyperTuning 33.1,
     published.
 """
 
-from configs import base
+from configs import own_llm
 
 
 def get_config():
-    c = base.get_config()
+    c = own_llm.get_config()
     c.llm.path = c.prefix.backbone = "gemma3-270m"
-    c.llm.dtype = c.prefix.dtype = "bfloat16"
-    c.data.bos = "auto"  # Gemma reads behind its BOS
-    c.prefix.layers = 6
-    c.prefix.train_embeddings = False
-    c.prefix.residual = True
-    c.prefix.projection = "linear"  # begins at zero
-    c.prefix.kind = "chunked"
-    c.prefix.length = 6  # of each demonstration
-    c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 64, 16
-    c.data.template = "qa"
+    c.prefix.chunk_tokens = 64
     c.data.max_demo_tokens = 896
     c.data.max_input_tokens = 48
     c.data.max_text_tokens = 352
     c.data.demo_buckets, c.data.query_buckets = (288, 512, 640, 768, 896), (64, 128)
-    c.data.queries = 4
     c.data.validation_items = 24
     c.data.validation_seeds = (13,)
-    c.loss.kd = 10.0  # lambda
-    c.optimizer.learning_rate = 3e-4  # the paper's is 5e-5, for 30,000 steps
     c.optimizer.warmup_steps = 10
     c.train.batch_size = 4
     c.train.eval_every, c.train.save_every = 60, 20  # no checkpoint is chosen: so few dev items would choose by chance
+    c.experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
     c.experiment.pretrain_steps, c.experiment.finetune_steps = 40, 60
     c.experiment.prompt_tuning_learning_rate = 3e-3  # of 3e-3, 3e-2, 0.1 and 0.3 the one with the best checkpoint on dev items (docs/lab_notes.md)
     c.evaluate.limit = 40

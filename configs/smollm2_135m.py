@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct with a distiller made of its own first eight layers: MEND for a current LLM, in minutes on one GPU.
+"""SmolLM2-135M-Instruct with a distiller made of its own first eight layers: MEND for a current LLM, meant for one GPU.
 
     python -m mend_jax.experiments.methods --config=configs/smollm2_135m.py --workdir=runs/smollm2_135m \\
         --config.data.text=C4 --config.data.tasks=METAICL

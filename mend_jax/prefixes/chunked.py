@@ -104,7 +104,7 @@ class Chunked(Kind):
 
     @property
     def holds(self) -> str:
-        return f" and a chunk of {self.width} (prefix.chunk_tokens)"
+        return f" and a chunk of {self.width}" + (" (prefix.chunk_tokens)" if self.chunk_tokens else "")
 
     @property
     def module(self) -> DistillerModule:
