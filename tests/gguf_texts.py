@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 from gguf_files import add_tokenizer
 
@@ -57,18 +58,23 @@ def trained_pieces(size=500):
     return scores | {letter: -1e4 - rank for rank, letter in enumerate(letters)}
 
 
-def describe_pieces(writer, scores):
-    """Its metadata."""
-    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+def describe_pieces(writer, scores, own=(), **flags):
+    """Its metadata; `own` are tokens of the user's, which are found before anything is joined."""
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3} | dict.fromkeys(own, 4)
     types = [6 if token.startswith("<0x") else kinds.get(token, 1) for token in scores]
     ids = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    add_tokenizer(writer, "llama", "default", list(scores), types, scores=list(scores.values()), **ids)
+    add_tokenizer(writer, "llama", "default", list(scores), types, scores=list(scores.values()), **ids, **flags)
 
 
-def joined_by_score(text, scores):
+def joined_by_score(text, scores, own=(), prefix=True):
     """What SentencePiece does, word for word: of all neighbours that together are a token, those that score best are joined,
-    the first of equals, until there are none; letters without a token are bytes."""
-    letters = list(("" if text.startswith(" ") else "▁") + text.replace(" ", "▁"))
+    the first of equals, until there are none; letters without a token are bytes. Tokens of the user's `own` come first, the
+    longest of those that begin at a place; without `prefix` no space stands before a text."""
+    if own:
+        parts = re.split("(" + "|".join(map(re.escape, sorted(own, key=len, reverse=True))) + ")", text)
+        made = [[part] if part in own else joined_by_score(part, scores, prefix=prefix) for part in parts if part]
+        return [token for tokens in made for token in tokens]
+    letters = list(("▁" if prefix and not text.startswith(" ") else "") + text.replace(" ", "▁"))
     known = {token: score for token, score in scores.items() if not token.startswith("<")}
     while True:
         pairs = [

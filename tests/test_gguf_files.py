@@ -114,6 +114,11 @@ def package(tmp_path, monkeypatch):
     return packaged.Packaged(modules, ("x.part",) * 2, "pip install x", hashlib.sha256(whole).hexdigest()), whole
 
 
+def test_a_name_that_no_package_has_leads_to_the_one_that_is_there():
+    with says("gemma3-270m-it", "gemma3-270m is there"):
+        local_folder("gemma3-270m-it")
+
+
 def test_a_packaged_file_is_found_by_its_name(package, tmp_path, monkeypatch):
     entry, whole = package
     monkeypatch.setitem(packaged.PACKAGED, "mine", entry)

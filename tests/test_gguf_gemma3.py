@@ -11,7 +11,7 @@ gguf_package = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
 from gguf_files import copy_part  # noqa: E402
-from gguf_texts import varied_texts  # noqa: E402
+from gguf_texts import joined_by_score, varied_texts  # noqa: E402
 from test_gguf import logits, theirs  # noqa: E402
 from test_gguf_tokenizer import ids  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -22,6 +22,7 @@ from mend_jax.llm.decoder_only import load_llm  # noqa: E402
 from mend_jax.models import weights  # noqa: E402
 from mend_jax.models.families import from_hf_config  # noqa: E402
 from mend_jax.models.folders import load_tokenizer, local_folder  # noqa: E402
+from mend_jax.models.gguf.header import read_model  # noqa: E402
 from mend_jax.prefixes.nothing import no_prefix  # noqa: E402
 
 TEXTS = varied_texts()
@@ -94,6 +95,16 @@ def test_gemma_reads_as_llama_cpp_does(gemma):
     llama_cpp = pytest.importorskip("llama_cpp")
     theirs = llama_cpp.Llama(str(gemma), vocab_only=True, verbose=False)
     assert ids(load_tokenizer(gemma)) == [theirs.tokenize(text.encode(), add_bos=False, special=True) for text in TEXTS]
+
+
+@pytest.mark.slow
+def test_gemma_reads_as_sentencepiece_does(gemma):
+    metadata, ours = read_model(gemma).metadata, load_tokenizer(gemma)
+    tokens, types, scores = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores"))
+    known = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == 1}
+    own = [token for token, kind in zip(tokens, types, strict=True) if kind == 4]
+    for text in TEXTS:
+        assert ours.tokenize(text) == joined_by_score(text, known, own, prefix=False), text
 
 
 @pytest.mark.slow

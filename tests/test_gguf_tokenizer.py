@@ -85,6 +85,42 @@ def test_sentencepiece_ids(tmp_path):
     assert ours.decode(ours("Hello 😀 world", add_special_tokens=False)["input_ids"]) == "Hello 😀 world"
 
 
+def test_sentencepiece_ids_without_a_space_before_a_text(tmp_path):
+    """Gemma's kind: no space is put before a text, and lines and runs of spaces are tokens of the user's, which llama.cpp's converter writes with
+    spaces."""
+    own = ["\n", "\n\n", "\n\n\n", "  ", "   ", "<start_of_turn>"]
+    scores = trained_pieces() | dict.fromkeys(own, -100000.0)
+    path = tmp_path / "model.gguf"
+    ours = load_tokenizer(
+        header_alone(path, lambda writer: describe_pieces(writer, scores, own, add_space_prefix=False), "gemma3")
+    )
+    for text in [*TEXTS, "a\n\n\n\nb   c", "<start_of_turn>user\nhi", "    x"]:
+        assert ours.tokenize(text) == joined_by_score(text, scores, own, prefix=False), text
+        assert ours.decode(ours(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "begins"),
+    [
+        ("llama-bpe", None, True),  # a file that does not say it is read as llama.cpp reads it
+        ("tekken", None, True),
+        ("llama-bpe", False, False),
+        ("gpt-2", None, False),
+        ("smollm", None, False),
+        ("gpt-2", True, True),
+    ],
+)
+def test_whether_a_text_begins_with_bos(pre, said, begins, tmp_path):
+    vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED["gpt-2"]), size=300)
+    tokens = sorted(vocab, key=vocab.get)
+    fields = {"bos_token_id": vocab["<|endoftext|>"]} | ({} if said is None else {"add_bos_token": said})
+    types = [3 if token.startswith("<|") else 1 for token in tokens]
+    path = tmp_path / "model.gguf"
+    header_alone(path, lambda writer: add_tokenizer(writer, "gpt2", pre, tokens, types, merges, **fields))
+    ours = load_tokenizer(path)
+    assert (ours("Hello")["input_ids"][0] == ours.bos_token_id) == begins
+
+
 def test_tokens_that_only_fill_the_table_are_left_out(tmp_path):
     vocab, merges = trained_bytes(pre_tokenizers.Sequence(DIVIDED["gpt-2"]), size=300, special=())
     tokens = [*sorted(vocab, key=vocab.get), "[PAD300]", "<think>"]

@@ -19,7 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, family_of, from_hf_config, read_json, to_hf_config
 from mend_jax.models.gguf.header import is_gguf
-from mend_jax.models.gguf.packaged import PACKAGED, packaged_file
+from mend_jax.models.gguf.packaged import PACKAGED, packaged_file, refuse_others
 from mend_jax.models.gguf.tokenizer import gguf_tokenizer
 from mend_jax.models.split_weights import read_split
 from mend_jax.models.weights import AGAIN
@@ -175,6 +175,7 @@ def local_folder(path: str | Path) -> Path:
         )
     if str(path) in PACKAGED:
         return packaged_file(str(path))
+    refuse_others(str(path))
     if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
         raise UserError(f"{path} is not a folder: give a Hugging Face model folder or a hub name such as gpt2.")
     from huggingface_hub import snapshot_download

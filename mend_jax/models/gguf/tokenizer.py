@@ -43,7 +43,9 @@ def gguf_tokenizer(path: str | Path):
         tokenizer = KINDS[kind](metadata, path)
         named = _special(metadata)
         _add(tokenizer, metadata)
-        if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in named:
+        # Of a file that does not say it, llama.cpp takes these kinds for ones that put BOS before a text.
+        usual = kind == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+        if metadata.get("tokenizer.ggml.add_bos_token", usual) and "bos_token" in named:
             tokenizer.post_processor = _begins_with(named["bos_token"], tokenizer)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=str(path), **named)
     except UserError:
