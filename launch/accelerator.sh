@@ -2,7 +2,7 @@
 # Measures in at most nine minutes, on a machine with an H100 or H200, what no other can: the public release's values and
 # bfloat16 there, train steps of large LLMs beside PyTorch, scoring at the paper's lengths, MEND for SmolLM2-135M.
 #
-#   TEXT=C4 TASKS=METAICL ./launch/accelerator.sh pack   # first, where there is a network: what must travel, in three bundles
+#   TEXT=C4 TASKS=METAICL ./launch/accelerator.sh pack   # first, where there is a network: what must travel, in bundles
 #   ./launch/accelerator.sh                              # then there; flags are passed on: --only=golden,mend --minutes=5 --out=FOLDER
 #   ./launch/accelerator.sh --dry_run                    # anywhere: every part at a tiny size, on a CPU
 #

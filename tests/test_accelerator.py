@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,9 +141,26 @@ def test_parts_are_chosen_by_name(tmp_path):
     assert [part.name for part in accelerator.chosen(every, "mend, golden")] == ["golden", "mend"]
     with says("--only=goldne", "did you mean golden?"):
         accelerator.chosen(every, "goldne")
-    names = {name for only, _ in accelerator_pack.CALLS for name in only.split(",")}
-    assert names <= {part.name for part in every}
-    assert sum(minutes for _, minutes in accelerator_pack.CALLS) <= 13  # of 15, in which the machine starts too
+
+
+@pytest.mark.parametrize("bundles", [1, 3, 6])
+def test_the_calls_run_every_part_in_time(bundles):
+    found = [
+        re.search(r"accelerator\.sh(?: --only=(\S+))? --minutes=(\d+)$", call)
+        for call in accelerator_pack.calls(bundles)
+    ]
+    names = [name for call in found[:-1] for name in call[1].split(",")]
+    assert names[-1] == "mend" and found[-1][1] is None  # the last one picks nothing: it runs what is left
+    assert set(names) <= {part.name for part in accelerator.make_parts(ROOT, ROOT, False)}
+    assert (
+        len(found) == bundles + 1 and sum(int(call[2]) for call in found) <= 14
+    )  # of 15, in which the machine starts too
+
+
+def test_what_travels_fits_a_call_with_the_projects_files():
+    """With the LLM of configs/smollm2_135m.py in as many parts as it takes, and room for wheels."""
+    room = accelerator_pack.CALL - accelerator_pack.MARGIN - accelerator_pack.project_size(ROOT)
+    assert room > 10 * accelerator_pack.MIB
 
 
 def test_no_accelerator_is_one_sentence(tmp_path):
@@ -267,20 +285,36 @@ def bundles(tmp_path, tiny_llm, monkeypatch):
 
 
 def test_what_travels(bundles):
-    held = {n: sorted(path.name for path in (bundles / str(n)).iterdir()) for n in (1, 2, 3)}
-    assert held == {1: ["model.gguf.part1of2"], 2: ["model.gguf.part2of2"], 3: ["data.tar.gz"]}
-    with tarfile.open(bundles / "3" / "data.tar.gz") as tar:
+    held = sorted(path.name for path in (bundles / "1").iterdir())
+    assert held == ["data.tar.gz", "model.gguf.part1of1"] and not (bundles / "2").exists()
+    with tarfile.open(bundles / "1" / "data.tar.gz") as tar:
         names = set(tar.getnames())
     assert {"data/c4/c4-train.00000-of-00002.json.gz", "data/metaicl/data/t/t_4_13_test.jsonl"} < names
     assert "data/c4/c4-train.00001-of-00002.json.gz" not in names  # of C4's files one
     assert len([name for name in names if name.endswith(".array_record")]) == 5  # two texts, three tasks
-    assert "--only=mend --minutes=5" in accelerator_pack.bundles_text(bundles)
+    assert "with 1: ./launch/accelerator.sh --only=mend --minutes=4" in accelerator_pack.bundles_text(
+        bundles, accelerator_pack.MIB
+    )
+    with says("bundles/1", "wheels"):
+        accelerator_pack.bundles_text(bundles, 10)
 
 
-def test_a_bundle_that_is_too_large_is_one_sentence(bundles, monkeypatch):
-    monkeypatch.setattr(accelerator_pack, "LIMIT", 10)
-    with says("bundles/3", "FILES"):
-        accelerator_pack.bundles_text(bundles)
+def test_files_go_where_there_is_room(tmp_path):
+    sizes = {"data": 30, "a": 60, "b": 60, "c": 10}
+    for number in ("1", "2", "10"):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "of_before").touch()
+    (tmp_path / "1" / "wheels").mkdir()
+    (tmp_path / "1" / "wheels" / "x.whl").write_bytes(bytes(40))
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    accelerator_pack.place([tmp_path / name for name in sizes], tmp_path, 80)
+    held = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert held == {"1/wheels/x.whl", "1/data", "1/c", "2/a", "3/b"}
+    assert not (tmp_path / "10").exists()
+    (tmp_path / "large").write_bytes(bytes(81))
+    with says("large", "FILES"):
+        accelerator_pack.place([tmp_path / "large"], tmp_path, 80)
 
 
 PYTHON = """#!/bin/sh

@@ -1,11 +1,13 @@
-"""What must travel to an accelerator's machine that has no network, in bundles: folders 1, 2 and 3, each small enough for a call.
+"""What must travel to an accelerator's machine that has no network, in bundles: folders 1, 2 and so on, each small enough for a call.
 
 `launch/accelerator.sh pack` calls it, after it has put wheels into 1/wheels. Beside them go the LLM of configs/smollm2_135m.py, a
-GGUF file in two parts, and its data, already tokenised: some of C4's files, MetaICL's training tasks and the test tasks that the
+GGUF file in parts, and its data, already tokenised: some of C4's files, MetaICL's training tasks and the test tasks that the
 config evaluates on.
 """
 
+import math
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -21,13 +23,17 @@ from mend_jax.prepare import prepare
 from mend_jax.run.files import whole_file, whole_folder
 
 MIB = 1 << 20
-LIMIT = 54 * MIB  # of a bundle: a call takes 64 MiB, the project's files among them
-# What runs with each bundle on the way, so that no call only carries.
+CALL = 64 * MIB  # what travels in one call at most: a bundle and the project's own files
+MARGIN = MIB
+# What runs with each bundle on the way, in the order of its value, so that no call only carries; and with the last one.
 CALLS = (
-    ("devices,golden,bfloat16,step_pytorch,step_gpt2_large", 4),
-    ("inference,step_opt_6_7b,step_opt_6_7b_int8", 3),
-    ("mend", 5),
+    ("devices,golden,bfloat16", 2),
+    ("step_pytorch,step_gpt2_large", 2),
+    ("inference,step_opt_6_7b_int8", 2),
+    ("step_opt_6_7b,step_gpt2_xl", 2),
+    ("step_t5_large", 1),
 )
+LAST = ("mend", 4)
 
 
 def pack(out: str, text: str, tasks: str, files: int = 3) -> None:
@@ -45,13 +51,52 @@ def pack(out: str, text: str, tasks: str, files: int = 3) -> None:
     choose_data(config, Path(text).expanduser(), Path(tasks).expanduser(), files, data)
     config.data.update(text=str(data / "c4"), tasks=str(data / "metaicl"), cache=str(data / "tokens"))
     prepare(config)
-    for number in (1, 2, 3):
-        (bundles / str(number)).mkdir(parents=True, exist_ok=True)
-    for number, piece in enumerate(split(model, bundles / MODEL, 2), 1):
-        piece.replace(bundles / str(number) / piece.name)
-    with whole_file(bundles / "3" / f"{DATA}.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as tar:
+    archive, room = bundles / f"{DATA}.tar.gz", CALL - MARGIN - project_size(config_files.ROOT)
+    with whole_file(archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
         tar.add(data, DATA)
-    print(bundles_text(bundles))
+    if room < MIB:
+        raise UserError(f"The project's own files leave no room in a call of {CALL // MIB} MiB: remove untracked ones.")
+    place([archive, *split(model, bundles / MODEL, math.ceil(model.stat().st_size / room))], bundles, room)
+    print(bundles_text(bundles, room))
+
+
+def project_size(root: Path) -> int:
+    """The bytes of the project's files that travel in every call: those that git does not ignore, or all where there is no git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout.split("\0")
+        files = [root / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        files = list(root.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def place(files: list[Path], bundles: Path, room: int) -> None:
+    """Moves files into <bundles>/1, /2 and so on, each into the first that has room for it; bundles of before lose theirs.
+
+    Raises UserError for a file that is larger than a bundle.
+    """
+    numbered = sorted((path for path in bundles.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    for old in (path for folder in numbered for path in folder.glob("*") if path.name != "wheels"):
+        old.unlink()
+    sizes = {1: _size(bundles / "1")}
+    for file in files:
+        size = file.stat().st_size
+        if size > room:
+            raise UserError(
+                f"{file} has {size / MIB:.1f} MiB, more than {room / MIB:.0f}: take fewer of C4's files (FILES)."
+            )
+        number = next((n for n, held in sizes.items() if held + size <= room), len(sizes) + 1)
+        sizes[number] = sizes.get(number, 0) + size
+        (bundles / str(number)).mkdir(parents=True, exist_ok=True)
+        file.replace(bundles / str(number) / file.name)
+    for folder in numbered:
+        if int(folder.name) not in sizes:
+            folder.rmdir()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def choose_data(config, text: Path, tasks: Path, files: int, folder: Path) -> None:
@@ -70,21 +115,31 @@ def choose_data(config, text: Path, tasks: Path, files: int, folder: Path) -> No
     _copied(chosen, tasks, folder / "metaicl")
 
 
-def bundles_text(bundles: Path) -> str:
+def bundles_text(bundles: Path, room: int) -> str:
     """What each bundle holds, and the commands for the calls. Raises UserError for a bundle that is too large."""
-    rows, calls = [["bundle", "MiB", "holds"]], []
-    for number, (only, minutes) in enumerate(CALLS, 1):
-        folder = bundles / str(number)
-        held = sorted(path for path in folder.rglob("*") if path.is_file())
-        size = sum(path.stat().st_size for path in held)
-        if size > LIMIT:
-            raise UserError(
-                f"{folder} has {size / MIB:.1f} MiB, more than {LIMIT / MIB:.0f}: take fewer of C4's files (FILES)."
-            )
+    folders = sorted((path for path in bundles.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    rows = [["bundle", "MiB", "holds"]]
+    for folder in folders:
+        held, size = sorted(path for path in folder.rglob("*") if path.is_file()), _size(folder)
+        if size > room:
+            raise UserError(f"{folder} has {size / MIB:.1f} MiB, more than {room / MIB:.0f}: its wheels are too large.")
         rows.append([str(folder), f"{size / MIB:.1f}", ", ".join(str(path.relative_to(folder)) for path in held)])
-        calls.append(f"with {number}: ./launch/accelerator.sh --only={only} --minutes={minutes}")
-    head = "Each bundle fits one call, beside the project's own files. Take them there one after another, at the same path, and run"
-    return "\n".join([columns(rows, left=3), "", head, "", *(f"    {call}" for call in calls)])
+    head = (
+        f"Each bundle fits a call of {CALL // MIB} MiB, beside the project's own files. Take them there one after another, at the same path,"
+        " and run (with --out=FOLDER where only a folder comes back)"
+    )
+    return "\n".join([columns(rows, left=3), "", head, "", *(f"    {call}" for call in calls(len(folders)))])
+
+
+def calls(bundles: int) -> list[str]:
+    """The commands of so many calls with a bundle, and of what is left."""
+    others, found = list(CALLS), []
+    for number in range(1, bundles + 1):
+        last = number == bundles
+        only, minutes = LAST if last else others.pop(0) if others else ("devices", 1)
+        found.append(f"with {number}: ./launch/accelerator.sh --only={only} --minutes={minutes}")
+    left = sum(minutes for _, minutes in others) or 1
+    return [*found, f"then, for what has not been run yet: ./launch/accelerator.sh --minutes={left}"]
 
 
 def _copied(files: list[Path], source: Path, target: Path) -> None:
