@@ -262,9 +262,12 @@ def test_pieces_make_the_file_again(tmp_path):
         assert max(piece.stat().st_size for piece in pieces) <= -(-2_560_000 // count)
 
 
+MODEL = bytes(range(256)) * (10 << 10)  # 2.5 MiB, for bundles of 2
+
+
 @pytest.fixture
 def bundles(tmp_path, tiny_llm, monkeypatch):
-    """The bundles of a tiny world and of a model of a few bytes."""
+    """Those of a tiny world and of a model in two parts."""
     load = config_files.load_config
 
     def tiny(path):
@@ -275,7 +278,8 @@ def bundles(tmp_path, tiny_llm, monkeypatch):
         return config
 
     world = make_world(tmp_path / "world")
-    (tmp_path / "m.gguf").write_bytes(b"GGUF and more")
+    (tmp_path / "m.gguf").write_bytes(MODEL)
+    monkeypatch.setattr(accelerator_pack, "project_size", lambda root: accelerator_pack.CALL - 3 * accelerator_pack.MIB)
     monkeypatch.setattr(config_files, "load_config", tiny)
     monkeypatch.setattr(accelerator_pack, "local_folder", lambda path: tmp_path / "m.gguf")
     arguments = str(tmp_path / "bundles"), str(world / "c4"), str(world / "metaicl"), 1
@@ -285,16 +289,17 @@ def bundles(tmp_path, tiny_llm, monkeypatch):
 
 
 def test_what_travels(bundles):
-    held = sorted(path.name for path in (bundles / "1").iterdir())
-    assert held == ["data.tar.gz", "model.gguf.part1of1"] and not (bundles / "2").exists()
+    held = {
+        path.name: sorted(file.name for file in path.iterdir()) for path in bundles.iterdir() if path.name.isdigit()
+    }
+    assert held == {"1": ["data.tar.gz", "model.gguf.part1of2"], "2": ["model.gguf.part2of2"]}
     with tarfile.open(bundles / "1" / "data.tar.gz") as tar:
         names = set(tar.getnames())
     assert {"data/c4/c4-train.00000-of-00002.json.gz", "data/metaicl/data/t/t_4_13_test.jsonl"} < names
     assert "data/c4/c4-train.00001-of-00002.json.gz" not in names  # of C4's files one
     assert len([name for name in names if name.endswith(".array_record")]) == 5  # two texts, three tasks
-    assert "with 1: ./launch/accelerator.sh --only=mend --minutes=4" in accelerator_pack.bundles_text(
-        bundles, accelerator_pack.MIB
-    )
+    text = accelerator_pack.bundles_text(bundles, 2 * accelerator_pack.MIB)
+    assert "with 2: ./launch/accelerator.sh --only=mend --minutes=4" in text
     with says("bundles/1", "wheels"):
         accelerator_pack.bundles_text(bundles, 10)
 
@@ -355,12 +360,11 @@ def test_bundles_are_unpacked_as_they_come(launch, bundles, tmp_path):
     install, measure = calls
     assert "pip install" in install and "--no-index" in install and install.endswith("/grain-1.whl")
     assert measure == f"{work / 'site'}: -m mend_jax.measure.accelerator --workdir=runs/accelerator --only=golden"
-    for number in ("2", "3"):
-        (bundles / number).rename(there / number)
+    (bundles / "2").rename(there / "2")
     for _ in range(2):
         done, calls = launch(BUNDLES=str(there))
         assert (done.returncode, done.stderr, len(calls)) == (0, "", 1)  # the wheels are there
-    assert (work / "model.gguf").read_bytes() == b"GGUF and more"
+    assert (work / "model.gguf").read_bytes() == MODEL
     assert (work / "data" / "metaicl" / "partitions.json").is_file()
     assert sorted(path.name for path in work.iterdir()) == ["data", "model.gguf", "site"]
 
