@@ -1,4 +1,4 @@
-"""Every row of the table of families through the commands: a step of both stages and an evaluation; and its export.
+"""Rows of the table of families through the commands: a step of both stages and an evaluation; and the export.
 
 The decoder-only rows are family_rows.py's, those of T5 test_t5.py's. Weights are random and tiny.
 """
