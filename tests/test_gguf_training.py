@@ -11,7 +11,9 @@ from facts import says  # noqa: E402
 from gguf_files import write_with_words  # noqa: E402
 from test_family_training import predicted  # noqa: E402
 
-from mend_jax import evaluate, train  # noqa: E402
+from mend_jax import evaluate, load_distiller, load_llm, train  # noqa: E402
+from mend_jax.interchange.export import export  # noqa: E402
+from mend_jax.run import reporting  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +43,17 @@ def test_it_is_trained_from_resumed_and_evaluated(file, tmp_path):
     c.llm.path = str(file)
     evaluate.evaluate(c, tmp_path / "scores")
     assert np.isfinite(predicted(tmp_path / "scores", "mend")).all()
+    export(tmp_path / "run", tmp_path / "out")
+    llm = load_llm(file)
+    vectors = [load_distiller(tmp_path / name, llm).distill([[5, 3, 9]]).embeds for name in ("run", "out")]
+    np.testing.assert_array_equal(*vectors)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "lm"])
+def test_its_weights_are_split_over_a_mesh_and_trained(stage, file, tmp_path):
+    c = tiny_config(make_world(tmp_path), stage, demo_buckets=(24,), query_buckets=(24,), max_demo_tokens=24)
+    c.llm.path = c.prefix.backbone = str(file)
+    c.train.parallel, c.train.batch_size, c.train.steps, c.train.eval_every = "mesh", 8, 1, 1
+    assert train.train(c, tmp_path / "run") == 0
+    lines = reporting.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert np.isfinite(lines[-1]["validation_loss"])
