@@ -29,7 +29,7 @@ VARIANTS = {
     "base": [],
     "small_world": ["quick", "pretrain", "finetune", "full", "experiments", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
-    "smollm2_135m": ["gpu", "cpu", "metaicl"],
+    "smollm2_135m": ["gpu", "tokens", "cpu", "metaicl"],
     "own_llm": [],
     "gemma3_270m": [],
     **dict.fromkeys(

@@ -28,7 +28,7 @@ from mend_jax.run.files import write_json, write_text
 
 RESULTS, PAGE = "results.json", "results.md"
 DEVICES = "devices"  # the part that says what the others are measured on
-CONFIG = "configs/smollm2_135m.py"
+CONFIG = "configs/smollm2_135m.py:tokens"
 MODEL, DATA = "model.gguf", "data"  # in the workdir: what MEND is trained on
 LENGTHS = "469,652,639,848,818"  # demonstration tokens of the paper's Class, HR→LR, QA, non-NLI→NLI and non-Para→Para
 # Train steps in the order of their value: (name, LLM, its weights, sequences to begin with, attention, seconds).
