@@ -10,6 +10,7 @@ every number means. Methods of the same name in several evaluations are told apa
 several trainings of one method, of which the intervals then take account. Those of an experiment's row always are.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from mend_jax.scoring import statistics
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.comparisons import Study, method_table, pair_table, pairs_of, task_table
 
+TRAINING = re.compile("-[0-9a-f]{8}$")  # what an experiment puts behind the name of a method: the key of its training
 NOTES = """Intervals are for these tasks: items, sets of demonstrations (seeds) and, where there are several, trainings are drawn
 anew. p is of a test that exchanges the answers of two methods to an item, two-sided; by task it is corrected by Holm. "of them
 sure" are tasks with p < 0.05 so corrected. "smallest visible" is the difference that so many items would show in four cases of
@@ -45,7 +47,8 @@ def compare(
         methods: the methods to compare, with commas between; empty: all. The table of tasks compares the last with the
             one before it. Of an experiment, values of the first thing that it varies.
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
-        trainings: methods of the same name are trainings of one method.
+        trainings: methods of the same name are trainings of one method; so are those of an experiment's evaluation
+            (WORKDIR/evaluations/...), whose names end with the key of their training.
         out: a Markdown file to write the tables to as well.
     """
     experiments = [folder for folder in evaluations if (Path(folder).expanduser() / RESULT).is_file()]
@@ -102,9 +105,10 @@ def sources_of(evaluations: list[str], trainings: bool) -> dict[str, list[Source
         for name, entry in names.items():
             several = sum(name in others for others in held.values()) > 1
             if not several or trainings:
-                found.setdefault(name, [])
-                if not found[name] or entry["path"]:  # what was not trained has no second training
-                    found[name].append(Source(folder, name))
+                method = TRAINING.sub("", name) if trainings else name
+                found.setdefault(method, [])
+                if not found[method] or entry["path"]:  # what was not trained has no second training
+                    found[method].append(Source(folder, name))
             else:
                 found[f"{name} in {folder}"] = [Source(folder, name)]
     return found

@@ -50,6 +50,19 @@ def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
     assert "| mend                | 2 " in capsys.readouterr().out
 
 
+def test_trainings_in_the_evaluation_of_an_experiment(tmp_path):
+    """Their names end with the keys of their trainings; other evaluations of the same items stand beside them."""
+    whole = write_evaluation(tmp_path / "e", {"mend-0a1b2c3d": 0.9, "mend-99887766": 0.8, "mend-lite": 0.6}, seed=0)
+    short = write_evaluation(tmp_path / "short", {"short": 0.5}, seed=0)
+    found = sources_of([str(whole), str(short)], trainings=True)
+    assert found == {
+        "mend": [Source(whole, "mend-0a1b2c3d"), Source(whole, "mend-99887766")],
+        "mend-lite": [Source(whole, "mend-lite")],
+        "short": [Source(short, "short")],
+    }
+    assert len(sources_of([str(whole)], trainings=False)) == 3
+
+
 def test_the_rows_of_an_experiment(tmp_path, capsys):
     """Trainings of a row are grouped; pairs are of methods under equal labels, or of all rows of one method."""
     for seed, k in enumerate(("4", "8")):
