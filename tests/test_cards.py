@@ -134,6 +134,9 @@ def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, fol
     backbone = folder if of_llm(kind) else backbone
     run = make_workdir(tmp_path / "run", llm, folder, backbone, **{"data.template": template, **KINDS[kind]})
     prefix = assert_the_snippet_gives_our_scores(run, tmp_path / "out", llm, folder, template)
+    if kind == "distiller":
+        module = exported_module(tmp_path / "out")
+        assert module.first_ids(mend_jax.load_llm(folder).tokenizer).shape == (1, 0)
     assert prefix.embeds.shape[1] == (12 if "chunk" in kind else 6)
 
 
@@ -184,7 +187,11 @@ def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, fo
     params = llm.params if kind == "lm" else None
     run = make_workdir(tmp_path / "run", llm, *folders, params, **{"data.bos": bos, **fields})
     export.export(run, tmp_path / "out")
-    logits = run_card(tmp_path / "out", None if kind == "lm" else folders[0])["logits"]
+    names = run_card(tmp_path / "out", None if kind == "lm" else folders[0])
+    logits = names["logits"]
+    if kind == "distiller":
+        begin = names["tokenizer"].bos_token_id
+        assert names["distiller"].first_ids(names["tokenizer"]).tolist() == [[begin]]
     if kind == "lm":
         reads = mend_jax.load_llm(tmp_path / "out", bos=bos)
         assert_same_scores(reads, mend_jax.demonstrations_prefix(reads, DEMOS), " ", logits)

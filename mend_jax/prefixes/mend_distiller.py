@@ -40,6 +40,7 @@ class MendDistiller(nn.Module):
         template=(" ", "", " "),
         chunks=None,
         residual=False,
+        bos="false",
     ):
         super().__init__()
         width = backbone.get_input_embeddings().embedding_dim  # also the width of its states
@@ -51,6 +52,7 @@ class MendDistiller(nn.Module):
         self.before, self.between, self.answer = template  # stand before every x, after it and before every y
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
         self.residual = residual
+        self.bos = bos  # "true", "false" or "auto": where the tokenizer puts its BOS before a text
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None, tokenizer=None) -> "MendDistiller":
@@ -74,8 +76,8 @@ class MendDistiller(nn.Module):
             template = [settings["template"][name] for name in ("before", "between", "answer")]
         else:  # one text before every x and y
             template = settings["separator"], "", settings["separator"]
-        residual = settings.get("residual", False)
-        model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks, residual)
+        rest = settings.get("residual", False), settings.get("bos", "false")
+        model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks, *rest)
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
@@ -93,6 +95,13 @@ class MendDistiller(nn.Module):
         if self.between or self.before != self.answer:
             raise ValueError("the template is more than a separator: use query_ids and output_ids")
         return self.before
+
+    def first_ids(self, tokenizer):
+        """The token ids (1,1) or (1,0) that stood before everything in training, the vectors too: the LLM's BOS, or none;
+        `tokenizer` is the LLM's."""
+        bos = tokenizer.bos_token_id
+        there = self.bos == "true" or (self.bos == "auto" and bos is not None and tokenizer("a").input_ids[:1] == [bos])
+        return torch.tensor([[bos] if there else []], dtype=torch.long)
 
     def query_ids(self, tokenizer, x: str):
         """The token ids (1,Q) of an input x as training read it; `tokenizer` is the LLM's."""
