@@ -25,6 +25,7 @@ from mend_jax.run.files import whole_file, whole_folder
 MIB = 1 << 20
 CALL = 64 * MIB  # what travels in one call at most: a bundle and the project's own files
 MARGIN = MIB
+CARRIED = "mend_jax/distillers"
 # What runs with each bundle on the way, in the order of its value, so that no call only carries; and with the last one.
 CALLS = (
     ("devices,golden,bfloat16", 2),
@@ -61,14 +62,15 @@ def pack(out: str, text: str, tasks: str, files: int = 3) -> None:
 
 
 def project_size(root: Path) -> int:
-    """The bytes of the project's files that travel in every call: those that git does not ignore, or all where there is no git."""
+    """The bytes of the project's files that travel in every call: those that git does not ignore, or all where there is no git,
+    without the distillers that the package carries, which nothing there reads."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout.split("\0")
         files = [root / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
         files = list(root.rglob("*"))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_relative_to(root / CARRIED))
 
 
 def place(files: list[Path], bundles: Path, room: int) -> None:
@@ -125,8 +127,8 @@ def bundles_text(bundles: Path, room: int) -> str:
             raise UserError(f"{folder} has {size / MIB:.1f} MiB, more than {room / MIB:.0f}: its wheels are too large.")
         rows.append([str(folder), f"{size / MIB:.1f}", ", ".join(str(path.relative_to(folder)) for path in held)])
     head = (
-        f"Each bundle fits a call of {CALL // MIB} MiB, beside the project's own files. Take them there one after another, at the same path,"
-        " and run (with --out=FOLDER where only a folder comes back)"
+        f"Each bundle fits a call of {CALL // MIB} MiB, beside the project's own files without {CARRIED} (move that elsewhere meanwhile)."
+        " Take them there one after another, at the same path, and run (with --out=FOLDER where only a folder comes back)"
     )
     return "\n".join([columns(rows, left=3), "", head, "", *(f"    {call}" for call in calls(len(folders)))])
 
