@@ -152,9 +152,8 @@ def test_the_calls_run_every_part_in_time(bundles):
     names = [name for call in found[:-1] for name in call[1].split(",")]
     assert names[-1] == "mend" and found[-1][1] is None  # the last one picks nothing: it runs what is left
     assert set(names) <= {part.name for part in accelerator.make_parts(ROOT, ROOT, False)}
-    assert (
-        len(found) == bundles + 1 and sum(int(call[2]) for call in found) <= 14
-    )  # of 15, in which the machine starts too
+    assert len(found) == bundles + 1
+    assert sum(int(call[2]) for call in found) <= 14  # of 15, in which the machine starts too
 
 
 def test_what_travels_fits_a_call_with_the_projects_files():

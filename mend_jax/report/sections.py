@@ -70,10 +70,7 @@ def section_of(result: Result) -> Section:
     head = result.head
     made = {name: head[name] for name in ("command", "commit", "machine", "date")}
     partitions = dict.fromkeys(row.label("setting") or result.partition for row in result.rows)
-    made |= {
-        "LLM": result.llm,
-        "partition": ", ".join(partitions) or result.partition,
-    }  # the LLM's path is in the config
+    made |= {"LLM": result.llm, "partition": ", ".join(partitions) or result.partition}  # the config has the LLM's path
     facts = [(name, str(value)) for name, value in made.items() if value]
     papers = _of_the_paper(head["paper"] or "")
     return Section(result.name, head["title"], papers, facts, head["config"], notes, tables, drawings)
