@@ -78,7 +78,7 @@ def place(files: list[Path], bundles: Path, room: int) -> None:
 
     Raises UserError for a file that is larger than a bundle.
     """
-    numbered = sorted((path for path in bundles.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    numbered = _numbered(bundles)
     for old in (path for folder in numbered for path in folder.glob("*") if path.name != "wheels"):
         old.unlink()
     sizes = {1: _size(bundles / "1")}
@@ -95,6 +95,10 @@ def place(files: list[Path], bundles: Path, room: int) -> None:
     for folder in numbered:
         if int(folder.name) not in sizes:
             folder.rmdir()
+
+
+def _numbered(bundles: Path) -> list[Path]:
+    return sorted((path for path in bundles.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 def _size(folder: Path) -> int:
@@ -119,7 +123,7 @@ def choose_data(config, text: Path, tasks: Path, files: int, folder: Path) -> No
 
 def bundles_text(bundles: Path, room: int) -> str:
     """What each bundle holds, and the commands for the calls. Raises UserError for a bundle that is too large."""
-    folders = sorted((path for path in bundles.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    folders = _numbered(bundles)
     rows = [["bundle", "MiB", "holds"]]
     for folder in folders:
         held, size = sorted(path for path in folder.rglob("*") if path.is_file()), _size(folder)
@@ -148,9 +152,9 @@ def _copied(files: list[Path], source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with whole_folder(target, sync=False) as folder:
         for file in files:
-            place = folder / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 if __name__ == "__main__":
