@@ -24,6 +24,7 @@ from mend_jax.run.files import write_text
 from mend_jax.scoring import statistics
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.comparisons import Study, method_table, pair_table, pairs_of, task_table
+from mend_jax.scoring.likeness import likeness_table
 
 TRAINING = re.compile("-[0-9a-f]{8}$")  # what an experiment puts behind the name of a method: the key of its training
 NOTES = """Intervals are for these tasks: items, sets of demonstrations (seeds) and, where there are several, trainings are drawn
@@ -38,6 +39,7 @@ def compare(
     methods: str = "",
     metric: Literal[*statistics.METRICS] = "score",
     trainings: bool = False,
+    like: str = "",
     out: str = "",
 ) -> None:
     """Prints three tables, of methods, of pairs of methods, of tasks; of an experiment the first two, for its rows.
@@ -49,29 +51,41 @@ def compare(
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
         trainings: methods of the same name are trainings of one method; so are those of an experiment's evaluation
             (WORKDIR/evaluations/...), whose names end with the key of their training.
+        like: a method, such as icl: a fourth table says how closely the others answer as it does. Not of an experiment.
         out: a Markdown file to write the tables to as well.
     """
     experiments = [folder for folder in evaluations if (Path(folder).expanduser() / RESULT).is_file()]
     if experiments and len(evaluations) > 1:
         raise UserError(f"{experiments[0]} is an experiment: compare its rows alone, or evaluations with each other.")
+    if experiments and like:
+        raise UserError(f"--like={like} needs evaluations: {experiments[0]} is an experiment, see WORKDIR/evaluations.")
     if experiments:
         tables = of_experiment(experiments[0], methods, metric)
     else:
-        tables = of_evaluations(evaluations, methods, metric, trainings)
+        tables = of_evaluations(evaluations, methods, metric, trainings, like)
     text = "\n\n".join([*tables, " ".join(NOTES.split())])
     print(text)
     if out:
         _write(out, text + "\n")
 
 
-def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool) -> list[str]:
-    """The three tables."""
-    study = Study.of(chosen(sources_of(evaluations, trainings), methods))
+def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool, like: str = "") -> list[str]:
+    """The three tables, and with `like` the fourth."""
+    every = sources_of(evaluations, trainings)
+    sources, alike = chosen(every, methods), []
+    if like:
+        reference = chosen(every, like, "--like")
+        if len(reference) > 1:
+            raise UserError(
+                f"--like={like} names {len(reference)} methods: name the one that the others are held against."
+            )
+        alike = [likeness_table(sources | reference, next(iter(reference)))]
+    study = Study.of(sources)
     resampled, pairs = study.resampled(metric), pairs_of(list(study.answers))
     found = _compared(study, pairs, resampled, metric)
     last = pairs[-1] if pairs else None
     tables = [method_table(study), *([pair_table(found)] if pairs else [])]
-    return [*tables, task_table(study, metric, resampled, last, found.get(last))]
+    return [*tables, task_table(study, metric, resampled, last, found.get(last)), *alike]
 
 
 def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
@@ -123,15 +137,13 @@ def _compared(study: Study, pairs: list[tuple[str, str]], resampled, metric: str
     return found
 
 
-def chosen(found: dict, methods: str) -> dict:
+def chosen(found: dict, methods: str, flag: str = "--methods") -> dict:
     """The methods that a comma-separated list names, in its order. Raises UserError for others."""
     titles = {method_name(name): name for name in found}  # what the tables call them
     names = [titles.get(name, name) for name in _split(methods, found.keys() | titles.keys())] or list(found)
     for name in names:
         if name not in found:
-            raise UserError(
-                f"--methods names {name!r}, which the evaluations do not have: they have {', '.join(found)}."
-            )
+            raise UserError(f"{flag} names {name!r}, which the evaluations do not have: they have {', '.join(found)}.")
     return {name: found[name] for name in names}
 
 

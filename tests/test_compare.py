@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from answer_files import write_evaluation, write_experiment
 from facts import says
@@ -9,6 +10,7 @@ from facts import says
 from mend_jax.cli.command_line import parse
 from mend_jax.compare import compare, sources_of
 from mend_jax.scoring.answers import Source, gather, read_lines
+from mend_jax.scoring.likeness import likeness
 
 
 @pytest.fixture
@@ -61,6 +63,41 @@ def test_trainings_in_the_evaluation_of_an_experiment(tmp_path):
         "short": [Source(short, "short")],
     }
     assert len(sources_of([str(whole)], trainings=False)) == 3
+
+
+def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
+    """Against the definition, item by item; a method answers as itself."""
+
+    def with_scores(source):  # those of the files are all alike
+        random, lines = np.random.default_rng(len(source.method)), read_lines(source)
+        for line in (line for seeds in lines.values() for own in seeds.values() for line in own):
+            line["scores"] = random.normal(size=len(line["options"])).tolist()
+        return lines
+
+    monkeypatch.setattr("mend_jax.scoring.likeness.read_lines", with_scores)
+    folder = write_evaluation(tmp_path / "e", {"icl": 0.7, "mend": 0.6}, seed=0)
+    mend, icl = (with_scores(Source(folder, name)) for name in ("mend", "icl"))
+    wanted = []
+    for task in icl:
+        pairs = [pair for seed in icl[task] for pair in zip(icl[task][seed], mend[task][seed], strict=True)]
+        kls = []
+        for theirs, ours in pairs:
+            p, q = (np.exp(line["scores"]) / np.exp(line["scores"]).sum() for line in (theirs, ours))
+            kls.append((p * np.log(p / q)).sum())
+        wanted.append((np.mean(kls), np.mean([a["prediction"] == b["prediction"] for a, b in pairs])))
+    found = likeness(Source(folder, "mend"), Source(folder, "icl"))
+    np.testing.assert_allclose(found, np.mean(wanted, 0), rtol=1e-6)
+    assert 0 < found.same < 1 and found.kl > 0
+    assert likeness(Source(folder, "icl"), Source(folder, "icl")) == (0, 1)
+    compare([str(folder)], methods="mend", like="icl")
+    assert f"| mend   | {found.kl:.3f}       | {100 * found.same:.2f}" in capsys.readouterr().out
+    with says("--like", "icl, mend"):
+        compare([str(folder)], like="nothing")
+    with says("--like=icl,mend", "2 methods"):
+        compare([str(folder)], like="icl,mend")
+    other = write_evaluation(tmp_path / "other", {"mend": 0.6}, items=12)
+    with says("mend and icl", "different items"):
+        likeness(Source(other, "mend"), Source(folder, "icl"))
 
 
 def test_the_rows_of_an_experiment(tmp_path, capsys):
@@ -129,6 +166,6 @@ def test_what_cannot_be_compared(evaluation, tmp_path):
 
 
 def test_words_on_the_command_line():
-    assert parse(compare, ["compare", "a", "b", "--trainings"]) == [["a", "b"], "", "score", True, ""]
+    assert parse(compare, ["compare", "a", "b", "--trainings"]) == [["a", "b"], "", "score", True, "", ""]
     with says("EVALUATION [EVALUATION ...] is missing", "workdirs of evaluations"):
         parse(compare, ["compare", "--metric=accuracy"])
