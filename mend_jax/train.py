@@ -25,7 +25,7 @@ from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.interchange.trained import lm_settings
 from mend_jax.models.folders import local_folder, save_model
-from mend_jax.run import build, checkpoint, checks, distributed, reporting, resume
+from mend_jax.run import build, checkpoint, checks, distributed, reporting, resume, saved_config
 from mend_jax.run.best import is_finished, lines_until, score_of
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full, whole_folder, write_text
@@ -150,7 +150,7 @@ def _write_start(config, workdir, start, params, frozen, contents):
     begins = start == 0 and config.stage != "lm" and config.prefix.start_from
     start_hash = tree_hash(params) if begins else None  # all processes call it: each holds a part
     if jax.process_index() == 0:
-        checkpoint.write_config(workdir, config)
+        saved_config.write_config(workdir, config)
         resume.write_sources(workdir, config, contents, start_hash)
         write_text(workdir / reporting.PARAMS, reporting.parameter_table(params, frozen))
 

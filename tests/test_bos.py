@@ -15,7 +15,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import bos_token
 from mend_jax.data.query import Query
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.run import build, checkpoint, reporting, resume
+from mend_jax.run import build, reporting, resume, saved_config
 from mend_jax.scoring.options import cache_prefix
 from mend_jax.step import make_loss_fn
 
@@ -134,7 +134,7 @@ def test_a_run_of_before_goes_on_without_it(folder, tmp_path):
     c = config(folder)
     saved = c.to_dict()
     del saved["data"]["bos"]
-    (tmp_path / checkpoint.CONFIG).write_text(json.dumps(saved))
+    (tmp_path / saved_config.CONFIG).write_text(json.dumps(saved))
     resume.check_resume(tmp_path, c, finished=False)
     c.data.bos = "auto"
     with says(tmp_path, 'data.bos="false"', '"auto"'):

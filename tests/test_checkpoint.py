@@ -13,7 +13,7 @@ import pytest
 from facts import says, states
 
 from configs.base import get_config
-from mend_jax.run import checkpoint
+from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.files import is_disk_full
 
@@ -70,7 +70,7 @@ def test_nothing_saved_is_none(tmp_path):
 )
 def test_newest_two_and_the_best_are_kept(maximize, scores, kept, tmp_path):
     saved(tmp_path, scores, maximize)
-    assert checkpoint.whole_steps(tmp_path) == kept
+    assert saved_steps.whole_steps(tmp_path) == kept
 
 
 def test_best_is_known_after_a_restart(tmp_path):
@@ -79,7 +79,7 @@ def test_best_is_known_after_a_restart(tmp_path):
     for step in (3, 4, 5):
         checkpoints.save(step, *trees(step), {}, 0.7)
     checkpoints.close()
-    assert checkpoint.whole_steps(tmp_path) == [1, 4, 5]
+    assert saved_steps.whole_steps(tmp_path) == [1, 4, 5]
     params, meta = checkpoint.load_best(tmp_path)
     assert (meta["step"], meta["score"]) == (1, 0.9)
     np.testing.assert_array_equal(params["a"]["kernel"], trees(1)[0]["a"]["kernel"])
@@ -124,7 +124,7 @@ def test_damaged_newest_is_named_and_the_previous_used(damage, tmp_path, caplog)
     assert checkpoints.restore(*trees(0))[0] == 1
     checkpoints.save(2, *trees(2), {})  # training passes the place again
     checkpoints.close()
-    assert checkpoint.whole_steps(tmp_path) == [1, 2]
+    assert saved_steps.whole_steps(tmp_path) == [1, 2]
 
 
 def test_flipped_bit_anywhere_is_noticed(tmp_path):
@@ -133,9 +133,9 @@ def test_flipped_bit_anywhere_is_noticed(tmp_path):
     for file in [p for p in folder.rglob("*") if p.is_file()]:
         before = file.read_bytes()
         flip_bit(file)
-        assert checkpoint.find_damage(folder) is not None, file
+        assert saved_steps.find_damage(folder) is not None, file
         file.write_bytes(before)
-    assert checkpoint.find_damage(folder) is None
+    assert saved_steps.find_damage(folder) is None
 
 
 def test_interrupted_saves_are_cleared_away(tmp_path):
@@ -155,7 +155,7 @@ def test_a_deletion_that_was_interrupted_is_ended_without_a_word(tmp_path, caplo
     )
     checkpoints.save(3, *trees(3), {})
     checkpoints.close()
-    assert left.exists() and not (left / checkpoint.CHECKSUMS).exists()
+    assert left.exists() and not (left / saved_steps.CHECKSUMS).exists()
     (left / "_CHECKPOINT_METADATA").unlink()
     assert checkpoint.load_best(tmp_path)[1]["step"] == 3
     assert restore(tmp_path)[0] == 3
@@ -167,11 +167,11 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     saved(tmp_path, [None, None])
     for name in ("12", "²", "007", "x", "1" * 30):
         (tmp_path / "checkpoints" / name).write_text("") if name == "12" else (tmp_path / "checkpoints" / name).mkdir()
-    assert checkpoint.whole_steps(tmp_path) == [1, 2]
+    assert saved_steps.whole_steps(tmp_path) == [1, 2]
     checkpoints = Checkpoints(tmp_path, False)
     checkpoints.save(3, *trees(3), {})
     checkpoints.close()
-    assert checkpoint.whole_steps(tmp_path) == [2, 3]
+    assert saved_steps.whole_steps(tmp_path) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
 )
 def test_checksums_of_another_shape_are_damage(content, tmp_path, caplog):
     saved(tmp_path, [None, None])
-    (tmp_path / "checkpoints" / "2" / checkpoint.CHECKSUMS).write_text(content)
+    (tmp_path / "checkpoints" / "2" / saved_steps.CHECKSUMS).write_text(content)
     assert checkpoint.load_best(tmp_path)[1]["step"] == 1
     states(caplog.messages[0], tmp_path / "checkpoints/2", "damaged")
 
@@ -265,18 +265,18 @@ def test_full_disk_is_one_sentence_and_loses_nothing(where, tmp_path, monkeypatc
     if where == "at once":
         monkeypatch.setattr(checkpoints.manager, "save", full)
     else:
-        monkeypatch.setattr(checkpoint, "_checksums", full)
+        monkeypatch.setattr(saved_steps, "_checksums", full)
     with says("disk", "full", "checkpoint 2", tmp_path / "checkpoints", "intact"):
         checkpoints.save(2, *trees(2), {})
         checkpoints.wait()
     monkeypatch.undo()
     checkpoints.close()
-    assert checkpoint.whole_steps(tmp_path) == [1]
+    assert saved_steps.whole_steps(tmp_path) == [1]
 
 
 def test_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, False)
-    monkeypatch.setattr(checkpoint, "_checksums", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(saved_steps, "_checksums", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     checkpoints.save(1, *trees(1), {})
     with says("disk", "full", "checkpoint 1", tmp_path / "checkpoints", "first"):
         checkpoints.close()
@@ -343,13 +343,13 @@ def test_disk_errors_are_recognised_behind_others():
 def test_config_is_kept(tmp_path):
     config = get_config()
     config.data.demo_buckets = (128, 256, 512, 900)
-    checkpoint.write_config(tmp_path, config)
-    assert checkpoint.read_config(tmp_path)["data"]["demo_buckets"] == [128, 256, 512, 900]
+    saved_config.write_config(tmp_path, config)
+    assert saved_config.read_config(tmp_path)["data"]["demo_buckets"] == [128, 256, 512, 900]
 
 
 def test_folder_without_config(tmp_path):
     with says(tmp_path, "config.json"):
-        checkpoint.read_config(tmp_path)
+        saved_config.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with says(tmp_path / "config.json", "JSON"):
-        checkpoint.read_config(tmp_path)
+        saved_config.read_config(tmp_path)

@@ -21,7 +21,7 @@ from data_files import make_world, words, write_examples
 import mend_jax
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import init_model, save_model
-from mend_jax.run import checkpoint
+from mend_jax.run import checkpoint, saved_steps
 
 pytestmark = pytest.mark.slow
 
@@ -162,8 +162,8 @@ def scores(evaluation):
 def assert_same_training(workdir, other):
     """All checkpoints that were kept, and every line of metrics, bit for bit."""
     assert (workdir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    steps = checkpoint.whole_steps(workdir)
-    assert 8 in steps and steps == checkpoint.whole_steps(other)
+    steps = saved_steps.whole_steps(workdir)
+    assert 8 in steps and steps == saved_steps.whole_steps(other)
     for step in steps:
         ours, theirs = (checkpoint.read_step(folder, step) for folder in (workdir, other))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -17,7 +17,7 @@ from configs import base
 from mend_jax.interchange import export, trained
 from mend_jax.models import weights
 from mend_jax.prefixes import kind_of, release
-from mend_jax.run import checkpoint
+from mend_jax.run import checkpoint, saved_config
 
 ROOT = Path(__file__).parents[1]
 ROWS = [[5, 9, 2, 33], [7] * 31, [60], list(range(2, 22))]  # demonstrations of different lengths
@@ -57,7 +57,7 @@ def make_workdir(folder, llm, tiny_llm, tiny_backbone, params=None, **fields):
         params = kind_of(config).init(config, llm, seed=3).split_params()[0]
     params = jax.tree.map(lambda a: np.asarray(a) + 0.05 * np.random.randn(*a.shape).astype(np.float32), params)
     folder.mkdir(exist_ok=True)
-    checkpoint.write_config(folder, config)
+    saved_config.write_config(folder, config)
     checkpoints = checkpoint.Checkpoints(folder, maximize=True)
     checkpoints.save(20, params, {"m": np.zeros(1)}, {}, score=0.8)
     checkpoints.save(40, jax.tree.map(np.zeros_like, params), {"m": np.zeros(1)}, {}, score=0.7)

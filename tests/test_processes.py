@@ -21,7 +21,7 @@ from test_end_to_end import _model as model_folder
 from mend_jax import train
 from mend_jax.cli.config_files import load_config
 from mend_jax.evaluate import evaluate
-from mend_jax.run import build, checkpoint, distributed, reporting
+from mend_jax.run import build, checkpoint, distributed, reporting, saved_steps
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ class Machine:
 
     def train_until_saved(self, processes, workdir, *flags):
         """(launcher, its processes), when the first new checkpoint is whole."""
-        before = set(checkpoint.whole_steps(workdir))
+        before = set(saved_steps.whole_steps(workdir))
         launcher = self.start(processes, "train", workdir, *flags)
         while launcher.poll() is None and not any(
             int(path.parent.name) not in before for path in workdir.glob("checkpoints/*/checksums.json")
@@ -167,7 +167,7 @@ def test_sigterm_to_any_process_saves_at_one_step_and_says_75(machine, alone, tm
     launcher, processes = machine.train_until_saved(2, tmp_path)
     os.kill(processes[1], signal.SIGTERM)
     said = machine.end(launcher, 75)
-    stopped = checkpoint.whole_steps(tmp_path)[-1]
+    stopped = saved_steps.whole_steps(tmp_path)[-1]
     assert said.count(f"Stopped at step {stopped}, which is saved") == 1 and stopped < STEPS
     machine.run(2, "train", tmp_path)
     assert_same_run(tmp_path, alone)

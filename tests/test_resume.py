@@ -10,7 +10,7 @@ from tiny_training import config, model_folder
 
 from configs.base import get_config
 from mend_jax.cli.errors import UserError
-from mend_jax.run import checkpoint, resume
+from mend_jax.run import checkpoint, resume, saved_config
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.scoring.results import tree_hash
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 def written(workdir, c, value=None):
     """A workdir as the training of `c` leaves it; with a value, with a checkpoint."""
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_config(workdir, c)
+    saved_config.write_config(workdir, c)
     start = tree_hash(checkpoint.load_best(c.prefix.start_from)[0]) if c.prefix.start_from else None
     resume.write_sources(workdir, c, {}, start)
     if value is not None:
@@ -49,7 +49,7 @@ def of_model(folder, now=None):
 def test_config_is_compared(tmp_path):
     c = get_config()
     c.data.demo_buckets = (128, 256, 512, 900)
-    checkpoint.write_config(tmp_path, c)
+    saved_config.write_config(tmp_path, c)
     resume.check_resume(tmp_path, c, False)
     c.train.save_every, c.data.cache, c.experiment.pretrain_steps = 1, "elsewhere", 5
     resume.check_resume(tmp_path, c, False)
@@ -93,7 +93,7 @@ EVALUATION = {"seeds": (1, 2), "tasks": ("t",), "limit": 3, "shuffle_demos": Tru
     ],
 )
 def test_evaluation_settings_matter_where_they_change_the_rest_of_a_run(fields, finished, refused, models, tmp_path):
-    checkpoint.write_config(tmp_path, config(models / "one", **fields))
+    saved_config.write_config(tmp_path, config(models / "one", **fields))
     found = []
     for name, value in EVALUATION.items():
         try:
@@ -105,13 +105,13 @@ def test_evaluation_settings_matter_where_they_change_the_rest_of_a_run(fields, 
 
 
 def test_finished_run_of_another_meaning_is_refused(models, tmp_path):
-    checkpoint.write_config(tmp_path, config(models / "one"))
+    saved_config.write_config(tmp_path, config(models / "one"))
     with says(tmp_path, "seed=0", 1):
         resume.check_resume(tmp_path, config(models / "one", seed=1), True)
 
 
 def test_folders_that_a_stage_does_not_read_may_change(models, tmp_path):
-    checkpoint.write_config(tmp_path, config(models / "one", stage="pretrain"))
+    saved_config.write_config(tmp_path, config(models / "one", stage="pretrain"))
     resume.check_resume(tmp_path, config(models / "one", stage="pretrain", **{"data.tasks": "elsewhere"}), False)
     with says(tmp_path, 'data.text=""', '"elsewhere"'):
         resume.check_resume(tmp_path, config(models / "one", **{"data.text": "elsewhere"}), False)

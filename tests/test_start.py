@@ -20,7 +20,7 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.embeddings import without_tokens
 from mend_jax.prefixes.start import TANH_RMS, embeddings_rms
-from mend_jax.run import build, checkpoint, reporting
+from mend_jax.run import build, checkpoint, reporting, saved_config
 
 T5 = test_t5.COMMON | {"model_type": "t5"} | test_t5.V1
 FAMILIES = {name: COMMON | ROWS[name] for name in ("gpt2", "opt-350m", "tinyllama", "gemma3") if name in ROWS} | {
@@ -95,7 +95,7 @@ def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypa
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     fields = {"prefix.layers": 1, "train.eval_every": 2, "train.save_every": 2, "train.steps": 4}
     assert train.train(config(folder, **fields), tmp_path / "run") == 0
-    kept = checkpoint.read_config(tmp_path / "run")["prefix"]
+    kept = saved_config.read_config(tmp_path / "run")["prefix"]
     assert kept["rms"] == embeddings_rms(load_llm(folder)) and kept["layers"] == 1
     found = read_distiller(tmp_path / "run")
     assert found.config.layers == 1 and "has not ended" not in caplog.text

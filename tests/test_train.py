@@ -22,7 +22,7 @@ from tiny_training import RandomBatches, config, model_folder, programs_made_onc
 from mend_jax import train
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
-from mend_jax.run import build, checkpoint, reporting
+from mend_jax.run import build, checkpoint, reporting, saved_steps
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
@@ -68,8 +68,8 @@ def finished(finished_run):
 
 def assert_same_run(workdir, other):
     assert (workdir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    steps = checkpoint.whole_steps(workdir)
-    assert steps == checkpoint.whole_steps(other)
+    steps = saved_steps.whole_steps(workdir)
+    assert steps == saved_steps.whole_steps(other)
     for step in steps:
         ours, theirs = (checkpoint.read_step(folder, step) for folder in (workdir, other))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -130,7 +130,7 @@ def test_kept_are_the_newest_two_and_the_best(finished):
     for line in reporting.read_lines(finished / "metrics.jsonl"):
         if "validation_loss" in line:
             scores[line["step"]] = line["validation_loss"]
-    assert set(checkpoint.whole_steps(finished)) == {9, 12, min(scores, key=scores.get)}
+    assert set(saved_steps.whole_steps(finished)) == {9, 12, min(scores, key=scores.get)}
 
 
 def test_says_that_it_compiles_before_the_first_step(model, tmp_path, capsys, monkeypatch):
@@ -210,7 +210,7 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "make_batches", Terminated)
     assert train.train(config(model), tmp_path) == STOPPED == 75
-    assert max(checkpoint.whole_steps(tmp_path)) in (7, 8)
+    assert max(saved_steps.whole_steps(tmp_path)) in (7, 8)
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     assert train.train(config(model), tmp_path) == 0
     # The extra checkpoint was dropped when newer ones came, and the numbers are those of the unbroken run.
@@ -238,7 +238,7 @@ def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, 
     monkeypatch.setattr(build, "make_batches", stop_after(10))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(model), tmp_path)
-    newest = tmp_path / "checkpoints" / str(max(checkpoint.whole_steps(tmp_path)))
+    newest = tmp_path / "checkpoints" / str(max(saved_steps.whole_steps(tmp_path)))
     largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -258,7 +258,7 @@ def test_frozen_llm_is_not_changed_and_not_on_disk(model, finished):
     assert not np.array_equal(params["backbone"]["embed"]["tokens"], llm.params["embed"]["tokens"])
     trainable = sum(np.prod(shape) for shape, _ in checkpoint.shapes_of(params).values())
     state = 4 * 3 * trainable  # params and Adam's two moments
-    for step in checkpoint.whole_steps(finished):
+    for step in saved_steps.whole_steps(finished):
         files = [p for p in (finished / "checkpoints" / str(step)).rglob("*") if p.is_file()]
         assert sum(p.stat().st_size for p in files) < state + 60_000  # and what orbax says about them
 
@@ -318,7 +318,7 @@ def test_second_stage_goes_on_after_both_were_moved(model, finished, tmp_path, m
     shutil.rmtree(tmp_path / "b" / "first")
     monkeypatch.setattr(build, "make_batches", RandomBatches)
     assert train.train(config(model, **fields), tmp_path / "b" / "second") == 0
-    assert checkpoint.whole_steps(tmp_path / "b" / "second")[-1] == 5
+    assert saved_steps.whole_steps(tmp_path / "b" / "second")[-1] == 5
 
 
 def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, finished, tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(model, finished, tm
         patch.setattr(train, "make_loss_fn", poisoned)
         with says("Step 6", "not finite", re.compile(r"rows \d+, \d+"), re.compile("random row"), "checkpoint 3"):
             train.train(config(model), tmp_path)
-    assert checkpoint.whole_steps(tmp_path) == [3]
+    assert saved_steps.whole_steps(tmp_path) == [3]
     assert train.train(config(model), tmp_path) == 0  # with what was learnt until then
     assert_same_run(tmp_path, finished)
 
@@ -351,7 +351,7 @@ def test_overflow_of_a_parameter_is_noticed(model, tmp_path):
     exploding = {"optimizer.learning_rate": 1e36, "train.save_every": 1, "train.eval_every": 100, "optimizer.clip": 1e9}
     with says(re.compile(r"Step \d+"), "not finite", re.compile(r"rows \d+, \d+"), re.compile("random row")):
         train.train(config(model, **exploding), tmp_path)
-    for step in checkpoint.whole_steps(tmp_path):
+    for step in saved_steps.whole_steps(tmp_path):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint.read_step(tmp_path, step)))
 
 
@@ -378,7 +378,7 @@ def test_early_stop_is_the_same_after_a_break(model, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "evaluation", scripted)
     fields = {"train.eval_every": 2, "train.patience": 2, "train.save_every": 1}
     assert train.train(config(model, **fields), tmp_path / "a") == 0
-    assert checkpoint.whole_steps(tmp_path / "a") == [2, 5, 6]
+    assert saved_steps.whole_steps(tmp_path / "a") == [2, 5, 6]
     assert checkpoint.load_best(tmp_path / "a")[1]["step"] == 2
     monkeypatch.setattr(build, "make_batches", stop_after(5))
     with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS, Distiller, Kind, release
 from mend_jax.prefixes.distiller_folder import SETTINGS, read_settings
-from mend_jax.run import checkpoint
+from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.best import is_finished
 from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place
@@ -159,7 +159,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder: name a training workdir.")
-    config = checkpoint.read_config(workdir)
+    config = saved_config.read_config(workdir)
     params, meta = checkpoint.load_best(workdir, place)
     _warn_if_unfinished(config, workdir, meta)
     if config["stage"] == "lm":
@@ -181,8 +181,8 @@ def own_llm(path: str | Path) -> str | None:
     path = trained_path(path)
     if not path.exists():
         raise UserError(_missing(path))
-    if (path / checkpoint.FOLDER).is_dir():
-        return checkpoint.read_config(path)["llm"]["path"]
+    if (path / saved_steps.FOLDER).is_dir():
+        return saved_config.read_config(path)["llm"]["path"]
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None
     return named if isinstance(named, str) else None
 
@@ -190,9 +190,11 @@ def own_llm(path: str | Path) -> str | None:
 def trained_fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with anything that decides what `load_prefix` reads from a workdir, folder or file."""
     path = trained_path(path)
-    if (path / checkpoint.FOLDER).is_dir():
-        steps = [path / checkpoint.FOLDER / str(step) / checkpoint.CHECKSUMS for step in checkpoint.whole_steps(path)]
-        return text_fingerprint((path / checkpoint.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))
+    if (path / saved_steps.FOLDER).is_dir():
+        steps = [
+            path / saved_steps.FOLDER / str(step) / saved_steps.CHECKSUMS for step in saved_steps.whole_steps(path)
+        ]
+        return text_fingerprint((path / saved_config.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))
     files = (
         [path]
         if path.is_file()
@@ -209,7 +211,7 @@ def _sha256(file: Path) -> bytes:
 
 
 def _warn_if_unfinished(config: dict, workdir, meta: dict) -> None:
-    newest = checkpoint.whole_steps(workdir)[-1]
+    newest = saved_steps.whole_steps(workdir)[-1]
     try:
         finished = is_finished(ConfigDict(config), workdir, newest)
     except UserError as error:  # it is no part of what is read

@@ -28,9 +28,9 @@ from mend_jax.experiments.methods import evaluation_config, stage_configs
 from mend_jax.interchange.export import export
 from mend_jax.measure.machine import median
 from mend_jax.measure.pieces import split
-from mend_jax.run.checkpoint import has_checkpoint
 from mend_jax.run.files import write_report
 from mend_jax.run.reporting import METRICS, SPEED, read_lines, say
+from mend_jax.run.saved_steps import has_checkpoint
 from mend_jax.train import train
 
 SHARES = {"pretrain": 0.3, "finetune": 0.55}  # of the seconds left when a stage begins; the rest is the evaluation's

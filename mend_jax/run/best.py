@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.run import checkpoint, reporting
+from mend_jax.run import reporting, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def lines_until(workdir, step: int) -> list[dict]:
         logging.warning("%s is gone: the evaluations before step %d no longer count.", path, step)
         return []
     lines = [line for line in reporting.read_lines(path) if line["step"] <= step]
-    known = checkpoint.read_meta(checkpoint.step_folder(workdir, step)).get("metrics") if step else None
+    known = saved_steps.read_meta(saved_steps.step_folder(workdir, step)).get("metrics") if step else None
     if known is not None and known != reporting.checksum_of_lines(lines):
         raise UserError(f"{path} has changed since checkpoint {step} was written: {reporting.REMEDY}.")
     return lines

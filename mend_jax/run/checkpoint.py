@@ -1,18 +1,11 @@
-"""Save and restore a run: `<workdir>/checkpoints/<step>/{params,opt_state,meta}` and `<step>/checksums.json`.
+"""Save and restore a run with orbax, which writes a step in the background: `<workdir>/checkpoints/<step>/...` (saved_steps.py).
 
-Orbax writes a step in the background; when it has finished, the SHA-256 of every file of the step is written beside the files.
-A step without checksums was interrupted, and a step that does not match them is damaged: neither is ever used. A step that is
-no longer kept loses its checksums first, so that one whose deletion was interrupted is not taken for damaged.
 Only trainable params, their optimizer state and a few numbers are saved; the frozen LLM is always loaded from its source.
 """
 
 import concurrent.futures
 import contextlib
-import hashlib
 import logging
-import os
-import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,16 +17,19 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from mend_jax.cli.errors import UserError
 from mend_jax.run.distributed import wait_for_all
-from mend_jax.run.files import is_disk_full, sync_file, write_json
-from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
-from mend_jax.run.sealed import read_sealed, write_sealed
+from mend_jax.run.files import is_disk_full
+from mend_jax.run.saved_steps import (
+    FOLDER,
+    damages,
+    is_sealed,
+    read_meta,
+    remove_unusable,
+    seal,
+    step_folder,
+    steps_in,
+    unseal,
+)
 from mend_jax.run.sharding import places
-
-FOLDER = "checkpoints"
-CHECKSUMS = "checksums.json"
-CONFIG = "config.json"
-META = "meta/metadata"  # of a step
-STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of its folder
 
 
 class Checkpoints:
@@ -48,12 +44,12 @@ class Checkpoints:
         self.maximize = maximize
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_unusable(self.folder)
+            remove_unusable(self.folder)
         wait_for_all("checkpoints opened")
         logging.getLogger("absl").addFilter(_without_orbax_traces)
         if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
             sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
-        self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in _steps(self.folder)}
+        self.scores = {step: read_meta(self.folder / str(step)).get("score") for step in steps_in(self.folder)}
         options = managers.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(self), enable_async_checkpointing=True, **_waiting_beside_the_step()
         )
@@ -145,8 +141,7 @@ class Checkpoints:
     def _seal(self, step):
         self.manager.wait_until_finished()
         if jax.process_index() == 0:
-            folder = self.folder / str(step)
-            write_json(folder / CHECKSUMS, _checksums(folder), sort_keys=True)
+            seal(self.folder / str(step))
         kept = set(self.manager.all_steps())
         self.scores = {s: score for s, score in self.scores.items() if s in kept}
 
@@ -173,7 +168,7 @@ class _NewestAndBest:
         if jax.process_index() == 0:
             for info in checkpoints:
                 if info.step not in kept:
-                    (self.checkpoints.folder / str(info.step) / CHECKSUMS).unlink(missing_ok=True)
+                    unseal(self.checkpoints.folder / str(info.step))
         return [info.step in kept for info in checkpoints]
 
 
@@ -189,22 +184,18 @@ def load_best(workdir, place=None):
         try:
             params = read_step(workdir, step, place)
         except Exception:  # orbax raises many kinds
-            if _is_sealed(workdir, step):
+            if is_sealed(step_folder(workdir, step)):
                 raise
             continue
-        if _is_sealed(workdir, step):  # else some of its files may have been gone already
+        if is_sealed(step_folder(workdir, step)):  # else some of its files may have been gone already
             return params, meta
-
-
-def _is_sealed(workdir, step):
-    return (step_folder(workdir, step) / CHECKSUMS).exists()
 
 
 def _best_of(workdir):
     """(step, meta) of the checkpoint that `load_best` reads."""
     folder = Path(workdir).absolute() / FOLDER
     candidates = {}
-    for step, damage in _damages(folder).items():
+    for step, damage in damages(folder).items():
         if damage:
             logging.warning(damage)
         else:
@@ -218,23 +209,6 @@ def _best_of(workdir):
     return step, candidates[step]
 
 
-def has_checkpoint(workdir):
-    """Whether a training workdir holds a complete checkpoint."""
-    folder = Path(workdir).expanduser().absolute() / FOLDER
-    return any(find_damage(folder / str(step)) is None for step in reversed(_steps(folder)))
-
-
-def whole_steps(workdir):
-    """The steps of the complete checkpoints, oldest first."""
-    folder = Path(workdir).absolute() / FOLDER
-    return [step for step in _steps(folder) if find_damage(folder / str(step)) is None]
-
-
-def step_folder(workdir, step):
-    """The folder of a step's checkpoint."""
-    return Path(workdir).absolute() / FOLDER / str(step)
-
-
 def read_step(workdir, step, place=None):
     """The params of one step, as a nested dict of numpy arrays or, with `place`, as in `load_best`."""
     folder = step_folder(workdir, step)
@@ -244,48 +218,6 @@ def read_step(workdir, step, place=None):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, places(template, place)
         )
     return _read_tree(folder / "params", template)
-
-
-def find_damage(folder):
-    """A sentence that names a checkpoint's folder and what is wrong with it; None if it is complete."""
-    try:
-        expected = parse_json(read_text(folder / CHECKSUMS, ""), dict)
-    except FileNotFoundError:
-        return f"The checkpoint {folder} was not finished (it has no {CHECKSUMS}) and is not used."
-    except (Unreadable, UserError):
-        return f"The checkpoint {folder} is damaged: {CHECKSUMS} is not readable; it is not used."
-    if META not in expected or not all(_is_entry(entry) for entry in expected.values()):
-        return f"The checkpoint {folder} is damaged: {CHECKSUMS} does not list its files; it is not used."
-    for name, (size, digest) in expected.items():
-        try:
-            found = (folder / name).stat().st_size
-            changed = found == size and _sha256(folder / name) != digest
-        except OSError:
-            return f"The checkpoint {folder} is damaged: {name} is missing; it is not used."
-        if found != size:
-            return f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {size}; it is not used."
-        if changed:
-            return f"The checkpoint {folder} is damaged: the content of {name} has changed since it was written; it is not used."
-    return None
-
-
-def _is_entry(entry):
-    """Whether it is what CHECKSUMS says of a file: its size and its digest."""
-    return isinstance(entry, list) and [type(part) for part in entry] == [int, str]
-
-
-def _damages(folder):
-    """{step: what `find_damage` says}, without those whose deletion was interrupted: older than a complete one, not sealed."""
-    found = {step: find_damage(folder / str(step)) for step in _steps(folder)}
-    newest = max((step for step, damage in found.items() if damage is None), default=-1)
-    return {
-        step: damage for step, damage in found.items() if step > newest or (folder / str(step) / CHECKSUMS).exists()
-    }
-
-
-def read_meta(folder):
-    """The metadata saved with a checkpoint: step, score, maximize, shapes and whatever train.py adds."""
-    return read_json(folder / META, "restore it, or remove this checkpoint")
 
 
 def shapes_of(params):
@@ -305,25 +237,6 @@ def check_shapes(saved, wanted, folder):
             )
 
 
-def write_config(workdir, config):
-    """Writes the resolved configuration to <workdir>/config.json."""
-    content = config.to_dict() if hasattr(config, "to_dict") else config
-    write_sealed(Path(workdir) / CONFIG, content, sort_keys=True)
-
-
-def read_config(workdir):
-    """The resolved configuration (nested dict) of a training workdir. Raises UserError if there is none."""
-    path = Path(workdir) / CONFIG
-    try:
-        config = read_sealed(path, "restore it, or use another workdir")
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not a training workdir: it has no {CONFIG}.") from None
-    sections = ("llm", "prefix", "loss", "data", "train")
-    if not isinstance(config.get("stage"), str) or not all(isinstance(config.get(name), dict) for name in sections):
-        raise UserError(f"{path} is not the config of a training: name the workdir of one.")
-    return config
-
-
 def _without_orbax_traces(record):
     """Drops the traces that orbax's threads print for a failed save: the error also reaches us and becomes one sentence."""
     return not (record.exc_info and "orbax" in record.pathname)
@@ -338,36 +251,6 @@ class _WithoutClosedLoops:
     def __call__(self, unraisable):
         if "Event loop is closed" not in str(unraisable.exc_value):
             self.before(unraisable)
-
-
-def _remove_unusable(folder):
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not STEP.fullmatch(path.name) and "tmp" in path.name:
-            shutil.rmtree(path)
-    damages = _damages(folder)
-    for step in _steps(folder):
-        if step not in damages:  # the rest of a deletion
-            shutil.rmtree(folder / str(step))
-        elif damages[step]:
-            _set_aside(folder, step, damages[step])
-
-
-def _set_aside(folder, step, damage):
-    """Removes an interrupted save; renames a damaged checkpoint, which stays beside the others."""
-    if not (folder / str(step) / CHECKSUMS).exists():
-        logging.warning(damage)
-        shutil.rmtree(folder / str(step))
-        return
-    aside = folder / f"{step}.damaged"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder / str(step), aside)
-    logging.warning("%s Its files are in %s now.", damage, aside)
-
-
-def _steps(folder):
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name) and p.is_dir())
 
 
 def _best(scores, maximize):
@@ -400,18 +283,6 @@ def _template(shapes):
             node = node.setdefault(parent, {})
         node[leaf] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
     return tree
-
-
-def _checksums(folder):
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    for file in files:  # before what says that they are whole: after a power cut too
-        sync_file(file)
-    return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in files}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe(shape_and_dtype):

@@ -17,7 +17,7 @@ from mend_jax.interchange.trained import is_exported
 from mend_jax.models.families import from_hf_config
 from mend_jax.models.folders import fingerprint, local_folder
 from mend_jax.prefixes import kind_of
-from mend_jax.run import checkpoint
+from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.results import tree_hash
 
@@ -41,7 +41,7 @@ def check_resume(workdir, config, finished: bool) -> None:
 
     A field that the saved config lacks had the default of configs/base.py. `finished`: nothing will be computed.
     """
-    saved, wanted = dotted_fields(checkpoint.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
+    saved, wanted = dotted_fields(saved_config.read_config(workdir)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = defaults() | saved, read_sources(workdir)
     read = _paths_read(config)
     for name in sorted(saved.keys() | wanted.keys()):
@@ -73,12 +73,12 @@ def check_start(config) -> None:
     if is_exported(given):
         return  # it is compared when it is read (build.py)
     folder = Path(given)
-    if not (folder / checkpoint.CONFIG).is_file():
+    if not (folder / saved_config.CONFIG).is_file():
         what = "is not a training workdir: it has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"{START}={given} {what}; name the workdir of the earlier training.")
-    if not checkpoint.has_checkpoint(folder):
+    if not saved_steps.has_checkpoint(folder):
         raise UserError(f"{START}={given} holds no complete checkpoint: train there first, or name another workdir.")
-    saved, wanted = dotted_fields(checkpoint.read_config(folder)), dotted_fields(json.loads(config.to_json()))
+    saved, wanted = dotted_fields(saved_config.read_config(folder)), dotted_fields(json.loads(config.to_json()))
     saved, recorded = defaults() | saved, read_sources(folder)
     if saved["stage"] == "lm":
         raise UserError(
@@ -203,7 +203,7 @@ def _same_source(name: str, there: str, here: str, recorded: dict) -> bool:
         if known is None and not same_place and Path(folder).exists():
             known = fingerprint(folder)
         return same_place if known is None else fingerprint(here) == known
-    if name == START and known is not None and not same_place and checkpoint.has_checkpoint(here):
+    if name == START and known is not None and not same_place and saved_steps.has_checkpoint(here):
         return tree_hash(checkpoint.load_best(here)[0]) == known
     return same_place
 

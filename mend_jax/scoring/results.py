@@ -21,7 +21,7 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import in_markdown, markdown, number, shown, size
-from mend_jax.run import checkpoint
+from mend_jax.run import saved_config, saved_steps
 from mend_jax.run.distributed import to_host
 from mend_jax.run.files import is_disk_full, write_text
 from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
@@ -122,8 +122,8 @@ def _cost_file(folder: Path, task: str, seed: int) -> Path:
 def write_config(workdir, config) -> None:
     """Writes the resolved configuration to <workdir>/config.json, unless that file belongs to a training or a model."""
     workdir = Path(workdir)
-    if not (workdir / checkpoint.FOLDER).exists() and not _is_models(workdir / checkpoint.CONFIG):
-        _make(workdir / checkpoint.CONFIG, write_text, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+    if not (workdir / saved_steps.FOLDER).exists() and not _is_models(workdir / saved_config.CONFIG):
+        _make(workdir / saved_config.CONFIG, write_text, json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
 
 
 def _is_models(path: Path) -> bool:

@@ -36,7 +36,7 @@ from data_files import make_world  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401  (imported here, once)
 
 from mend_jax.cli import command_line  # noqa: E402
-from mend_jax.run import checkpoint  # noqa: E402
+from mend_jax.run import saved_steps  # noqa: E402
 
 COMMANDS = {  # name: whether it may run as several processes
     "prepare": False, "train": True, "evaluate": True, "experiments.methods": True, "export": False,
@@ -231,8 +231,8 @@ def phase(folder):
         return "startup"
     if any("tmp" in name for name in names):
         return "temporary files"
-    steps = {name for name in names if Path(name).name.isdecimal() and Path(name).parent.name == checkpoint.FOLDER}
-    if any(f"{step}/{checkpoint.CHECKSUMS}" not in names for step in steps):
+    steps = {name for name in names if Path(name).name.isdecimal() and Path(name).parent.name == saved_steps.FOLDER}
+    if any(f"{step}/{saved_steps.CHECKSUMS}" not in names for step in steps):
         return "unsealed checkpoint"
     return "between two writes"
 
@@ -260,8 +260,8 @@ def same_training(ours, theirs):
     same_names(ours, theirs)
     whole.assert_same_training(ours, theirs)
     assert (ours / "params.txt").read_text() == (theirs / "params.txt").read_text()
-    for step in checkpoint.whole_steps(ours):
-        first, second = (checkpoint.read_meta(checkpoint.step_folder(folder, step)) for folder in (ours, theirs))
+    for step in saved_steps.whole_steps(ours):
+        first, second = (saved_steps.read_meta(saved_steps.step_folder(folder, step)) for folder in (ours, theirs))
         assert first == second, step
 
 

@@ -37,7 +37,7 @@ from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.distiller_folder import write_folder
 from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.report.results import read_results
-from mend_jax.run import best, checkpoint, reporting, resume, teacher_cache
+from mend_jax.run import best, checkpoint, reporting, resume, saved_config, saved_steps, teacher_cache
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.sealed import write_checksums, write_sealed
 from mend_jax.scoring import results
@@ -59,13 +59,13 @@ class Run:
             checkpoints.save(step, params, {"m": np.zeros((40, 30), np.float32)}, meta, 2.0 / step)
         checkpoints.close()
         config = get_config()
-        checkpoint.write_config(folder, config)
+        saved_config.write_config(folder, config)
         write_sealed(folder / "sources.json", {"llm.path": {"folder": "/models/a", "fingerprint": "0123456789abcdef"}})
 
     def read(self, folder):
-        said = checkpoint.read_config(folder), resume.read_sources(folder)
+        said = saved_config.read_config(folder), resume.read_sources(folder)
         params, meta = checkpoint.load_best(folder)
-        lines = best.lines_until(folder, checkpoint.whole_steps(folder)[-1])
+        lines = best.lines_until(folder, saved_steps.whole_steps(folder)[-1])
         assert (params["a"] == meta["step"]).all() and params["b"] == meta["step"]  # whichever step it is, all of it is
         return *said, meta, lines
 

@@ -29,7 +29,7 @@ from mend_jax.packs.pack import Pack, load_pack
 from mend_jax.packs.queries import options_of, read_queries
 from mend_jax.prefixes.distiller_folder import read_settings
 from mend_jax.report.results import read_results
-from mend_jax.run import checkpoint, reporting, resume
+from mend_jax.run import reporting, resume, saved_config, saved_steps
 from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring import results
 from mend_jax.scoring.answers import Source, read_scores
@@ -179,7 +179,7 @@ WORKDIR = {
 def test_what_a_workdir_says(tmp_path, config, sources):
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "sources.json").write_bytes(sources)
-    one_sentence(checkpoint.read_config, tmp_path)
+    one_sentence(saved_config.read_config, tmp_path)
     for entry in (one_sentence(resume.read_sources, tmp_path) or {}).values():
         assert entry["folder"].encode() is not None
 
@@ -201,7 +201,7 @@ def test_lines_of_a_run(tmp_path, data):
 def test_checksums_of_a_checkpoint(tmp_path, data):
     (tmp_path / "1").mkdir(exist_ok=True)
     (tmp_path / "1" / "checksums.json").write_bytes(data)
-    assert checkpoint.find_damage(tmp_path / "1")
+    assert saved_steps.find_damage(tmp_path / "1")
 
 
 @attacked
