@@ -73,13 +73,13 @@ def get_config() -> ConfigDict:
     data.max_text_tokens = 1024  # pretraining: a text is cut here
     data.max_demo_tokens = 900  # a context's budget, in the tokens of either model; examples that do not fit are left out
     data.max_input_tokens = 256  # an input x is cut here; an output y never
-    data.release_truncation = False  # the public release's budgets instead: distiller < 643 tokens, teacher < 767, last example cut
+    data.release_truncation = False  # the public release's budgets too: distiller < 643 tokens, teacher < 767, last example cut
     data.demo_buckets = (256, 384, 512, 640, 768, 900)  # padded lengths of the contexts; the last covers the budget
     data.query_buckets = (32, 64, 128, 272, 512)  # padded lengths of the queries
     data.bucket_window = 64  # batches drawn together and sorted by length, so that little is padding
     data.text_share = 0.0  # stage "lm": share of each batch that is plain text; the rest are in-context sequences
     data.sequence_length = 256  # stage "lm": tokens per sequence
-    data.validation_items = 256  # held-out texts (pretraining, lm) that the validation loss is measured on
+    data.validation_items = 256  # held-out texts that the validation loss is measured on (pretraining, lm); dev items that `recovered` is (finetuning)
     data.validation_seeds = ()  # the seeds whose demonstrations and dev items a validation in training reads; () is evaluate.seeds
     data.processes = 2  # of `prepare`
     data.prefetch = 8  # batches held ready ahead of the device

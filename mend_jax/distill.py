@@ -10,16 +10,12 @@ A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's f
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import shown, size
-from mend_jax.data.bos import NONE
-from mend_jax.interchange.trained import fit_to, own_llm, read_trained
-from mend_jax.llm.decoder_only import load_llm
+from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
 from mend_jax.packs.make import TOGETHER, PackCache, facts_of, packs_of
 from mend_jax.packs.pack import SUFFIX, Pack, save_pack
@@ -49,9 +45,7 @@ def distill(
     """
     files = demonstration_files(demos)
     targets = _targets(files, out)
-    llm = llm or own_llm(distiller)
-    if llm is None:
-        raise UserError(f"{distiller} does not say which LLM it is for: add --llm=FOLDER, a hub name or a GGUF file.")
+    llm = llm_for(distiller, llm)
     sets = [read_demonstrations(file) for file in files]
     known = PackCache(
         Path(cache).expanduser() if cache else None, llm, distiller, dtype, keep_demos, *([vectors] if vectors else [])
@@ -68,10 +62,7 @@ def distill(
 
 def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: str, vectors: int, keep: bool) -> None:
     """Makes the missing packs and puts them into `packs`; each batch is kept as soon as it is made."""
-    model = read_trained(distiller)
-    model = model.first(vectors) if vectors else model
-    loaded = load_llm(llm, dtype, bos=model.bos or NONE)
-    model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
+    loaded, model = load_both(distiller, llm, dtype, vectors=vectors)
     facts = facts_of(loaded, model, distiller, llm)
     with Progress(len(missing), "pack") as bar:
         for start in range(0, len(missing), TOGETHER):

@@ -26,7 +26,7 @@ from mend_jax.cli.progress import Progress
 from mend_jax.data.bos import NONE
 from mend_jax.data.demonstrations import AS_IN_FILES
 from mend_jax.data.evaluation import EvalTask, load_tasks
-from mend_jax.interchange.trained import load_trained
+from mend_jax.interchange.trained import load_trained, method_spec
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.llm.embeddings import encoder_of
 from mend_jax.models.folders import fingerprint
@@ -54,7 +54,7 @@ LOCK = ".evaluating.lock"
 BUILT_IN = {kind.method: kind for kind in KINDS.values() if kind.method}  # methods without a trained model
 
 
-def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True) -> dict:
+def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True, others: dict | None = None) -> dict:
     """Evaluates config.evaluate.methods, writes the files in `workdir`, prints the table and returns the content of scores.json.
 
     Args:
@@ -62,15 +62,16 @@ def evaluate(config, workdir, llm: LLM | None = None, prints: bool = True) -> di
         workdir: a folder, new or of an earlier evaluation.
         llm: that of the config, from `load_models`, if it is loaded already.
         prints: whether the table is printed.
+        others: the "methods" of an earlier scores.json of the same evaluation: they stay beside those of the config.
     Raises:
         UserError: an unknown method, a path without a model, missing tasks, items that do not fit, a full disk, another
             evaluation in `workdir`.
     """
     with alone_in(Path(workdir), LOCK, "evaluating"):
-        return _evaluate(config, Path(workdir), llm, prints)
+        return _evaluate(config, Path(workdir), llm, prints, others or {})
 
 
-def _evaluate(config, workdir: Path, llm: LLM | None, prints: bool) -> dict:
+def _evaluate(config, workdir: Path, llm: LLM | None, prints: bool, others: dict) -> dict:
     layout = evaluation_layout(config)
     llm = load_the_llm(config, layout) if llm is None else llm
     methods = load_methods(config, llm, layout)
@@ -95,7 +96,7 @@ def _evaluate(config, workdir: Path, llm: LLM | None, prints: bool) -> dict:
         "k": config.data.k,
         "seeds": list(config.evaluate.seeds),
         "missing_tasks": list(missing),
-        "methods": found,
+        "methods": others | found,
     }
     if distributed.is_first():
         table = results.write_results(workdir, summary)
@@ -186,12 +187,9 @@ def load_method_model(spec: str, config, llm: LLM, layout: Layout) -> Kind:
     """
     if cut := re.fullmatch(r"last(\d+)(each)?:icl", spec):
         return Demonstrations.beside(llm).cut(int(cut[1]), bool(cut[2]))
-    kind, colon, path = spec.partition(":")
-    kind, path = (kind, path) if colon and kind in KINDS else ("", spec)
-    cut = re.match(r"first(\d+):", path)
-    path = path[cut.end() :] if cut else path
+    kind, first, path = method_spec(spec)
     model = load_trained(path, llm, place=layout.place)
-    model = model.first(int(cut[1])) if cut else model
+    model = model.first(first) if first else model
     put = jax.device_put if layout.mesh is None else layout.place_frozen
     model = model.placed(put, config.prefix.dtype)
     return KINDS[kind].of_trained(model, config, path) if kind else model
@@ -241,7 +239,9 @@ def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
                 store.write(task.task, task.seed, *kept)
         else:
             bar.skip(len(task.items))
-        if not model.reads_demos or not task.shares_demos:
+        if not model.reads_demos or not (
+            task.shares_demos or config.evaluate.shuffle_demos
+        ):  # an order is drawn by the seed
             known[content] = kept
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, kept[0])
         spent.append(kept[1])

@@ -26,7 +26,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.interchange.export import export, export_llm
 from mend_jax.interchange.jax_export import export_jax
 from mend_jax.packs.adapter import export_pack
-from mend_jax.prefixes.stored_weights import CHOICES
+from mend_jax.prefixes.stored_weights import DTYPES
 
 
 def main(
@@ -35,7 +35,7 @@ def main(
     backbone: str = "",
     llm: str = "",
     pack: str = "",
-    weights: Literal[*CHOICES] = "float32",
+    weights: Literal[*DTYPES] = "float32",
     format: Literal["pytorch", "jax"] = "pytorch",
 ) -> None:
     """The command.
@@ -64,8 +64,9 @@ def main(
         )
     if workdir:
         print(export(workdir, out, backbone or None, weights, llm))
-    elif weights != "float32":
-        raise UserError(f"--weights={weights} is for the distiller of a --workdir: leave it out.")
+    elif weights != "float32" or backbone:
+        given = f"--backbone={backbone}" if backbone else f"--weights={weights}"
+        raise UserError(f"{given} is for the distiller of a --workdir: leave it out.")
     else:
         print(export_pack(pack, out, llm) if pack else export_llm(llm, out))
 

@@ -11,8 +11,7 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
-from mend_jax.data.bos import NONE
-from mend_jax.interchange.trained import fit_to, own_llm, read_trained
+from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.run.files import write_report
 
@@ -34,7 +33,7 @@ def harness(
 
     Args:
         tasks: names of tasks, with commas between.
-        llm: the LLM: a folder, hub name or GGUF file. The workdir of a distiller knows its own.
+        llm: the LLM: a folder, hub name or GGUF file. A training workdir knows its own, and so do some exported distillers.
         distiller: a training workdir, an exported folder, or smollm2-135m-instruct, of this package; "": the examples stay in the prompt.
         num_fewshot: few-shot examples of each question.
         include_path: a folder of tasks of your own.
@@ -51,13 +50,11 @@ def harness(
         from mend_jax.interchange.harness import evaluate_harness
     except ImportError as error:
         raise UserError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm_eval.") from None
-    if not llm and not (distiller and own_llm(distiller)):
-        raise UserError(
-            "Which LLM? Add --llm=FOLDER, a hub name or a GGUF file; only a training workdir knows its own."
-        )
-    model = read_trained(distiller) if distiller else None
-    reader = load_llm(llm or own_llm(distiller), dtype, weights=weights, bos=(model and model.bos) or NONE)
-    model = fit_to(model, reader, distiller) if model else None
+    named, model = llm_for(distiller, llm), None
+    if distiller:
+        reader, model = load_both(distiller, named, dtype, weights)
+    else:
+        reader = load_llm(named, dtype, weights=weights)
     names = [name for name in map(str.strip, tasks.split(",")) if name]
     options = {"num_fewshot": num_fewshot, "limit": limit or None, "fewshot_random_seed": seed, "bootstrap_iters": 0}
     found = evaluate_harness(reader, names, model, include_path or None, batch_size, **options)

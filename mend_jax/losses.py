@@ -26,7 +26,8 @@ FORWARD_KL = Objective()
 
 
 class Weights(NamedTuple):
-    """The weight of each token in each loss, (B,Q) float32; the weights of one loss sum to 1 over the batch."""
+    """The weight of each token in each loss, (B,Q) float32; the weights of one loss sum to 1 over the batch (a row without a counted token
+    adds nothing)."""
 
     kd: jax.Array
     pred: jax.Array

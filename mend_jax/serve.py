@@ -11,13 +11,11 @@ how it is asked; its page is at http://127.0.0.1:8000, its reference at /docs.
 import sys
 from typing import Literal
 
-import jax
-
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE
-from mend_jax.interchange.trained import fit_to, own_llm, read_trained
+from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.packs.make import facts_of
 from mend_jax.serving.engine import Engine
@@ -83,11 +81,7 @@ def serve(
     limits = Limits(**{name: value for name, value in given.items() if name in Limits.__dataclass_fields__})
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size} is too small: give 1 or more.")
-    named = llm or (own_llm(distiller) if distiller else None)
-    if not named:
-        raise UserError(
-            "Which LLM? Add --llm=FOLDER, a hub name or a GGUF file; without it a distiller must be named that says its own."
-        )
+    named = llm_for(distiller, llm)
     if bos and distiller:
         raise UserError(f"--bos={bos} is for a server without a distiller: the distiller decides it.")
 
@@ -103,14 +97,16 @@ def serve(
 
 
 def _engine(named: str, distiller: str, dtype: str, weights: str, bos: str, batch_size: int, limits: Limits) -> Engine:
-    model = read_trained(distiller) if distiller else None
-    loaded = load_llm(named, dtype, weights=weights, bos=(model.bos if model else bos) or NONE)
+    model, facts = None, {}
+    if distiller:
+        loaded, model = load_both(distiller, named, dtype, weights)
+    else:
+        loaded = load_llm(named, dtype, weights=weights, bos=bos or NONE)
     if loaded.tokenizer is None:
         raise UserError(f"{named} holds no tokenizer, which a server of texts needs: put its files there.")
-    if model is None:
-        return Engine(loaded, None, {}, batch_size, limits)
-    model = fit_to(model, loaded, distiller).placed(jax.device_put, dtype)
-    return Engine(loaded, model, facts_of(loaded, model, distiller, named), batch_size, limits)
+    if model is not None:
+        facts = facts_of(loaded, model, distiller, named)
+    return Engine(loaded, model, facts, batch_size, limits)
 
 
 def _say(text: str) -> None:

@@ -34,7 +34,7 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.soft_prompt import SoftPrompt
 from mend_jax.run.checks import check_config
 from mend_jax.scoring import costs
-from mend_jax.scoring.each import cache_prefixes, score_each
+from mend_jax.scoring.each import cache_prefixes, pass_size, score_each
 from mend_jax.scoring.options import cache_prefix, score_items, score_options
 from mend_jax.scoring.tasks import Method, evaluate_task, prefix_maker
 from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_step, training_losses
@@ -172,7 +172,7 @@ def test_items_with_a_prefix_each_are_those_scored_one_by_one(pair):
     """Prefixes of several lengths; the last one, which no item follows, fills the batch."""
     llm, asked = pair.llm, items(2)
     prefix = Prefix(np.random.randn(3, 24, llm.config.width).astype(np.float32), np.array([19, 7, 24]))
-    each = score_each(llm, cache_prefixes(llm, prefix), asked, asked)
+    each = score_each(llm, cache_prefixes(llm, prefix), asked, pass_size(llm, asked))
     own = Prefix(prefix.embeds[1:2], prefix.length[1:2])
     np.testing.assert_allclose(each[1], score_options(llm, own, asked[1].x_tokens, asked[1].options_tokens), atol=1e-4)
 

@@ -231,7 +231,7 @@ def _check_tuple(key: str, value: tuple, kind: type, may_be_empty: bool) -> None
             raise UserError(f"{key} must hold {what}, not {element!r}: separate them with commas.")
         if key.startswith("experiment."):
             _check_element(key, element)
-        if key.startswith(("experiment.", "evaluate.")) and value.count(element) > 1:
+        if key.startswith(("experiment.", "evaluate.", "data.validation_seeds")) and value.count(element) > 1:
             raise UserError(f"{key} holds {element!r} twice, which would count as two: leave one out.")
         if key.endswith("_buckets") and element < 1:
             raise UserError(f"{key} holds lengths in tokens, which are at least 1, not {element}: take it out.")

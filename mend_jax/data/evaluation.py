@@ -47,6 +47,11 @@ class EvalTask:
         tuple[str, str], ...
     ] = ()  # the demonstrations' (x, y), each with the template's text in front: for another tokenizer; "" is not shown
 
+    @functools.cached_property
+    def longest_query(self) -> int:
+        """Tokens of the longest input with an option."""
+        return max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in self.items)
+
     @property
     def shares_demos(self) -> bool:
         """Whether all items have the same demonstrations, and so the same prefix."""
@@ -95,11 +100,12 @@ def load_tasks(config, llm, split: str, encoder=None) -> tuple[list[EvalTask], l
 def read_task(config, tokenizer: Tokenizer, name: str, split: str, tasks=(), encoder=None) -> list[EvalTask]:
     """One of the `tasks`, for every seed of config.evaluate.seeds. Raises UserError for bad files."""
     data, limit, template = config.data, config.evaluate.limit, chosen(config.data.template)
-    others, files = [other for other in tasks if other != name], {}
+    others, files, every = [other for other in tasks if other != name], {}, []
     for seed in config.evaluate.seeds:
         path = metaicl.example_file(data.tasks, name, files_for(config), seed, split)
         items = metaicl.read_file(path)
         check_options(items, path)
+        every += items
         demos = demonstrations(config, name, seed, items, others, encoder)
         items = items[:limit] if limit else items
         files[seed] = demos[: len(items)], items
@@ -108,7 +114,7 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str, tasks=(), enc
     outputs = encode_texts(tokenizer, (text for e in examples for text in (e.output, *e.options)), template.answer)
     _warn_of_repeated_options(name, [item for _, items in files.values() for item in items])
     _warn_of_equal_options(name, [item for _, items in files.values() for item in items], outputs)
-    made = []
+    made, kind = [], metaicl.is_classification(data.tasks, name, every)  # of all seeds, whatever the limit
     for seed, (demos, items) in files.items():
         numbers = {example: i for i, example in enumerate(dict.fromkeys(e for part in demos for e in part))}
         demos_of = [None] * len(items)
@@ -121,7 +127,6 @@ def read_task(config, tokenizer: Tokenizer, name: str, split: str, tasks=(), enc
             Item(inputs[e.input], [outputs[o] for o in e.options], e.options, e.options.index(e.output), of_item)
             for e, of_item in zip(items, demos_of, strict=True)
         ]
-        kind = metaicl.is_classification(data.tasks, name, items)
         made.append(EvalTask(name, int(seed), pairs, answered, kind, texts))
     return made
 

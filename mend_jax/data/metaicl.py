@@ -198,8 +198,9 @@ def seeds_field(config, seeds: tuple[int, ...]) -> str:
 
 def held_out_files(config) -> list[Path]:
     """The files that a run's validation reads: demonstrations and dev examples of the meta-test tasks that have files."""
-    data, seeds, chosen = config.data, validation_seeds(config), config.evaluate.tasks
-    from_pool = config.evaluate.demos == "pool"
+    data, seeds = config.data, validation_seeds(config)
+    lm = config.stage == "lm"  # its held-out sequences are of every task's own examples
+    chosen, from_pool = () if lm else config.evaluate.tasks, config.evaluate.demos == "pool" and not lm
     k = 1 if from_pool else data.k
     names = [name for name in load_partition(data.tasks, data.partition)["test"] if name in chosen or not chosen]
     present, _ = present_tasks(data.tasks, names, "dev", k, seeds)

@@ -325,7 +325,8 @@ def _feed(worker, workers, tokenizers: list[str], queue: list, progress: Progres
                 break
             else:
                 raise BrokenPipeError
-    except (BrokenPipeError, IndexError):  # IndexError: another thread took the last job
-        if worker.poll() is not None:
-            what = job["source"] if job else "the tokenizer"
-            errors.append(f"A process that tokenised {what} died (exit code {worker.poll()}): is there enough memory?")
+    except IndexError:  # another thread took the last job
+        return
+    except BrokenPipeError:
+        what, code = job["source"] if job else "the tokenizer", worker.wait()  # its pipes close before it has ended
+        errors.append(f"A process that tokenised {what} died (exit code {code}): is there enough memory?")

@@ -6,7 +6,7 @@
 | pool | those of the seed's largest file, then ones drawn from the pool with the seed; the same for all test items, those of a smaller K first |
 | random | drawn from the pool with the seed, for each test item |
 | bm25 | those whose inputs share the rarest words with the test item's, nearest first |
-| dense | those whose inputs have the nearest embeddings by cosine, nearest first |
+| dense | those whose inputs have the nearest embeddings, by the cosine after the pool's mean is taken off, nearest first |
 
 The pool is the task's meta-training file (`16384_100_train`) or, without one, the demonstrations of all seeds' files together. A
 test item is never its own demonstration: an example of the pool whose input is that of the item, spaces and capitals aside, is left out.

@@ -20,16 +20,15 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import markdown, number, size
-from mend_jax.data.bos import bos_token
 from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.metaicl import partition_names
 from mend_jax.experiments import paper, run
-from mend_jax.llm.decoder_only import LLM
+from mend_jax.llm.decoder_only import LLM, without_weights
 from mend_jax.measure import regimes
 from mend_jax.measure.model_sizes import known_or_folder, smallest_of
 from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
 from mend_jax.models.families import DecoderConfig, from_hf_config
-from mend_jax.models.folders import load_tokenizer, local_folder
+from mend_jax.models.folders import local_folder
 from mend_jax.prefixes import KINDS
 from mend_jax.run.files import write_text
 from mend_jax.run.sealed import read_sealed, write_sealed
@@ -136,10 +135,7 @@ def own_models(config) -> Named:
 
 def partition_shapes(config) -> list[Shape]:
     """The mean lengths of the test tasks of each partition whose files are there."""
-    folder = local_folder(config.llm.path)
-    tokenizer = load_tokenizer(folder)
-    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
-    llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
+    llm = without_weights(config.llm.path, config.llm.dtype, config.data.bos)
     found: dict[Shape, str] = {}
     for name in partition_names(config.data.tasks, "test", config.data.k, tuple(config.evaluate.seeds)):
         c = config.copy_and_resolve_references().unlock()

@@ -3,8 +3,8 @@
     python -m mend_jax.experiments.many_demonstrations --config=configs/small_world.py --workdir=runs/experiments
 
 For every K all methods have the same demonstrations: the file's, then ones drawn from the tasks' training pools. Vanilla ICL and MEND read those that fit
-their windows. MEND in chunks reads all that its chunks hold, untrained (the distiller as it is) and trained: finetuned with twice
-config.data.k demonstrations from the same pretraining.
+their windows. MEND in chunks reads all that its chunks hold, untrained (the distiller as it is) and trained: finetuned
+from the same pretraining with contexts twice as long as the config's, or as the teacher's window holds: there the LLM reads them whole.
 """
 
 from mend_jax.experiments.run import run_experiment
@@ -17,7 +17,17 @@ CHUNKED = "chunked"
 
 
 def in_chunks(config, join, seed):
-    fields = {"prefix.kind": CHUNKED, "prefix.join": join, "data.k": 2 * config.data.k, "evaluate.demos": "pool"}
+    data, prefix = config.data, config.prefix
+    twice = {"data.k": 2 * data.k, "data.max_demo_tokens": 2 * data.max_demo_tokens}
+    twice |= (
+        {"prefix.chunks": 2 * prefix.chunks} if prefix.chunk_tokens else {}
+    )  # else a chunk is as long as a context was
+    chunk = {
+        "prefix.kind": CHUNKED,
+        "prefix.join": join,
+        "prefix.chunk_tokens": prefix.chunk_tokens or data.max_demo_tokens,
+    }
+    fields = twice | chunk | {"evaluate.demos": "pool"}
     return of_stages(config, [FINETUNING], seed, fields, pretraining(config, seed))
 
 

@@ -93,6 +93,11 @@ def main(config: ConfigDict, workdir: str) -> int:
     from mend_jax.run.checks import check_experiment
     from mend_jax.train import train
 
+    if config.experiment.trained:
+        raise UserError(
+            "experiments.methods trains everything itself: without --config.experiment.trained, or with experiments.main_table,"
+            " which uses what was trained."
+        )
     folder = Path(workdir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

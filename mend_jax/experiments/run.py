@@ -212,13 +212,10 @@ class Work:
 
     def _score(self, rows: list[Row], llm) -> None:
         from mend_jax.evaluate import evaluate
-        from mend_jax.scoring import results
 
         folder, known = self.folder / rows[0].folder, _methods(self.folder / rows[0].folder)
         c = with_fields(rows[0].evaluation, {"evaluate.methods": tuple(self._spec(row) for row in rows)})
-        found = evaluate(c, str(folder), llm, prints=False)
-        if known and distributed.is_first():  # those of other experiments stay
-            results.write_results(folder, found | {"methods": known | found["methods"]})
+        evaluate(c, str(folder), llm, prints=False, others=known)
         if distributed.is_first():
             add_origins(folder, [row.name for row in rows])
 

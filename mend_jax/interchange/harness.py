@@ -9,6 +9,7 @@ the harness's `--model hf`.
 Axes: R rows (a context and an answer each), T their tokens.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -43,6 +44,8 @@ class HarnessLM(TemplateLM):
         """`llm` and `distiller` are from `load_llm` and `load_distiller`. Raises UserError for an encoder–decoder, an LLM without a
         tokenizer, or a `distiller` that reads no demonstrations."""
         super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
         if llm.start_token is not None:
             raise UserError(f"{llm.path} is an encoder–decoder: the harness is given decoder-only LLMs.")
         if llm.tokenizer is None:
@@ -149,8 +152,22 @@ class HarnessLM(TemplateLM):
         if not examples:
             return self._nothing
         if examples not in self.distilled:
-            self.distilled[examples] = self.distiller.distill(list(examples))
+            self.distilled[examples] = self.distiller.distill(self._fitting(examples))
         return self.distilled[examples]
+
+    def _fitting(self, examples: Sequence[Example]) -> list[Example]:
+        """The first of the examples that the distiller reads at once; a warning says that there are more."""
+        count = self.distiller.fitting(examples, self.llm)
+        if not count:
+            raise UserError(
+                f"A few-shot example ({examples[0][0][:40]!r} ...) is longer than the distiller reads: take another task."
+            )
+        if count < len(examples):
+            logging.warning(
+                "Not all few-shot examples fit the distiller's window of %d tokens: of a question's examples the first that fit are read.",
+                self.distiller.window,
+            )
+        return list(examples[:count])
 
     @property
     def _nothing(self) -> Prefix:

@@ -26,8 +26,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.query import Query
 from mend_jax.interchange.export import new_folder, written
-from mend_jax.interchange.trained import fit_to, own_llm, read_trained
-from mend_jax.llm.decoder_only import load_llm
+from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.models.weights import write_file
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
@@ -102,13 +101,10 @@ def export_jax(
         raise UserError(
             "jax.export writes its programs with flatbuffers, which is not installed: pip install flatbuffers."
         )
-    out, model, named = new_folder(out), read_trained(path), llm or own_llm(path)
-    if named is None:
-        raise UserError(f"{path} does not say which LLM it is for: add --llm=FOLDER, a hub name or a GGUF file.")
+    out = new_folder(out)
+    reader, model = load_both(path, llm_for(path, llm), dtype)
     if model.name != "distiller":
         raise UserError(f"{path} holds {model.title}: programs are made of a distiller of one context.")
-    reader = load_llm(named, dtype, bos=model.bos or NONE)
-    model = fit_to(model, reader, path).placed(jax.device_put, dtype)
     room = min(query_columns, reader.window - model.num_vectors)
     if rows < 1 or room < 2:
         raise UserError(

@@ -2,23 +2,25 @@
 (prefixes/release.py). export.py writes the exported folder."""
 
 import dataclasses
-import hashlib
 import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.bos import bos_token
+from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.tokenize import fingerprint as text_fingerprint
+from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
 from mend_jax.prefixes import KINDS, Distiller, Kind, release
 from mend_jax.prefixes.distiller_folder import SETTINGS, read_settings
 from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.best import is_finished
+from mend_jax.run.files import sha256_of
 from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place
 
@@ -42,6 +44,22 @@ def _missing(path) -> str:
 def is_exported(path: str | Path) -> bool:
     """Whether `path` names an exported folder, or a distiller of this package."""
     return any(kind.is_in(trained_path(path)) for kind in KINDS.values())
+
+
+class MethodSpec(NamedTuple):
+    """What stands behind NAME= in evaluate.methods: [KIND:][firstN:]PATH."""
+
+    kind: str  # which kind of prefix it is used as; "": as it was trained
+    first: int  # of its vectors, the first so many alone; 0: all
+    path: str
+
+
+def method_spec(text: str) -> MethodSpec:
+    """The parts of what stands behind NAME=."""
+    kind, colon, rest = text.partition(":")
+    kind, rest = (kind, rest) if colon and kind in KINDS else ("", text)
+    cut = re.match(r"first(\d+):", rest)
+    return MethodSpec(kind, int(cut[1]) if cut else 0, rest[cut.end() :] if cut else rest)
 
 
 def load_distiller(path, llm, backbone=None) -> Distiller:
@@ -187,6 +205,30 @@ def own_llm(path: str | Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def llm_for(path: str | Path, llm: str = "") -> str:
+    """The LLM that is named or, where none is, the one that the distiller in `path` ("": there is none) was trained for.
+
+    Raises UserError if neither says one.
+    """
+    named = llm or (own_llm(path) if path else None)
+    if not named:
+        which = f"{path} does not say which LLM it is for" if path else "There is no LLM"
+        raise UserError(f"{which}: add --llm=FOLDER, a hub name or a GGUF file.")
+    return named
+
+
+def load_both(path, llm: str, dtype: str = "float32", weights: str = "full", vectors: int = 0) -> tuple[LLM, Kind]:
+    """(the LLM, what was trained for it in `path`), on the device, both in the arithmetic of `dtype`.
+
+    The LLM reads behind its BOS if it did so in training. `vectors`: the first so many alone; 0: all. `llm` and `weights` are as
+    in `load_llm`. Raises UserError as `load_prefix` and `load_llm`.
+    """
+    model = read_trained(path)
+    model = model.first(vectors) if vectors else model
+    loaded = load_llm(llm, dtype, weights=weights, bos=model.bos or NONE)
+    return loaded, fit_to(model, loaded, path).placed(jax.device_put, dtype)
+
+
 def trained_fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits that change with anything that decides what `load_prefix` reads from a workdir, folder or file."""
     path = trained_path(path)
@@ -202,12 +244,7 @@ def trained_fingerprint(path: str | Path) -> str:
     )
     if not files:
         raise UserError(f"{path} holds no trained model: name a training workdir or an exported folder.")
-    return text_fingerprint(*(part for file in files for part in (file.name, _sha256(file))))
-
-
-def _sha256(file: Path) -> bytes:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+    return text_fingerprint(*(part for file in files for part in (file.name, bytes.fromhex(sha256_of(file)))))
 
 
 def _warn_if_unfinished(config: dict, workdir, meta: dict) -> None:

@@ -17,8 +17,8 @@ from mend_jax.data.query import Query
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.frozen import FrozenLLM
 from mend_jax.models.decoder import Cache, Decoder
-from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig
-from mend_jax.models.folders import PACKAGED, Model, init_model, init_params, load_model
+from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig, from_hf_config
+from mend_jax.models.folders import PACKAGED, Model, init_model, init_params, load_model, load_tokenizer, local_folder
 from mend_jax.models.stacks import as_bits
 from mend_jax.prefixes.prefix import Prefix, continue_after
 from mend_jax.run.sharding import Place
@@ -189,6 +189,13 @@ def init_llm(
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
     _check(dtype, attention, "full", bos)
     return _llm(init_model(path, seed, dtype, place), dtype, attention, remat, bos)
+
+
+def without_weights(path: str | Path, dtype: str = "float32", bos: str = NONE) -> LLM:
+    """The settings and the tokenizer of `load_llm` alone, for what is counted before weights are read."""
+    folder = local_folder(path)
+    tokenizer = load_tokenizer(folder)
+    return LLM(from_hf_config(folder), None, tokenizer, str(folder), dtype, bos=bos_token(bos, tokenizer, str(path)))
 
 
 def with_layers(llm: LLM, layers: int, seed: int) -> LLM:

@@ -36,7 +36,8 @@ def encoder_of(config, llm: LLM | EncoderDecoderLLM) -> tuple[str, Encode] | Non
         check_tokenizer(found.tokenizer, found.config.vocab_size, path, "encoder")
         kind = EncoderDecoderLLM if isinstance(found.config, EncoderDecoderConfig) else LLM
         reader = kind(found.config, found.params, found.tokenizer, str(found.folder), "float32")
-    return f"{fingerprint(path or config.llm.path)} {reader.dtype}", partial(mean_states, reader)
+    weights = "full" if path else config.llm.weights
+    return f"{fingerprint(path or config.llm.path)} {reader.dtype} {weights} {reader.bos}", partial(mean_states, reader)
 
 
 def mean_states(reader: LLM | EncoderDecoderLLM, texts: Sequence[str]) -> np.ndarray:

@@ -3,7 +3,6 @@
 They run in a process of their own, which ends with this one: commands hide PyTorch, which the library needs, from their own.
 """
 
-import hashlib
 import importlib.util
 import multiprocessing
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.models.families import FAMILIES, read_json
 from mend_jax.models.folders import local_folder
 from mend_jax.models.gguf.header import is_gguf
+from mend_jax.run.files import sha256_of
 
 MODULES = "modules.json"  # of a folder that sentence-transformers wrote: how states become an embedding
 LIBRARY = "sentence_transformers"
@@ -95,9 +95,4 @@ def _fingerprint(folder: Path) -> str:
     """Changes with any settings, vocabulary or weights, those of modules in folders of their own among them."""
     names = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")
     files = sorted(file for name in names for pattern in (name, f"*/{name}") for file in folder.glob(pattern))
-    return text_fingerprint(*(part for file in files for part in (file.relative_to(folder), _digest(file))))
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return text_fingerprint(*(part for file in files for part in (file.relative_to(folder), sha256_of(file))))

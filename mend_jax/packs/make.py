@@ -18,11 +18,11 @@ from mend_jax.interchange.trained import trained_fingerprint
 from mend_jax.models import folders
 from mend_jax.packs.pack import FORMAT, SUFFIX, Pack, load_pack, tokenizer_fingerprint
 from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.prefix import room_for_vectors
 from mend_jax.run.distributed import to_host
 
 Pairs = Sequence[tuple[str, str]]
 TOGETHER = 8  # sets of demonstrations in one call of the distiller
-QUERY_ROOM = 256  # positions of the LLM that vectors leave to a query, where their number depends on the demonstrations
 SIZES = (128, 256, 384, 512, 768, 1024, 1536, 2048)  # padded lengths of contexts: few, because each is compiled
 
 
@@ -71,10 +71,10 @@ def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
 def packs_of(llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = False, progress=None) -> list[Pack]:
     """`make_packs` with its `facts_of`."""
     _check_sets(sets)
-    room, contexts = _room(llm), []
+    room, contexts = room_for_vectors(llm), []
     for pairs in sets:
         tokens = [_tokens(model, pair) for pair in pairs]
-        count = model.fit([0] * len(tokens), [len(x) + len(y) for x, y in tokens], 2**30, room)
+        count = model.fitting(pairs, llm)
         if count == 0:
             raise UserError(
                 f"A demonstration ({pairs[0][0][:40]!r} ...) has {sum(map(len, tokens[0]))} tokens, more than the distiller reads at"
@@ -146,11 +146,6 @@ def _check_sets(sets: Sequence[Pairs]) -> None:
             raise UserError(
                 f"A demonstration is {pair!r}: give a list of sets, [demos], each of them a list of (input, output) texts."
             )
-
-
-def _room(llm) -> int:
-    """Positions of the LLM that vectors may take."""
-    return max(1, llm.window - min(QUERY_ROOM, llm.window // 2))
 
 
 def _tokens(model: Kind, pair) -> tuple[list[int], list[int]]:

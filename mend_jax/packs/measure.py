@@ -40,7 +40,9 @@ class Asked(NamedTuple):
 class Fidelity(NamedTuple):
     """What was measured; the names of the methods are "pack", "demonstrations", "nothing" and "first N", a pack's first N vectors."""
 
-    kl: dict[str, float]  # KL(demonstrations || method) in nats per token of the query and its answer
+    kl: dict[
+        str, float
+    ]  # KL(demonstrations || method) in nats per token of a query and its answer, a mean over queries, as L_distill
     agreement: dict[str, float]  # share of the queries on which a method chooses as the demonstrations do
     accuracy: dict[str, float | None]  # share of right answers, where they are known
     positions: dict[str, int]  # of the LLM
@@ -137,8 +139,8 @@ def _share(said: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _kl(llm, taught: Prefix, prefix: Prefix, rows, batch_size: int) -> float:
-    """The mean of KL(taught || prefix) over all tokens: those of x and y; of an encoder–decoder, which predicts y, those of y."""
-    order, total, counted = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1])), 0.0, 0
+    """The mean over rows of KL(taught || prefix) per token of x and y; of an encoder–decoder, which predicts y, of y."""
+    order, total = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1])), 0.0
     separate = llm.start_token is not None
     for start in range(0, len(order), batch_size):
         batch = [rows[i] for i in order[start : start + batch_size]]
@@ -146,10 +148,8 @@ def _kl(llm, taught: Prefix, prefix: Prefix, rows, batch_size: int) -> float:
         tokens, length = pad([np.concatenate(row) for row in batch], columns)
         limits = (columns, columns) if separate else (None, None)
         query = Query(tokens, length, np.asarray([len(x) for x, _ in batch], np.int32), *limits)
-        count = sum(len(y) if separate else len(x) + len(y) for x, y in batch)
-        total += count * float(_mean_kl(llm, llm.params, taught, prefix, query))
-        counted += count
-    return total / counted
+        total += len(batch) * float(_mean_kl(llm, llm.params, taught, prefix, query))
+    return total / len(rows)
 
 
 # The LLM (hashed by identity) is static: each shape compiles once.

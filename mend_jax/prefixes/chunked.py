@@ -212,6 +212,12 @@ class Chunked(Kind):
             raise UserError(
                 "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
             )
+        reads = backbone.window - config.prefix.length
+        if not config.prefix.chunk_tokens and config.data.max_demo_tokens > reads:
+            raise UserError(
+                f"A chunk of data.max_demo_tokens = {config.data.max_demo_tokens} is more than the distiller reads, {reads} tokens:"
+                f" set prefix.chunk_tokens to {reads} or fewer."
+            )
         if config.stage == "finetune" and 0 < config.prefix.chunk_tokens <= config.data.max_input_tokens:
             raise UserError(
                 f"A chunk of prefix.chunk_tokens = {config.prefix.chunk_tokens} holds no demonstration whose input has "

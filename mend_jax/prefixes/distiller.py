@@ -29,7 +29,7 @@ from mend_jax.prefixes.distiller_folder import (
     write_folder,
 )
 from mend_jax.prefixes.distiller_module import DistillerModule, make_vectors
-from mend_jax.prefixes.embeddings import LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
+from mend_jax.prefixes.embeddings import OF_LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import cut_layers, first_layers, first_projection, first_rms, with_rms
@@ -156,7 +156,7 @@ class Distiller(Kind):
     def check(cls, config, backbone, llm) -> None:
         cls.reader_settings(config, backbone)
         projection = resolve_projection(config.prefix.projection, backbone.width, llm.width)
-        if config.prefix.residual and (whose(config) != LLM or projection == "tanh"):
+        if config.prefix.residual and (whose(config) != OF_LLM or projection == "tanh"):
             raise UserError(
                 "prefix.residual adds vectors to the LLM's token embeddings: it needs llm.path as prefix.backbone,"
                 ' prefix.train_embeddings=False and a prefix.projection that is "linear", "identity" or "auto".'
@@ -242,7 +242,7 @@ class Distiller(Kind):
 
     def read_by(self, llm) -> "Distiller":
         backbone = self.params["backbone"]
-        if self.embeddings != LLM or has_tokens(backbone):
+        if self.embeddings != OF_LLM or has_tokens(backbone):
             return self
         whole = with_tokens(backbone, of_llm(llm, self.config))
         tokenizer = self.tokenizer or llm.tokenizer

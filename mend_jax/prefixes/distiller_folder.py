@@ -14,7 +14,7 @@ from mend_jax.data.templates import from_fields, in_words
 from mend_jax.models import weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import load_tokenizer
-from mend_jax.prefixes.embeddings import LLM, TRAINED
+from mend_jax.prefixes.embeddings import OF_LLM, TRAINED
 from mend_jax.prefixes.stored_weights import read_backbone, write_backbone
 from mend_jax.run.reading import described, read_json
 from mend_jax.run.sharding import Place
@@ -77,7 +77,7 @@ def write_folder(
         tensors["projection.bias"] = np.asarray(params["projection"]["bias"])
     weights.write_file(_contiguous(tensors), folder / TENSORS)
     _write_json(folder / SETTINGS, (settings or distiller.settings()) | ({"llm": llm} if llm else {}))
-    if distiller.tokenizer is not None and distiller.embeddings != LLM:  # else it is the LLM's too
+    if distiller.tokenizer is not None and distiller.embeddings != OF_LLM:  # else it is the LLM's too
         distiller.tokenizer.save_pretrained(folder)
     shutil.copyfile(Path(__file__).parent / MODULE, folder / MODULE)
 
@@ -150,9 +150,9 @@ def card_text(distiller, llm: str, logits: str, shape: str, load: str, of: str =
         window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
         **in_words(distiller.template),
         **first_lines(distiller.bos),
-        given=", llm=llm, tokenizer=tokenizer" if distiller.embeddings == LLM else "",
+        given=", llm=llm, tokenizer=tokenizer" if distiller.embeddings == OF_LLM else "",
         alone=WITHOUT_TOKENS
-        if distiller.embeddings == LLM
+        if distiller.embeddings == OF_LLM
         else f"`{_loader(distiller.config)}.from_pretrained(folder)`\nloads the backbone alone.",
         shape=shape,
         load=load,

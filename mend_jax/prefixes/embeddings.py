@@ -12,15 +12,15 @@ from mend_jax.models import int8
 
 TRAINED = "trained"
 OWN = "own"  # the backbone's, as they came
-LLM = "llm"  # the same, and the backbone is the LLM: an exported folder leaves them to it
+OF_LLM = "llm"  # the same, and the backbone is the LLM: an exported folder leaves them to it
 
 
 def whose(config) -> str:
-    """TRAINED, OWN or LLM, by a run's config, which may be nested dicts."""
+    """TRAINED, OWN or OF_LLM, by a run's config, which may be nested dicts."""
     prefix = config["prefix"]
     if prefix.get("train_embeddings", True):
         return TRAINED
-    return LLM if prefix["backbone"] == config["llm"]["path"] else OWN
+    return OF_LLM if prefix["backbone"] == config["llm"]["path"] else OWN
 
 
 def without_tokens(backbone) -> tuple[dict, jnp.ndarray]:

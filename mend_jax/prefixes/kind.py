@@ -21,8 +21,8 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.models import int8
-from mend_jax.prefixes.context import bucket
-from mend_jax.prefixes.prefix import Prefix
+from mend_jax.prefixes.context import bucket, pair_tokens
+from mend_jax.prefixes.prefix import Prefix, room_for_vectors
 from mend_jax.run.sharding import Place
 
 FROZEN = "prefix"  # under this name a kind's own frozen parameters stand beside those of the frozen LLM
@@ -177,6 +177,11 @@ class Kind:
             room: positions that the LLM has left beside the longest query.
         """
         return min(sampling.fit_demos(shown, min(limit, room)), sampling.fit_demos(own, min(limit, self.window)))
+
+    def fitting(self, pairs: Sequence[tuple[str, str]], llm) -> int:
+        """How many of these (x, y) texts, counted from the first, it reads at once for this LLM, which itself reads none."""
+        own = [len(pair_tokens([pair], self.tokenizer, self.template)) for pair in pairs]
+        return self.fit([0] * len(own), own, 2**30, room_for_vectors(llm))
 
     def lay_out(self, pairs, room: int) -> np.ndarray:
         """The context (N,) int32 of those (x, y) pairs of token ids that fit, in the form that `apply` reads."""

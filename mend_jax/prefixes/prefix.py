@@ -12,6 +12,13 @@ from flax import struct
 
 from mend_jax.models.decoder import Decoder, Wanted
 
+QUERY_ROOM = 256  # positions of the LLM that vectors leave to a query, where their number depends on the demonstrations
+
+
+def room_for_vectors(llm) -> int:
+    """Positions of an LLM that vectors may take."""
+    return max(1, llm.window - min(QUERY_ROOM, llm.window // 2))
+
 
 @struct.dataclass
 class Prefix:

@@ -17,17 +17,17 @@ from mend_jax.models import weights
 from mend_jax.models.families import Config
 from mend_jax.models.folders import read_weights
 from mend_jax.models.int8 import LARGEST
-from mend_jax.prefixes.embeddings import LLM, with_tokens, without_tokens
+from mend_jax.prefixes.embeddings import OF_LLM, with_tokens, without_tokens
 from mend_jax.run.sharding import Place
 
-CHOICES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "int8")
 FILE = weights.SINGLE_FILES[0]
 INT8_FILE = "model.int8.safetensors"
 SCALE = ".scale"
 
 
 def write_backbone(folder: Path, config: Config, backbone: Mapping, embeddings: str, dtype: str = "float32") -> None:
-    """Writes a backbone's file, without token embeddings if they are the LLM's; `dtype` is one of CHOICES."""
+    """Writes a backbone's file, without token embeddings if they are the LLM's; `dtype` is one of DTYPES."""
     tensors = _tensors(config, backbone, embeddings)
     if dtype == "int8":
         weights.write_file(in_8_bits(tensors), folder / INT8_FILE)
@@ -41,12 +41,12 @@ def read_backbone(folder: Path, config: Config, embeddings: str, place: Place | 
 
     `place` is as in `load_llm`; weights in 8 bits, and those of a backbone without embeddings, are read whole.
     """
-    if embeddings != LLM and not (folder / INT8_FILE).exists():
+    if embeddings != OF_LLM and not (folder / INT8_FILE).exists():
         return read_weights(folder, config, place=place)
     file = INT8_FILE if (folder / INT8_FILE).exists() else FILE
     tensors = weights.read_file(folder / file)
     tensors = from_8_bits(tensors) if file == INT8_FILE else tensors
-    if embeddings != LLM:
+    if embeddings != OF_LLM:
         return weights.from_tensors(tensors, config, where=str(folder))
     none = (weights.tokens_name(config), np.broadcast_to(np.float32(0), (config.vocab_size, config.width)))
     return without_tokens(weights.from_tensors(itertools.chain(tensors, [none]), config, where=str(folder)))[0]
@@ -77,7 +77,7 @@ def from_8_bits(tensors) -> Iterator[tuple[str, np.ndarray]]:
 
 def _tensors(config: Config, backbone: Mapping, embeddings: str) -> dict[str, np.ndarray]:
     """Under Hugging Face's names, without token embeddings if they are the LLM's."""
-    if embeddings != LLM:
+    if embeddings != OF_LLM:
         return weights.to_tensors(config, backbone, prefix="")
     tensors = weights.to_tensors(config, with_tokens(backbone, np.zeros(0)), prefix="")
     return {name: tensor for name, tensor in tensors.items() if name != weights.tokens_name(config)}

@@ -32,7 +32,8 @@ from mend_jax.data.evaluation import load_tasks
 from mend_jax.data.rows.windows import check_windows
 from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import check_backbone, check_tokenizer, other_tokenizer
-from mend_jax.llm.decoder_only import LLM
+from mend_jax.interchange.trained import method_spec
+from mend_jax.llm.decoder_only import without_weights
 from mend_jax.llm.sentence_encoder import is_sentence_encoder, require_sentence_transformers
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import load_tokenizer, local_folder
@@ -114,9 +115,12 @@ def check_contrast(config, models: Models) -> None:
 
 def check_teacher_cache(config, models: Models) -> None:
     """What is cached of the teacher is what the loss reads, and one process computes all of it."""
-    del models
     if not teacher_cache.is_used(config):
         return
+    if config.loss.teacher_top_k > models.llm.vocab_size:
+        raise UserError(
+            f"loss.teacher_top_k={config.loss.teacher_top_k} is more than the {models.llm.vocab_size} tokens of the LLM: lower it."
+        )
     if Objective.of(config.loss).on_states:
         raise UserError(
             f'loss.objective="{config.loss.objective}" compares states, but loss.teacher_cache keeps predictions: set it to "".'
@@ -197,8 +201,7 @@ def check_method_llm(config, llm, method, tasks, mesh) -> None:
     del config, tasks, mesh
     if not method.path:
         return
-    kind, colon, path = method.path.partition(":")
-    resume.check_llm(path if colon and kind in KINDS else method.path, llm.path)
+    resume.check_llm(method_spec(method.path).path, llm.path)
 
 
 def check_method_template(config, llm, method, tasks, mesh) -> None:
@@ -274,10 +277,7 @@ def check_experiment(config, trainings, evaluations) -> None:
         check_config(c, batch_size)
     for path in {c.evaluate.encoder for c in evaluations if c.evaluate.demos == "dense"} - {""}:
         check_encoder(path)
-    folder = local_folder(config.llm.path)
-    tokenizer = load_tokenizer(folder)
-    bos = bos_token(config.data.bos, tokenizer, config.llm.path)
-    llm = LLM(from_hf_config(folder), None, tokenizer, str(folder), config.llm.dtype, bos=bos)  # needs no weights
+    llm = without_weights(config.llm.path, config.llm.dtype, config.data.bos)
     finetunings = {c.data.to_json(): c for c, _ in trainings if c.stage == "finetune"}
     reads = [(_without_encoder(c), c.evaluate.split) for c in evaluations]
     reads += [(as_in_validation(c), "dev") for c in finetunings.values()]

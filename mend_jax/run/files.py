@@ -43,6 +43,12 @@ def write_report(path: str, report: dict) -> None:
         raise UserError(f"{target} cannot be written ({error.strerror}): give another --out.") from None
 
 
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write the content of the file `path`: renamed to it at the end of the block, or removed on an error."""

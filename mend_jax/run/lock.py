@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ def alone_in(workdir: Path, name: str, doing: str) -> Iterator[None]:
         doing: what the other command does, for the message: "training".
     Raises:
         UserError: another command has the lock, or the folder cannot be written. OSError: a full disk.
+
+    On a file system without locks it warns and goes on.
     """
     new, first = not workdir.exists(), distributed.is_first()
     try:
@@ -38,6 +41,11 @@ def alone_in(workdir: Path, name: str, doing: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"Another run is {doing} in {workdir}: wait for it, or name another workdir.") from None
+            except OSError as error:
+                logging.warning(
+                    "The file system of %s has no locks (%s): see to it yourself that no other run is %s there.",
+                    workdir, error.strerror, doing,
+                )  # fmt: skip
         try:
             yield
         except UserError:

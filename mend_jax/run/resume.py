@@ -35,6 +35,8 @@ FREE_FIELDS = (
     "experiment.",
 )  # fmt: skip
 
+PARTS = ("train.parallel", "train.accumulate", "mesh.")  # the parts of a batch, whose queries info_nce contrasts
+
 
 def check_resume(workdir, config, finished: bool) -> None:
     """Raises UserError, which names the field and both values, if a run would resume with other settings that matter.
@@ -179,6 +181,8 @@ def _paths_read(config) -> list[str]:
 
 def matters(name: str, config, finished: bool = False) -> bool:
     """Whether another value of a field changes the rest of a run; what validation alone reads does where it reads it."""
+    if name.startswith(PARTS) and config.loss.objective == "info_nce" and config.loss.kd:
+        return True
     if name.startswith(FREE_FIELDS):
         return False
     if not name.startswith("evaluate.") and name != VALIDATION_SEEDS:

@@ -6,7 +6,6 @@ interrupted, and a step that does not match them is damaged: neither is ever use
 checksums first, so that one whose deletion was interrupted is not taken for damaged.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.run.files import sync_file, write_json
+from mend_jax.run.files import sha256_of, sync_file, write_json
 from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
 
 FOLDER = "checkpoints"
@@ -65,7 +64,7 @@ def find_damage(folder):
     for name, (size, digest) in expected.items():
         try:
             found = (folder / name).stat().st_size
-            changed = found == size and _sha256(folder / name) != digest
+            changed = found == size and sha256_of(folder / name) != digest
         except OSError:
             return f"The checkpoint {folder} is damaged: {name} is missing; it is not used."
         if found != size:
@@ -131,9 +130,4 @@ def _checksums(folder):
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
     for file in files:  # before what says that they are whole: after a power cut too
         sync_file(file)
-    return {str(p.relative_to(folder)): [p.stat().st_size, _sha256(p)] for p in files}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(p.relative_to(folder)): [p.stat().st_size, sha256_of(p)] for p in files}

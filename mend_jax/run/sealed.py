@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mend_jax.cli.errors import UserError
-from mend_jax.run.files import write_json
+from mend_jax.run.files import sha256_of, write_json
 from mend_jax.run.reading import read_json
 
 FIELD = "checksum"
@@ -50,7 +50,7 @@ def checksum_of_text(text: str) -> str:
 def write_checksums(folder: Path) -> None:
     """Writes LIST, of the files in a folder that decide what is read from it: settings, weights, vocabularies."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".txt", ".model"))
-    write_json(folder / LIST, {file.name: _sha256(file) for file in files})
+    write_json(folder / LIST, {file.name: sha256_of(file) for file in files})
 
 
 def require_unchanged(folder: Path) -> None:
@@ -63,13 +63,8 @@ def require_unchanged(folder: Path) -> None:
         return
     for name, digest in known.items():
         file = folder / Path(name).name
-        if not file.is_file() or _sha256(file) != digest:
+        if not file.is_file() or sha256_of(file) != digest:
             what = "has changed since it was written" if file.is_file() else "is missing"
             raise UserError(
                 f"{file} {what}: write the folder again, or, if you changed it yourself, delete {folder / LIST}."
             )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -35,8 +35,15 @@ def cache_prefixes(llm, prefix: Prefix, params=None):
     return _caches(llm, llm.params if params is None else params, prefix)
 
 
+def pass_size(llm, items: Sequence[Any]) -> tuple[int, int]:
+    """(padded tokens of an encoder–decoder's input, padded tokens of a row) that hold the longest of the items."""
+    rows = [lay_out(item.x_tokens, item.options_tokens, llm.start_token) for item in items]
+    inputs = 0 if llm.start_token is None else bucket(max(len(row.inputs) for row in rows))
+    return inputs, bucket(max(len(row.tokens) for row in rows))
+
+
 def score_each(
-    llm, cache, items: Sequence[Any], every: Sequence[Any], params=None, chunk=CHUNK, progress=None
+    llm, cache, items: Sequence[Any], size: tuple[int, int], params=None, chunk=CHUNK, progress=None
 ) -> list[np.ndarray]:
     """Option scores of at most B items, each after its own prefix.
 
@@ -44,7 +51,7 @@ def score_each(
         llm: from `load_llm`.
         cache: from `cache_prefixes`; rows of the cache beyond the items are not used.
         items: each with `.x_tokens` and `.options_tokens`.
-        every: all items that will be scored: passes have the shape of the longest.
+        size: `pass_size` of all items that will be scored: passes have one shape.
         params, chunk, progress: as in `score_items`.
     Returns:
         For each item the mean log-probability per token of its options, float64.
@@ -54,14 +61,9 @@ def score_each(
     params = llm.params if params is None else params
     lengths = to_host(cache.length)
     rows = [lay_out(item.x_tokens, item.options_tokens, llm.start_token) for item in items]
-    longest = (
-        rows if len(every) == len(items) else [lay_out(i.x_tokens, i.options_tokens, llm.start_token) for i in every]
-    )
     for row, length in zip(rows, lengths, strict=False):
         check_rows(llm, int(length) - llm.before, [row])
-    columns = bucket(max(len(row.tokens) for row in longest))
-    inputs = 0 if llm.start_token is None else bucket(max(len(row.inputs) for row in longest))
-    batch = Pass([[i] for i in range(len(rows))], len(lengths), inputs, columns)
+    batch = Pass([[i] for i in range(len(rows))], len(lengths), *size)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     parts = start(llm, params, cache, rows, batch, chunk)
     finish((list(range(len(rows))), rows, parts), scores, progress)

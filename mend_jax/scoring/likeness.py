@@ -18,7 +18,7 @@ from mend_jax.scoring.cells import percent
 class Likeness(NamedTuple):
     """Means over the items of a task, all seeds together, then over the tasks that both answered."""
 
-    kl: float  # nats: KL(reference || method) of the options' probabilities, the softmax of their mean log-probabilities per token
+    kl: float  # nats: KL(reference || method) of the options' probabilities, the softmax of their scores (evaluate.option_score)
     same: float  # share of the items on which both choose the same option
 
 
@@ -48,7 +48,7 @@ def _of_task(task: str, ours: dict, theirs: dict, source: Source, reference: Sou
     kls, same = [], []
     for seed, lines in theirs.items():
         own = ours.get(seed, [])
-        if [line["options"] for line in own] != [line["options"] for line in lines]:
+        if any([line[what] for line in own] != [line[what] for line in lines] for what in ("options", "gold")):
             raise UserError(f"{source.method} and {reference.method} answered different items of {task}, seed {seed}.")
         for line, other in zip(own, lines, strict=True):
             p, q = (special.log_softmax(one["scores"]) for one in (other, line))

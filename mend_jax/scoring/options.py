@@ -221,6 +221,8 @@ def score_rows(
     check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a pass while the host lays out the next and reads the last
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
     for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):
         items = [i for row in batch.rows for i in row]
         started = (items, [rows[i] for i in items], start(llm, params, cache, rows, batch, chunk))

@@ -26,7 +26,7 @@ from mend_jax.llm.decoder_only import LLM
 from mend_jax.prefixes import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.scoring.each import cache_prefixes, prefixes_at_once, score_each
+from mend_jax.scoring.each import cache_prefixes, pass_size, prefixes_at_once, score_each
 from mend_jax.scoring.metrics import aggregate, task_scores
 from mend_jax.scoring.options import cache_prefix, check_items, score_items
 
@@ -91,7 +91,7 @@ def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> 
     tokens."""
     room, (shown, own) = _room(llm, task), _readings(config, llm, model, task, order)
     if config.data.release_truncation:
-        window = min(model.window, room)
+        window = min(model.window, room, config.data.max_demo_tokens)  # as in training
         cut = release_truncation(join_demos(own), window, room)
         return cut[model.reader is None], cut[1]  # without a reader of its own the LLM reads them, as the teacher
     count = _fitting(config, model, shown, own, room)
@@ -113,7 +113,7 @@ def demos_read(config, llm: LLM, model: Kind, task: EvalTask) -> tuple[int, int]
 
 def _room(llm: LLM, task: EvalTask) -> int:
     """The positions that the LLM has left beside a task's longest query."""
-    return llm.window - max(len(item.x_tokens) + max(map(len, item.options_tokens)) for item in task.items)
+    return llm.window - task.longest_query
 
 
 def _fitting(config, model: Kind, shown, own, room: int) -> int:
@@ -180,6 +180,7 @@ def evaluate_task(
     """
     where, orders = f"{task.task}, seed {task.seed}", _orders(task, shuffle_demos) if reads_demos else None
     before, parts = programs_compiled(), _parts(llm, task, orders, batch_size, params)
+    size = None if orders is None else pass_size(llm, task.items)
     scores, prefix_seconds, seconds, positions = [], 0.0, 0.0, 0
     for shown, items in parts:
         began = time.perf_counter()
@@ -191,7 +192,7 @@ def evaluate_task(
             if orders is None:
                 scores += score_items(llm, cache, items, batch_size, params, chunk, progress)
             else:
-                scores += score_each(llm, cache, items, task.items, params, chunk, progress)
+                scores += score_each(llm, cache, items, size, params, chunk, progress)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         prefix_seconds += made - began
