@@ -132,6 +132,15 @@ def test_any_number_of_demonstrations_makes_a_prefix_that_fits(folder, llm, dist
     assert model.flops(llm.config, context) > chunks * one  # what each chunk costs is counted
 
 
+def test_a_chunk_longer_than_the_distiller_reads(folder, llm):
+    c = config(folder, **{"prefix.kind": "chunked", "data.max_demo_tokens": 2000})
+    reads = llm.config.window - c.prefix.length
+    with says("data.max_demo_tokens = 2000", reads, "prefix.chunk_tokens"):
+        Chunked.check(c, llm.config, llm.config)
+    c.prefix.chunk_tokens = reads
+    Chunked.check(c, llm.config, llm.config)
+
+
 def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
     with says("Demonstration 2", "43 tokens", 16):
         Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])

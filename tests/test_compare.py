@@ -72,6 +72,7 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
         random, lines = np.random.default_rng(len(source.method)), read_lines(source)
         for line in (line for seeds in lines.values() for own in seeds.values() for line in own):
             line["scores"] = random.normal(size=len(line["options"])).tolist()
+            line["gold"] = line["options"][0] if source.folder.name == "others" else line["gold"]
         return lines
 
     monkeypatch.setattr("mend_jax.scoring.likeness.read_lines", with_scores)
@@ -98,6 +99,9 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
     other = write_evaluation(tmp_path / "other", {"mend": 0.6}, items=12)
     with says("mend and icl", "different items"):
         likeness(Source(other, "mend"), Source(folder, "icl"))
+    others = write_evaluation(tmp_path / "others", {"mend": 0.6})  # as many items, with the same options
+    with says("mend and icl", "different items"):
+        likeness(Source(others, "mend"), Source(folder, "icl"))
 
 
 def test_the_rows_of_an_experiment(tmp_path, capsys):

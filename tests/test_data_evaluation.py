@@ -87,6 +87,17 @@ def test_limit_and_chosen_tasks(world, llm):
         load_tasks(config, llm, "test")
 
 
+def test_the_metric_is_that_of_all_items_of_all_seeds(world, llm):
+    """Without a tasks.json the options decide; those of one item are always the same."""
+    rows = [(f"w{i} w2", "w3") for i in range(4)]
+    for seed, options in ((13, ["w3", "w4"]), (21, ["w3", "w5"])):
+        write_examples(world / "metaicl" / "data" / "t" / f"t_4_{seed}_test.jsonl", "t", rows, options)
+    config = tiny_config(world, "finetune")
+    for limit in (0, 1):
+        config.evaluate.limit = limit
+        assert [task.classification for task in load_tasks(config, llm, "test")[0]] == [False, False]
+
+
 def test_missing_tasks(world, llm, caplog):
     partitions = {"tiny": {"train": [], "test": ["zz", "t"]}, "none": {"train": [], "test": ["zz"]}}
     (world / "metaicl" / "partitions.json").write_text(json.dumps(partitions))

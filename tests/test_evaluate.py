@@ -15,6 +15,7 @@ from facts import says
 
 from mend_jax import evaluate as ev
 from mend_jax.data.evaluation import load_tasks
+from mend_jax.interchange.trained import method_spec
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.layout import make_layout
@@ -281,3 +282,14 @@ def test_times_are_of_what_was_not_compiled_on_the_way(config, models, tmp_path)
     assert "compiled" not in mean and mean["prefix_length"] == 5
     cold = ev._mean_cost([cost for cost in costs if cost["compiled"]])
     assert cold["item_seconds"] is None and cold["prefix_length"] == 5
+
+
+def test_the_parts_of_a_method():
+    for text, parts in (
+        ("runs/x", ("", 0, "runs/x")),
+        ("first8:runs/x", ("", 8, "runs/x")),
+        ("chunked:runs/x", ("chunked", 0, "runs/x")),
+        ("chunked:first8:runs/x", ("chunked", 8, "runs/x")),
+        ("C:/runs/x", ("", 0, "C:/runs/x")),
+    ):
+        assert method_spec(text) == parts

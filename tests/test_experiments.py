@@ -197,6 +197,9 @@ def test_rows_that_the_paper_has(config):
         ("chunked", "distiller"),
         ("", "chunked"),
     }
+    for c in (row.training.config for row in chunked if not row.used_as):
+        assert (c.data.k, c.data.max_demo_tokens) == (2 * config.data.k, 2 * config.data.max_demo_tokens)
+        assert c.prefix.chunk_tokens == config.data.max_demo_tokens  # a chunk is what a context was
 
 
 def test_what_was_trained_elsewhere(config, tmp_path):
@@ -279,14 +282,14 @@ class Fakes:
             (Path(workdir) / "checkpoints").mkdir(parents=True)
         return self.code
 
-    def evaluate(self, config, workdir, llm, prints):
+    def evaluate(self, config, workdir, llm, prints, others):
         score = {"mean": 0.5, "std": 0.1, "per_seed": {"13": 0.4, "21": 0.6}}
         names = [spec.partition("=") for spec in config.evaluate.methods]
         self.calls.append(tuple(name for name, *_ in names))
         entry = {"score": score, "accuracy": score, "macro_f1": score}
         entry["per_task"] = {"t": entry | {"primary": "macro_f1"}}
         cost = {"prefix_length": 3.0, "cache_bytes": 1, "item_flops": 1, "item_flops_uncached": 1, "item_seconds": 1}
-        found = {"methods": {name: {"path": path, **entry, "cost": cost} for name, _, path in names}}
+        found = {"methods": others | {name: {"path": path, **entry, "cost": cost} for name, _, path in names}}
         found |= {"partition": "tiny", "split": "test", "k": 4, "seeds": [13, 21], "missing_tasks": []}
         Path(workdir).mkdir(parents=True, exist_ok=True)
         (Path(workdir) / "scores.json").write_text(json.dumps(found))

@@ -139,6 +139,8 @@ def test_the_adapters_files(decoder, tmp_path, capsys):
         export_pack(path, tmp_path / "out")
     with says("BOS"):
         export_pack(saved(pack_for(decoder, bos="true"), tmp_path), tmp_path / "new")
+    with says("--backbone=b", "--workdir"):
+        export.main(out=str(tmp_path / "out"), llm="x", backbone="b")
     with says("--workdir", "--llm", "--pack"):
         export.main(str(tmp_path / "new"), pack="a", workdir="b")
 

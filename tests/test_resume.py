@@ -104,6 +104,13 @@ def test_evaluation_settings_matter_where_they_change_the_rest_of_a_run(fields, 
     assert found == refused
 
 
+@pytest.mark.parametrize("objective, refused", [("forward_kl", False), ("info_nce", True)])
+def test_the_parts_of_a_batch_matter_where_a_loss_contrasts_its_queries(objective, refused, models):
+    c = config(models / "one", **{"loss.objective": objective, "loss.kd": 1.0})
+    parts = ("train.accumulate", "train.parallel", "mesh.fsdp")
+    assert [resume.matters(name, c) for name in parts] == [refused] * 3
+
+
 def test_finished_run_of_another_meaning_is_refused(models, tmp_path):
     saved_config.write_config(tmp_path, config(models / "one"))
     with says(tmp_path, "seed=0", 1):

@@ -1,5 +1,6 @@
 """Evaluations whose demonstrations are not the files': each item's own, perturbed, in another order."""
 
+import dataclasses
 import json
 
 import jax
@@ -65,6 +66,12 @@ def test_the_neighbours_of_the_llms_own_states(config, llm):
     assert encoder_of(config, llm) is None
     config.evaluate.demos, config.data.k = "dense", 3
     encoder = encoder_of(config, llm)
+    others = [
+        encoder_of(config, dataclasses.replace(llm, **change))[0] for change in ({"bos": 1}, {"dtype": "bfloat16"})
+    ]
+    config.llm.weights = "int8"
+    assert len({encoder[0], encoder_of(config, llm)[0], *others}) == 4  # neighbours are kept under this name
+    config.llm.weights = "full"
     tasks, _ = load_tasks(config, llm, "test", encoder)
     assert len(tasks) == 2 and all(len(item.shown) == 3 for task in tasks for item in task.items)
     sentences = ["w1 w2 w3", "w4", "w1 w2 w3 w5 w6"]
@@ -130,6 +137,11 @@ def test_validation_in_training_has_its_own_seeds(config, llm):
     config.data.validation_seeds = seeds[:1]
     assert {task.seed for task in task_scoring.dev_tasks(config, llm, model)} == set(seeds[:1])
     assert set(metaicl.held_out_files(config)) < set(files)
+    config.evaluate.tasks = ("colour",)
+    fewer = metaicl.held_out_files(config)
+    config.stage = "lm"  # holds out examples of every task
+    assert set(fewer) < set(metaicl.held_out_files(config))
+    config.stage, config.evaluate.tasks = "finetune", ()
     config.data.validation_seeds = (77,)
     with says("config.data.validation_seeds", 77):
         task_scoring.dev_tasks(config, llm, model)
@@ -163,6 +175,9 @@ def test_predictions_after_other_demonstrations_are_kept_apart(config, llm, monk
     config.evaluate.perturb, config.evaluate.demos, config.data.k = "none", "bm25", 2
     found = ev.evaluate(config, tmp_path, llm, prints=False)
     assert found["methods"]["icl"]["scored"] == 2  # of two seeds with the same items and neighbours, one
+    config.evaluate.shuffle_demos = True
+    found = ev.evaluate(config, tmp_path, llm, prints=False)
+    assert found["methods"]["icl"]["scored"] == 4  # their orders are drawn by the seed
 
 
 def test_a_pool_that_is_too_small(config, llm):

@@ -124,6 +124,15 @@ def test_a_damaged_file_is_made_again_and_another_llm_has_its_own(tmp_path, monk
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 2 * len(files)
 
 
+def test_more_words_than_there_are(tmp_path):
+    folder = model_folder(tmp_path / "llm")
+    with says("loss.teacher_top_k=100000", "lower it"):
+        train.train(
+            config(folder, **FIELDS, **{"loss.teacher_cache": str(tmp_path / "cache"), "loss.teacher_top_k": 100_000}),
+            tmp_path / "run",
+        )
+
+
 def test_states_are_not_predictions(tmp_path):
     folder = model_folder(tmp_path / "llm")
     cache = {"loss.teacher_cache": str(tmp_path / "cache"), "loss.objective": "hidden_mse"}

@@ -1,5 +1,6 @@
 """The loop: resumed, stopped and broken runs, and what a run leaves on disk."""
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from tiny_training import RandomBatches, config, model_folder, programs_made_onc
 from mend_jax import train
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
-from mend_jax.run import build, checkpoint, reporting, saved_steps
+from mend_jax.run import build, checkpoint, lock, reporting, saved_steps
 from mend_jax.run.distributed import STOPPED
 from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
@@ -426,6 +427,15 @@ def test_soft_prompt_trains(model, tmp_path):
 def test_two_runs_in_one_workdir(model, tmp_path):
     with alone_in(tmp_path, train.LOCK, "training"), says(tmp_path, "Another run"):
         train.train(config(model), tmp_path)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def without(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", without)
+    with alone_in(tmp_path, train.LOCK, "training"):
+        assert str(tmp_path) in caplog.text and "no locks" in caplog.text
 
 
 def test_metrics_that_have_changed_are_refused(model, finished, tmp_path):
