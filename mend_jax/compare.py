@@ -24,7 +24,7 @@ from mend_jax.run.files import write_text
 from mend_jax.scoring import statistics
 from mend_jax.scoring.answers import Source, read_scores
 from mend_jax.scoring.comparisons import Study, method_table, pair_table, pairs_of, task_table
-from mend_jax.scoring.likeness import likeness_table
+from mend_jax.scoring.likeness import likeness_tables
 
 TRAINING = re.compile("-[0-9a-f]{8}$")  # what an experiment puts behind the name of a method: the key of its training
 NOTES = """Intervals are for these tasks: items, sets of demonstrations (seeds) and, where there are several, trainings are drawn
@@ -51,7 +51,7 @@ def compare(
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
         trainings: methods of the same name are trainings of one method; so are those of an experiment's evaluation
             (WORKDIR/evaluations/...), whose names end with the key of their training.
-        like: a method, such as icl: a fourth table says how closely the others answer as it does. Not of an experiment.
+        like: a method, such as icl: two more tables say how closely the others answer as it does. Not of an experiment.
         out: a Markdown file to write the tables to as well.
     """
     experiments = [folder for folder in evaluations if (Path(folder).expanduser() / RESULT).is_file()]
@@ -70,7 +70,7 @@ def compare(
 
 
 def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool, like: str = "") -> list[str]:
-    """The three tables, and with `like` the fourth."""
+    """The three tables, and those of `like`."""
     every = sources_of(evaluations, trainings)
     sources, alike = chosen(every, methods), []
     if like:
@@ -79,7 +79,7 @@ def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings:
             raise UserError(
                 f"--like={like} names {len(reference)} methods: name the one that the others are held against."
             )
-        alike = [likeness_table(sources | reference, next(iter(reference)))]
+        alike = likeness_tables(sources | reference, next(iter(reference)))
     study = Study.of(sources)
     resampled, pairs = study.resampled(metric), pairs_of(list(study.answers))
     found = _compared(study, pairs, resampled, metric)

@@ -1,6 +1,7 @@
 """The command compare, on files alone."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from facts import says
 from mend_jax.cli.command_line import parse
 from mend_jax.compare import compare, sources_of
 from mend_jax.scoring.answers import Source, gather, read_lines
-from mend_jax.scoring.likeness import likeness
+from mend_jax.scoring.likeness import likenesses
+from mend_jax.scoring.statistics import estimate
 
 
 @pytest.fixture
@@ -72,7 +74,6 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
         random, lines = np.random.default_rng(len(source.method)), read_lines(source)
         for line in (line for seeds in lines.values() for own in seeds.values() for line in own):
             line["scores"] = random.normal(size=len(line["options"])).tolist()
-            line["gold"] = line["options"][0] if source.folder.name == "others" else line["gold"]
         return lines
 
     monkeypatch.setattr("mend_jax.scoring.likeness.read_lines", with_scores)
@@ -86,22 +87,36 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
             p, q = (np.exp(line["scores"]) / np.exp(line["scores"]).sum() for line in (theirs, ours))
             kls.append((p * np.log(p / q)).sum())
         wanted.append((np.mean(kls), np.mean([a["prediction"] == b["prediction"] for a, b in pairs])))
-    found = likeness(Source(folder, "mend"), Source(folder, "icl"))
-    np.testing.assert_allclose(found, np.mean(wanted, 0), rtol=1e-6)
-    assert 0 < found.same < 1 and found.kl > 0
-    assert likeness(Source(folder, "icl"), Source(folder, "icl")) == (0, 1)
+    found = likenesses({"mend": [Source(folder, "mend")], "icl": [Source(folder, "icl")]}, Source(folder, "icl"))
+    kl, same = estimate(found["mend"].kl, highest=math.inf), estimate(found["mend"].same)
+    np.testing.assert_allclose([kl.value, same.value], np.mean(wanted, 0), rtol=1e-6)
+    assert 0 < kl.low < kl.value < kl.high and 0 < same.low < same.value < same.high < 1
+    assert (estimate(found["icl"].kl).high, estimate(found["icl"].same).low) == (0, 1)
     compare([str(folder)], methods="mend", like="icl")
-    assert f"| mend   | {found.kl:.3f}       | {100 * found.same:.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (
+        f"| mend   | {kl.value:.3f} [{kl.low:.3f}, {kl.high:.3f}]" in printed
+        and f"| {100 * same.value:.2f} [" in printed
+    )
+    both = write_evaluation(tmp_path / "two", {"mend-0a1b2c3d": 0.6, "mend-99887766": 0.6, "icl": 0.7, "short": 0.5})
+    compare([str(both)], trainings=True, like="icl")
+    printed = capsys.readouterr().out
+    own = likenesses({"mend": [Source(both, "mend-0a1b2c3d"), Source(both, "mend-99887766")]}, Source(both, "icl"))[
+        "mend"
+    ]
+    assert own.kl.values.shape == (2, 2, 2) and ", ".join(f"{x:.3f}" for x in own.kl.values.mean((0, 2))) in printed
+    assert "| short − mend |" in printed or "| mend − short |" in printed
     with says("--like", "icl, mend"):
         compare([str(folder)], like="nothing")
     with says("--like=icl,mend", "2 methods"):
         compare([str(folder)], like="icl,mend")
-    other = write_evaluation(tmp_path / "other", {"mend": 0.6}, items=12)
-    with says("mend and icl", "different items"):
-        likeness(Source(other, "mend"), Source(folder, "icl"))
-    others = write_evaluation(tmp_path / "others", {"mend": 0.6})  # as many items, with the same options
-    with says("mend and icl", "different items"):
-        likeness(Source(others, "mend"), Source(folder, "icl"))
+    for name, asked in (
+        ("other", {"items": 12}),
+        ("others", {"asked": 8}),
+    ):  # the second: as many items, with the same options
+        other = write_evaluation(tmp_path / name, {"mend": 0.6}, **asked)
+        with says("reference icl", "different items"):
+            likenesses({"mend": [Source(other, "mend")]}, Source(folder, "icl"))
 
 
 def test_the_rows_of_an_experiment(tmp_path, capsys):

@@ -1,57 +1,104 @@
-"""How closely a method answers as another one: a distiller as in-context learning, which its training imitates (paper, section 3.2).
+"""How closely methods answer as another one: a distiller as in-context learning, which its training imitates (paper, section 3.2).
 
 Scores say how often answers are right; this says how far the LLM's choice was carried over, and tells methods apart by fewer items.
+
+Axes: T trainings of a method, N items.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 from mend_jax.cli.errors import UserError
-from mend_jax.cli.text import markdown
-from mend_jax.scoring.answers import Source, read_lines
-from mend_jax.scoring.cells import percent
+from mend_jax.cli.text import in_markdown, markdown
+from mend_jax.scoring.answers import Source, gather, read_lines
+from mend_jax.scoring.cells import interval
+from mend_jax.scoring.statistics import Estimate, Resampled, Task, estimate, resample_means
 
 
 class Likeness(NamedTuple):
-    """Means over the items of a task, all seeds together, then over the tasks that both answered."""
+    """Of one method: means over the items of a task, then over the tasks that all answered."""
 
-    kl: float  # nats: KL(reference || method) of the options' probabilities, the softmax of their scores (evaluate.option_score)
-    same: float  # share of the items on which both choose the same option
-
-
-def likeness(source: Source, reference: Source) -> Likeness:
-    """Of one training of a method. Raises UserError where the two have no task in common, or answered different items."""
-    ours, theirs = read_lines(source), read_lines(reference)
-    found = [_of_task(task, ours[task], theirs[task], source, reference) for task in theirs if task in ours]
-    if not found:
-        raise UserError(
-            f"{source.method} and {reference.method} answered no task in common: evaluate both on the same ones."
-        )
-    return Likeness(*np.mean(found, 0).tolist())
+    kl: Resampled  # nats: KL(reference || method) of the options' probabilities, the softmax of their scores (evaluate.option_score)
+    same: Resampled  # share of the items on which both choose the same option
 
 
-def likeness_table(sources: dict[str, Sequence[Source]], reference: str) -> str:
-    """A row for each method but the reference; numbers of several trainings with commas between."""
-    rows = []
+def likenesses(sources: Mapping[str, Sequence[Source]], reference: Source) -> dict[str, Likeness]:
+    """{method: its likeness}, in the same resamples of items and seeds, of {method: its trainings}.
+
+    Raises UserError where they have no task in common, or answered different items.
+    """
+    tasks, _ = gather({**sources, f"the reference {reference.method}": [reference]})
+    theirs, kls, sames = read_lines(reference), {}, {}
     for name, trainings in sources.items():
-        if name != reference:
-            found = [likeness(source, sources[reference][0]) for source in trainings]
-            kls, shares = (f"{one.kl:.3f}" for one in found), (percent(one.same) for one in found)
-            rows.append([name, ", ".join(kls), ", ".join(shares)])
-    return markdown(["method", f"KL from {reference}", "same answer, %"], rows)
+        found = [_of_training(tasks, source, theirs, reference) for source in trainings]
+        kls[name], sames[name] = (
+            {
+                task.name: [np.stack(rows) for rows in zip(*(one[part][task.name] for one in found), strict=True)]
+                for task in tasks
+            }
+            for part in (0, 1)
+        )
+    kl, same = resample_means(tasks, kls), resample_means(tasks, sames)
+    return {name: Likeness(kl[name], same[name]) for name in sources}
 
 
-def _of_task(task: str, ours: dict, theirs: dict, source: Source, reference: Source) -> tuple[float, float]:
-    kls, same = [], []
-    for seed, lines in theirs.items():
-        own = ours.get(seed, [])
-        if any([line[what] for line in own] != [line[what] for line in lines] for what in ("options", "gold")):
-            raise UserError(f"{source.method} and {reference.method} answered different items of {task}, seed {seed}.")
-        for line, other in zip(own, lines, strict=True):
-            p, q = (special.log_softmax(one["scores"]) for one in (other, line))
-            kls.append(float(np.exp(p) @ (p - q)))
-            same.append(line["prediction"] == other["prediction"])
-    return float(np.mean(kls)), float(np.mean(same))
+def likeness_tables(sources: Mapping[str, Sequence[Source]], reference: str) -> list[str]:
+    """A table with a row for each method but the reference, and one of their differences, where there are several."""
+    others = {name: trainings for name, trainings in sources.items() if name != reference}
+    found = likenesses(others, sources[reference][0])
+    rows = [
+        [
+            in_markdown(name),
+            _kl(one.kl),
+            ", ".join(f"{x:.3f}" for x in one.kl.values.mean((0, 2))),
+            interval(estimate(one.same)),
+        ]
+        for name, one in found.items()
+    ]
+    tables = [
+        markdown(["method", f"KL from {reference}, nats [95%]", "of each training", "same answer, % [95%]"], rows)
+    ]
+    pairs = [
+        [
+            in_markdown(f"{b} − {a}"),
+            _kl(found[b].kl, found[a].kl),
+            interval(estimate(found[b].same, found[a].same), plus=True),
+        ]
+        for a, b in itertools.combinations(found, 2)
+    ]
+    return (
+        [*tables, markdown(["methods", f"KL from {reference}, nats [95%]", "same answer, % [95%]"], pairs)]
+        if pairs
+        else tables
+    )
+
+
+def _kl(of: Resampled, minus: Resampled | None = None) -> str:
+    """`0.117 [0.101, 0.134]`, of a difference with signs."""
+    found: Estimate = estimate(of, minus, highest=math.inf)
+    value, low, high = (f"{x:{'' if minus is None else '+'}.3f}" for x in found[:3])
+    return f"{value} [{low}, {high}]".replace("-", "−")
+
+
+def _of_training(tasks: Sequence[Task], source: Source, theirs: dict, reference: Source) -> tuple[dict, dict]:
+    """({task: for each seed (N,) KL}, the same of whether both choose the same option)."""
+    ours, kls, sames = read_lines(source), {}, {}
+    for task in (task.name for task in tasks):
+        pairs = [(ours[task][seed], lines) for seed, lines in theirs[task].items()]
+        if any(line["options"] != other["options"] for pair in pairs for line, other in zip(*pair, strict=True)):
+            raise UserError(f"{source.method} and {reference.method} answered different items of {task}.")
+        kls[task] = [np.array([_divergence(*both) for both in zip(*pair, strict=True)]) for pair in pairs]
+        sames[task] = [
+            np.array([float(a["prediction"] == b["prediction"]) for a, b in zip(*pair, strict=True)]) for pair in pairs
+        ]
+    return kls, sames
+
+
+def _divergence(line: dict, reference: dict) -> float:
+    p, q = (special.log_softmax(one["scores"]) for one in (reference, line))
+    return float(np.exp(p) @ (p - q))

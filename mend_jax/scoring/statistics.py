@@ -103,6 +103,26 @@ def resample(
     What is drawn depends on the names and numbers of tasks and seeds alone, so that a method's interval is the same beside
     other methods.
     """
+
+    def scored(task, gold, rows, weights):
+        return scores(gold, rows, weights, is_by_class(task, metric))
+
+    return _resample(tasks, answers, scored, seed, resamples)
+
+
+def resample_means(
+    tasks: Sequence[Task], values: Mapping[str, Answers], seed=0, resamples=RESAMPLES
+) -> dict[str, Resampled]:
+    """As `resample`, of a number for each item in the place of its answer: {method: {task: for each seed (T,N) float}}."""
+
+    def mean(task, gold, rows, weights):
+        return rows @ weights / weights.sum(0)
+
+    return _resample(tasks, values, mean, seed, resamples)
+
+
+def _resample(tasks, answers, scored, seed, resamples) -> dict[str, Resampled]:
+    """`scored(task, golds (N,), rows (X,N), weights (N,R)) -> (X,R)`."""
     seeds = len(tasks[0].golds)
     of_seeds = _few(np.random.default_rng([seed, 1]), seeds, resamples)
     of_trainings = {}
@@ -112,37 +132,37 @@ def resample(
     shapes = {name: (len(tasks), len(weights), seeds) for name, weights in of_trainings.items()}
     found = {name: Resampled(np.empty(shape), np.zeros((shape[0], resamples))) for name, shape in shapes.items()}
     for k, task in enumerate(tasks):
-        by_class = is_by_class(task, metric)
         for g, group in enumerate(task.groups):
             random = np.random.default_rng([seed, 3, _number(task.name), g])
             gold = task.golds[group[0]]
             rows = {name: _rows(own[task.name], group) for name, own in answers.items()}
             for name, predicted in rows.items():
-                as_they_are = scores(gold, predicted, np.ones((len(gold), 1)), by_class)
+                as_they_are = scored(task, gold, predicted, np.ones((len(gold), 1)))
                 found[name].values[k][:, group] = as_they_are.reshape(-1, len(group))
             for start in range(0, resamples, BLOCK):
                 part = slice(start, min(start + BLOCK, resamples))
                 weights = random.multinomial(len(gold), np.full(len(gold), 1 / len(gold)), part.stop - start).T
                 for name, predicted in rows.items():
-                    drawn = scores(gold, predicted, weights, by_class)
+                    drawn = scored(task, gold, predicted, weights)
                     drawn = drawn.reshape(-1, len(group), part.stop - start)
                     of_both = of_trainings[name][:, None, part] * of_seeds[None, group, part]
                     found[name].draws[k, part] += (of_both * drawn).sum((0, 1))
     return found
 
 
-def estimate(of: Resampled, minus: Resampled | None = None, task: int | None = None) -> Estimate:
-    """A score, or a difference of two methods in the same resamples; of one task or of the mean over all."""
+def estimate(of: Resampled, minus: Resampled | None = None, task: int | None = None, highest: float = 1.0) -> Estimate:
+    """A score, or a difference of two methods in the same resamples; of one task or of the mean over all. No score is above
+    `highest` or below 0."""
     pick = slice(None) if task is None else slice(task, task + 1)
     values, draws = of.values[pick].mean(0), of.draws[pick].mean(0)
     spreads = [_variance_of_mean(values.mean(1))]
     by_seed, lowest = values.mean(0), 0.0
     if minus is not None:
         others = minus.values[pick].mean(0)
-        draws, by_seed, lowest = draws - minus.draws[pick].mean(0), by_seed - others.mean(0), -1.0
+        draws, by_seed, lowest = draws - minus.draws[pick].mean(0), by_seed - others.mean(0), -highest
         spreads.append(_variance_of_mean(others.mean(1)))
     value = float(by_seed.mean())
-    return _interval(value, draws, [*spreads, _variance_of_mean(by_seed)], lowest)
+    return _interval(value, draws, [*spreads, _variance_of_mean(by_seed)], lowest, highest)
 
 
 def compare(
@@ -287,12 +307,14 @@ def _half_width(total: float, parts: list[tuple[float, int]]) -> float:
     return float((quantiles + (total - few) * special.ndtri(tail)) / np.sqrt(total)) if total > 0 else 0.0
 
 
-def _interval(value: float, draws: np.ndarray, parts: list[tuple[float, int]], lowest: float) -> Estimate:
+def _interval(
+    value: float, draws: np.ndarray, parts: list[tuple[float, int]], lowest: float, highest: float
+) -> Estimate:
     """The value, `_half_width` to both sides, and no less than to the middle LEVEL of the draws, which may be skew."""
     half, tail = _half_width(float(draws.var()), parts), (1 + LEVEL) / 2
     low, high = np.quantile(draws, [1 - tail, tail]) - draws.mean()
     low, high = value + min(low, -half), value + max(high, half)
-    return Estimate(value, float(max(low, lowest)), float(min(high, 1.0)), float(draws.std()))
+    return Estimate(value, float(max(low, lowest)), float(min(high, highest)), float(draws.std()))
 
 
 def _p(null: np.ndarray, value: float) -> float:
