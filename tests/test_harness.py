@@ -163,3 +163,18 @@ def test_the_command(folder, models, tmp_path, capsys):
         command.harness(**given | {"tasks": "modds"})
     with says("--llm"):
         command.harness(tasks="moods")
+
+
+def test_of_examples_longer_than_the_window_the_first_are_read(llm, distiller, caplog):
+    model = HarnessLM(llm, distiller)
+    examples = [("w1 w2 " * 10, f"w{i}") for i in range(12)]
+    read = model._fitting(examples)
+    assert read == examples[: len(read)] and 0 < len(read) < 12
+    distiller.distill(read)
+    with says("tokens", distiller.window):
+        distiller.distill(examples[: len(read) + 1])
+    assert str(distiller.window) in caplog.text and "the first that fit" in caplog.text
+    with says("few-shot example", "longer"):
+        model._fitting([("w1 " * 300, "w2")])
+    with says("batch_size", 0):
+        HarnessLM(llm, distiller, batch_size=0)
