@@ -123,7 +123,7 @@ def _prepare_loop(config, workdir, checkpoints, score) -> Loop:
     return Loop(
         config=config, workdir=workdir, checkpoints=checkpoints, score=score, layout=layout, start=start, state=state,
         window=reporting.Window(meta.get("window", ())), frozen=placed, compiled_step=compiled_step, evaluate=evaluate,
-        batches=batches, teacher=TeacherCache(config, llm, layout) if is_used(config) else None,
+        batches=batches, due=meta.get("due", False), teacher=TeacherCache(config, llm, layout) if is_used(config) else None,
     )  # fmt: skip
 
 

@@ -540,7 +540,8 @@ def test_a_clock_that_was_set_back_changes_no_report(tmp_path, monkeypatch):
     """A run that goes on in an earlier year: its lines are the same, and TensorBoard reads its events behind the first ones."""
     for start, year in ((0, 60), (4, 1), (4, 30)):
         monkeypatch.setattr(time, "time", lambda year=year: year * 366 * 86400.0)
-        report = Reporter(tmp_path, start, 8)
+        kept = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["step"] <= start]
+        report = Reporter(tmp_path, start, 8, kept)
         for step in range(start + 1, start + 5):
             report.write({"step": step, "loss": 1.0})
             report.progress({"step": step, "loss": 1.0, "padding": 0.0})
@@ -598,5 +599,5 @@ def test_an_interrupt_while_it_imports_ends_without_a_trace(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=_heeds_interrupts
     )
-    assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped. The same command resumes where it stopped.")
+    assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped. The same command goes on from what is finished.")
     assert signal.getsignal(signal.SIGINT) is not None

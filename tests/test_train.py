@@ -24,7 +24,8 @@ from mend_jax import train
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
 from mend_jax.run import build, checkpoint, lock, reporting, saved_steps
-from mend_jax.run.distributed import STOPPED
+from mend_jax.run.best import lines_until
+from mend_jax.run.distributed import INTERRUPTED, STOPPED
 from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
 from mend_jax.step import init_state, make_loss_fn, make_train_step
@@ -218,21 +219,77 @@ def test_sigterm_saves_and_says_75(model, finished, tmp_path, monkeypatch):
     assert_same_run(tmp_path, finished)
 
 
-def test_sigterm_in_the_last_evaluation_says_75_too(model, finished, tmp_path, monkeypatch, capsys):
-    """Else a command of several stages would begin the next one."""
-    save = Loop._save
+@pytest.fixture
+def heeds_interrupts():
+    """What runs in the background ignores Ctrl-C, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
-    def told_at_the_end(run, step, evaluates):
-        save(run, step, evaluates)
-        if step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Loop, "_save", told_at_the_end)
+def test_the_first_ctrl_c_saves_the_step_too(model, finished, tmp_path, monkeypatch, capfd, heeds_interrupts):
+    class Interrupted(RandomBatches):
+        def __getitem__(self, step):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(step)
+
+    monkeypatch.setattr(build, "make_batches", Interrupted)
+    assert train.train(config(model), tmp_path) == INTERRUPTED == 130
+    assert max(saved_steps.whole_steps(tmp_path)) in (7, 8) and "which is saved first" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(build, "make_batches", RandomBatches)
+    assert train.train(config(model), tmp_path) == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_an_evaluation_ends_at_once_and_is_made_when_the_run_goes_on(
+    model, finished, tmp_path, monkeypatch, capsys, heeds_interrupts
+):
+    """Its step is saved before; a command of several stages must not begin the next one."""
+    signals, evaluation = [signal.SIGTERM, signal.SIGINT, None, signal.SIGTERM], build.evaluation
+
+    def broken(*given):
+        evaluate = evaluation(*given)
+
+        def of(params):
+            if signals and (number := signals.pop(0)):
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+            return evaluate(params)
+
+        return of
+
+    monkeypatch.setattr(build, "evaluation", broken)
+    assert train.train(config(model), tmp_path) == 75
+    assert "Stopped at step 6, which is saved" in capsys.readouterr().err
+    assert saved_steps.whole_steps(tmp_path)[-1] == 6
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(model), tmp_path)
     assert train.train(config(model), tmp_path) == 75
     assert "Stopped at step 12, which is saved" in capsys.readouterr().err
     assert train.train(config(model), tmp_path) == 0
+    assert "Compiling the train step" not in capsys.readouterr().err
+    assert train.train(config(model), tmp_path) == 0
     assert "This run is finished" in capsys.readouterr().err
     assert_same_run(tmp_path, finished)
+    assert checkpoint.load_best(tmp_path)[1] == checkpoint.load_best(finished)[1]
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_kill_between_a_score_and_its_line(written, model, finished, tmp_path):
+    """The score is written first; the line in metrics.jsonl follows from it."""
+    shutil.copytree(finished, tmp_path / "run")
+    run, path = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    score = saved_steps.step_folder(run, 12) / saved_steps.SCORE
+    if written:  # without its line
+        path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+        assert lines_until(run, 12) == reporting.read_lines(finished / "metrics.jsonl")
+    else:
+        score.unlink()
+        assert lines_until(run, 12) == reporting.read_lines(finished / "metrics.jsonl")[:-1]
+        assert train.train(config(model), run) == 0
+        assert_same_run(run, finished)
 
 
 def test_goes_on_from_the_previous_where_the_newest_is_damaged(model, finished, tmp_path, monkeypatch, caplog):

@@ -33,9 +33,9 @@ from mend_jax.cli.messages import of_the_machine, plain_warnings
 from mend_jax.cli.settings import dotted_fields, nearest
 from mend_jax.cli.text import shown
 from mend_jax.run import distributed
-from mend_jax.run.distributed import STOPPED
+from mend_jax.run.distributed import INTERRUPTED, STOPPED
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
+FAILED, MISTAKE = 1, 2  # exit codes
 HELP = {"--help", "-h", "-help"}
 
 
@@ -86,7 +86,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
-        print("\nStopped. The same command resumes where it stopped.", file=sys.stderr)
+        print("\nStopped. The same command goes on from what is finished.", file=sys.stderr)
         return INTERRUPTED
     except BaseException as error:
         if sentence := of_the_machine(error):

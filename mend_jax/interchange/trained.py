@@ -234,7 +234,10 @@ def trained_fingerprint(path: str | Path) -> str:
     path = trained_path(path)
     if (path / saved_steps.FOLDER).is_dir():
         steps = [
-            path / saved_steps.FOLDER / str(step) / saved_steps.CHECKSUMS for step in saved_steps.whole_steps(path)
+            file
+            for step in saved_steps.whole_steps(path)
+            for name in (saved_steps.CHECKSUMS, saved_steps.SCORE)
+            if (file := saved_steps.step_folder(path, step) / name).exists()
         ]
         return text_fingerprint((path / saved_config.CONFIG).read_bytes(), *(file.read_bytes() for file in steps))
     files = (

@@ -46,14 +46,18 @@ def lines_until(workdir, step: int) -> list[dict]:
     if step and not path.exists():
         logging.warning("%s is gone: the evaluations before step %d no longer count.", path, step)
         return []
+    meta = saved_steps.read_meta(saved_steps.step_folder(workdir, step)) if step else {}
     lines = [line for line in reporting.read_lines(path) if line["step"] <= step]
-    known = saved_steps.read_meta(saved_steps.step_folder(workdir, step)).get("metrics") if step else None
-    if known is not None and known != reporting.checksum_of_lines(lines):
+    lines = lines[: meta.get("lines")]  # without the evaluation of a step that was saved before it
+    if meta.get("metrics") is not None and meta["metrics"] != reporting.checksum_of_lines(lines):
         raise UserError(f"{path} has changed since checkpoint {step} was written: {reporting.REMEDY}.")
-    return lines
+    return [*lines, {"step": step} | meta["values"]] if "values" in meta else lines
 
 
 def is_finished(config, workdir, step: int) -> bool:
-    """Whether a run whose newest checkpoint is that of `step` has nothing left to do: all steps, or no patience left."""
+    """Whether a run whose newest checkpoint is that of `step` has nothing left to do: all steps, or no patience
+    left, and its last evaluation."""
+    if step and saved_steps.read_meta(saved_steps.step_folder(workdir, step)).get("due"):
+        return False
     bad = score_of(config).bad_evaluations(lines_until(workdir, step))
     return step >= config.train.steps or bad >= config.train.patience

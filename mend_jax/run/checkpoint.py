@@ -20,6 +20,7 @@ from mend_jax.run.distributed import wait_for_all
 from mend_jax.run.files import is_disk_full
 from mend_jax.run.saved_steps import (
     FOLDER,
+    add_score,
     damages,
     is_sealed,
     read_meta,
@@ -67,11 +68,16 @@ class Checkpoints:
         """The step with the best score so far, or None before the first evaluation."""
         return _best(self.scores, self.maximize)
 
+    @property
+    def kept(self):
+        """The steps that are kept: the newest two and the best."""
+        return {*self.steps[-2:], self.best_step} - {None}
+
     def save(self, step, params, opt_state, meta, score=None):
         """Starts to save the trees, of which every process writes a part; returns before they are on disk.
 
         The trees are numpy arrays, the same on all processes, or arrays sharded over all devices that no one will modify.
-        `meta` is JSON; `score` is that of the evaluation at this step.
+        `meta` is JSON; `score` is that of the evaluation at this step, which `add_score` may add later.
         """
         self.wait()
         if not self.folder.is_dir():
@@ -89,6 +95,19 @@ class Checkpoints:
         with self._clear_disk_errors(step):
             self.manager.save(step, args=items, force=True)
         self.unfinished = step, self.background.submit(self._seal, step)
+
+    def add_score(self, step, score, values):
+        """The score of a step that was saved without one, and all {name: value} of its evaluation."""
+        self.wait()
+        if jax.process_index() == 0:
+            with self._clear_disk_errors(step):
+                add_score(self.folder / str(step), score, values)
+        self.scores[step] = score
+        if jax.process_count() == 1:  # several leave it to the next save, which all of them begin together
+            for old in self.scores.keys() - self.kept:
+                unseal(self.folder / str(old))
+                self.manager.delete(old)
+                del self.scores[old]
 
     def wait(self):
         """Blocks until the last save is complete on disk, or raises the reason why it is not."""
@@ -164,7 +183,7 @@ class _NewestAndBest:
 
     def should_preserve(self, checkpoints, *, context):
         known = set(self.checkpoints.scores)  # orbax takes more names of folders for steps than ours
-        kept = {*sorted(known)[-2:], self.checkpoints.best_step, *({info.step for info in checkpoints} - known)}
+        kept = self.checkpoints.kept | ({info.step for info in checkpoints} - known)
         if jax.process_index() == 0:
             for info in checkpoints:
                 if info.step not in kept:

@@ -112,6 +112,9 @@ def told_to_stop() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
 class Stopped(BaseException):
     """SIGTERM arrived: finished work is on disk, and the same command resumes from there."""
 
@@ -173,7 +176,7 @@ def _end_deaf(signals: int, stop) -> None:
 def say_stopped() -> None:
     """Prints the last message that the user sees, once."""
     if not _stop_printed.is_set():
-        print(f"{label()}Stopped. The same command resumes where it stopped.", file=sys.stderr, flush=True)
+        print(f"{label()}Stopped. The same command goes on from what is finished.", file=sys.stderr, flush=True)
 
 
 def is_running() -> bool:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -16,9 +17,9 @@ import jax
 from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import Batches
 from mend_jax.run import distributed, reporting
-from mend_jax.run.best import Score
+from mend_jax.run.best import Score, lines_until
 from mend_jax.run.checkpoint import Checkpoints
-from mend_jax.run.distributed import STOPPED
+from mend_jax.run.distributed import INTERRUPTED, STOPPED
 from mend_jax.run.layout import Layout, is_finite
 from mend_jax.run.teacher_cache import TeacherCache
 from mend_jax.step import TrainState
@@ -41,12 +42,17 @@ class Loop:
     evaluate: Callable  # params on the devices -> {name: value}
     batches: Batches
     teacher: TeacherCache | None = None
+    due: bool = False  # whether the step `start` is saved, but was not evaluated
 
     def run(self) -> int:
-        """Trains to the end (returns 0) or until SIGTERM (75). SIGTERM may come at the end too: then nothing slow may follow."""
+        """Trains to the end (returns 0) or until SIGTERM (75) or Ctrl-C (130), which may come at the end too: then nothing slow may
+        follow. A step is saved before it is evaluated, so that an evaluation can be ended at once."""
         self.pending = collections.deque()  # steps in flight
-        self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps)
-        with _sigterm() as told_to_stop, contextlib.closing(self.report):
+        lines = lines_until(self.workdir, self.start)
+        self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps, lines)
+        with _Stop() as self.told_to_stop, contextlib.closing(self.report):
+            if self.due and (code := self._conclude(self.start, True, 0)) is not None:
+                return code
             step, source = self.start, iter(self.batches.iterator(self.start))
             ready = self._next(source, step)
             while True:
@@ -58,19 +64,26 @@ class Loop:
                     ready = self._next(source, step)
                 while len(self.pending) > 1:  # one step stays in flight
                     self._absorb()
-                stops = told_to_stop(step)
-                evaluates = last or step % self.config.train.eval_every == 0
-                if evaluates or stops or step % self.config.train.save_every == 0:
-                    self._save(step, evaluates)
-                ends = last or (evaluates and self._stops_early(step))
-                if ends:  # its evaluation may have taken long
-                    stops = told_to_stop(step) or stops
-                if ends and not stops:
+                stops = self.told_to_stop()
+                due = last or step % self.config.train.eval_every == 0
+                if due or stops or step % self.config.train.save_every == 0:
+                    self._save(step, due)
+                if (code := self._conclude(step, due, stops)) is not None:
+                    return code
+
+    def _conclude(self, step, due, stops) -> int | None:
+        """Evaluates a step where it is due; the exit code if the run ends with it, else None. `stops`: that of a stop, or 0."""
+        if due and not stops:
+            stops = self.told_to_stop() or self._evaluate(step)
+            if not stops and (step == self.config.train.steps or self._stops_early(step)):
+                stops = self.told_to_stop()  # the evaluation may have taken long
+                if not stops:
                     return 0
-                if stops:
-                    self.checkpoints.wait()
-                    reporting.say(f"Stopped at step {step}, which is saved: the same command resumes from there.")
-                    return STOPPED
+        if not stops:
+            return None
+        self.checkpoints.wait()
+        reporting.say(f"Stopped at step {step}, which is saved: the same command resumes from there.")
+        return stops
 
     def _next(self, source, step):
         """A step's batch, being sent to the devices, with what the host must know of the global batch."""
@@ -116,26 +129,35 @@ class Loop:
             f"{first}): check these rows, or lower optimizer.learning_rate; {kept}."
         )
 
-    def _save(self, step, evaluates):
-        """Saves a checkpoint, with the evaluation's score if one is due. All steps before it have been checked to be finite."""
+    def _save(self, step, due):
+        """Saves a checkpoint, which is `due` for an evaluation or not. All steps before it have been checked to be finite."""
         ids = self.pending[-1][-1]
         while self.pending:
             self._absorb()
         state = self.layout.kept(self.state)
         if not is_finite(state.params):
             self._stop_not_finite("a parameter overflowed", step, ids)
-        began, score = time.monotonic(), None
-        if evaluates:
-            values = {name: distributed.of_first(value) for name, value in self.evaluate(self.state.params).items()}
-            score = values[self.score.name]
-            self.report.write({"step": step} | values)
-            reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        began = time.monotonic()
         self.report.sync()
-        self.checkpoints.save(step, state.params, state.opt_state, self._meta(), score)
+        facts = {"window": self.window.kept(), "metrics": self.report.checksum(), "lines": len(self.report.lines)}
+        self.checkpoints.save(step, state.params, state.opt_state, facts | {"due": due})
         self.report.paused += time.monotonic() - began
 
-    def _meta(self):
-        return {"window": self.window.kept(), "metrics": self.report.checksum()}
+    def _evaluate(self, step) -> int:
+        """Evaluates the step that was saved last; the exit code if it is told to stop meanwhile, else 0."""
+        began = time.monotonic()
+        self.checkpoints.wait()
+        try:
+            with self.told_to_stop.at_once():
+                values = {name: distributed.of_first(value) for name, value in self.evaluate(self.state.params).items()}
+        except distributed.Stopped:
+            return STOPPED
+        self.checkpoints.add_score(step, values[self.score.name], values)
+        self.report.write({"step": step} | values)
+        reporting.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.report.sync()
+        self.report.paused += time.monotonic() - began
+        return 0
 
     def _stops_early(self, step):
         if self.score.bad_evaluations(self.report.lines) < self.config.train.patience:
@@ -146,18 +168,48 @@ class Loop:
         return True
 
 
-@contextlib.contextmanager
-def _sigterm():
-    """A function of the step: whether SIGTERM has arrived and all processes are to stop at this step."""
-    if jax.process_count() > 1:  # JAX catches the signal in each process and has them agree on a step
-        yield lambda step: distributed.told_to_stop()
-        return
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    try:
-        yield lambda step: stopped.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Stop:
+    """Called, it says whether a training is to stop at this step, with which exit code: after SIGTERM, or a first Ctrl-C; else 0.
+
+    All processes have to call it at the same steps: JAX catches the signal in each of several and has them agree on one.
+    """
+
+    def __init__(self):
+        self.code, self.before = 0, {}
+
+    def __enter__(self):
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self.before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._heard)}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what runs in the background ignores it
+                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._heard)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> int:
+        if jax.process_count() > 1:
+            return STOPPED if distributed.told_to_stop() else 0
+        return self.code
+
+    def _heard(self, number, _):
+        self.code = STOPPED if number == signal.SIGTERM else INTERRUPTED
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the step
+        os.write(2, b"\nStopping after this step, which is saved first.\n")
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within it, SIGTERM raises `distributed.Stopped` and Ctrl-C KeyboardInterrupt: for what is begun anew by the same command."""
+        if not self.before:
+            yield
+            return
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with distributed.stops_at_sigterm():
+                yield
+        finally:
+            if signal.SIGINT in self.before:
+                signal.signal(signal.SIGINT, self._heard)

@@ -41,17 +41,18 @@ QUIET_SECONDS = 15  # between progress lines if the output is not a terminal
 class Reporter:
     """Writes a run's files; only process 0 writes."""
 
-    def __init__(self, workdir, start, steps):
+    def __init__(self, workdir, start, steps, lines=()):
+        """`lines`: what metrics.jsonl holds up to the step `start`; whatever else it holds is dropped."""
         self.writes = jax.process_index() == 0
         self.workdir, self.start, self.steps = Path(workdir), start, steps
         self.clock = self.last_line = time.monotonic()
         self.since = start
         self.waited = self.paused = 0.0  # seconds spent waiting for data; seconds of compiling, evaluations and saves
         self.tokens = 0
-        self.lines = [line for line in read_lines(self.workdir / METRICS) if line["step"] <= start]
+        self.lines = list(lines)
         if not self.writes:
             return
-        cut(self.workdir / METRICS, start)
+        write_text(self.workdir / METRICS, _as_text(self.lines))
         cut(self.workdir / SPEED, start, strict=False)
         self.files = contextlib.ExitStack()  # closes all files, even if one cannot be written completely
         self.metrics_file = self.files.enter_context(open(self.workdir / METRICS, "a"))  # noqa: SIM115

@@ -6,6 +6,7 @@ interrupted, and a step that does not match them is damaged: neither is ever use
 checksums first, so that one whose deletion was interrupted is not taken for damaged.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -15,10 +16,13 @@ from pathlib import Path
 from mend_jax.cli.errors import UserError
 from mend_jax.run.files import sha256_of, sync_file, write_json
 from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
+from mend_jax.run.sealed import read_sealed, write_sealed
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
 META = "meta/metadata"  # of a step
+SCORE = "score.json"  # of a step that was saved before it was evaluated: it is added later, with a checksum of its own
+REMEDY = "restore it, or remove this checkpoint"
 STEP = re.compile("0|[1-9][0-9]{0,17}")  # the name of its folder
 
 
@@ -47,8 +51,19 @@ def has_checkpoint(workdir):
 
 
 def read_meta(folder):
-    """The metadata saved with a checkpoint: step, score, maximize, shapes and whatever train.py adds."""
-    return read_json(folder / META, "restore it, or remove this checkpoint")
+    """The metadata saved with a checkpoint: step, score, maximize, shapes and whatever train.py adds.
+
+    `due` says whether the step is still to be evaluated; if it was evaluated after it was saved, `values` are what was found.
+    """
+    meta = read_json(folder / META, REMEDY)
+    with contextlib.suppress(FileNotFoundError):
+        meta |= read_sealed(folder / SCORE, REMEDY) | {"due": False}
+    return meta
+
+
+def add_score(folder, score, values):
+    """Adds the score, and all {name: value} of its evaluation, to a step that was saved before."""
+    write_sealed(folder / SCORE, {"score": score, "values": values})
 
 
 def find_damage(folder):
