@@ -3,6 +3,8 @@
     python -m mend_jax.experiments.methods --config=configs/own_llm.py --workdir=runs/mine \\
         --config.llm.path=LLM --config.prefix.backbone=LLM --config.data.text=TEXTS --config.data.tasks=TASKS --config.data.partition=NAME
 
+To see first that your files are read and all of it runs, without a use for what comes out: --config=configs/own_llm.py:try.
+
 LLM is a folder, a hub name or a GGUF file, TEXTS and TASKS are folders of your files, NAME is a partition (docs/data.md). Every
 demonstration becomes six vectors, which begin as its last six tokens (docs/running.md, "Vectors that begin as tokens"). What differs from
 the paper's defaults is what was best among what was tried with Gemma 3 270M on CPU cores (docs/lab_notes.md): configs/gemma3_270m.py is
@@ -15,9 +17,12 @@ Expected: no number is published; those of Gemma 3 270M after a hundredth of thi
 """
 
 from configs import base
+from mend_jax.cli.errors import UserError
 
 
-def get_config():
+def get_config(name: str = ""):
+    if name not in ("", "try"):
+        raise UserError(f"configs/own_llm.py has no {name!r}: use it alone, or with :try.")
     c = base.get_config()
     c.llm.dtype = c.prefix.dtype = "bfloat16"
     c.data.bos = "auto"  # as its tokenizer does: many LLMs have only ever read behind their BOS
@@ -31,6 +36,8 @@ def get_config():
     c.train.eval_every, c.train.save_every = 500, 100
     c.experiment.methods = ("zero_shot", "icl", "mend")
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 1_500
+    if name == "try":
+        _a_few_steps(c)
     return c
 
 
@@ -45,3 +52,12 @@ def _vectors_that_begin_as_tokens(c):
     c.data.max_input_tokens = 96  # with its output and the template it has to fit into a chunk
     c.data.max_demo_tokens = 2048  # of an LLM whose window is longer than that and a query
     c.data.demo_buckets, c.data.query_buckets = (512, 1024, 1536, 2048), (64, 128, 256)
+
+
+def _a_few_steps(c):
+    c.experiment.pretrain_steps = c.experiment.finetune_steps = 4
+    c.optimizer.warmup_steps = 1
+    c.train.batch_size, c.data.queries = 2, 2
+    c.train.log_every, c.train.eval_every = 1, 4
+    c.data.validation_items, c.data.validation_seeds = 4, (13,)
+    c.evaluate.seeds, c.evaluate.limit = (13,), 4

@@ -54,9 +54,9 @@ def distill(
     missing = [i for i, pack in enumerate(packs) if pack is None]
     if missing:
         _make(packs, missing, sets, known, distiller, llm, dtype, vectors, keep_demos)
-    for target, pack in zip(targets, packs, strict=True):
+    for i, (target, pack) in enumerate(zip(targets, packs, strict=True)):
         save_pack(pack, target)
-        print(f"{shown(str(target))}: {in_words(pack)}")
+        print(f"{shown(str(target))}: {in_words(pack)}{'' if i in missing else ', made before'}")
     return targets
 
 

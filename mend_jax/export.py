@@ -19,6 +19,7 @@ checksums.json lists the files that decide what is read from a folder: one that 
 mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
 
+import sys
 from typing import Literal
 
 from mend_jax.cli.command_line import run
@@ -67,8 +68,11 @@ def main(
     elif weights != "float32" or backbone:
         given = f"--backbone={backbone}" if backbone else f"--weights={weights}"
         raise UserError(f"{given} is for the distiller of a --workdir: leave it out.")
+    elif pack:
+        print(export_pack(pack, out, llm))
     else:
-        print(export_pack(pack, out, llm) if pack else export_llm(llm, out))
+        print(f"Reading {llm} and writing its weights in 32 bits ...", file=sys.stderr, flush=True)
+        print(export_llm(llm, out))
 
 
 if __name__ == "__main__":

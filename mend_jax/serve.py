@@ -120,7 +120,7 @@ def _require_packages() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"The server needs a package that is not here ({error.name}): pip install fastapi uvicorn prometheus-client."
+            f'The server needs a package that is not here ({error.name}): pip install -e ".[serve]", or fastapi uvicorn prometheus-client.'
         ) from None
 
 

@@ -35,7 +35,9 @@ def text_files(folder) -> dict[str, list[Path]]:
             raise UserError(f"{file} is empty, not even an archive of nothing: {AGAIN}.")
         files["validation" if "validation" in file.name else "train"].append(file)
     if not files["train"]:
-        raise UserError(f"{path} holds no *.json.gz files of training text: set config.data.text to C4's folder.")
+        raise UserError(
+            f"{path} holds no *.json.gz files of training text: set config.data.text to a folder of them; gzip packs a *.json of your own."
+        )
     return files
 
 

@@ -6,12 +6,12 @@ from mend_jax.run.reading import Unreadable, described, parse_json
 REMEDY = "correct or remove the line"
 
 
-def parse_object(line: str, where: str) -> dict:
+def parse_object(line: str, where: str, remedy: str = REMEDY) -> dict:
     """The JSON object of one line. Raises UserError for anything else; the message begins with `where` (file and line)."""
     try:
         return parse_json(line.rstrip(), dict)  # stripped, so that the error in a truncated line is at its end
     except Unreadable as error:
-        raise UserError(f"{where} {error}: {REMEDY}.") from None
+        raise UserError(f"{where} {error}: {remedy}.") from None
 
 
 def text_field(row: dict, name: str, where: str) -> str:

@@ -133,15 +133,15 @@ def load_partition(folder, name: str) -> dict[str, list[str]]:
 
     Raises UserError for a missing folder, an unknown name, or a partition of another form.
     """
-    partitions = dict(metaicl_partitions())
     own = data_folder(folder).parent / "partitions.json"
-    partitions |= _read_json(own)
-    if name not in partitions:
+    yours, partitions = _read_json(own), metaicl_partitions()
+    if name not in yours and name not in partitions:
+        hint = f"did you mean {nearest(name, yours or partitions)!r}?"
+        there = "" if not yours else f"{own} has {', '.join(yours)}, "
         raise UserError(
-            f"There is no partition {name!r} in {own} or in MetaICL: did you mean {nearest(name, partitions)!r}? "
-            f"(There are {', '.join(partitions)}.)"
+            f"There is no partition {name!r} in {own} or in MetaICL: {hint} ({there}MetaICL {', '.join(partitions)}.)"
         )
-    partition = partitions[name]
+    partition = yours[name] if name in yours else partitions[name]
     sides = [partition.get(side) for side in ("train", "test")] if isinstance(partition, dict) else [None]
     if not all(isinstance(side, list) and all(isinstance(task, str) for task in side) for side in sides):
         raise UserError(

@@ -51,6 +51,11 @@ class Template(NamedTuple):
         return self.before
 
     @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that begin what stands before the next x, or before a second answer; none of spaces alone."""
+        return tuple(dict.fromkeys(filter(None, (self.before.strip(" "), self.between.strip(" ")))))
+
+    @property
     def name(self) -> str:
         """Its key in `TEMPLATES`; without one its texts."""
         return next((name for name, known in TEMPLATES.items() if known == self), repr(tuple(self)))

@@ -71,8 +71,8 @@ def generate_text(
         max_tokens: of an answer, at most.
         temperature: 0: the likeliest token each time; else tokens are drawn from the LLM's predictions at this temperature.
         top_p: in (0, 1]: only the likeliest tokens are drawn whose probabilities add up to it.
-        stop: texts before which an answer ends; None: the text that the template puts before the next example, if it has more than
-            spaces. An answer also ends where the LLM ends its text (the tokenizer's EOS).
+        stop: texts before which an answer ends; None: those that the template puts before the next example and before a
+            second answer, if they have more than spaces. An answer also ends where the LLM ends its text (the tokenizer's EOS).
         seed: of the draws.
         template: the texts around the query, as in `score_options`; None with a pack: the pack's own.
         batch_size: queries that are answered together.
@@ -86,7 +86,7 @@ def generate_text(
     """
     (prefix, around), single = prefix_and_template(prefix, template), isinstance(queries, str)
     if stop is None:
-        stop = around.before.strip(" ") if llm.tokenizer is not None else ()
+        stop = around.stops if llm.tokenizer is not None else ()
     stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
     wanted = Wanted(max_tokens, temperature, top_p, stop, seed, around.answer)
     if batch_size < 1:

@@ -194,13 +194,17 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
 def own_llm(path: str | Path) -> str | None:
     """The LLM that a training workdir was for, as its config names it, or that an exported distiller names; None if it does not.
 
-    Raises UserError if there is no such path.
+    Raises UserError if there is no such path, or a folder of something else.
     """
     path = trained_path(path)
     if not path.exists():
         raise UserError(_missing(path))
     if (path / saved_steps.FOLDER).is_dir():
         return saved_config.read_config(path)["llm"]["path"]
+    if path.is_dir() and not is_exported(path):
+        inside = next((found.parent for found in sorted(path.glob(f"**/finetune/{saved_steps.FOLDER}"))), None)
+        hint = f"is it {inside}?" if inside else "name a training workdir or an exported folder."
+        raise UserError(f"{path} holds no trained model: {hint}")
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None
     return named if isinstance(named, str) else None
 

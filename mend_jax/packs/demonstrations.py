@@ -8,6 +8,7 @@ from mend_jax.data.json_lines import instead, parse_object
 from mend_jax.packs.pack import SUFFIX
 from mend_jax.run.reading import read_lines
 
+FORM = 'write an object on each line, {"input": "a great film", "output": "positive"}'
 ENDINGS = (".jsonl", ".json")
 
 
@@ -49,7 +50,7 @@ def read_demonstrations(file: Path) -> list[tuple[str, str]]:
 
 def _pairs(file: Path) -> Iterator[tuple[str, str]]:
     for where, line in lines_of(file):
-        yield pair_of(parse_object(line, where), where)
+        yield pair_of(parse_object(line, where, FORM), where)
 
 
 def lines_of(file: Path) -> Iterator[tuple[str, str]]:

@@ -179,7 +179,9 @@ def pack_of(content: bytes, where: str = "The file") -> Pack:
         return _from_facts(vectors, facts)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{where} cannot be read as a pack ({reason}): copy or make it again.") from None
+        raise UserError(
+            f"{where} cannot be read as a pack ({reason}): copy or make it again (mend_jax.distill)."
+        ) from None
 
 
 def require_packs_llm(pack: Pack, where: str | Path, llm: str | Path) -> None:

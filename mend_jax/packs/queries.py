@@ -35,7 +35,9 @@ def options_of(where: str, row: dict, default: str) -> list[str]:
     if other is not None:
         raise UserError(f'{where} has no text in its "options"{instead(other)}: correct the line.')
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):
-        raise UserError(f'{where} has no "options", a list of texts: add them, or give --options for all lines.')
+        raise UserError(
+            f'{where} has no options: give --options=good,bad or, in a file of queries, the list "options" of a line.'
+        )
     once = list(dict.fromkeys(options))
     if len(once) < len(options):
         logging.warning("%s lists an option more than once: it counts once, where it stands first.", where)

@@ -23,7 +23,7 @@ import logging
 
 import jax
 
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.data.batches import find_tasks
 from mend_jax.data.bos import NONE, bos_token
 from mend_jax.data.c4 import text_files, tfds_folder
@@ -54,9 +54,11 @@ class Models:
 
     @classmethod
     def of(cls, config) -> "Models":
-        llm, kind = from_hf_config(local_folder(config.llm.path)), None if config.stage == "lm" else kind_of(config)
+        with at_place("config.llm.path"):
+            llm, kind = from_hf_config(local_folder(config.llm.path)), None if config.stage == "lm" else kind_of(config)
         folder = kind.backbone(config) if kind else ""
-        return cls(llm, kind, from_hf_config(local_folder(folder)) if folder else None)
+        with at_place("config.prefix.backbone"):
+            return cls(llm, kind, from_hf_config(local_folder(folder)) if folder else None)
 
 
 def check_lm(config, models: Models) -> None:

@@ -110,7 +110,7 @@ class Service:
         tokens = min(TOKENS, most) if asked.max_tokens is None else asked.max_tokens
         if tokens > most:
             raise Refused(422, f"max_tokens is {tokens}, this server makes {most}: ask for fewer.")
-        stop = before.template.before.strip(" ") if asked.stop is None else asked.stop
+        stop = before.template.stops if asked.stop is None else asked.stop
         stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         if len(stop) > self.limits.max_options:
             raise Refused(422, f"There are more than {self.limits.max_options} stop strings: send fewer.")
