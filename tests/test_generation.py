@@ -13,6 +13,7 @@ import test_t5
 from facts import says
 from family_rows import make_row
 
+from mend_jax.data.templates import TEMPLATES
 from mend_jax.generation import generate
 from mend_jax.generation.generate import END, LENGTH, STOP, generate_text
 from mend_jax.generation.sampling import choose
@@ -171,3 +172,9 @@ def test_mistakes_are_one_sentence(llm, arguments, facts):
 def test_numbers_out_of_their_range(llm, field, value):
     with says(field, str(value)):
         generate_text(llm, vectors(llm), "w1", 4, **{field: value})
+
+
+def test_where_an_answer_ends_without_stop_strings():
+    """Before the next example and before a second answer; a space is no end."""
+    assert TEMPLATES["qa"].stops == ("\n\nInput:", "\nOutput:")
+    assert TEMPLATES["newline"].stops == ("\n",) and TEMPLATES["space"].stops == ()

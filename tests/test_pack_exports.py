@@ -22,7 +22,7 @@ from mend_jax import export
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.models import folders as model_folders
 from mend_jax.packs import vllm
-from mend_jax.packs.adapter import export_pack
+from mend_jax.packs.adapter import card, export_pack
 from mend_jax.packs.pack import Pack, tokenizer_fingerprint
 
 torch = pytest.importorskip("torch")
@@ -133,6 +133,8 @@ def test_the_adapters_files(decoder, tmp_path, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     np.testing.assert_array_equal(tensors["prompt_embeddings"], pack.vectors)
+    packaged = card(dataclasses.replace(pack, llm="smollm2-135m-instruct"), False)
+    assert "mend_jax.export --llm=smollm2-135m-instruct" in packaged
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (settings["num_virtual_tokens"], settings["token_dim"], settings["num_layers"]) == (5, 32, 2)
     with says(tmp_path / "out", "there already"):

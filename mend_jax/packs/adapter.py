@@ -19,7 +19,7 @@ from mend_jax.interchange.export import new_folder, written
 from mend_jax.interchange.model_card import public_name
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.families import from_hf_config
-from mend_jax.models.folders import local_folder
+from mend_jax.models.folders import PACKAGED, local_folder
 from mend_jax.models.weights import write_file
 from mend_jax.packs.pack import Pack, asking_for_llm, load_pack, require_packs_llm
 from mend_jax.run.files import write_json, write_text
@@ -31,14 +31,16 @@ tags: [mend, in-context-learning, prompt-tuning]
 
 # {num_vectors} vectors in the place of {num_demonstrations} demonstrations
 
-For the LLM {llm}; made by a MEND distiller (Li et al., ICLR 2024). {rule}.
+For the LLM {llm}; made by a MEND distiller (Li et al., ICLR 2024). {rule}.{hint}
 
 ## With PEFT
 
 ```python
+import torch
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(llm, folder)  # llm: the LLM, in transformers; this folder
+# llm, tokenizer: the LLM and its tokenizer, in transformers; folder: this one
+model = PeftModel.from_pretrained(llm, folder)
 {query}
 logits = model(input_ids=query_ids{decoder}).logits{behind}
 ```
@@ -112,6 +114,9 @@ def card(pack: Pack, separate: bool) -> str:
         num_demonstrations=pack.num_demonstrations,
         llm=json.dumps(public_name(pack.llm)),
         rule=words["rule"],
+        hint=f" `python -m mend_jax.export --llm={pack.llm} --out=FOLDER` writes this LLM."
+        if pack.llm in PACKAGED
+        else "",
         query=words["query"],
         decoder=start if separate else "",
         behind="" if separate else f"[:, {pack.num_vectors}:]  # at the query",
