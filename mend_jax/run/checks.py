@@ -119,16 +119,16 @@ def check_teacher_cache(config, models: Models) -> None:
     """What is cached of the teacher is what the loss reads, and one process computes all of it."""
     if not teacher_cache.is_used(config):
         return
-    if config.loss.teacher_top_k > models.llm.vocab_size:
-        raise UserError(
-            f"loss.teacher_top_k={config.loss.teacher_top_k} is more than the {models.llm.vocab_size} tokens of the LLM: lower it."
-        )
     if Objective.of(config.loss).on_states:
         raise UserError(
             f'loss.objective="{config.loss.objective}" compares states, but loss.teacher_cache keeps predictions: set it to "".'
         )
     if jax.process_count() > 1:
         raise UserError('loss.teacher_cache is for runs of one process: set it to "".')
+    if config.loss.teacher_top_k > models.llm.vocab_size:
+        raise UserError(
+            f"loss.teacher_top_k={config.loss.teacher_top_k} is more than the {models.llm.vocab_size} tokens of the LLM: lower it."
+        )
 
 
 def check_files(config, models: Models) -> None:
