@@ -3,7 +3,8 @@
     python -m mend_jax.experiments.methods --config=configs/own_llm.py --workdir=runs/mine \\
         --config.llm.path=LLM --config.prefix.backbone=LLM --config.data.text=TEXTS --config.data.tasks=TASKS --config.data.partition=NAME
 
-To see first that your files are read and all of it runs, without a use for what comes out: --config=configs/own_llm.py:try.
+To see first that your files are read and all of it runs, without a use for what comes out: --config=configs/own_llm.py:try (6 minutes
+for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c94, 2026-12-01).
 
 LLM is a folder, a hub name or a GGUF file, TEXTS and TASKS are folders of your files, NAME is a partition (docs/data.md). Every
 demonstration becomes six vectors, which begin as its last six tokens (docs/running.md, "Vectors that begin as tokens"). What differs from
