@@ -239,9 +239,8 @@ def _evaluate_method(config, llm, method, tasks, store, bar) -> dict:
                 store.write(task.task, task.seed, *kept)
         else:
             bar.skip(len(task.items))
-        if not model.reads_demos or not (
-            task.shares_demos or config.evaluate.shuffle_demos
-        ):  # an order is drawn by the seed
+        own_order = config.evaluate.shuffle_demos  # drawn by the seed
+        if not model.reads_demos or not (task.shares_demos or own_order):
             known[content] = kept
         scores.setdefault(task.task, {})[task.seed] = scores_of(task, kept[0])
         spent.append(kept[1])

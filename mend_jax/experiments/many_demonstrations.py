@@ -19,9 +19,8 @@ CHUNKED = "chunked"
 def in_chunks(config, join, seed):
     data, prefix = config.data, config.prefix
     twice = {"data.k": 2 * data.k, "data.max_demo_tokens": 2 * data.max_demo_tokens}
-    twice |= (
-        {"prefix.chunks": 2 * prefix.chunks} if prefix.chunk_tokens else {}
-    )  # else a chunk is as long as a context was
+    if prefix.chunk_tokens:  # else a chunk is as long as a context was
+        twice["prefix.chunks"] = 2 * prefix.chunks
     chunk = {
         "prefix.kind": CHUNKED,
         "prefix.join": join,

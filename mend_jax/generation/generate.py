@@ -22,7 +22,7 @@ from mend_jax.generation.sampling import choose
 from mend_jax.prefixes.context import bucket, bucket_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
-from mend_jax.scoring.options import cache_prefix, prefix_and_template
+from mend_jax.scoring.options import cache_prefix, prefix_and_template, require_batch_size
 
 STEPS = 16  # tokens of every answer between two looks at the texts
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer is over: the LLM ended it, a stop string, max_tokens
@@ -89,8 +89,7 @@ def generate_text(
         stop = around.stops if llm.tokenizer is not None else ()
     stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
     wanted = Wanted(max_tokens, temperature, top_p, stop, seed, around.answer)
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+    require_batch_size(batch_size)
     require_wanted(llm, wanted)
     length = int(to_host(prefix.length)[0])
     rows = [read_query(llm, query, around, length, wanted) for query in ([queries] if single else queries)]

@@ -26,11 +26,12 @@ from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.templates import Template
 from mend_jax.generation.generate import generate_text
-from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.context import bucket, pair_tokens
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
+from mend_jax.scoring.options import require_batch_size
 
 Example = tuple[str, str]
 PLAIN = Template("", "", "")  # of the plain prompt, which the harness writes whole
@@ -44,8 +45,7 @@ class HarnessLM(TemplateLM):
         """`llm` and `distiller` are from `load_llm` and `load_distiller`. Raises UserError for an encoder–decoder, an LLM without a
         tokenizer, or a `distiller` that reads no demonstrations."""
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+        require_batch_size(batch_size)
         if llm.start_token is not None:
             raise UserError(f"{llm.path} is an encoder–decoder: the harness is given decoder-only LLMs.")
         if llm.tokenizer is None:
@@ -157,7 +157,8 @@ class HarnessLM(TemplateLM):
 
     def _fitting(self, examples: Sequence[Example]) -> list[Example]:
         """The first of the examples that the distiller reads at once; a warning says that there are more."""
-        count = self.distiller.fitting(examples, self.llm)
+        read = self.distiller
+        count = read.fitting([len(pair_tokens([pair], read.tokenizer, read.template)) for pair in examples], self.llm)
         if not count:
             raise UserError(
                 f"A few-shot example ({examples[0][0][:40]!r} ...) is longer than the distiller reads: take another task."
@@ -165,7 +166,7 @@ class HarnessLM(TemplateLM):
         if count < len(examples):
             logging.warning(
                 "Not all few-shot examples fit the distiller's window of %d tokens: of a question's examples the first that fit are read.",
-                self.distiller.window,
+                read.window,
             )
         return list(examples[:count])
 

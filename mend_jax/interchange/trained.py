@@ -202,7 +202,8 @@ def own_llm(path: str | Path) -> str | None:
     if (path / saved_steps.FOLDER).is_dir():
         return saved_config.read_config(path)["llm"]["path"]
     if path.is_dir() and not is_exported(path):
-        inside = next((found.parent for found in sorted(path.glob(f"**/finetune/{saved_steps.FOLDER}"))), None)
+        below = (sorted(path.glob(f"{part}finetune/{saved_steps.FOLDER}")) for part in ("", "*/"))
+        inside = next((found.parent for part in below for found in part), None)
         hint = f"is it {inside}?" if inside else "name a training workdir or an exported folder."
         raise UserError(f"{path} holds no trained model: {hint}")
     named = read_settings(path).get("llm") if (path / SETTINGS).is_file() else None

@@ -74,7 +74,7 @@ def packs_of(llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = 
     room, contexts = room_for_vectors(llm), []
     for pairs in sets:
         tokens = [_tokens(model, pair) for pair in pairs]
-        count = model.fitting(pairs, llm)
+        count = model.fitting([len(x) + len(y) for x, y in tokens], llm)
         if count == 0:
             raise UserError(
                 f"A demonstration ({pairs[0][0][:40]!r} ...) has {sum(map(len, tokens[0]))} tokens, more than the distiller reads at"

@@ -42,7 +42,7 @@ class Fidelity(NamedTuple):
 
     kl: dict[
         str, float
-    ]  # KL(demonstrations || method) in nats per token of a query and its answer, a mean over queries, as L_distill
+    ]  # KL(demonstrations || method) in nats per token of a query and its answer; the mean over queries
     agreement: dict[str, float]  # share of the queries on which a method chooses as the demonstrations do
     accuracy: dict[str, float | None]  # share of right answers, where they are known
     positions: dict[str, int]  # of the LLM

@@ -21,7 +21,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.models import int8
-from mend_jax.prefixes.context import bucket, pair_tokens
+from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix, room_for_vectors
 from mend_jax.run.sharding import Place
 
@@ -178,9 +178,8 @@ class Kind:
         """
         return min(sampling.fit_demos(shown, min(limit, room)), sampling.fit_demos(own, min(limit, self.window)))
 
-    def fitting(self, pairs: Sequence[tuple[str, str]], llm) -> int:
-        """How many of these (x, y) texts, counted from the first, it reads at once for this LLM, which itself reads none."""
-        own = [len(pair_tokens([pair], self.tokenizer, self.template)) for pair in pairs]
+    def fitting(self, own: Sequence[int], llm) -> int:
+        """How many demonstrations of these lengths, as in `fit`, it reads at once for this LLM, which itself reads none."""
         return self.fit([0] * len(own), own, 2**30, room_for_vectors(llm))
 
     def lay_out(self, pairs, room: int) -> np.ndarray:

@@ -221,8 +221,7 @@ def score_rows(
     check_rows(llm, int(to_host(cache.length)) - llm.before, rows)
     scores: list[np.ndarray] = [np.zeros(0)] * len(rows)
     waiting = None  # the device computes a pass while the host lays out the next and reads the last
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+    require_batch_size(batch_size)
     for batch in plan(llm, cache, rows, batch_size, mesh_of(params)):
         items = [i for row in batch.rows for i in row]
         started = (items, [rows[i] for i in items], start(llm, params, cache, rows, batch, chunk))
@@ -232,6 +231,12 @@ def score_rows(
     if waiting is not None:
         finish(waiting, scores, progress)
     return scores
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Raises UserError for a number of rows that is none."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
 
 
 def plan(llm, cache, rows: Sequence[Row], batch_size: int, mesh=None) -> list[Pass]:
