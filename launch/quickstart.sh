@@ -12,7 +12,7 @@ explain "$@"
 
 workdir=runs/quickstart
 install requirements.txt
-echo "== training and evaluating in $workdir: two trainings and an evaluation, five minutes on two quiet cores, up to twenty on busy ones; if stopped, the same command resumes"
+echo "== training and evaluating in $workdir: two trainings and an evaluation, five minutes on two quiet cores, longer on busy ones; if stopped, the same command resumes"
 python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
 cat <<END
 
