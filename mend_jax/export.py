@@ -38,6 +38,7 @@ def main(
     pack: str = "",
     weights: Literal[*DTYPES] = "float32",
     format: Literal["pytorch", "jax"] = "pytorch",
+    chunks: int = 0,
 ) -> None:
     """The command.
 
@@ -51,14 +52,17 @@ def main(
         pack: a pack of vectors, in the place of a workdir: it becomes an adapter of PEFT.
         weights: of a distiller's backbone: "float32", "bfloat16", or "int8", 8 bits with a scale for each row.
         format: "pytorch", or "jax": programs that need none of our code.
+        chunks: of a distiller of chunks with --format=jax: how many its program reads at most; 0: 16.
     """
     if format == "jax":
         if not workdir or pack or backbone or weights != "float32":
             raise UserError(
                 "--format=jax takes --workdir, a training or an exported distiller, and where needed --llm."
             )
-        print(export_jax(workdir, out, llm))
+        print(export_jax(workdir, out, llm, chunks=chunks or 16))
         return
+    if chunks:
+        raise UserError(f"--chunks={chunks} is for --format=jax: leave it out.")
     if sum(map(bool, (workdir, llm and not (workdir or pack), pack))) != 1:
         raise UserError(
             "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."

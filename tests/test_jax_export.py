@@ -36,25 +36,33 @@ def models(kind, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, template", [("gpt2", "qa"), ("t5", "space")])
-def test_the_cards_snippet_gives_our_scores_without_our_code(kind, template, tmp_path):
+@pytest.mark.parametrize(
+    "kind, template, chunks",
+    [
+        ("gpt2", "qa", {}),
+        ("t5", "space", {}),
+        ("gpt2", "qa", {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "prefix.residual": True}),
+    ],
+)
+def test_the_cards_snippet_gives_our_scores_without_our_code(kind, template, chunks, tmp_path):
     llm_folder, backbone = models(kind, tmp_path)
     llm = mend_jax.load_llm(llm_folder)
-    workdir = make_workdir(
-        tmp_path / "run", llm, llm_folder, backbone, **{"data.template": template, "prefix.length": 4}
-    )
-    export.main(str(tmp_path / "out"), workdir=str(workdir), format="jax")
+    fields = {"data.template": template, "prefix.length": 4} | chunks
+    workdir = make_workdir(tmp_path / "run", llm, llm_folder, llm_folder if chunks else backbone, **fields)
+    export.main(str(tmp_path / "out"), workdir=str(workdir), format="jax", chunks=3 if chunks else 0)
     [snippet] = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     program = f"import sys\nfolder = {str(tmp_path / 'out')!r}\n{snippet}\nassert not [m for m in sys.modules if 'mend' in m]\n"
-    program += "np.savez('found', vectors=vectors, scores=scores)\n"
+    program += "np.savez('found', vectors=vectors, count=count, scores=scores)\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found, distiller = np.load(tmp_path / "found.npz"), mend_jax.load_distiller(workdir, llm)
+    found, distiller = np.load(tmp_path / "found.npz"), mend_jax.load_prefix(workdir, llm)
     vectors = distiller.distill(DEMOS)
-    np.testing.assert_allclose(found["vectors"], vectors.embeds[0], rtol=1e-4, atol=1e-5)
+    count = int(vectors.length[0])
+    assert count == found["count"] == (8 if chunks else 4) and len(found["vectors"]) == (12 if chunks else 4)
+    np.testing.assert_allclose(found["vectors"][:count], vectors.embeds[0], rtol=1e-4, atol=1e-5)
     wanted = mend_jax.score_options(llm, vectors, "I loved it", OPTIONS, distiller.template)
     assert found["scores"].tolist() == pytest.approx(wanted, abs=1e-4)
 
@@ -88,4 +96,6 @@ def test_mistakes_are_one_sentence(workdir, tmp_path):
         export_jax(workdir, tmp_path / "out", rows=0)
     with says("--workdir", "--llm"):
         export.main(str(tmp_path / "out"), pack="p", format="jax")
+    with says("--chunks=3", "--format=jax"):
+        export.main(str(tmp_path / "out"), workdir=str(workdir), chunks=3)
     assert not (tmp_path / "out").exists()

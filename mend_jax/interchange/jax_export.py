@@ -1,15 +1,16 @@
 """Distil and score as programs of JAX that need none of our code: `jax.export`, with the weights beside them.
 
-    distil.jax             (distiller, tokens (1,N), length (1,)) -> vectors (L,D) and how many of them count, ()
+    distil.jax             (distiller, tokens (C,N), length (C,)) -> vectors (L,D) and how many of them count, ()
     score.jax              (llm, vectors (L,D), count (), tokens (R,Q), length (R,), target_start (R,)) -> (R,) float32
     distiller.safetensors  the weights that `distil` takes: a flat dict of arrays
     llm.safetensors        those that `score` takes
-    settings.json          N, L, D, R, Q, the template
+    settings.json          C, N, L, D, R, Q, the template
     tokenizer files        of the LLM; of the distiller, in distiller/, where it is another one
 
 The programs are compiled for whatever device runs them: CPU, CUDA or TPU. Their shapes are fixed; rows are right-padded.
 
-Axes: N demonstration tokens, L vectors, R rows of a query and an option each, Q their tokens, D the LLM's width.
+Axes: C chunks (a distiller of one context: 1), N demonstration tokens of each, L vectors of all, R rows of a query and an option
+each, Q their tokens, D the LLM's width.
 """
 
 import importlib.util
@@ -25,9 +26,12 @@ from jax import export as jax_export
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.query import Query
+from mend_jax.data.sampling import EMPTY
 from mend_jax.interchange.export import new_folder, written
 from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.models.weights import write_file
+from mend_jax.prefixes.chunked import Chunked
+from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import write_json, write_text
@@ -59,6 +63,7 @@ def read(tokenizer, *texts):
 
 
 def padded(rows, count, columns):
+    assert len(rows) <= count, f"{{len(rows)}} rows, where {{count}} fit"
     tokens = np.zeros((count, columns), np.int32)
     for row, ids in zip(tokens, rows):
         row[: len(ids)] = ids
@@ -67,9 +72,15 @@ def padded(rows, count, columns):
 
 tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}{sub}")
 demos = [("a great film", "positive"), ("dull", "negative")]
-context = [token for x, y in demos for token in read(tokenizer, before + x, between, answer + y)]
-tokens = padded([context], 1, sizes["demonstration_columns"])
-vectors, count = distil.call(distiller, tokens, np.int32([len(context)]))
+chunks, room = [], 0
+for x, y in demos:
+    ids = read(tokenizer, before + x, between, answer + y)
+    if not room or len(chunks[-1]) + len(ids) > sizes["demonstration_columns"]:
+        chunks, room = [*chunks, []], sizes["chunk_demos"]
+    chunks[-1], room = chunks[-1] + ids, room - 1
+tokens, lengths = padded(chunks, sizes["chunks"], sizes["demonstration_columns"]), np.zeros(sizes["chunks"], np.int32)
+lengths[: len(chunks)] = [len(chunk) for chunk in chunks]
+vectors, count = distil.call(distiller, tokens, lengths)
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 x, options = read(tokenizer, before + "I loved it", between), ["positive", "negative"]
@@ -83,7 +94,13 @@ scores = score.call(llm, vectors, count, tokens, lengths, starts)[: len(options)
 
 
 def export_jax(
-    path: str | Path, out: str | Path, llm: str = "", dtype: str = "float32", rows: int = 8, query_columns: int = 128
+    path: str | Path,
+    out: str | Path,
+    llm: str = "",
+    dtype: str = "float32",
+    rows: int = 8,
+    query_columns: int = 128,
+    chunks: int = 16,
 ) -> str:
     """Writes the programs and their weights to the new folder `out`, whole or not at all; returns a sentence about them.
 
@@ -94,8 +111,9 @@ def export_jax(
         dtype: of the weights and the arithmetic: "float32" or "bfloat16".
         rows: R, options that are scored in one call.
         query_columns: Q, tokens of a query with its option, at most.
+        chunks: C, of a distiller of chunks; one of one context has one.
     Raises:
-        UserError: no distiller of one context there, no LLM, an `out` with content, numbers that do not fit, a full disk, no flatbuffers.
+        UserError: no distiller there, no LLM, an `out` with content, numbers that do not fit, a full disk, no flatbuffers.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError(
@@ -103,35 +121,52 @@ def export_jax(
         )
     out = new_folder(out)
     reader, model = load_both(path, llm_for(path, llm), dtype)
-    if model.name != "distiller":
-        raise UserError(f"{path} holds {model.title}: programs are made of a distiller of one context.")
-    room = min(query_columns, reader.window - model.num_vectors)
+    sizes = _sizes(path, model, chunks)
+    room = min(query_columns, reader.window - sizes["num_vectors"])
     if rows < 1 or room < 2:
         raise UserError(
-            f"rows is {rows} and query_columns is {query_columns}: there must be a row, and room for two tokens."
+            f"rows is {rows} and query_columns is {query_columns}: there must be a row, and room for two tokens behind "
+            f"{sizes['num_vectors']} vectors in a window of {reader.window}."
         )
-    sizes = {
-        "demonstration_columns": min(model.window, 1024),
-        "num_vectors": model.num_vectors,
-        "width": model.llm_width,
-        "rows": rows,
-        "query_columns": room,
-        "template": list(model.template),
-        "bos": model.bos or NONE,
-    }
+    sizes |= {"rows": rows, "query_columns": room, "template": list(model.template), "bos": model.bos or NONE}
     with written(out) as folder:
         _write(folder, reader, model, sizes)
     return f"distil.jax, score.jax and their weights are in {out}; README.md there shows how they are called."
 
 
-def distil_program(model: Kind, columns: int) -> jax_export.Exported:
-    """(flat weights, tokens (1,N), length (1,)) -> (vectors (L,D) float32, count () int32)."""
+def _sizes(path, model: Kind, chunks: int) -> dict:
+    """What settings.json says of the demonstrations and of the vectors."""
+    if isinstance(model, Chunked):
+        if chunks < 1:
+            raise UserError(f"chunks is {chunks}: there must be one.")
+        columns, demos = model.width, model.chunk_demos
+        vectors = model.num_vectors * (chunks if model.join == "concat" else 1)
+    elif isinstance(model, Distiller):
+        columns, vectors, chunks = min(model.window, 1024), model.num_vectors, 1
+        demos = columns  # as many as fit
+    else:
+        raise UserError(f"{path} holds {model.title}, which reads no demonstrations: programs are made of a distiller.")
+    return {
+        "chunks": chunks,
+        "chunk_demos": demos,
+        "demonstration_columns": columns,
+        "num_vectors": vectors,
+        "width": model.llm_width,
+    }
+
+
+def distil_program(model: Distiller | Chunked, chunks: int, columns: int) -> jax_export.Exported:
+    """(flat weights, tokens (C,N), length (C,)) -> (vectors (L,D) float32, count () int32). A chunk of no tokens is none."""
 
     def distil(weights, tokens, length):
-        made = model.apply(unflatten_dict(weights, sep="/"), tokens, length)
+        params = unflatten_dict(weights, sep="/")
+        if isinstance(model, Chunked):
+            tokens = jnp.where(jnp.arange(columns) < length[:, None], tokens, EMPTY).reshape(1, -1)
+            length = jnp.full(1, tokens.size)
+        made = model.apply(params, tokens, length)
         return made.embeds[0].astype(jnp.float32), made.length[0]
 
-    return _exported(distil, _flat(model.params), _ints(1, columns), _ints(1))
+    return _exported(distil, _flat(model.params), _ints(chunks, columns), _ints(chunks))
 
 
 def score_program(llm, vectors: int, rows: int, columns: int) -> jax_export.Exported:
@@ -163,8 +198,8 @@ def _score_row(llm, params, vectors, count, tokens, length, start):
 def _write(folder: Path, llm, model: Kind, sizes: dict) -> None:
     """Fills the new folder."""
     programs = {
-        "distil": distil_program(model, sizes["demonstration_columns"]),
-        "score": score_program(llm, model.num_vectors, sizes["rows"], sizes["query_columns"]),
+        "distil": distil_program(model, sizes["chunks"], sizes["demonstration_columns"]),
+        "score": score_program(llm, sizes["num_vectors"], sizes["rows"], sizes["query_columns"]),
     }
     for name, program in programs.items():
         (folder / f"{name}.jax").write_bytes(bytes(program.serialize()))
