@@ -150,10 +150,13 @@ def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
 
 def test_an_evaluation_says_which_demonstrations_are_left_out(folder, llm, distiller, caplog):
     c, task = config(folder), task_of(8)
-    first = next(i for i, (x, y) in enumerate(task.demos) if len(x) + len(y) == 5)
+    lengths = [len(x) + len(y) for x, y in task.demos]
+    fitting = sum(length < 5 for length in lengths)  # those behind one that is too long are read
+    assert lengths.index(5) < fitting < 8
     whole, short = Chunked.around(distiller, "mean", 1, 5), Chunked.around(distiller, "mean", 1, 4)
     assert demos_read(c, llm, whole, task) == (8, 8)
-    assert demos_read(c, llm, short, task) == (first, 8)
+    assert demos_read(c, llm, short, task) == (fitting, 8)
+    assert (make_context(c, llm, short, task) != EMPTY).sum() == sum(length for length in lengths if length < 5)
     check_method_demos(c, llm, Method("whole", whole), [task], None)
     assert not caplog.messages
     check_method_demos(c, llm, Method("short", short), [task, task], None)
@@ -163,7 +166,7 @@ def test_an_evaluation_says_which_demonstrations_are_left_out(folder, llm, disti
         "2 of 2 pairs",
         "tiny",
         "seed 13",
-        f"{first} of 8",
+        f"{fitting} of 8",
         "a chunk of 4",
         "data.max_demo_tokens",
     )
@@ -217,6 +220,11 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
     )
     for step in range(3):
         one, batch = plain[step], chunked[step]
+        real = int((batch.demos >= 0).sum() - sum(batch.demos.shape[1] - n for n in batch.demos_length))
+        assert chunked.tokens(step) == real + batch.query.length.sum()
+        assert chunked.padding(step) == pytest.approx(
+            1 - chunked.tokens(step) / (batch.demos.size + batch.query.tokens.size)
+        )
         assert batch.demos.shape[1] % 16 == 0 and batch.teacher_demos.shape[1] in chunked.rows.teacher_buckets
         assert batch.teacher_demos.shape[1] <= 80  # the LLM's window is not padded beyond what a context may have
         whole = {int(i): row[:n].tolist() for i, row, n in zip(one.ids, one.demos, one.demos_length, strict=True)}
@@ -226,6 +234,28 @@ def test_training_data_are_laid_out_in_chunks_and_whole_for_the_teacher(tmp_path
             shown, told = row[:n][row[:n] != EMPTY].tolist(), teacher[:m].tolist()
             assert n % 16 == 0 and told == shown and len(shown) > 0
             assert int(i) not in whole or whole[int(i)][: len(told)] == told
+
+
+def test_what_fits_no_chunk_is_no_demonstration_in_training(tmp_path, caplog):
+    """The others fill its place, and it is said once how many there are."""
+    tokenizer = tokenizer_files.load(tokenizer_files.save_word_tokenizer(tmp_path / "tokenizer"))
+    c = tiny_config(make_world(tmp_path / "world"), "finetune", max_demo_tokens=200)
+    sizes = {}
+    for columns in (200, 6):
+        packing = Packing(columns, demos=1, chunks=4)
+        batches = make_batches(c, Readers(tokenizer, 256, None, vectors=4, packing=packing))
+        sizes[columns] = [int(n) // columns for step in range(4) for n in batches[step].demos_length]
+        longest = max((row != EMPTY).sum() for step in range(4) for row in batches[step].demos.reshape(-1, columns))
+        assert (longest > 6) == (columns == 200)
+    assert sizes[200] == sizes[6] == [c.data.k] * 16
+    [said] = [message for message in caplog.messages if "no chunk" in message]
+    states(said, "chunk of 6", "prefix.chunk_tokens")
+
+
+def test_truncation_of_the_release_is_refused_beside_chunks(folder, distiller):
+    c = config(folder, **{"data.release_truncation": True})
+    with says("data.release_truncation", "chunks"):
+        Chunked.around(distiller).check_use(c)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from conftest import save_tokenizer
 from data_files import make_world, tiny_config, words, write_examples, write_text
 from facts import says, states
 
+from mend_jax.data import sampling
 from mend_jax.data.batches import Batch, make_batches
 from mend_jax.data.readers import Readers
 from mend_jax.data.rows import windows
@@ -348,6 +349,13 @@ def test_missing_paths(world, tokenizer):
             batches(world, tokenizer, stage, **{name: ""})
         with says(world / {"text": "no", "tasks": "no/data"}[name], f"config.data.{name}"):
             batches(world, tokenizer, stage, **{name: str(world / "no")})
+
+
+def test_chunks_have_few_sizes_which_hold_every_context():
+    packing = sampling.Packing(columns=64, demos=1, chunks=16)
+    assert packing.buckets((288, 512, 900), 16, 16) == (320, 512, 960, 1024)
+    assert packing.buckets((288, 512, 900), 5) == (320,)
+    assert packing.buckets((4096,), 4, 30) == (256, 1024)  # no more than there are chunks
 
 
 def test_buckets_hold_every_length():

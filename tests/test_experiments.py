@@ -134,6 +134,16 @@ def test_what_is_the_same_is_trained_once(config):
     assert sorted(lengths) == sorted([*(3 * 2 * config.experiment.num_vectors), 16, 16])
 
 
+def test_lengths_of_chunks_have_no_nested_row(config):
+    """What cannot have nested lengths is trained for each; and a soft prompt beside a distiller that has them is."""
+    assert any(row.labels["method"] == "mend, nested" for row in num_vectors.rows(config))
+    chunks = with_fields(config, {"prefix.kind": "chunked"})
+    assert {row.labels["method"] for row in num_vectors.rows(chunks)} == {"icl", "prompt_tuning", "hypertuning", "mend"}
+    nested = with_fields(config, {"prefix.nested": (2, 4)})
+    assert of_method(nested, "prompt_tuning", 0).config.prefix.nested == ()
+    assert of_method(nested, "mend", 0).config.prefix.nested == (2, 4)
+
+
 def test_a_training_is_known_by_what_decides_it(config):
     key = of_method(config, "mend", 0).key
     for field, value in {
@@ -143,7 +153,7 @@ def test_a_training_is_known_by_what_decides_it(config):
         assert of_method(with_fields(config, {field: value}), "mend", 0).key == key, field
     for field, value in {
         "optimizer.learning_rate": 1e-5, "data.k": 4, "loss.kd": 2.0, "experiment.pretrain_steps": 5, "llm.path": "other",
-        "evaluate.seeds": (13,),
+        "evaluate.seeds": (13,), "prefix.rms": 0.5,
     }.items():  # fmt: skip
         assert of_method(with_fields(config, {field: value}), "mend", 0).key != key, field
     assert of_method(config, "mend", 1).key != key != of_method(config, "mend", 0, {"data.beta": 0.5}).key

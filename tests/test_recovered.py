@@ -1,5 +1,6 @@
 """What a prefix recovers: all where it is the demonstrations, nothing where it is empty, in the values that a run writes."""
 
+import dataclasses
 import re
 
 import jax
@@ -47,6 +48,22 @@ def test_the_demonstrations_recover_all_and_nothing_recovers_nothing(run):
         assert none == empty > 1e-3
     all_of_it = kd["shown"](llm.params, llm.params, dev_batches(run, llm, shown, tasks)[0])
     assert float(all_of_it) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_of_chunks_reads_what_its_window_holds(run):
+    """Chunks hold more demonstrations than the LLM's window; both then see those that the teacher can read."""
+    llm = load_llm(run.llm.path)
+    llm = dataclasses.replace(llm, config=dataclasses.replace(llm.config, max_positions=14))
+    kind = KINDS["chunked"].around(KINDS["distiller"].init(run, llm, 0), "mean", chunk_demos=1, chunk_tokens=10)
+    tasks = dev_tasks(run, llm, kind)
+    beyond = 0
+    for task in tasks:
+        beyond += sum(len(x) + len(y) for x, y in task.demos) + task.longest_query > llm.window
+    assert beyond
+    for batch in dev_batches(run, llm, kind, tasks):
+        assert (batch.teacher_demos_length + batch.query.length <= llm.window).all()
+        for row, count in zip(batch.demos, batch.teacher_demos_length, strict=True):
+            assert (row[: batch.demos_length[0]] > 0).sum() == count
 
 
 def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):

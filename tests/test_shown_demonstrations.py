@@ -129,6 +129,17 @@ def test_validation_in_training_reads_the_files(config, llm):
     ]
 
 
+def test_a_pool_begins_with_the_seeds_file_for_seed_100_too(config):
+    """The pool's own file is named by seed 100 (MetaICL's training files are)."""
+    folder = metaicl.data_folder(config.data.tasks) / "colour"
+    file = metaicl.example_file(config.data.tasks, "colour", 4, 13, "train")
+    (folder / file.name.replace("_13_", "_100_")).write_text(file.read_text())
+    (folder / f"colour_{metaicl.META_TRAIN}.jsonl").write_text(2 * file.read_text())
+    names = [metaicl.largest_file(config.data.tasks, "colour", seed, "train").name for seed in (13, 100)]
+    assert names[1] == names[0].replace("_13_", "_100_")
+    assert metaicl.largest_file(config.data.tasks, "colour", 99, "train") is None
+
+
 def test_validation_in_training_has_its_own_seeds(config, llm):
     model, config.evaluate.seeds = Demonstrations.beside(llm), (13, 21)
     seeds = config.evaluate.seeds

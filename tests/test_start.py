@@ -113,7 +113,7 @@ def test_a_run_with_fewer_layers_resumes_is_read_and_exported(tmp_path, monkeypa
     assert "step 4 of 9" in caplog.text
 
 
-def test_what_was_measured_is_kept_where_a_run_goes_on(tmp_path):
+def test_what_was_measured_is_kept_where_a_run_goes_on(tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "llm")
     llm, c = load_llm(folder), config(folder)
     first = build.measured(c, llm, tmp_path / "run")
@@ -121,7 +121,10 @@ def test_what_was_measured_is_kept_where_a_run_goes_on(tmp_path):
     for saved, wanted in (({"rms": 0.25}, 0.25), ({}, 0.0)):  # one of before the field was there began without
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "config.json").write_text(json.dumps(c.to_dict() | {"prefix": saved}))
-        assert build.measured(c, llm, tmp_path / "run").prefix.rms == wanted
+        assert build.measured(c, llm, tmp_path / "run").prefix.rms == first.prefix.rms  # it begins anew: no checkpoint
+        with monkeypatch.context() as patch:
+            patch.setattr(build.saved_steps, "has_checkpoint", lambda workdir: True)
+            assert build.measured(c, llm, tmp_path / "run").prefix.rms == wanted
 
 
 LEFT = ("wte.weight", "embed_tokens.weight", "shared.weight")  # token embeddings, in PyTorch's names

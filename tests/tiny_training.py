@@ -79,6 +79,10 @@ class RandomBatches:
         batch = self._batch(step)
         return batch.ids, batch.demos_length, batch.query.length
 
+    def tokens(self, step):
+        batch = self._batch(step)
+        return int(batch.demos_length.sum() + batch.query.length.sum())
+
     def _batch(self, step):
         import numpy as np
 

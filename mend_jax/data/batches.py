@@ -145,12 +145,19 @@ class Batches:
         )
         return iter(grain.MapDataset.range(start_step, stop).map(self.__getitem__).to_iter_dataset(options))
 
+    def tokens(self, step: int) -> int:
+        """The tokens of a step's global batch, without padding: those of contexts and queries."""
+        rows, demos_length, query_length = self.plan(step)
+        chunked = self.rows.packing is not None  # then a context's length is that of its chunks, which are not full
+        contexts = sum(self.rows.context_tokens(int(row)) for row in rows) if chunked else int(demos_length.sum())
+        return contexts + int(query_length.sum())
+
     def padding(self, step: int) -> float:
         """The share of padding among the tokens of a step's global batch, 0 to 1."""
         rows, demos_length, query_length = self.plan(step)
         sizes = self._demo_size(rows, demos_length)
         sizes += sampling.bucket(int(query_length.max()), self.rows.query_buckets) * query_length.shape[1]
-        return 1.0 - float(demos_length.sum() + query_length.sum()) / (sizes * len(query_length))
+        return 1.0 - self.tokens(step) / (sizes * len(query_length))
 
     def describe(self, row: int) -> str:
         """Where a row of `Batch.ids` came from, for messages to the user."""

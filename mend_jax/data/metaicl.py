@@ -65,8 +65,15 @@ def example_file(folder, task: str, k: int, seed: int, split: str) -> Path:
 
 
 def largest_file(folder, task: str, seed: int, split: str) -> Path | None:
-    """The file of a task and seed with the most examples, None where there is none."""
-    return max(_files_by_size(folder, task, seed, split).items(), default=(0, None))[1]
+    """The file of a task and seed with the most examples, which is not the pool of all; None where there is none."""
+    files = _files_by_size(folder, task, seed, split).values()
+    pool = f"{task}_{META_TRAIN}.jsonl"
+    return max((path for path in files if path.name != pool), key=_size_named, default=None)
+
+
+def _size_named(path: Path) -> int:
+    """The number of examples that a file's name says."""
+    return int(path.stem.rsplit("_", 3)[1])
 
 
 def _find_examples(folder, task: str, k: int, seed: int, split: str) -> Path | None:
@@ -208,7 +215,7 @@ def held_out_files(config) -> list[Path]:
     pools = [path for task in present if from_pool and (path := meta_train_file(data.tasks, task)).is_file()]
     files = [example_file(data.tasks, task, k, seed, split) for task, seed, split in parts]
     more = [largest_file(data.tasks, task, seed, "train") for task in present if from_pool for seed in seeds]
-    return list(dict.fromkeys([*files, *more, *pools]))
+    return list(dict.fromkeys([*files, *filter(None, more), *pools]))
 
 
 def none_present(config, tasks: list[str], split: str, k: int, seeds: tuple[int, ...]) -> UserError:

@@ -63,9 +63,12 @@ class Packing(NamedTuple):
         """The lengths of the pieces, one per chunk, that a text without demonstrations is cut into."""
         return [min(self.columns, length - start) for start in range(0, length, self.columns)]
 
-    def buckets(self, largest: int) -> tuple[int, ...]:
-        """The padded sizes of contexts: whole chunks, with room for `largest` tokens."""
-        return tuple(self.columns * n for n in range(1, max(self.chunks, -(-largest // self.columns)) + 1))
+    def buckets(self, sizes, *chunks: int) -> tuple[int, ...]:
+        """The padded sizes of contexts: `sizes` in tokens, rounded up to whole chunks, and these numbers of `chunks`, of which the
+        largest is the most that there are."""
+        most = min(max(chunks), self.chunks)
+        counts = {min(count, most) for count in (*(-(-size // self.columns) for size in sizes), *chunks)}
+        return tuple(self.columns * count for count in sorted(counts))
 
     def length(self, lengths) -> int:
         """Columns of a context whose demonstrations have these lengths in tokens."""

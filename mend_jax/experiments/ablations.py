@@ -5,13 +5,13 @@
 Vanilla ICL and the whole MEND come first. The settings are experiment.partitions, as in main_table.
 """
 
+from mend_jax.experiments.methods import FINETUNING
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, Row, of_methods, of_trainings, settings
 from mend_jax.experiments.trainings import of_stages
 
 # Stages as in methods.STAGES: (stage, weight of L_distill, None for lambda, of L_pred, of L_CLM).
 L_DISTILL, CLM, BOTH = ("pretrain", 1.0, 0.0, 0.0), ("pretrain", 0.0, 0.0, 1.0), ("pretrain", 1.0, 0.0, 1.0)
-FINETUNING = ("finetune", None, 1.0, 0.0)
 ABLATIONS = {  # (pretraining, finetuning)
     ("none", "L_pred + L_distill"): [FINETUNING],
     ("CLM", "L_pred + L_distill"): [CLM, FINETUNING],

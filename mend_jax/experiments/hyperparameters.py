@@ -7,11 +7,10 @@ pretraining with L_CLM alone. beta is the share of a text that is distilled in p
 L_distill beside L_pred in finetuning; the other two are as in MEND.
 """
 
+from mend_jax.experiments.methods import FINETUNING
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_trainings
 from mend_jax.experiments.trainings import of_stages, pretraining
-
-FINETUNING = ("finetune", None, 1.0, 0.0)
 
 
 def with_beta(config, value, seed):

@@ -7,12 +7,12 @@ their windows. MEND in chunks reads all that its chunks hold, untrained (the dis
 from the same pretraining with contexts twice as long as the config's, or as the teacher's window holds: there the LLM reads them whole.
 """
 
+from mend_jax.experiments.methods import FINETUNING
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method, of_stages, pretraining
 
 JOINS = ("concat", "mean")
-FINETUNING = ("finetune", None, 1.0, 0.0)
 CHUNKED = "chunked"
 
 

@@ -33,14 +33,16 @@ from mend_jax.run.files import write_json
 from mend_jax.run.reading import read_json
 
 # For each method its stages: (stage, weight of L_distill or None for the config's lambda, of L_pred, of L_CLM).
+FINETUNING = ("finetune", None, 1.0, 0.0)  # MEND's
 STAGES = {
     "zero_shot": [],
     "prompt_tuning": [("finetune", 0.0, 1.0, 0.0)],
     "icl": [],
     "hypertuning": [("pretrain", 0.0, 0.0, 1.0), ("finetune", 0.0, 1.0, 0.0)],
-    "mend": [("pretrain", 1.0, 0.0, 0.0), ("finetune", None, 1.0, 0.0)],
+    "mend": [("pretrain", 1.0, 0.0, 0.0), FINETUNING],
 }
-assert tuple(STAGES) == METHODS
+READ_DEMOS = ("icl", "hypertuning", "mend")  # those that read demonstrations
+assert tuple(STAGES) == METHODS and set(READ_DEMOS) <= set(METHODS)
 
 
 def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict]]:
@@ -63,7 +65,7 @@ def stage_configs(config: ConfigDict, method: str) -> list[tuple[str, ConfigDict
 
 def fields_of(config: ConfigDict, method: str) -> dict:
     """{"section.field": value} that a method's trainings have instead of the config's: PromptTuning's matrix is as long as the
-    longest prefix that the others finetune, and may have a learning rate of its own."""
+    longest prefix that the others finetune, has no shorter lengths, and may have a learning rate of its own."""
     from mend_jax.prefixes import kind_of
 
     if method != "prompt_tuning":
@@ -72,7 +74,7 @@ def fields_of(config: ConfigDict, method: str) -> dict:
     c.stage = "finetune"
     own = config.experiment.prompt_tuning_learning_rate
     rate = {"optimizer.learning_rate": own} if own else {}
-    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(c).positions(c)} | rate
+    return {"prefix.kind": "soft_prompt", "prefix.length": kind_of(c).positions(c), "prefix.nested": ()} | rate
 
 
 def stage_config(config: ConfigDict, stage: str, kd: float | None, pred: float, clm: float) -> ConfigDict:

@@ -3,13 +3,15 @@ trained once for all of them.
 
     python -m mend_jax.experiments.num_vectors --config=configs/small_world.py --workdir=runs/experiments
 
-The one that is trained once has nested lengths (prefix.nested): its first l vectors are used. The others are those of experiment.methods.
+The one that is trained once has nested lengths (prefix.nested): its first l vectors are used. It is left out where prefix.kind cannot have
+them: of chunks l are the vectors of each. The others are those of experiment.methods.
 """
 
 from mend_jax.experiments.methods import STAGES
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_methods, of_trainings
 from mend_jax.experiments.trainings import of_method
+from mend_jax.prefixes import kind_of
 
 
 def rows(config):
@@ -21,13 +23,14 @@ def rows(config):
         trained_with = {} if length == config.prefix.length else {"prefix.length": length}
         made += of_methods(config, ["icl"], {"l": length})
         made += of_methods(config, methods, {"l": length}, trained_with=trained_with)
-        made += of_trainings(
-            config,
-            "mend",
-            {"method": "mend, nested", "l": length},
-            lambda seed: of_method(config, "mend", seed, nested),
-            used_as="" if length == longest else f"first{length}",
-        )
+        if kind_of(config).can_nest:
+            made += of_trainings(
+                config,
+                "mend",
+                {"method": "mend, nested", "l": length},
+                lambda seed: of_method(config, "mend", seed, nested),
+                used_as="" if length == longest else f"first{length}",
+            )
     return made
 
 

@@ -7,12 +7,11 @@ steps. With loss.teacher_cache the teacher of a seed reads each batch once for a
 compare states need the teacher itself.
 """
 
+from mend_jax.experiments.methods import FINETUNING
 from mend_jax.experiments.run import run_experiment
 from mend_jax.experiments.table import Experiment, of_trainings
 from mend_jax.experiments.trainings import of_stages, pretraining
 from mend_jax.objectives import OBJECTIVES, STATE_OBJECTIVES
-
-FINETUNING = ("finetune", None, 1.0, 0.0)
 
 
 def rows(config):

@@ -16,9 +16,9 @@ from mend_jax.cli.command_line import STOPPED
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Parts
 from mend_jax.cli.settings import dotted_fields
-from mend_jax.experiments.methods import Times
+from mend_jax.experiments.methods import READ_DEMOS, Times
 from mend_jax.experiments.table import Experiment, Row, evaluation_key
-from mend_jax.experiments.trainings import READ_DEMOS, Training, with_fields
+from mend_jax.experiments.trainings import RMS, Training, with_fields
 from mend_jax.experiments.written import ROWS, TABLE, add_origins, head, origin, write  # noqa: F401  (for experiments that have no rows)
 from mend_jax.run import distributed
 from mend_jax.run.resume import FREE_FIELDS, defaults
@@ -32,7 +32,7 @@ COMPILED = (
 BUDGET = ("experiment.pretrain_steps", "experiment.finetune_steps", "experiment.pretrain_batch_size")
 # What may change from one experiment of a workdir to the next; of `experiment` all but the BUDGET.
 FREE = (
-    *(name for name in FREE_FIELDS if name != "experiment."),
+    *(name for name in FREE_FIELDS if name not in ("experiment.", RMS)),
     "evaluate.methods",
     "evaluate.batch_size",
     "evaluate.parallel",

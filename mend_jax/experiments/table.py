@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mend_jax.cli.settings import dotted_fields
+from mend_jax.experiments.methods import READ_DEMOS
 from mend_jax.experiments.trainings import (
-    READ_DEMOS,
     Training,
     as_meant_today,
     of_method,

@@ -18,12 +18,12 @@ from mend_jax.interchange.trained import trained_path
 from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
 
-READ_DEMOS = ("icl", "hypertuning", "mend")  # the methods that read demonstrations
 # Fields that are younger than the first keys, with their defaults.
 YOUNGER = {"prefix.residual": False, "prefix.chunk_tokens": 0, "data.validation_seeds": ()}
 PRETRAINING = "pretraining"  # in experiment.trained: what MEND's finetunings begin with
 # (stage, weight of L_distill or None for lambda, of L_pred, of L_CLM), as in STAGES.
 Stage = tuple[str, float | None, float, float]
+RMS, MEASURED = "prefix.rms", -1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,8 @@ class Training:
         fields = as_meant_today(dotted_fields(self.config.to_dict()))
         kept = {name: value for name, value in fields.items() if resume.matters(name, self.config)}
         kept[resume.START] = None if self.start is None else self.start.key
+        if fields[RMS] != MEASURED:  # free for a run that goes on, which has its own already
+            kept[RMS] = fields[RMS]
         return content_hash(kept)[:8]
 
     @property

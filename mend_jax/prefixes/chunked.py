@@ -103,6 +103,10 @@ class Chunked(Kind):
         return min(self.chunk_tokens or self.distiller.window, self.distiller.window)
 
     @property
+    def longest_demo(self) -> int:
+        return self.width
+
+    @property
     def holds(self) -> str:
         return f" and a chunk of {self.width}" + (" (prefix.chunk_tokens)" if self.chunk_tokens else "")
 
@@ -208,10 +212,7 @@ class Chunked(Kind):
     @classmethod
     def check(cls, config, backbone, llm) -> None:
         Distiller.check(config, backbone, llm)
-        if config.data.release_truncation:
-            raise UserError(
-                "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
-            )
+        _check_truncation(config)
         reads = backbone.window - config.prefix.length
         if not config.prefix.chunk_tokens and config.data.max_demo_tokens > reads:
             raise UserError(
@@ -227,6 +228,9 @@ class Chunked(Kind):
     @classmethod
     def init(cls, config, llm, seed: int, place: Place | None = None) -> "Chunked":
         return cls.of_trained(Distiller.init(config, llm, seed, place), config, "")
+
+    def check_use(self, config) -> None:
+        _check_truncation(config)
 
     def fit(self, shown, own, limit: int, room: int) -> int:
         """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit`, that of a context, is of each."""
@@ -305,6 +309,13 @@ class Chunked(Kind):
         return (
             "A MEND distiller of chunks",
             f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n",
+        )
+
+
+def _check_truncation(config) -> None:
+    if config.data.release_truncation:
+        raise UserError(
+            "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
         )
 
 

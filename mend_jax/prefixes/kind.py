@@ -48,6 +48,7 @@ class Kind:
     can_nest: ClassVar[bool] = False  # whether a run can train it with `prefix.nested`
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
+    longest_demo = 2**30  # a demonstration of more tokens is left out, and those behind it are not
     holds = ""  # what else limits a demonstration, as a part of a sentence
     template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
     bos: str | None = (

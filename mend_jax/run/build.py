@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -20,7 +19,7 @@ from mend_jax.objectives import Objective
 from mend_jax.prefixes import kind_of
 from mend_jax.prefixes.kind import FROZEN
 from mend_jax.prefixes.start import first_rms
-from mend_jax.run import checkpoint, saved_config
+from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.scoring.recovered import dev_batches, make_recovered
 from mend_jax.scoring.tasks import dev_score, dev_tasks
 from mend_jax.step import make_kd_fn
@@ -54,7 +53,7 @@ def measured(config, llm, workdir):
     ):
         return config
     config = config.copy_and_resolve_references()
-    begun = (Path(workdir) / saved_config.CONFIG).is_file()
+    begun = saved_steps.has_checkpoint(workdir)  # else nothing of an earlier start is kept
     saved = saved_config.read_config(workdir)["prefix"].get("rms", 0.0) if begun else -1.0
     with config.unlocked():
         config.prefix.rms = first_rms(config.prefix, llm) if saved < 0 else saved

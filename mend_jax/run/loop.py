@@ -90,11 +90,8 @@ class Loop:
         began = time.monotonic()
         batch = next(source)
         self.report.waited += time.monotonic() - began
-        ids, demos_length, query_length = self.batches.plan(step)
-        tokens, columns = (
-            int(demos_length.sum() + query_length.sum()),
-            batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:]),
-        )
+        ids, *_ = self.batches.plan(step)
+        tokens, columns = self.batches.tokens(step), batch.demos.shape[1] + math.prod(batch.query.tokens.shape[1:])
         facts = {"padding": 1.0 - tokens / (columns * len(ids)), "tokens": tokens}
         sent = self.layout.split(batch.replace(ids=None))
         if self.teacher is not None:

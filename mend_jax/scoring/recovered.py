@@ -71,7 +71,7 @@ def dev_batches(
 def _rows(config, llm, model, task, count):
     """(what the prefix is made of, what the teacher reads, x, y) of a task's first items."""
     reader = model if model.reads_demos else KINDS["demonstrations"].beside(llm)
-    context, shown = make_contexts(config, llm, reader, task)
+    context, shown = make_contexts(config, llm, reader, task, taught=True)
     if not model.reads_demos:
         context = np.zeros(0, np.int32)
     return [(context, shown, item.x_tokens, item.options_tokens[item.label]) for item in task.items[:count]]

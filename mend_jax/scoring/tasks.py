@@ -19,7 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
 from mend_jax.data.demonstrations import as_in_validation
 from mend_jax.data.evaluation import EvalTask, load_tasks, read_twice
-from mend_jax.data.sampling import join_demos, release_truncation, row_rng
+from mend_jax.data.sampling import fit_demos, join_demos, release_truncation, row_rng
 from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import LLM
@@ -86,15 +86,20 @@ def make_context(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> n
     return make_contexts(config, llm, model, task, order)[0] if model.reads_demos else np.zeros(0, np.int32)
 
 
-def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> tuple[np.ndarray, np.ndarray]:
+def make_contexts(
+    config, llm: LLM, model: Kind, task: EvalTask, order=None, taught: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """`make_context` of a kind that reads demonstrations, and the same demonstrations as the teacher reads them, in the LLM's
-    tokens."""
+    tokens; with `taught` no more of them than the teacher's window holds beside the query."""
     room, (shown, own) = _room(llm, task), _readings(config, llm, model, task, order)
     if config.data.release_truncation:
         window = min(model.window, room, config.data.max_demo_tokens)  # as in training
         cut = release_truncation(join_demos(own), window, room)
         return cut[model.reader is None], cut[1]  # without a reader of its own the LLM reads them, as the teacher
+    shown, own = _held(model, shown, own)
     count = _fitting(config, model, shown, own, room)
+    if taught:
+        count = min(count, fit_demos(_lengths(shown), room))
     if count == 0:
         raise UserError(
             f"No demonstration of {task.task}, seed {task.seed} fits into"
@@ -107,8 +112,8 @@ def make_contexts(config, llm: LLM, model: Kind, task: EvalTask, order=None) -> 
 def demos_read(config, llm: LLM, model: Kind, task: EvalTask) -> tuple[int, int]:
     """(how many of a task's demonstrations the kind's context holds whole, how many there are); those of the first item, where each
     has its own."""
-    shown, own = _readings(config, llm, model, task, None)
-    return _fitting(config, model, shown, own, _room(llm, task)), len(shown)
+    readings = _readings(config, llm, model, task, None)
+    return _fitting(config, model, *_held(model, *readings), _room(llm, task)), len(readings[0])
 
 
 def _room(llm: LLM, task: EvalTask) -> int:
@@ -116,9 +121,18 @@ def _room(llm: LLM, task: EvalTask) -> int:
     return llm.window - task.longest_query
 
 
+def _held(model: Kind, shown, own) -> tuple[list, list]:
+    """The demonstrations that are no longer than what the kind reads of one, in both readings."""
+    kept = [i for i, length in enumerate(_lengths(own)) if length <= model.longest_demo]
+    return [shown[i] for i in kept], [own[i] for i in kept]
+
+
 def _fitting(config, model: Kind, shown, own, room: int) -> int:
-    lengths = ([len(x) + len(y) for x, y in pairs] for pairs in (shown, own))
-    return model.fit(*lengths, config.data.max_demo_tokens, room)
+    return model.fit(_lengths(shown), _lengths(own), config.data.max_demo_tokens, room)
+
+
+def _lengths(pairs) -> list[int]:
+    return [len(x) + len(y) for x, y in pairs]
 
 
 def _readings(config, llm: LLM, model: Kind, task: EvalTask, order) -> tuple[list, list]:

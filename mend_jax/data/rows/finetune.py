@@ -1,6 +1,7 @@
 """Finetuning's rows: demonstrations and queries of one task."""
 
 import functools
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ class TaskRows:
         self.kept = [store.shared_inputs(self.config.max_input_tokens) for store in stores]
         self.shown = [store.shown_lengths(kept) for store, kept in zip(stores, self.kept, strict=True)]
         self.queries = [np.flatnonzero(lengths <= limit) for lengths in self.cut]  # an output is never cut
+        self.readable = self._readable()
+        if train:
+            self._warn_of_long_examples()
         for store, queries in zip(stores, self.queries, strict=True):
             if not len(queries):
                 raise UserError(
@@ -62,7 +66,8 @@ class TaskRows:
         )
         self.teacher_buckets = self.demo_buckets  # of whole contexts
         if self.packing is not None:
-            self.demo_buckets = self.packing.buckets(self.demo_buckets[-1])
+            k = self.config.k  # chunks at least, and at most
+            self.demo_buckets = self.packing.buckets(self.demo_buckets, -(-k // self.packing.demos), k)
         self.teacher_size = min(sampling.RELEASE_TEACHER_TOKENS, windows[0])
         self.symbols = Symbols(self.config.symbols if train and self.contexts else 0, config, stores, readers)
 
@@ -71,8 +76,8 @@ class TaskRows:
         for _ in range(TRIES):
             task = int(rng.integers(len(self.stores)))
             query = int(rng.choice(self.queries[task]))
-            chosen = sampling.sample_demos(rng, len(self.stores[task]) - 1, self.config.k)
-            chosen = chosen + (chosen >= query)  # any example but the query
+            others = self.readable[task][self.readable[task] != query]  # any example but the query
+            chosen = others[sampling.sample_demos(rng, len(others), min(self.config.k, len(others)))]
             queries = self._with_others(row, task, chosen, query)
             symbols = self.symbols.draw(row, task)
             if symbols is not None:
@@ -91,6 +96,28 @@ class TaskRows:
     def _or_a_chunk(self) -> str:
         return "" if self.packing is None else f" and a chunk of {self.packing.columns}"
 
+    def _readable(self) -> list[np.ndarray]:
+        """The examples of each task that can be demonstrations: of chunks those that fit one, else all."""
+        if self.packing is None or not self.contexts:
+            return [np.arange(len(store)) for store in self.stores]
+        return [np.flatnonzero(shown[:, -1] <= self.packing.columns) for shown in self.shown]
+
+    def _warn_of_long_examples(self) -> None:
+        left_out = [len(store) - len(fits) for store, fits in zip(self.stores, self.readable, strict=True)]
+        if any(left_out):
+            most = int(np.argmax([count / len(store) for count, store in zip(left_out, self.stores, strict=True)]))
+            logging.warning(
+                "%d of %d examples, in %d tasks, fit no chunk of %d tokens and are no demonstrations in training; most of task %s, "
+                "%d of %d (prefix.chunk_tokens, data.max_input_tokens).",
+                sum(left_out),
+                sum(map(len, self.stores)),
+                np.count_nonzero(left_out),
+                self.packing.columns,
+                self.stores[most].task,
+                left_out[most],
+                len(self.stores[most]),
+            )
+
     def _fitted(self, task: int, chosen, queries, symbols: Renamed | None = None) -> Drawn:
         """The row with as many of the chosen demonstrations as fit, counted from the first."""
         whole = Drawn(task, chosen, queries, 0, symbols)
@@ -99,6 +126,9 @@ class TaskRows:
         if self.config.release_truncation or not self.contexts:
             return whole
         shown = self._shown(whole)
+        if symbols is not None and self.packing is not None:  # their labels may be longer
+            fits = shown[:, -1] <= self.packing.columns
+            whole, chosen, shown = whole._replace(demos=chosen[fits]), chosen[fits], shown[fits]
         fitting = min(map(sampling.fit_demos, shown.T, allowed))
         if self.packing is not None:  # the teacher does not see what fits no chunk either
             fitting = len(self.packing.chunk_of(shown[:fitting, -1]))
@@ -136,6 +166,9 @@ class TaskRows:
         if self.config.release_truncation:
             context = min(context, drawn.budget, sampling.RELEASE_DISTILLER_TOKENS)
         return context, *asked
+
+    def context_tokens(self, row: int) -> int:
+        return int(self._shown(self.draw(row))[:, -1].sum()) if self.contexts else 0
 
     def teacher_length(self, row: int) -> int:
         return int(self._shown(self.draw(row))[:, 0].sum())

@@ -41,7 +41,7 @@ class TextRows:
         self.demo_buckets = buckets(self.config.demo_buckets, longest_context)
         self.teacher_buckets = self.demo_buckets  # of whole contexts
         if self.packing is not None:
-            self.demo_buckets = self.packing.buckets(longest_context)
+            self.demo_buckets = self.packing.buckets(self.demo_buckets, -(-longest_context // self.packing.columns))
 
     def document(self, row: int) -> int:
         document = int(self.documents[row])
@@ -72,6 +72,9 @@ class TextRows:
     def lengths(self, row: int) -> tuple[int, int]:
         context, query, _ = self.split(self.document(row))
         return context if self.packing is None else self.packing.length(self.packing.pieces(context)), query
+
+    def context_tokens(self, row: int) -> int:
+        return self.split(self.document(row))[0]
 
     def teacher_length(self, row: int) -> int:
         return self.split(self.document(row))[2]
