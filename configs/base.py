@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     data.bucket_window = 64  # batches drawn together and sorted by length, so that little is padding
     data.text_share = 0.0  # stage "lm": share of each batch that is plain text; the rest are in-context sequences
     data.sequence_length = 256  # stage "lm": tokens per sequence
-    data.validation_items = 256  # held-out texts that the validation loss is measured on (pretraining, lm); dev items that `recovered` is (finetuning)
+    data.validation_items = 256  # held-out texts that the validation loss is measured on (pretraining, lm); dev items that `recovered` is (finetuning); rounded to whole batches
     data.validation_seeds = ()  # the seeds whose demonstrations and dev items a validation in training reads; () is evaluate.seeds
     data.processes = 2  # of `prepare`
     data.prefetch = 8  # batches held ready ahead of the device
