@@ -5,7 +5,6 @@ Gradients flow through the LLM into the prefix; only the teacher's pass is cut o
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.losses import FORWARD_KL, Weights, head_loss, state_loss, token_weights
+from mend_jax.models.programs import program
 from mend_jax.objectives import Objective
 from mend_jax.prefixes.context import bucket, demo_tokens, pad_columns
 from mend_jax.prefixes.nothing import no_prefix
@@ -240,8 +240,7 @@ def training_losses(llm, distiller, demos, x, y) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-# The LLM (hashed by identity) is static: each shape compiles once.
-@partial(jax.jit, static_argnums=0)
+@program
 def _example_losses(llm, llm_params, prefix, teacher, query):
     student = llm.states(llm_params, prefix, query)
     tokens, length = teacher

@@ -8,7 +8,6 @@ Axes: B rows of a batch, X tokens of a query, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import Template
 from mend_jax.generation.sampling import choose
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket, bucket_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -211,8 +211,7 @@ def _finished(tokenizer, made: np.ndarray, ends, wanted: Wanted) -> Answer | Non
     return None if over is None else Answer(text, tokens, over)
 
 
-# The LLM is a static argument (hashed by identity) and its params are traced: each shape is compiled once.
-@partial(jax.jit, static_argnums=(0, 5))
+@program(static=(5,))
 def _prefill(llm, params, cache, inputs, length, room):
     return llm.prefill(params, cache, inputs, length, room)
 
@@ -223,7 +222,7 @@ def _keys(seeds, numbers):
     return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
 
 
-@partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
+@program(static=(7,), donate=(2,))
 def _decode(llm, params, kept, states, keys, done, draws, steps):
     """`steps` tokens more of each answer, which has `done`: (kept, states (B,D), tokens (B,steps)).
 

@@ -6,7 +6,6 @@ Axes: B texts at a time, T tokens of a text, D width.
 from collections.abc import Sequence
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,6 +17,7 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.sentence_encoder import is_sentence_encoder, sentence_encoder
 from mend_jax.models.families import EncoderDecoderConfig
 from mend_jax.models.folders import fingerprint, load_model
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket
 
 BATCH, TOKENS = 32, 512  # texts at a time; tokens of a text that are read, at most
@@ -56,7 +56,7 @@ def mean_states(reader: LLM | EncoderDecoderLLM, texts: Sequence[str]) -> np.nda
     return made
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _means(reader, params, tokens, length):
     states = reader.text_states(params, tokens, length).astype(jnp.float32)
     inside = (jnp.arange(tokens.shape[1]) < length[:, None])[..., None]

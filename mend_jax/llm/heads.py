@@ -6,14 +6,13 @@ An **induction head** (Olsson et al., 2022) looks, from a token that occurred be
 Axes: n tokens of a sequence, X tokens of an input, P prefix, S keys, H heads.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.llm.decoder_only import LLM
 from mend_jax.models.attention_weights import attention_weights, queries_and_keys, spans
+from mend_jax.models.programs import program
 from mend_jax.prefixes.prefix import Prefix, join
 
 
@@ -30,7 +29,7 @@ def by_chance(n: int) -> float:
     return float(np.mean(1 / np.arange(n + 1, 2 * n + 1)))
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def prefix_matching(llm: LLM, params, tokens):
     """(layers,H) scores of one sequence of tokens (n,), read twice."""
     n = len(tokens)
@@ -47,7 +46,7 @@ def prefix_matching(llm: LLM, params, tokens):
     return jax.lax.map(of_layer, (queries, keys, spans(llm.config)))
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def attention_before_answer(llm: LLM, params, prefix: Prefix, inputs, length):
     """(layers,H,S) shares of the last token of an input (1,X) with `length` (1,), which predicts the answer's first token: to what
     stands before the prefix (`llm.before` columns), the prefix and the input, in this order without gaps, then padding."""

@@ -4,13 +4,12 @@ Axes: B prefixes and items at a time, P prefix.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -70,6 +69,6 @@ def score_each(
     return scores
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _caches(llm, params, prefix):
     return llm.prefix_caches(params, prefix)

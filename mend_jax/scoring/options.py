@@ -11,7 +11,6 @@ the encoder reads x and the row holds only the options, each after the start tok
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import Template, chosen
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -387,18 +387,17 @@ def check_rows(llm, prefix_length: int, rows: Sequence[Row]) -> None:
             )
 
 
-# The LLM is a static argument (hashed by identity) and its params are traced: each shape is compiled once.
-@partial(jax.jit, static_argnums=0)
+@program
 def _cache(llm, params, prefix):
     return llm.prefix_cache(params, prefix)
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _states(llm, params, cache, *rows):
     return llm.cached_states(params, cache, *rows)
 
 
-@partial(jax.jit, static_argnums=0)
+@program
 def _log_probs(llm, params, states, rows, columns, targets):
     """Log-probabilities (C,K) of the targets of C states of (R,T,D)."""
     logits = llm.logits(params, states[rows, columns][None])[0].astype(jnp.float32)

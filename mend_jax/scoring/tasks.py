@@ -5,7 +5,6 @@ The same code scores the test set (evaluate.py) and the dev set that selects the
 
 import collections
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from mend_jax.data.sampling import fit_demos, join_demos, release_truncation, ro
 from mend_jax.data.templates import chosen
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.llm.decoder_only import LLM
+from mend_jax.models.programs import program
 from mend_jax.prefixes import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -369,6 +369,6 @@ def _line(index: int, item: Any, scores: np.ndarray, where: str) -> dict:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program
 def _apply(model, params, tokens, length):
     return model.apply(params, tokens, length)
