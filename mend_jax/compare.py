@@ -7,9 +7,11 @@
 
 Reads the answers that `evaluate` and the experiments left; nothing is computed with an LLM. docs/statistics.md says what
 every number means. Methods of the same name in several evaluations are told apart by their folders, or with --trainings are
-several trainings of one method, of which the intervals then take account. Those of an experiment's row always are.
+several trainings of one method, of which the intervals then take account, if they differ in their seed alone. Those of an
+experiment's row always are.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,7 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.experiments.variants import Settings, apart, described, settings_of
 from mend_jax.report.names import method_name
 from mend_jax.report.results import RESULT, Row, read_result
 from mend_jax.report.studies import joined_labels, pairs_of_rows, row_name, studies_of, varied_labels
@@ -49,8 +52,8 @@ def compare(
         methods: the methods to compare, with commas between; empty: all. The table of tasks compares the last with the
             one before it. Of an experiment, values of the first thing that it varies.
         metric: of pairs and tasks: "score" is Macro-F1 for classification and accuracy for the rest.
-        trainings: methods of the same name are trainings of one method; so are those of an experiment's evaluation
-            (WORKDIR/evaluations/...), whose names end with the key of their training.
+        trainings: methods of the same name are trainings of one method, where their settings differ in the seed alone; so are
+            those of an experiment's evaluation (WORKDIR/evaluations/...), whose names end with the key of their training.
         like: a method, such as icl: two more tables say how closely the others answer as it does. Not of an experiment.
         out: a Markdown file to write the tables to as well.
     """
@@ -71,7 +74,7 @@ def compare(
 
 def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool, like: str = "") -> list[str]:
     """The three tables, and those of `like`."""
-    every = sources_of(evaluations, trainings)
+    every, notes = together(evaluations) if trainings else (told_apart(evaluations), [])
     sources, alike = chosen(every, methods), []
     if like:
         reference = chosen(every, like, "--like")
@@ -85,7 +88,7 @@ def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings:
     found = _compared(study, pairs, resampled, metric)
     last = pairs[-1] if pairs else None
     tables = [method_table(study), *([pair_table(found)] if pairs else [])]
-    return [*tables, task_table(study, metric, resampled, last, found.get(last)), *alike]
+    return [*tables, task_table(study, metric, resampled, last, found.get(last)), *alike, *notes]
 
 
 def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
@@ -110,22 +113,44 @@ def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
     return tables
 
 
-def sources_of(evaluations: list[str], trainings: bool) -> dict[str, list[Source]]:
-    """{method: where its answers are} of the workdirs of evaluations, in their order."""
-    found: dict[str, list[Source]] = {}
-    folders = list(dict.fromkeys(Path(folder).expanduser() for folder in evaluations))
-    held = {folder: read_scores(folder)["methods"] for folder in folders}
+def told_apart(evaluations: list[str]) -> dict[str, list[Source]]:
+    """{method: where its answers are} of the workdirs of evaluations, in their order; those of the same name stand beside each other."""
+    found, held = {}, _methods_of(evaluations)
     for folder, names in held.items():
-        for name, entry in names.items():
+        for name in names:
             several = sum(name in others for others in held.values()) > 1
-            if not several or trainings:
-                method = TRAINING.sub("", name) if trainings else name
-                found.setdefault(method, [])
-                if not found[method] or entry["path"]:  # what was not trained has no second training
-                    found[method].append(Source(folder, name))
-            else:
-                found[f"{name} in {folder}"] = [Source(folder, name)]
+            found[f"{name} in {folder}" if several else name] = [Source(folder, name)]
     return found
+
+
+def together(evaluations: list[str]) -> tuple[dict[str, list[Source]], list[str]]:
+    """({method: where the answers of its trainings are}, notes): trainings whose settings differ in more than the seed are methods of
+    their own, named by what differs, and a note says what the others have."""
+    found: dict[str, dict[str, tuple[Settings | None, list[Source]]]] = {}
+    for folder, names in _methods_of(evaluations).items():
+        for name, entry in names.items():
+            variants = found.setdefault(TRAINING.sub("", name), {})
+            if variants and not entry["path"]:  # what was not trained has no second training
+                continue
+            settings = settings_of(entry["path"], folder) if entry["path"] else None
+            variants.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(Source(folder, name))
+    named, notes = {}, []
+    for method, variants in found.items():
+        labels, usual = apart([settings for settings, _ in variants.values()])
+        several = len(set(labels)) > 1
+        for label, (_, sources) in zip(labels, variants.values(), strict=True):
+            named.setdefault(f"{method}, {label}" if several and label else method, []).extend(sources)
+        if several:
+            what = f" Where a name does not say it: {described(usual)}." if usual else ""
+            notes.append(
+                f"Trainings of {method} differ in more than their seed: they are methods of their own here.{what}"
+            )
+    return named, notes
+
+
+def _methods_of(evaluations: list[str]) -> dict[Path, dict]:
+    folders = dict.fromkeys(Path(folder).expanduser() for folder in evaluations)
+    return {folder: read_scores(folder)["methods"] for folder in folders}
 
 
 def _compared(study: Study, pairs: list[tuple[str, str]], resampled, metric: str) -> dict:

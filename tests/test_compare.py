@@ -9,7 +9,10 @@ from answer_files import write_evaluation, write_experiment
 from facts import says
 
 from mend_jax.cli.command_line import parse
-from mend_jax.compare import compare, sources_of
+from mend_jax.cli.config_files import base_config
+from mend_jax.compare import compare, together, told_apart
+from mend_jax.experiments.trainings import with_fields
+from mend_jax.run import saved_config
 from mend_jax.scoring.answers import Source, gather, read_lines
 from mend_jax.scoring.likeness import likenesses
 from mend_jax.scoring.statistics import estimate
@@ -37,18 +40,17 @@ def test_three_tables(evaluation, capsys, tmp_path):
 
 def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
     other = write_evaluation(tmp_path / "b", {"icl": 0.6, "mend": 0.9}, seed=1)
-    told_apart = sources_of([str(evaluation), str(other)], trainings=False)
-    assert list(told_apart) == [
+    assert list(told_apart([str(evaluation), str(other)])) == [
         "zero_shot",
         f"icl in {evaluation}",
         f"mend in {evaluation}",
         f"icl in {other}",
         f"mend in {other}",
     ]
-    together = sources_of([str(evaluation), str(other)], trainings=True)
-    assert together["mend"] == [Source(evaluation, "mend"), Source(other, "mend")]
-    assert together["icl"] == [Source(evaluation, "icl")]  # it was not trained
-    tasks, answers = gather({"mend": together["mend"]})
+    both, notes = together([str(evaluation), str(other)])
+    assert both["mend"] == [Source(evaluation, "mend"), Source(other, "mend")] and notes == []
+    assert both["icl"] == [Source(evaluation, "icl")]  # it was not trained
+    tasks, answers = gather({"mend": both["mend"]})
     assert [task.name for task in tasks] == ["colour", "choice"] and answers["mend"]["colour"][0].shape == (2, 24)
     compare([str(evaluation), str(other)], trainings=True, methods="icl,mend")
     assert "| mend                | 2 " in capsys.readouterr().out
@@ -58,13 +60,52 @@ def test_trainings_in_the_evaluation_of_an_experiment(tmp_path):
     """Their names end with the keys of their trainings; other evaluations of the same items stand beside them."""
     whole = write_evaluation(tmp_path / "e", {"mend-0a1b2c3d": 0.9, "mend-99887766": 0.8, "mend-lite": 0.6}, seed=0)
     short = write_evaluation(tmp_path / "short", {"short": 0.5}, seed=0)
-    found = sources_of([str(whole), str(short)], trainings=True)
+    found, _ = together([str(whole), str(short)])
     assert found == {
         "mend": [Source(whole, "mend-0a1b2c3d"), Source(whole, "mend-99887766")],
         "mend-lite": [Source(whole, "mend-lite")],
         "short": [Source(short, "short")],
     }
-    assert len(sources_of([str(whole)], trainings=False)) == 3
+    assert len(told_apart([str(whole)])) == 3
+
+
+def test_trainings_that_differ_in_more_than_their_seed_are_methods_of_their_own(tmp_path, capsys):
+    """As a workdir of several experiments has them in one evaluation; they are found where they were, or beside the evaluation."""
+    keys = {key: 0.5 + place / 20 for place, key in enumerate("abcdef9")}
+    names = {f"mend-{key * 8}": share for key, share in keys.items()}
+    folder = write_evaluation(tmp_path / "w" / "evaluations" / "k", names | {"icl": 0.6})
+
+    def trained(key, stage="finetune", **fields):
+        there = tmp_path / "w" / (f"mend-{key * 8}" if stage == "finetune" else f"before-{key}") / "0"
+        there.mkdir(parents=True)
+        fields = {name.replace("__", "."): value for name, value in fields.items()}
+        saved_config.write_config(there, with_fields(base_config(), fields | {"stage": stage}))
+        return str(there)
+
+    before = {beta: trained(beta, "pretrain", data__beta=beta) for beta in (0.8, 0.5)}
+    same = {"prefix__start_from": before[0.8], "data__cache": "elsewhere", "train__log_every": 3}
+    trained("a", seed=0, prefix__start_from=before[0.8])
+    trained("b", seed=1, **same)
+    trained("c", seed=0, prefix__start_from=before[0.8], loss__kd=0.25)
+    trained("d", seed=1, prefix__start_from=before[0.8], loss__kd=0.25)
+    trained("e", seed=0, prefix__start_from=before[0.5], data__beta=0.5)
+    trained("f", seed=0)
+    found, [note] = together([str(folder)])
+    assert {name: [source.method[-1] for source in own] for name, own in found.items()} == {
+        "mend": ["a", "b"],
+        "mend, loss.kd=0.25": ["c", "d"],
+        "mend, data.beta=0.5": ["e"],  # of the pretraining too, which is said once
+        "mend, prefix.start_from=nothing": ["f"],
+        "mend, settings not known": ["9"],
+        "icl": ["l"],
+    }
+    assert "prefix.start_from=pretrain" in note and f"loss.kd={base_config().loss.kd}" in note
+    compare([str(folder)], trainings=True, methods="mend,mend, loss.kd=0.25")
+    printed = capsys.readouterr().out
+    assert note in printed and "| mend, loss.kd=0.25  | 2 " in printed
+    moved = tmp_path / "moved"
+    (tmp_path / "w").rename(moved)
+    assert list(together([str(moved / "evaluations" / "k")])[0]) == list(found)
 
 
 def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):

@@ -50,7 +50,7 @@ def check_resume(workdir, config, finished: bool) -> None:
         there, here = saved.get(name), wanted.get(name)
         if not matters(name, config, finished) or (there == here and (finished or name not in MODELS)):
             continue
-        if name in _PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
+        if name in PATHS and (name not in read or _same_source(name, there, here, recorded.get(name, {}))):
             continue
         if name == "loss.teacher_cache" and bool(there) == bool(here):
             continue  # what it holds is found by its content
@@ -163,7 +163,7 @@ def read_sources(workdir) -> dict:
     return found
 
 
-_PATHS = (*MODELS, START, *DATA)
+PATHS = (*MODELS, START, *DATA)
 
 
 def _paths_read(config) -> list[str]:
@@ -176,7 +176,7 @@ def _paths_read(config) -> list[str]:
         "data.text": config.stage != "finetune",
         "data.tasks": config.stage != "pretrain",
     }
-    return [name for name in _PATHS if reads[name]]
+    return [name for name in PATHS if reads[name]]
 
 
 def matters(name: str, config, finished: bool = False) -> bool:
