@@ -13,12 +13,14 @@ experiment's row always are.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.cli.text import shown
 from mend_jax.experiments.variants import Settings, apart, described, settings_of
 from mend_jax.report.names import method_name
 from mend_jax.report.results import RESULT, Row, read_result
@@ -84,11 +86,18 @@ def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings:
             )
         alike = likeness_tables(sources | reference, next(iter(reference)))
     study = Study.of(sources)
+    differs = [f"Evaluated with {one}: a difference may be due to that." for one in study.differs]
     resampled, pairs = study.resampled(metric), pairs_of(list(study.answers))
     found = _compared(study, pairs, resampled, metric)
     last = pairs[-1] if pairs else None
     tables = [method_table(study), *([pair_table(found)] if pairs else [])]
-    return [*tables, task_table(study, metric, resampled, last, found.get(last)), *alike, *notes]
+    return [
+        *tables,
+        task_table(study, metric, resampled, last, found.get(last)),
+        *alike,
+        *notes,
+        *_warnings((*study.warnings, *differs)),
+    ]
 
 
 def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
@@ -104,13 +113,18 @@ def of_experiment(folder: str, methods: str, metric: str) -> list[str]:
     rows = [row for own in chosen(by_value, methods).values() for row in own]
     labels, tables = varied_labels(rows), []
     for own, study in studies_of(rows):
-        shown = {row_name(row): joined_labels(row, labels) for row in own}
-        tables.append(method_table(study, shown))
+        titles = {row_name(row): joined_labels(row, labels) for row in own}
+        tables.append(method_table(study, titles))
         pairs = [(row_name(one), row_name(other)) for one, other in pairs_of_rows(own)]
         found = _compared(study, pairs, study.resampled(metric), metric)
         if found:
-            tables.append(pair_table({(shown[a], shown[b]): one for (a, b), one in found.items()}))
+            tables.append(pair_table({(titles[a], titles[b]): one for (a, b), one in found.items()}))
+        tables += _warnings(study.warnings)  # what it varies, its labels say
     return tables
+
+
+def _warnings(sentences: Iterable[str]) -> list[str]:
+    return [f"Warning: {shown(sentence)}" for sentence in sentences]
 
 
 def told_apart(evaluations: list[str]) -> dict[str, list[Source]]:

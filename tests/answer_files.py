@@ -11,13 +11,16 @@ TASKS = {"colour": ("red", "green", "blue"), "choice": None}  # "choice" has opt
 SEEDS = (13, 21)
 
 
-def write_evaluation(folder, methods, items=24, seed=0, seeds=SEEDS, partition="tiny", asked=7):
-    """An evaluation's files; `methods` are {name: share of right answers, or {seed: share}}, `asked` the seed of the items. Returns
-    the folder."""
+def write_evaluation(
+    folder, methods, items=24, seed=0, seeds=SEEDS, partition="tiny", asked=7, facts=None, tasks=tuple(TASKS)
+):
+    """An evaluation's files; `methods` are {name: share of right answers, or {seed: share}}, `asked` the seed of the items,
+    `facts` what decided the answers. Returns the folder."""
     random, scores, found = np.random.default_rng(seed), {}, {}
     asked = {task: _items(np.random.default_rng(asked), options, items) for task, options in TASKS.items()}
+    asked = {task: asked[task] for task in tasks}
     for name, share in methods.items():
-        store, scores = results.Store(folder, name, {"method": name, "seed": seed}), {}
+        store, scores = results.Store(folder, name, {"method": name, "seed": seed} | (facts or {})), {}
         for task, rows in asked.items():
             for of_seed in seeds:
                 right = share[of_seed] if isinstance(share, dict) else share

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -106,6 +107,38 @@ def test_trainings_that_differ_in_more_than_their_seed_are_methods_of_their_own(
     moved = tmp_path / "moved"
     (tmp_path / "w").rename(moved)
     assert list(together([str(moved / "evaluations" / "k")])[0]) == list(found)
+
+
+def test_what_a_reader_of_a_comparison_must_know(tmp_path, capsys):
+    """Tasks that are left out, a training that counts twice, settings that differ."""
+
+    def warned(*folders, **options):
+        compare([str(folder) for folder in folders], **options)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+
+    facts = {"template": "qa", "k": 16, "limit": 0}
+    a = write_evaluation(tmp_path / "a", {"icl": 0.6, "mend": 0.9}, facts=facts)
+    assert warned(a) == []
+    b = write_evaluation(tmp_path / "b", {"mend": 0.8}, seed=1, tasks=("choice",), facts=facts)
+    [left] = warned(a, b)
+    assert "colour" in left and "choice" not in left
+    shutil.copytree(a, tmp_path / "copy")
+    [twice] = warned(a, tmp_path / "copy", trainings=True)
+    assert f"mend in {a}" in twice and f"mend in {tmp_path / 'copy'}" in twice and "icl" not in twice
+    other = {"template": "space", "option_score": "sum"}
+    c = write_evaluation(tmp_path / "c", {"mend": 0.8, "short": 0.7}, seed=2, facts=facts | other)
+    mean, template = sorted(warned(a, c), key=lambda line: "template" in line)
+    assert f"option_score=mean (icl, mend in {a}) and option_score=sum (mend in {c}, short)" in mean
+    assert "template=qa" in template and "template=space" in template
+    with says("trainings of mend", "template=qa", "template=space", a, c):  # no mean of two trainings
+        compare([str(a), str(c)], trainings=True)
+    d = write_evaluation(tmp_path / "d", {"zero_shot": 0.4}, facts=facts | {"k": 4})
+    [k] = warned(a, d)
+    assert "k=16" in k and "k=4 (zero_shot)" in k
+    scores = json.loads((d / "scores.json").read_text())
+    scores["methods"]["zero_shot"]["cost"] |= {"demo_tokens": 0}
+    (d / "scores.json").write_text(json.dumps({name: value for name, value in scores.items() if name != "checksum"}))
+    assert warned(a, d) == []  # it read none
 
 
 def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):

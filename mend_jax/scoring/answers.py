@@ -3,6 +3,7 @@
 Axes: T trainings of a method, S seeds, N test items. Evaluations of before this file are read too.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.data.bos import NONE
+from mend_jax.data.demonstrations import AS_IN_FILES
 from mend_jax.run.reading import read_json
 from mend_jax.run.sealed import read_sealed
 from mend_jax.scoring.metrics import task_scores
@@ -17,6 +20,12 @@ from mend_jax.scoring.results import SCORES, kept_predictions
 from mend_jax.scoring.statistics import Answers, Task
 
 AGAIN = "run the evaluation again, which scores nothing twice"
+# What two evaluations must have in common to be compared, with what it is where an older version, or a usual value, kept nothing;
+# None: then it is not known. See `prediction_facts` of evaluate.py.
+OF_DEMOS = {"k": None, "max_demo_tokens": None, "release_truncation": None, "shuffle_demos": None, **AS_IN_FILES}
+OF_DEMOS |= {"perturb_share": None}
+SHARED = {"split": None, "limit": None, "template": None, "max_input_tokens": None, "option_score": "mean"}
+SHARED |= {"llm": None, "llm_dtype": None, "llm_weights": None, "bos": NONE, **OF_DEMOS}
 Lines = list[dict]  # of one task and seed, as in its predictions file
 
 
@@ -61,18 +70,77 @@ def read_lines(source: Source, found: dict | None = None) -> dict[str, dict[int,
 
     Raises UserError for a method that the evaluation does not have, or answers that are missing or not those of its scores.
     """
+    return read_answers(source, found).lines
+
+
+class Read(NamedTuple):
+    """What one training of a method answered."""
+
+    lines: dict[str, dict[int, Lines]]  # {task: {seed: lines}}
+    facts: dict  # what decided it, as in made_of.json; without those of demonstrations, if it reads none
+    primary: dict[str, str]  # {task: its metric}
+
+
+def read_answers(source: Source, found: dict | None = None) -> Read:
+    """As `read_lines`, with what decided the answers."""
     found = read_scores(source.folder) if found is None else found
     if source.method not in found["methods"]:
         known = ", ".join(found["methods"])
         raise UserError(f"{source.folder} has no method {source.method!r}: it has {known}.")
-    scores = found["methods"][source.method]["per_task"]
-    for folder in _folders(source):
-        lines = _lines_in(folder, scores, found["seeds"])
+    entry = found["methods"][source.method]
+    for folder, facts in _folders(source):
+        lines = _lines_in(folder, entry["per_task"], found["seeds"])
         if lines is not None:
-            return lines
+            primary = {task: of_task["primary"] for task, of_task in entry["per_task"].items()}
+            return Read(lines, _facts(facts, entry), primary)
     raise UserError(
         f"The predictions of {source.method} in {source.folder} are missing or not those of its {SCORES}: {AGAIN}."
     )
+
+
+def read_all(sources: Mapping[str, Sequence[Source]]) -> dict[str, list[Read]]:
+    """What {method: its trainings} answered. Raises UserError as `read_lines`, and where the trainings of one method were evaluated
+    with different settings, which is no mean of trainings."""
+    cached = {source.folder: read_scores(source.folder) for trainings in sources.values() for source in trainings}
+    read = {
+        name: [read_answers(source, cached[source.folder]) for source in trainings]
+        for name, trainings in sources.items()
+    }
+    for name, trainings in sources.items():
+        shown = [str(source.folder) for source in trainings]
+        if differs := differing(dict(zip(shown, (one.facts for one in read[name]), strict=True))):
+            raise UserError(
+                f"The trainings of {name} were evaluated with {differs[0]}: evaluate all of them alike, or compare them one by one."
+            )
+    return read
+
+
+def differing(facts: Mapping[str, dict]) -> list[str]:
+    """For each setting of an evaluation that is not the same everywhere a text, "k=4 (a, b) and k=8 (c)", of {name: facts}."""
+    found = []
+    for fact, usual in SHARED.items():
+        values: dict[str, list[str]] = {}
+        for name, own in facts.items():
+            if (value := own.get(fact, usual)) is not None:  # an older version may not have kept it
+                values.setdefault(f"{fact}={value}", []).append(name)
+        if len(values) > 1:
+            found.append(" and ".join(f"{value} ({', '.join(names)})" for value, names in values.items()))
+    return found
+
+
+def doubts(sources: Mapping[str, Sequence[Source]], read: Mapping[str, Sequence[Read]]) -> list[str]:
+    """Sentences on what a reader of a comparison must know: tasks that are left out, a training that counts twice."""
+    everyone = [one.lines for trainings in read.values() for one in trainings]
+    left = [task for task in dict.fromkeys(itertools.chain(*everyone)) if not all(task in own for own in everyone)]
+    found = [f"Left out, because not all answered them: {', '.join(left)}."] if left else []
+    for name, trainings in read.items():
+        for (one, first), (other, second) in itertools.combinations(zip(sources[name], trainings, strict=True), 2):
+            if first.lines == second.lines:
+                places = " and ".join(f"{source.method} in {source.folder}" for source in (one, other))
+                found.append(
+                    f"Two trainings of {name} have the same score for every option, as the same training has: {places}."
+                )
+    return found
 
 
 def gather(sources: Mapping[str, Sequence[Source]]) -> tuple[list[Task], dict[str, Answers]]:
@@ -80,18 +148,18 @@ def gather(sources: Mapping[str, Sequence[Source]]) -> tuple[list[Task], dict[st
 
     Raises UserError if no task was answered by all, with the same seeds, or if two answered different items of it.
     """
-    lines, primary, cached = {}, {}, {}
-    for name, trainings in sources.items():
-        lines[name] = []
-        for source in trainings:
-            found = cached.setdefault(source.folder, read_scores(source.folder))
-            lines[name].append(read_lines(source, found))
-            primary |= {task: entry["primary"] for task, entry in found["methods"][source.method]["per_task"].items()}
+    return numbered(read_all(sources))
+
+
+def numbered(read: Mapping[str, Sequence[Read]]) -> tuple[list[Task], dict[str, Answers]]:
+    """As `gather`, of what is read."""
+    lines = {name: [one.lines for one in trainings] for name, trainings in read.items()}
+    primary = {task: metric for trainings in read.values() for one in trainings for task, metric in one.primary.items()}
     everyone = [answers for trainings in lines.values() for answers in trainings]
     names = [task for task in everyone[0] if all(task in answers for answers in everyone)]
     if not names:
-        raise UserError(f"No task was answered by all of {', '.join(sources)}: compare evaluations of the same tasks.")
-    tasks, answers = [], {name: {} for name in sources}
+        raise UserError(f"No task was answered by all of {', '.join(read)}: compare evaluations of the same tasks.")
+    tasks, answers = [], {name: {} for name in read}
     for task in names:
         made, own = _numbered(task, primary[task], lines)
         tasks.append(made)
@@ -100,16 +168,24 @@ def gather(sources: Mapping[str, Sequence[Source]]) -> tuple[list[Task], dict[st
     return tasks, answers
 
 
-def _folders(source: Source) -> list[Path]:
-    """The folders that may hold a method's predictions, the latest first."""
+def _folders(source: Source) -> list[tuple[Path, dict]]:
+    """(a folder that may hold a method's predictions, its made_of.json), the latest first."""
     found = []
     for path in (Path(source.folder) / "predictions").glob("*/made_of.json"):
         try:
-            if read_json(path, AGAIN).get("method") == source.method:
-                found.append(path)
+            facts = read_json(path, AGAIN)
+            if facts.get("method") == source.method:
+                found.append((path.stat().st_mtime, path.parent, facts))
         except (OSError, UserError):
             continue
-    return [path.parent for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    return [(folder, facts) for _, folder, facts in sorted(found, key=lambda one: -one[0])]
+
+
+def _facts(facts: dict, entry: dict) -> dict:
+    """Of a method that read no demonstrations, by its cost, their facts say nothing."""
+    cost = entry.get("cost")
+    reads = not (isinstance(cost, dict) and cost.get("demo_tokens") == 0)
+    return facts if reads else {name: value for name, value in facts.items() if name not in OF_DEMOS}
 
 
 def _lines_in(folder: Path, scores: dict, seeds) -> dict | None:
