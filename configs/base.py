@@ -133,7 +133,7 @@ def get_config() -> ConfigDict:
     experiment.prompt_tuning_learning_rate = 0.0  # of PromptTuning, whose few vectors need larger steps than a distiller's weights; 0: optimizer.learning_rate
     # The rest is of all experiments but `methods`.
     experiment.training_seeds = (0, 1, 2)  # config.seed of the trainings of what is trained: as many of each
-    experiment.trained = ()  # "METHOD=WORKDIR": use what was trained there; "pretraining=WORKDIR": begin MEND's finetunings with it
+    experiment.trained = ()  # "METHOD=WORKDIR": use what was trained there, of several of one METHOD each as a training of it; "pretraining=WORKDIR": begin MEND's finetunings with it
     experiment.partitions = ()  # main_table, ablations: their settings; () is data.partition alone
     experiment.num_demonstrations = (1, 2, 4, 8, 16, 32, 64)  # num_demonstrations: K; those beyond data.k are drawn from the tasks' pools
     experiment.num_vectors = (1, 10, 50, 100, 200)  # num_vectors: l

@@ -1,6 +1,7 @@
 """Experiments as data: their rows, what they share, and the runner that goes on where it stopped."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -212,11 +213,19 @@ def test_rows_that_the_paper_has(config):
         assert c.prefix.chunk_tokens == config.data.max_demo_tokens  # a chunk is what a context was
 
 
+def exported(folder, content="{}"):
+    """A folder that is taken for what was trained."""
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(content)
+    return folder
+
+
 def test_what_was_trained_elsewhere(config, tmp_path):
+    exported(tmp_path)
     config.experiment.trained = (f"mend={tmp_path}", f"pretraining={tmp_path}/cache")
     with says("pretraining", f"{tmp_path}/cache", "experiment.trained"):
         trained_elsewhere(config)
-    (tmp_path / "cache").mkdir()
+    exported(tmp_path / "cache", "[]")
     [row] = of_methods(config, ["mend"], {})
     assert (row.seed, row.training.folder, row.training.chain) == (None, str(tmp_path), [])
     assert {one.config.stage for one in trainings(objectives.rows(config)).values()} == {"finetune"}
@@ -235,7 +244,42 @@ def test_what_was_trained_elsewhere(config, tmp_path):
         trained_elsewhere(config)
 
 
+def test_several_trainings_from_elsewhere_are_those_of_one_row(config, tmp_path):
+    one, other = exported(tmp_path / "one", "1"), exported(tmp_path / "other", "2")
+    config.experiment.trained, config.experiment.methods = (f"mend={one}", f"mend={other}"), ("icl", "mend")
+    for name, methods in (("main_table", {"mend"}), ("many_demonstrations", {"mend", "mend, chunks concat"})):
+        rows = EXPERIMENTS[name].rows(config)
+        for method in methods:
+            own = [row for row in rows if row.labels["method"] == method]
+            labels = {tuple(row.labels.items()) for row in own}
+            assert len(own) == 2 * len(labels) and {row.seed for row in own} == {None}
+            assert {row.training.folder for row in own} == {str(one), str(other)}
+            assert len({(row.name, row.folder) for row in own}) == len(own)
+    config.experiment.trained = (f"pretraining={one}", f"pretraining={other}")
+    with says("two pretrainings", other):
+        trained_elsewhere(config)
+    shutil.copytree(one, tmp_path / "copy")
+    config.experiment.trained = (f"mend={one}", f"mend={other}", f"mend={tmp_path / 'copy'}")
+    with says("mend twice", one, tmp_path / "copy"):
+        trained_elsewhere(config)
+
+
+def test_what_is_trained_further_elsewhere_is_scored_anew(config, tmp_path):
+    config.experiment.trained = (f"mend={exported(tmp_path / 'one', '1')}",)
+    [before] = of_methods(config, ["mend"], {})
+    exported(tmp_path / "one", "2")
+    [after] = of_methods(config, ["mend"], {})
+    assert before.name != after.name and before.folder == after.folder
+    (tmp_path / "one").rename(tmp_path / "moved")  # only what is there counts
+    config.experiment.trained = (f"mend={tmp_path / 'moved'}",)
+    assert of_methods(config, ["mend"], {})[0].name == after.name
+    (tmp_path / "moved" / "settings.json").unlink()
+    with says(tmp_path / "moved", "holds no trained model"):
+        trained_elsewhere(config)
+
+
 def test_what_was_trained_elsewhere_is_tested_everywhere(config, tmp_path):
+    exported(tmp_path)
     config.experiment.trained, config.experiment.methods = (f"mend={tmp_path}",), ("icl", "mend")
     for name, varied in (("main_table", "data.partition"), ("templates", "data.template")):
         rows = [row for row in EXPERIMENTS[name].rows(config) if row.labels["method"] == "mend"]

@@ -15,9 +15,9 @@ from mend_jax.cli.settings import dotted_fields
 from mend_jax.experiments.methods import READ_DEMOS
 from mend_jax.experiments.trainings import (
     Training,
+    all_of_method,
     as_meant_today,
-    of_method,
-    seeds_of,
+    beside,
     trained_elsewhere,
     with_fields,
 )
@@ -101,8 +101,7 @@ def of_methods(
     for method in methods:
         named = {"method": method} | {name: str(value) for name, value in labels.items()}
         own = None if method in there else trained_with
-        for seed in seeds_of(config, method, own):
-            training = of_method(config, method, seed or 0, own)
+        for seed, training in all_of_method(config, method, own):
             rows.append(Row(named, method, evaluation, training, seed))
     return rows
 
@@ -120,9 +119,11 @@ def reading(config: ConfigDict) -> list[str]:
 def of_trainings(
     config: ConfigDict, method: str, labels: dict[str, Any], train: Callable[[int], Training], **more
 ) -> list[Row]:
-    """A row for each training seed of what `train(seed)` is, or one if it was trained elsewhere. `more`: `fields` of the evaluation,
-    and `used_as`."""
+    """A row for each training seed of what `train(seed)` is, or, if that was trained elsewhere, for each that experiment.trained names.
+    `more`: `fields` of the evaluation, and `used_as`."""
     evaluation = with_fields(config, more.pop("fields", {}))
     named = {name: str(value) for name, value in labels.items()}
     rows = [Row(named, method, evaluation, train(seed), seed, **more) for seed in config.experiment.training_seeds]
-    return rows if rows[0].training.config is not None else [replace(rows[0], seed=None)]
+    if rows[0].training.config is not None:
+        return rows
+    return [replace(rows[0], training=training, seed=None) for training in beside(config, rows[0].training)]

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields, nearest
 from mend_jax.experiments.methods import STAGES, fields_of, stage_config
-from mend_jax.interchange.trained import trained_path
+from mend_jax.interchange.trained import trained_fingerprint, trained_path
 from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
 
@@ -37,8 +37,8 @@ class Training:
     @functools.cached_property
     def key(self) -> str:
         """8 hexadecimal digits, the same for trainings with the same result."""
-        if self.config is None:
-            return content_hash(str(Path(self.elsewhere).expanduser().absolute()))[:8]
+        if self.config is None:  # what is there, which may be trained further: not where it is
+            return content_hash(_fingerprint(self.elsewhere, _stamp(self.elsewhere)))[:8]
         fields = as_meant_today(dotted_fields(self.config.to_dict()))
         kept = {name: value for name, value in fields.items() if resume.matters(name, self.config)}
         kept[resume.START] = None if self.start is None else self.start.key
@@ -56,6 +56,20 @@ class Training:
         """What must be trained for it in this workdir, in order, itself last."""
         before = [] if self.start is None else self.start.chain
         return before if self.config is None else [*before, self]
+
+
+def _stamp(path: str) -> tuple:
+    """What changes when something is written to a workdir or exported folder."""
+    files = sorted(
+        file for pattern in ("*", "checkpoints/*", "checkpoints/*/*.json") for file in Path(path).glob(pattern)
+    )
+    return tuple((str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files)
+
+
+@functools.lru_cache
+def _fingerprint(path: str, stamp: tuple) -> str:
+    """`trained_fingerprint`, which reads all weights: once, though each row of each experiment asks for it."""
+    return trained_fingerprint(path)
 
 
 def as_meant_today(fields: dict[str, Any]) -> dict[str, Any]:
@@ -88,17 +102,18 @@ def of_stages(
 def of_method(config: ConfigDict, method: str, seed: int, fields: dict[str, Any] | None = None) -> Training | None:
     """The last training of one of the paper's methods; None for a method without one.
 
-    What experiment.trained names is used where no `fields` make it another: a pretraining where they change the finetuning alone.
+    What experiment.trained names is used where no `fields` make it another, the first of several: a pretraining where they change
+    the finetuning alone.
     """
     there, stages = trained_elsewhere(config), STAGES[method]
     if not stages:
         return None
     if method in there and not fields:
-        return there[method]
+        return there[method][0]
     if own := fields_of(config if fields is None else with_fields(config, fields), method):
         fields = (fields or {}) | own
     if method == "mend" and PRETRAINING in there and _same_pretraining(config, seed, fields):
-        return of_stages(config, stages[1:], seed, fields, there[PRETRAINING])
+        return of_stages(config, stages[1:], seed, fields, there[PRETRAINING][0])
     return of_stages(config, stages, seed, fields)
 
 
@@ -110,17 +125,31 @@ def _same_pretraining(config: ConfigDict, seed: int, fields: dict[str, Any] | No
 def pretraining(config: ConfigDict, seed: int) -> Training:
     """MEND's: L_distill on text."""
     there = trained_elsewhere(config).get(PRETRAINING)
-    return of_stages(config, STAGES["mend"][:1], seed) if there is None else there
+    return of_stages(config, STAGES["mend"][:1], seed) if there is None else there[0]
 
 
-def seeds_of(config: ConfigDict, method: str, fields: dict[str, Any] | None = None) -> tuple[int | None, ...]:
-    """The training seeds of a method; (None,) for one that is not trained here."""
-    elsewhere = method in trained_elsewhere(config) and not fields
-    return (None,) if elsewhere or not STAGES[method] else tuple(config.experiment.training_seeds)
+def all_of_method(
+    config: ConfigDict, method: str, fields: dict[str, Any] | None = None
+) -> list[tuple[int | None, Training | None]]:
+    """(its seed, `of_method`) of each training of a method: those that experiment.trained names, whose seeds are not known here, or
+    one for each of experiment.training_seeds; (None, None) for a method without one."""
+    if not STAGES[method]:
+        return [(None, None)]
+    if not fields and (there := trained_elsewhere(config).get(method)):
+        return [(None, training) for training in there]
+    return [(seed, of_method(config, method, seed, fields)) for seed in config.experiment.training_seeds]
 
 
-def trained_elsewhere(config: ConfigDict) -> dict[str, Training]:
-    """{method or PRETRAINING: training} of experiment.trained. Raises UserError for another form or a folder that is not there."""
+def beside(config: ConfigDict, training: Training) -> list[Training]:
+    """All that experiment.trained names for the method of one of its trainings."""
+    return next(found for found in trained_elsewhere(config).values() if training.key in {one.key for one in found})
+
+
+def trained_elsewhere(config: ConfigDict) -> dict[str, list[Training]]:
+    """{method or PRETRAINING: trainings} of experiment.trained; of pretrainings one.
+
+    Raises UserError for another form, a folder that is not there or holds no trained model, and for what is named twice.
+    """
     found, names = {}, [PRETRAINING, *(method for method in STAGES if STAGES[method])]
     for text in config.experiment.trained:
         name, equals, path = text.partition("=")
@@ -131,7 +160,17 @@ def trained_elsewhere(config: ConfigDict) -> dict[str, Training]:
             raise UserError(
                 f"experiment.trained names {path} for {name}, which is not a folder: give a training workdir."
             )
-        found[name] = Training(None, None, str(trained_path(path).absolute()))
+        training = Training(None, None, str(trained_path(path).absolute()))
+        if name == PRETRAINING and name in found:
+            raise UserError(
+                f"experiment.trained names two pretrainings, the second in {path}: all finetunings begin with one."
+            )
+        known = training.key  # as it is now
+        if same := next((one for one in found.get(name, ()) if one.key == known), None):
+            raise UserError(
+                f"experiment.trained names the same training of {name} twice, in {same.elsewhere} and {path}: name it once."
+            )
+        found.setdefault(name, []).append(training)
     return found
 
 
