@@ -3,7 +3,7 @@
 from pathlib import Path
 
 COMMANDS = (
-    "experiments.methods", "experiments.report", "prepare", "train", "evaluate", "compare",
+    "experiments.methods", "experiments.report", "experiments.merge", "prepare", "train", "evaluate", "compare",
     "distill", "inspect", "predict", "generate", "fidelity", "serve", "harness", "export", "benchmark", "scaling",
 )  # fmt: skip
 

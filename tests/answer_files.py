@@ -12,10 +12,19 @@ SEEDS = (13, 21)
 
 
 def write_evaluation(
-    folder, methods, items=24, seed=0, seeds=SEEDS, partition="tiny", asked=7, facts=None, tasks=tuple(TASKS)
+    folder,
+    methods,
+    items=24,
+    seed=0,
+    seeds=SEEDS,
+    partition="tiny",
+    asked=7,
+    facts=None,
+    tasks=tuple(TASKS),
+    trained="runs/{name}/{seed}",
 ):
     """An evaluation's files; `methods` are {name: share of right answers, or {seed: share}}, `asked` the seed of the items,
-    `facts` what decided the answers. Returns the folder."""
+    `facts` what decided the answers, `trained` where the methods were trained. Returns the folder."""
     random, scores, found = np.random.default_rng(seed), {}, {}
     asked = {task: _items(np.random.default_rng(asked), options, items) for task, options in TASKS.items()}
     asked = {task: asked[task] for task in tasks}
@@ -28,7 +37,7 @@ def write_evaluation(
                 store.write(task, of_seed, lines, {"content": "x"})
                 pairs = [line["prediction"] for line in lines], [line["gold"] for line in lines]
                 scores.setdefault(task, {})[of_seed] = task_scores(*pairs, task == "colour")
-        path = "" if name in ("zero_shot", "icl") else f"runs/{name}/{seed}"
+        path = "" if name in ("zero_shot", "icl") else trained.format(name=name, seed=seed, key=name[-8:])
         found[name] = {"path": path, **aggregate(scores), "cost": COST, "scored": 4}
     summary = {"llm": "runs/gpt2-large", "partition": partition, "split": "test", "k": 16, "seeds": list(seeds)}
     results.write_results(folder, summary | {"missing_tasks": [], "methods": found})

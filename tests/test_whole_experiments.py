@@ -1,12 +1,16 @@
 """The experiments that are no table of scores, and all of them in one workdir, from their command's function to their files."""
 
 import json
+import re
 
 import pytest
 from data_files import make_world, tiny_config
 
+from mend_jax.compare import compare
 from mend_jax.experiments import all as every
-from mend_jax.experiments import attention, cost, order
+from mend_jax.experiments import attention, cost, main_table, order
+from mend_jax.experiments.merge import merge
+from mend_jax.experiments.report import report
 from mend_jax.measure.regimes import METHODS, REGIMES
 
 pytestmark = pytest.mark.slow
@@ -75,3 +79,26 @@ def test_all(config, tmp_path, capsys, monkeypatch):
     methods = {example["method"] for example in results(run, "attention")[0]["examples"]}
     assert methods == {"icl", "prompt_tuning"}
     assert len(list((run / "trainings").iterdir())) == 1  # what the table trained is what attention looks at
+
+
+def test_two_seeds_in_two_workdirs_are_one_experiment(config, tmp_path, capsys):
+    config.experiment.methods, config.experiment.finetune_steps = ("zero_shot", "icl", "prompt_tuning"), 2
+    config.experiment.partitions = ()
+    config.train.batch_size, config.train.eval_every, config.train.log_every = 8, 10, 1
+    for seed in (0, 1):
+        config.experiment.training_seeds = (seed,)
+        assert main_table.main(config, tmp_path / f"seed{seed}") == 0
+    out = tmp_path / "both"
+    merge(str(out), [str(tmp_path / f"seed{seed}") for seed in (0, 1)])
+    content, table = results(out, "main_table")
+    assert [row["training_seed"] for row in content["rows"]] == [None, None, 0, 1]
+    capsys.readouterr()
+    compare([str(path) for path in (out / "evaluations").iterdir()], trainings=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"\| prompt_tuning +\| 2 ", printed) and "differ in more than their seed" not in printed
+    assert "Warning" not in printed
+    scores = [json.loads(path.read_text())["methods"] for path in tmp_path.glob("seed*/evaluations/*/scores.json")]
+    own = [entry["score"]["mean"] for methods in scores for name, entry in methods.items() if "prompt" in name]
+    assert len(own) == 2 and f"{50 * sum(own):.2f}" in table
+    report(str(out))
+    assert "Training seeds 0, 1" in (out / "report" / "report.md").read_text()

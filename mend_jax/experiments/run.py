@@ -104,13 +104,17 @@ def open_workdir(config: ConfigDict, workdir) -> Path:
     saved = read_sealed(path, "restore it, or name another workdir")
     saved = defaults() | dotted_fields(saved)  # a field may be younger than the workdir
     for name in sorted(saved.keys() | wanted.keys()):
-        free = name.startswith(FREE) or (name.startswith("experiment.") and name not in BUDGET)
-        if not free and saved.get(name) != wanted.get(name):
+        if not may_change(name) and saved.get(name) != wanted.get(name):
             there, here = (json.dumps(fields.get(name)) for fields in (saved, wanted))
             raise UserError(
                 f"{folder} holds experiments with {name}={there}, now it is {here}: set it back, or name another workdir."
             )
     return folder
+
+
+def may_change(name: str) -> bool:
+    """Whether the experiments of a workdir may have different values of a field."""
+    return name.startswith(FREE) or (name.startswith("experiment.") and name not in BUDGET)
 
 
 def check(config: ConfigDict, folder: Path, rows: Sequence[Row]) -> None:

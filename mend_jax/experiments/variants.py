@@ -72,7 +72,7 @@ def _settings(path: Path, beside: Path) -> Settings | None:
     folder, saved = found
     try:
         fields = resume.defaults() | dotted_fields(saved)
-        config, sources = _nested(fields), resume.read_sources(folder)
+        config, sources = nested(fields), resume.read_sources(folder)
         kept = {name: value for name, value in fields.items() if name != "seed" and resume.matters(name, config)}
     except (UserError, AttributeError, KeyError, TypeError, ValueError):  # not a config of ours
         return None
@@ -103,7 +103,8 @@ def _configs(path: Path, beside: Path) -> Iterator[tuple[Path, dict]]:
             continue
 
 
-def _nested(fields: Settings) -> ConfigDict:
+def nested(fields: Settings) -> ConfigDict:
+    """The config of {"section.field": value}."""
     made: dict = {}
     for name, value in fields.items():
         *sections, last = name.split(".")

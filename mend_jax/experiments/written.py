@@ -32,19 +32,25 @@ def write(
     """
     there = folder / experiment.name
     there.mkdir(exist_ok=True)
-    scored = [_origins(folder / row.folder).get(row.name, UNKNOWN) for row in rows]
-    content = head(experiment.name, experiment.title, experiment.paper, config, scored) | {
-        "rows": [
-            {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name}
-            for row in rows
-        ],
-        "varied": list(rows[0].labels),
-        "x": experiment.x,
-    }
+    found = [
+        {"labels": row.labels, "training_seed": row.seed, "evaluation": row.folder, "method": row.name} for row in rows
+    ]
+    about = head(experiment.name, experiment.title, experiment.paper, config, origins_of(folder, found))
+    content = about | {"rows": found, "varied": list(rows[0].labels), "x": experiment.x}
+    print(f"{experiment.heading}\n\n{write_content(there, content, evaluations)}\n", flush=True)
+
+
+def write_content(folder: Path, content: dict, evaluations: dict[str, dict]) -> str:
+    """Writes an experiment's experiment.json and table.md into its own folder; returns the table. Arguments as `printed_table`."""
     table = printed_table(content, evaluations)
-    write_text(there / TABLE, table + "\n")
-    write_sealed(there / ROWS, content)
-    print(f"{experiment.heading}\n\n{table}\n", flush=True)
+    write_text(folder / TABLE, table + "\n")
+    write_sealed(folder / ROWS, content)
+    return table
+
+
+def origins_of(workdir: Path, rows: Sequence[dict]) -> list[dict]:
+    """What scored each row of an experiment.json."""
+    return [origins(workdir / row["evaluation"]).get(row["method"], UNKNOWN) for row in rows]
 
 
 def head(name: str, title: str, paper: str, config: ConfigDict, scored: Sequence[dict] = ()) -> dict:
@@ -77,10 +83,10 @@ def origin() -> dict:
 
 def add_origins(folder: Path, names: Sequence[str]) -> None:
     """Keeps beside an evaluation what has just scored these methods."""
-    write_json(folder / ORIGINS, _origins(folder) | dict.fromkeys(names, origin()))
+    write_json(folder / ORIGINS, origins(folder) | dict.fromkeys(names, origin()))
 
 
-def _origins(folder: Path) -> dict[str, dict]:
+def origins(folder: Path) -> dict[str, dict]:
     """What `add_origins` kept; of a workdir of an older version, or a damaged file, nothing."""
     try:
         found = read_json(folder / ORIGINS, "it is begun anew")

@@ -7,9 +7,11 @@ it, is passed over.
 """
 
 import codecs
+import gzip
 import json
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +20,7 @@ from mend_jax.cli.errors import UserError
 
 LONGEST_LINE = 1 << 26  # bytes
 LARGEST = 1 << 29  # bytes of a file that is read whole
+PACKED = ".gz"
 DEEPEST = 64  # lists and objects within each other
 MOST_DIGITS = 100  # of a whole number: a float holds it, and nobody counts so far
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -59,15 +62,21 @@ def read_json(path: str | Path, remedy: str, shape: type | None = dict) -> Any:
 
 
 def read_text(path: str | Path, remedy: str) -> str:
-    """The text of a file, as one. Raises UserError as `read_json`, and FileNotFoundError."""
+    """The text of a file, as one; of FILE.gz, what is packed in it. Raises UserError as `read_json`, and FileNotFoundError."""
     require_regular(path, remedy)
-    size = Path(path).stat().st_size
-    if size > LARGEST:
-        raise UserError(f"{path} has {size:,} bytes, too many to be what it should: {remedy}.")
+    too_large = UserError(f"{path} has more than {LARGEST:,} bytes, too many to be what it should: {remedy}.")
+    if Path(path).stat().st_size > LARGEST:
+        raise too_large
+    packed = Path(path).suffix == PACKED
     try:
-        content = Path(path).read_bytes()
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            content = file.read(LARGEST + 1)  # a small file may unpack to any size
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
+    if len(content) > LARGEST:
+        raise too_large
     pieces = list(_decoded(content.splitlines(keepends=True), path, remedy))
     return "".join(pieces).replace("\r\n", "\n").replace("\r", "\n")
 

@@ -79,6 +79,7 @@ class Read(NamedTuple):
     lines: dict[str, dict[int, Lines]]  # {task: {seed: lines}}
     facts: dict  # what decided it, as in made_of.json; without those of demonstrations, if it reads none
     primary: dict[str, str]  # {task: its metric}
+    folder: Path  # where the predictions are
 
 
 def read_answers(source: Source, found: dict | None = None) -> Read:
@@ -92,7 +93,7 @@ def read_answers(source: Source, found: dict | None = None) -> Read:
         lines = _lines_in(folder, entry["per_task"], found["seeds"])
         if lines is not None:
             primary = {task: of_task["primary"] for task, of_task in entry["per_task"].items()}
-            return Read(lines, _facts(facts, entry), primary)
+            return Read(lines, _facts(facts, entry), primary, folder)
     raise UserError(
         f"The predictions of {source.method} in {source.folder} are missing or not those of its {SCORES}: {AGAIN}."
     )

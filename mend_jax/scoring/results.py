@@ -2,7 +2,8 @@
 
     config.json                                           the settings of the evaluation
     predictions/<method>-<key>/made_of.json               what the key is a hash of
-    predictions/<method>-<key>/<task>_<seed>.jsonl        every item: scores of all options, prediction, gold
+    predictions/<method>-<key>/<task>_<seed>.jsonl        every item: scores of all options, prediction, gold; .jsonl.gz in what
+                                                          `experiments.merge` wrote
     predictions/<method>-<key>/<task>_<seed>.cost.json    prefix length, FLOPs, seconds, and what was read
 
 The key is a hash of everything that decides a prediction (weights, template, split, ...); the content hash in the cost file
@@ -24,7 +25,7 @@ from mend_jax.cli.text import in_markdown, markdown, number, shown, size
 from mend_jax.run import saved_config, saved_steps
 from mend_jax.run.distributed import to_host
 from mend_jax.run.files import is_disk_full, write_text
-from mend_jax.run.reading import Unreadable, parse_json, read_json, read_text
+from mend_jax.run.reading import PACKED, Unreadable, parse_json, read_json, read_text
 from mend_jax.run.sealed import checksum_of_text, read_sealed, write_sealed
 from mend_jax.scoring.metrics import TITLES, percent
 
@@ -77,6 +78,7 @@ def kept_predictions(folder: Path, task: str, seed: int, remedy: str = AGAIN) ->
     Says where there are some that have changed since they were written; `remedy` is what follows from that.
     """
     path = _prediction_file(folder, task, seed)
+    path = path if path.exists() else path.with_name(path.name + PACKED)
     try:
         text, cost = read_text(path, remedy), read_sealed(_cost_file(folder, task, seed), remedy)
         lines = [parse_json(line, dict) for line in text.removesuffix("\n").split("\n")]
