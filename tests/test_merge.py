@@ -1,5 +1,6 @@
 """The command experiments.merge, on files alone: what several workdirs hold becomes one, and they stay as they are."""
 
+import gzip
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from mend_jax.experiments.merge import merge
 from mend_jax.experiments.trainings import with_fields
 from mend_jax.report.results import read_results
 from mend_jax.report.trainings import read_trainings
-from mend_jax.run import saved_config
+from mend_jax.run import reading, saved_config
 from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring.answers import Source, read_lines
 
@@ -99,7 +100,7 @@ def test_two_seeds_are_one_experiment(two, tmp_path, capsys):
     assert len(times) == 5 and times["evaluations/k"] == {"seconds": 4.0, "finished": True}
 
 
-def test_answers_are_packed_and_the_same(two, tmp_path):
+def test_answers_are_packed_and_the_same(two, tmp_path, monkeypatch):
     merge(str(tmp_path / "out"), [str(two[0])])  # of one workdir it is what can be published
     for method in ("icl", f"mend-{KEYS[0]}"):
         new = tmp_path / "out" / "evaluations" / "k"
@@ -109,10 +110,14 @@ def test_answers_are_packed_and_the_same(two, tmp_path):
     assert 4 * sum(len(file.read_bytes()) for file in packed) < sum(
         len(text) for name, text in content(two[0]).items() if "/predictions/" in name and name.endswith(".jsonl")
     )
-    for damage in (lambda bytes: bytes[:-20], lambda bytes: b"x" + bytes):
+    for damage in (lambda old: old[:-20], lambda old: b"x" + old):
         packed[0].write_bytes(damage(packed[0].read_bytes()))
         with says("predictions of", new, "missing or not those"):
             compare([str(new)])
+    packed[1].write_bytes(gzip.compress(bytes(10_000)))  # more than it seems
+    monkeypatch.setattr(reading, "LARGEST", 1000)
+    with says(packed[1], "more than 1,000 bytes", "do this"):
+        reading.read_text(packed[1], "do this")
 
 
 def test_weights_are_copied_where_they_are_wanted(two, tmp_path):

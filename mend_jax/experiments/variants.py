@@ -71,16 +71,18 @@ def _settings(path: Path, beside: Path) -> Settings | None:
         return None
     folder, saved = found
     try:
-        fields = resume.defaults() | dotted_fields(saved)
-        config, sources = nested(fields), resume.read_sources(folder)
-        kept = {name: value for name, value in fields.items() if name != "seed" and resume.matters(name, config)}
-    except (UserError, AttributeError, KeyError, TypeError, ValueError):  # not a config of ours
+        return _without_seed(resume.defaults() | dotted_fields(saved), folder)
+    except (UserError, AttributeError, KeyError, TypeError, ValueError, RecursionError):  # not a config of ours
         return None
+
+
+def _without_seed(fields: Settings, folder: Path) -> Settings:
+    config, sources = nested(fields), resume.read_sources(folder)
+    kept = {name: value for name, value in fields.items() if name != "seed" and resume.matters(name, config)}
     if sources:  # what was read, wherever it was
         read = {name: one.get("fingerprint", one["folder"]) for name, one in sources.items()}
         kept = {name: value for name, value in kept.items() if name not in resume.PATHS or name in read} | read
-    start = str(fields[resume.START] or "")
-    return kept | _of_start(start, folder)
+    return kept | _of_start(str(fields[resume.START] or ""), folder)
 
 
 def _of_start(start: str, folder: Path) -> Settings:
