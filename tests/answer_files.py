@@ -20,14 +20,14 @@ def write_evaluation(
     partition="tiny",
     asked=7,
     facts=None,
-    tasks=tuple(TASKS),
+    tasks=None,
     trained="runs/{name}/{seed}",
 ):
     """An evaluation's files; `methods` are {name: share of right answers, or {seed: share}}, `asked` the seed of the items,
     `facts` what decided the answers, `trained` where the methods were trained. Returns the folder."""
     random, scores, found = np.random.default_rng(seed), {}, {}
     asked = {task: _items(np.random.default_rng(asked), options, items) for task, options in TASKS.items()}
-    asked = {task: asked[task] for task in tasks}
+    asked = {task: asked[task] for task in tasks or asked}
     for name, share in methods.items():
         store, scores = results.Store(folder, name, {"method": name, "seed": seed} | (facts or {})), {}
         for task, rows in asked.items():
