@@ -19,6 +19,7 @@ from mend_jax.interchange.trained import read_trained
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.prefixes import KINDS, Chunked, Distiller
 from mend_jax.run.checks import check_method_demos
+from mend_jax.scoring import costs
 from mend_jax.scoring.tasks import Method, demos_read, evaluate_task, make_context, prefix_maker
 from mend_jax.train import train
 
@@ -36,6 +37,18 @@ def llm(folder):
 @pytest.fixture(scope="module")
 def distiller(folder, llm):
     return Distiller.init(config(folder), llm, seed=0)
+
+
+@pytest.mark.parametrize("projection", ["identity", "linear", "tanh"])
+def test_what_vectors_cost_is_what_is_computed(folder, llm, projection):
+    """The backbone is as wide as the LLM: a projection between equal widths is one too."""
+    model = Distiller.init(config(folder, **{"prefix.projection": projection, "prefix.rms": 0.0}), llm, 0)
+    for kind in (model, Chunked.around(model, chunk_tokens=6)):
+        context = np.arange(12, dtype=np.int32)  # in chunks: two, both full
+        counted = costs.count_products(
+            lambda *a, kind=kind: kind.apply(*a).embeds, kind.params, context[None], np.asarray([12])
+        )
+        assert kind.flops(llm.config, context) == counted
 
 
 def demonstrations(count, seed=0, longest=5):

@@ -30,7 +30,6 @@ from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import Place
-from mend_jax.scoring import costs
 
 JOINS = CHOICES["prefix.join"]
 
@@ -248,8 +247,8 @@ class Chunked(Kind):
         return Packing(self.width, self.chunk_demos, chunks)
 
     def flops(self, llm, context: np.ndarray) -> int:
-        tokens = (context.reshape(-1, self.width) != EMPTY).sum(1)
-        return sum(costs.distil(self.distiller.config, llm, int(count), self.num_vectors) for count in tokens)
+        chunks = (context.reshape(-1, self.width) != EMPTY).sum(1)
+        return sum(self.distiller.flops(llm, np.zeros(count)) for count in chunks)
 
     def facts(self) -> dict:
         return self.distiller.facts() | {"chunked": [self.join, self.width, self.chunk_demos]}

@@ -208,7 +208,7 @@ class Distiller(Kind):
         return dataclasses.replace(self, params=with_rms(vectors_of, self.config, self.params, self.projection, rms))
 
     def flops(self, llm, context: np.ndarray) -> int:
-        return costs.distil(self.config, llm, len(context), self.num_vectors)
+        return costs.distil(self.config, llm, len(context), self.num_vectors, self.projection)
 
     def facts(self) -> dict:
         own = {} if self.dtype == "float32" else {"dtype": self.dtype}  # what is usual is not recorded

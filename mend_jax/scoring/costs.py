@@ -89,9 +89,11 @@ def head(config: Config, tokens: int) -> int:
     return 2 * tokens * config.width * config.vocab_size
 
 
-def projection(width: int, llm_width: int, vectors: int) -> int:
-    """FLOPs of projecting L vectors to the LLM's width; 0 if the widths are equal (identity)."""
-    return 0 if width == llm_width else 2 * vectors * width * llm_width
+def projection(width: int, llm_width: int, vectors: int, by: str = "auto") -> int:
+    """FLOPs of projecting L vectors to the LLM's width `by` a value of prefix.projection: 0 by "identity", and by "auto" where
+    the widths are equal."""
+    none = by == "identity" or (by == "auto" and width == llm_width)
+    return 0 if none else 2 * vectors * width * llm_width
 
 
 def step(
@@ -133,12 +135,12 @@ def release_step(
     return body + rows * (head(llm, read) + 2 * queries * head(llm, vectors + query))
 
 
-def distil(distiller: Config, llm: Config, demos: int, vectors: int) -> int:
-    """FLOPs of turning N demonstration tokens into L vectors."""
+def distil(distiller: Config, llm: Config, demos: int, vectors: int, by: str = "auto") -> int:
+    """FLOPs of turning N demonstration tokens into L vectors; `by` is as in `projection`."""
     whole, keys = reading(distiller, demos + vectors).forward, demos + vectors
     if not isinstance(distiller, EncoderDecoderConfig) and distiller.sliding and distiller.sliding[-1]:
         keys = min(keys, distiller.attention_span)
-    return whole - not_wanted(distiller, demos, demos * keys) + projection(distiller.width, llm.width, vectors)
+    return whole - not_wanted(distiller, demos, demos * keys) + projection(distiller.width, llm.width, vectors, by)
 
 
 def not_wanted(distiller: Config, demos: int, pairs: int) -> int:
