@@ -3,16 +3,20 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from conftest import save_tokenizer
 from evaluation_world import make_config, write_tasks
 from facts import says
 
+from configs import own_llm
 from configs.base import get_config
 from mend_jax.experiments import cost, paper
 from mend_jax.measure import regimes
 from mend_jax.measure.model_sizes import known_or_folder
 from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
+from mend_jax.prefixes import Chunked
+from mend_jax.scoring import costs
 
 TINY = Models(
     dataclasses.replace(known_or_folder("gpt2"), width=64, hidden_width=64, head_width=16, score_width=16, heads=4, kv_heads=4, layers=3,
@@ -86,6 +90,44 @@ def test_programs_have_bytes_and_seconds():
     assert set(regimes.programs(TINY, SHAPE, "icl", 4)) == {"reread", "read", "item", "read, for all", "item, for all"}
 
 
+CHUNKS = dataclasses.replace(
+    TINY,
+    distiller=dataclasses.replace(TINY.distiller, width=64, hidden_width=64, heads=4, kv_heads=4),
+    vectors=6,
+    readings=16,
+    projection="linear",
+)
+
+
+def test_chunks_are_read_alone_and_their_vectors_are_all_read():
+    """A distiller of 16 chunks: 96 positions, of which each six come from a reading of a sixteenth of the demonstrations."""
+    once, mean = (dataclasses.replace(CHUNKS, **fields) for fields in ({"readings": 1}, {"join": "mean"}))
+    assert (CHUNKS.prefix("mend", SHAPE), mean.prefix("mend", SHAPE), once.prefix("mend", SHAPE)) == (96, 6, 6)
+    assert regimes.held_bytes(CHUNKS, SHAPE, "mend") == {"cache": 2 * 3 * 96 * 64 * 4, "stored": 96 * 64 * 4}
+    made = regimes.distil_flops(CHUNKS, SHAPE)
+    assert made == regimes.distil_flops(mean, SHAPE)
+    assert made == 16 * regimes.distil_flops(once, SHAPE._replace(demos=13))  # of 200 tokens
+    flops = {one: regimes.query_flops(one, SHAPE, "mend") for one in (CHUNKS, mean)}
+    for regime, part in (("a", "query"), ("b", "query"), ("c", "once"), ("c", "query")):
+        assert flops[CHUNKS][regime][part] > flops[mean][regime][part]
+    assert flops[CHUNKS]["c"]["once"] - made == regimes.computed(CHUNKS.llm, 96)
+    assert made - regimes.distil_flops(dataclasses.replace(CHUNKS, projection="identity"), SHAPE) == 2 * 96 * 64 * 64
+    assert cost.needed(CHUNKS, SHAPE) == (200 + 20 + 9, 13 + 6)
+    assert cost.needed(CHUNKS, SHAPE._replace(demos=48))[0] == 96 + 20 + 9
+
+
+@pytest.mark.parametrize("models", [CHUNKS, dataclasses.replace(CHUNKS, join="mean"), TINY])
+def test_what_distilling_costs_is_what_its_program_computes(models):
+    shape = SHAPE._replace(demos=96)  # one block of attention, as the formula has it
+    program = regimes.distil_program(models, shape, 1)
+    trips = models.distiller.layers - 1  # the last layer is outside of the loop
+    assert costs.count_products(program.function, *program.arguments, while_trips=trips) == regimes.distil_flops(
+        models, shape
+    )
+    made = jax.eval_shape(program.function, *program.arguments)
+    assert made.shape == (1, models.positions, models.llm.width)
+
+
 def test_when_mend_pays():
     icl = {"once": 10.0, "query": 4.0}
     assert regimes.pays_from({"once": 3.0, "query": 3.0}, icl, distil=5.0) == 1  # 8 + 3 < 10 + 4
@@ -119,6 +161,10 @@ def test_the_lengths_of_a_partition_are_means_over_its_tasks(tmp_path):
         ("gpt2-large", "tiny"),
     ]
     assert all(models.source == "the paper" and models.vectors == 100 for models, _ in found[:5])
+    config.prefix.update(own_llm.get_config().prefix.to_dict() | {"backbone": config.llm.path, "layers": 1})
+    own = cost.own_models(config)  # the recommended one: six vectors of each of 4 demonstrations
+    assert own.positions == Chunked.positions(config) == 24
+    assert (own.readings, own.vectors, own.join, own.projection) == (4, 6, "concat", "linear")
 
 
 def test_what_is_computed_is_kept(tmp_path, monkeypatch):
@@ -167,7 +213,7 @@ def test_lengths_that_no_model_reads_are_said(monkeypatch, caplog):
     config = get_config()
     config.experiment.cost_llms = ()
     lengths = [SHAPE, SHAPE._replace(name="long", demos=600), SHAPE._replace(name="longer", demos=700)]
-    own = cost.Named(TINY.llm, TINY.distiller, TINY.vectors, "float32", "tiny")
+    own = cost.Named(TINY.llm, TINY.distiller, TINY.vectors, name="tiny")
     monkeypatch.setattr(cost, "partition_shapes", lambda _: lengths)
     monkeypatch.setattr(cost, "own_models", lambda _: own)
     assert [shape.name for _, shape in cost.readable(cost.settings(config))] == ["task"]

@@ -5,6 +5,7 @@
 Regimes: (a) as the paper, every option of a query reads the prefix again; (b) a query reads the prefix once; (c) the prefix is
 read once for all queries, which share its keys and values. Lengths: the means of the config's test tasks, partition by
 partition, and the five of the paper. Models: the config's, and the sizes that experiment.cost_llms names, with random weights.
+A config's distiller of chunks is counted with the most chunks that a training context has.
 FLOPs are counted by formula and, of one query to a pass, by XLA's compiler; bytes are the compiler's; seconds are measured,
 experiment.cost_repeats runs of each program, for each number of queries to a pass in experiment.cost_rows. Nothing is trained.
 """
@@ -29,13 +30,13 @@ from mend_jax.measure.model_sizes import known_or_folder, smallest_of
 from mend_jax.measure.regimes import METHODS, REGIMES, Models, Shape
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.models.folders import local_folder
-from mend_jax.prefixes import KINDS
+from mend_jax.prefixes import KINDS, kind_of
 from mend_jax.run.files import write_text
 from mend_jax.run.sealed import read_sealed, write_sealed
 from mend_jax.scoring.tasks import make_context
 
 TITLE, PAPER = "What a query costs", "Figure 3"
-FORMAT = 2  # raise it when a number of a row changes its meaning, or its formula: rows that a workdir keeps are then made again
+FORMAT = 3  # raise it when a number of a row changes its meaning, or its formula: rows that a workdir keeps are then made again
 
 
 def main(config, workdir) -> int:
@@ -100,8 +101,8 @@ def fits(models: Models, shape: Shape) -> bool:
 
 def needed(models: Models, shape: Shape) -> tuple[int, int]:
     """Positions that the LLM and the distiller need."""
-    longest = max(shape.demos, models.vectors) + shape.query + round(shape.options * shape.target)
-    return longest, shape.demos + models.vectors
+    longest = max(shape.demos, models.positions) + shape.query + round(shape.options * shape.target)
+    return longest, models.part(shape) + models.vectors
 
 
 def _say_left_out(left_out: list[tuple[Named, Shape]]) -> None:
@@ -121,7 +122,7 @@ def sized(name: str, dtype: str) -> Named:
     llm = known_or_folder(name)
     if not isinstance(llm, DecoderConfig):
         raise UserError(f"experiment.cost_llms names {name}, but costs are of decoder-only LLMs: name others.")
-    return Named(llm, known_or_folder(smallest_of(llm.family)).headless, paper.VECTORS, dtype, name)
+    return Named(llm, known_or_folder(smallest_of(llm.family)).headless, paper.VECTORS, dtype, name=name)
 
 
 def own_models(config) -> Named:
@@ -129,8 +130,9 @@ def own_models(config) -> Named:
     llm, backbone = (from_hf_config(local_folder(path)) for path in (config.llm.path, config.prefix.backbone))
     if not isinstance(llm, DecoderConfig):
         raise UserError(f"costs are of decoder-only LLMs, and {config.llm.path} is none: set another llm.path.")
-    distiller = KINDS["distiller"].reader_settings(config, backbone)
-    return Named(llm, distiller, config.prefix.length, config.llm.dtype, paper.name_of(config.llm.path))
+    prefix, kind = config.prefix, kind_of(config) if kind_of(config).reads_demos else KINDS["distiller"]
+    made = kind.reader_settings(config, backbone), prefix.length, config.llm.dtype, kind.readings(config)
+    return Named(llm, *made, prefix.join, prefix.projection, paper.name_of(config.llm.path))
 
 
 def partition_shapes(config) -> list[Shape]:
@@ -166,7 +168,7 @@ def cost_of(models: Named, shape: Shape, method: str, rows: int, repeats: int) -
         for name, program in regimes.programs(models, shape, method, rows).items()
     }
     distil = regimes.distil_flops(models, shape)
-    row = {"llm": models.name, "lengths": models.source, **shape._asdict(), "vectors": models.vectors}
+    row = {"llm": models.name, "lengths": models.source, **shape._asdict(), "vectors": models.positions}
     row |= {"method": method, "rows": rows, "dtype": models.dtype}
     row |= {"flops": regimes.query_flops(models, shape, method), "distil_flops": distil if method == "mend" else 0}
     row |= {"peak_bytes": regimes.peak_bytes(found), **regimes.held_bytes(models, shape, method)}

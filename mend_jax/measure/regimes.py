@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
-from mend_jax.measure.jax_side import Settings, sketch
 from mend_jax.measure.machine import median
 from mend_jax.models.attention import BLOCK
 from mend_jax.models.decoder import Cache
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
+from mend_jax.prefixes import KINDS, Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.scoring import costs
 
@@ -59,12 +60,31 @@ class Models:
 
     llm: Config
     distiller: Config  # headless
-    vectors: int
+    vectors: int  # that it makes of a context, or of each part that it reads alone
     dtype: str = "float32"
+    readings: int = 1  # parts of a context
+    join: str = "concat"  # prefix.join: what becomes of the parts' vectors
+    projection: str = "auto"  # prefix.projection
+
+    @property
+    def positions(self) -> int:
+        """Those of all vectors in the LLM."""
+        return self.vectors * (self.readings if self.join == "concat" else 1)
 
     def prefix(self, method: str, shape: Shape) -> int:
         """Positions before a query."""
-        return {"zero_shot": 0, "icl": shape.demos}.get(method, self.vectors)
+        return {"zero_shot": 0, "icl": shape.demos}.get(method, self.positions)
+
+    def part(self, shape: Shape) -> int:
+        """Tokens of the demonstrations that the distiller reads at once: all parts are alike, rounded up."""
+        return -(-shape.demos // self.readings)
+
+    def kind(self, shape: Shape) -> Kind:
+        """What makes the vectors; its params are shapes."""
+        prefix = {"projection": self.projection, "length": self.vectors, "dtype": self.dtype, "remat": False}
+        prefix |= {"join": self.join, "chunk_demos": shape.demos, "chunk_tokens": self.part(shape)}
+        kind = KINDS["distiller" if self.readings == 1 else "chunked"]
+        return kind.sketch(ConfigDict(prefix), self.distiller, self.llm)
 
     @property
     def itemsize(self) -> int:
@@ -86,12 +106,12 @@ def _pairs(tokens: int) -> int:
 
 
 def distil_flops(models: Models, shape: Shape) -> int:
-    N, L, config = shape.demos, models.vectors, models.distiller
+    N, L, config = models.part(shape), models.vectors, models.distiller
     left_out = (
         _pairs(N + L) - _pairs(L) - N * L
     )  # the placeholders read the demonstrations as a prefix in the last layer
     own = computed(config, N + L) - costs.not_wanted(config, N, left_out)
-    return own + costs.projection(config.width, models.llm.width, L)
+    return models.readings * (own + costs.projection(config.width, models.llm.width, L, models.projection))
 
 
 def query_flops(models: Models, shape: Shape, method: str) -> dict[str, dict[str, float]]:
@@ -145,9 +165,8 @@ class Program(NamedTuple):
 
 
 def distil_program(models: Models, shape: Shape, rows: int) -> Program:
-    settings = Settings(models.llm, models.distiller, models.dtype, rows, shape.demos, 1, 1, models.vectors)
-    kind = sketch(settings)
-    arguments = kind.params, _ints(rows, shape.demos), _ints(rows)
+    kind = models.kind(shape)
+    arguments = kind.params, _ints(rows, models.readings * models.part(shape)), _ints(rows)
     return Program(lambda *a: kind.apply(*a).embeds, arguments, models.distiller.layers, alone=1)
 
 

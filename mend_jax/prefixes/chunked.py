@@ -193,7 +193,15 @@ class Chunked(Kind):
 
     @classmethod
     def positions(cls, config) -> int:
-        return config.prefix.length * (_most_chunks(config) if config.prefix.join == "concat" else 1)
+        return config.prefix.length * (cls.readings(config) if config.prefix.join == "concat" else 1)
+
+    @classmethod
+    def readings(cls, config) -> int:
+        """As many chunks as there can be of k demonstrations."""
+        prefix = config.prefix
+        if config.stage == "pretrain":
+            return prefix.chunks
+        return min(prefix.chunks, config.data.k if prefix.chunk_tokens else -(-config.data.k // prefix.chunk_demos))
 
     @classmethod
     def packing(cls, config, window: int) -> Packing:
@@ -230,6 +238,15 @@ class Chunked(Kind):
 
     def check_use(self, config) -> None:
         _check_truncation(config)
+
+    @classmethod
+    def sketch(cls, prefix, backbone, llm) -> "Chunked":
+        made = Distiller.sketch(prefix, backbone, llm)
+        return cls.around(made, prefix.join, prefix.chunk_demos, prefix.chunk_tokens)
+
+    @property
+    def vector_weights(self) -> int:
+        return self.distiller.vector_weights
 
     def fit(self, shown, own, limit: int, room: int) -> int:
         """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit`, that of a context, is of each."""
@@ -316,14 +333,6 @@ def _check_truncation(config) -> None:
         raise UserError(
             "data.release_truncation cuts a context anywhere, but chunks hold whole demonstrations: set it to false."
         )
-
-
-def _most_chunks(config) -> int:
-    """The chunks of a training context, at most: as many as there can be of k demonstrations."""
-    prefix = config.prefix
-    if config.stage == "pretrain":
-        return prefix.chunks
-    return min(prefix.chunks, config.data.k if prefix.chunk_tokens else -(-config.data.k // prefix.chunk_demos))
 
 
 def _chunk_tokens(config) -> int:

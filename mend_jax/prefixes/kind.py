@@ -68,6 +68,11 @@ class Kind:
         return config.prefix.length
 
     @classmethod
+    def readings(cls, config) -> int:
+        """How many parts of a training context it reads, each as if it were alone, at most."""
+        return 1
+
+    @classmethod
     def packing(cls, config, window: int) -> sampling.Packing | None:
         """The layout of training contexts if it reads them in chunks; None: demonstrations one after another.
 
