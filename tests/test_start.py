@@ -15,12 +15,14 @@ from tiny_training import RandomBatches, config, model_folder
 
 from mend_jax import train
 from mend_jax.interchange.export import export
-from mend_jax.interchange.trained import load_distiller, read_distiller
+from mend_jax.interchange.trained import load_distiller, read_distiller, read_trained
 from mend_jax.llm.decoder_only import load_llm
+from mend_jax.models import weights
+from mend_jax.models.folders import load_model
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.embeddings import without_tokens
 from mend_jax.prefixes.start import TANH_RMS, embeddings_rms
-from mend_jax.run import build, checkpoint, reporting, saved_config
+from mend_jax.run import build, checkpoint, reporting, saved_config, sharding
 
 T5 = test_t5.COMMON | {"model_type": "t5"} | test_t5.V1
 FAMILIES = {name: COMMON | ROWS[name] for name in ("gpt2", "opt-350m", "tinyllama", "gemma3") if name in ROWS} | {
@@ -80,6 +82,48 @@ def test_the_first_layers_are_those_of_the_backbone(family, tmp_path):
         stacked = any(getattr(key, "key", "") == "layers" for key in path)
         np.testing.assert_array_equal(cut_leaves[path], leaf[:1] if stacked else leaf)
     assert not np.allclose(cut.distill([1, 2, 3]).embeds, whole.distill([1, 2, 3]).embeds)
+
+
+@pytest.fixture
+def numbers_read(monkeypatch):
+    """How many numbers each read of a .safetensors file gave."""
+    sizes, getitem = [], weights._SafeTensor.__getitem__
+
+    def counted(tensor, index):
+        part = getitem(tensor, index)
+        sizes.append(part.size)
+        return part
+
+    monkeypatch.setattr(weights._SafeTensor, "__getitem__", counted)
+    return sizes
+
+
+def placer():
+    return sharding.placer(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "t5"])
+def test_of_the_backbone_the_first_layers_alone_are_read(family, split, numbers_read, tmp_path):
+    """In float32 the LLM's own token table serves both; in bfloat16 it may be rounded, and the file's is read."""
+    folder, place = save_random(tmp_path / "llm", FAMILIES[family], 0), placer() if split else None
+    c, whole = config(folder, **{"prefix.layers": 1, "prefix.rms": 0.0}), load_model(folder)
+    values = dict(jax.tree.leaves_with_path(whole.params))
+    for dtype, trained in (("float32", False), ("float32", True), ("bfloat16", False)):
+        c.prefix.train_embeddings, llm = trained, load_llm(folder, dtype, place=place)
+        numbers_read.clear()
+        backbone = Distiller.init(c, llm, 0, place).params["backbone"]
+        table, read = backbone["embed"]["tokens"], sum(numbers_read)
+        shared = table is llm.params["embed"]["tokens"]
+        assert shared == (dtype == "float32" and not trained)
+        assert read + shared * table.size == sum(leaf.size for leaf in jax.tree.leaves(backbone)) < whole_size(whole)
+        for path, leaf in jax.tree.leaves_with_path(backbone):
+            stacked = any(getattr(key, "key", "") == "layers" for key in path)
+            np.testing.assert_array_equal(leaf, values[path][:1] if stacked else values[path])
+
+
+def whole_size(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(model.params))
 
 
 def test_more_layers_than_there_are(tmp_path):
@@ -164,6 +208,16 @@ def test_embeddings_that_are_not_trained_are_left_to_the_llm(family, frozen, tmp
     wanted = found.distill(context).embeds
     np.testing.assert_array_equal(again.distill(context).embeds, wanted)
     _in_pytorch(tmp_path / "out", folder, context, wanted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.slow
+def test_a_run_is_read_with_the_token_table_alone_where_each_part_lies(family, frozen, numbers_read):
+    folder, run = frozen(family)
+    numbers_read.clear()
+    tokens = read_trained(run, place=placer()).params["backbone"]["embed"]["tokens"]
+    assert sum(numbers_read) == tokens.size and tokens.addressable_shards[0].data.size * 4 == tokens.size
+    np.testing.assert_array_equal(tokens, load_llm(folder).params["embed"]["tokens"])
 
 
 def _in_pytorch(out, folder, context, wanted):

@@ -184,7 +184,7 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
         return config, params, meta
     kind, named = KINDS[config["prefix"]["kind"]], ConfigDict(config)
     folder = source_folder(kind.backbone(named), backbone, workdir) if kind.backbone(named) else None
-    params = kind.restored(config, params, folder)
+    params = kind.restored(config, params, folder, place)
     own = kind.backbone_params(params)
     if folder is not None and own is not None:
         check_backbone_params(own, kind.reader_settings(config, from_hf_config(folder)), folder, workdir)

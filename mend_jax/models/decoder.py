@@ -260,11 +260,6 @@ class Embed(nn.Module):
         return {name: self.param(name, normal, shape) for name, shape in shapes.items()}
 
 
-def drop_head(params):
-    """The parameters of the `DecoderConfig.headless` model: a distiller's backbone gives states, not words."""
-    return {**params, "embed": {name: table for name, table in params["embed"].items() if name != "head"}}
-
-
 def init_params(config: DecoderConfig, seed) -> dict:
     """Random float32 parameters, GPT-2's initialisation for every family; `seed` is a whole number, or a key of JAX.
 

@@ -222,11 +222,6 @@ def init_params(config: EncoderDecoderConfig, seed) -> dict:
     return jax.jit(init)(seed if isinstance(seed, jax.Array) else jax.random.key(seed))
 
 
-def encoder_params(params) -> dict:
-    """The parameters of the `EncoderDecoderConfig.headless` model: a distiller's backbone gives states, not words."""
-    return {"embed": {"tokens": params["embed"]["tokens"]}, "encoder": params["encoder"]}
-
-
 def _valid(columns: int, length):
     """(B,1,S) bool: the columns of each row that are no padding."""
     return (jnp.arange(columns)[None] < length[:, None])[:, None]

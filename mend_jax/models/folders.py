@@ -22,6 +22,7 @@ from mend_jax.models.gguf.header import is_gguf
 from mend_jax.models.gguf.packaged import PACKAGED, packaged_file, refuse_others
 from mend_jax.models.gguf.tokenizer import gguf_tokenizer
 from mend_jax.models.split_weights import read_split
+from mend_jax.models.tables import Table
 from mend_jax.models.weights import AGAIN
 from mend_jax.run.reading import require_regular
 from mend_jax.run.sealed import require_unchanged
@@ -68,12 +69,14 @@ def load_model(path: str | Path, dtype: str = "float32", int8: bool = False, pla
     return Model(weights.as_read(config, params), params, load_tokenizer(folder), folder)
 
 
-def read_weights(folder: Path, config: Config, dtype="float32", int8=False, place: Place | None = None) -> dict:
-    """The tree of `load_model` alone."""
+def read_weights(
+    folder: Path, config: Config, dtype="float32", int8=False, place: Place | None = None, wanted: Table | None = None
+) -> dict:
+    """The tree of `load_model` alone. Where some tensors are `wanted` (as in `weights.matched`) no others are read."""
     require_unchanged(folder)
     if place is not None:
-        return read_split(folder, config, dtype, int8, place)
-    return _to_device(weights.read_params(folder, config, dtype, int8))
+        return read_split(folder, config, dtype, int8, place, wanted)
+    return _to_device(weights.read_params(folder, config, dtype, int8, wanted))
 
 
 def init_model(path: str | Path, seed: int, dtype: str = "float32", place: Place | None = None) -> Model:
@@ -100,13 +103,6 @@ def init_params(config: Config, seed) -> dict:
     """Random float32 parameters of a model; `seed` is a whole number, or a key of JAX."""
     module = encoder_decoder if isinstance(config, EncoderDecoderConfig) else decoder
     return module.init_params(config, seed)
-
-
-def headless_params(config: Config, params) -> dict:
-    """The parameters of the model `config.headless`: a distiller's backbone gives states, not words."""
-    if isinstance(config, EncoderDecoderConfig):
-        return encoder_decoder.encoder_params(params)
-    return decoder.drop_head(params)
 
 
 def has_weights(path: str | Path) -> bool:

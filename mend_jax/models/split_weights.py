@@ -18,7 +18,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.models.families import Config
 from mend_jax.models.int8 import SCALE, SUMMED, rounded, scales
-from mend_jax.models.tables import Entry
+from mend_jax.models.tables import Entry, Table
 from mend_jax.models.weights import NOT_TIED, PIECE, Tensor, aligned, is_mapped, matched, open_file, weight_files
 from mend_jax.run.sharding import Place
 
@@ -35,14 +35,16 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_split(folder: str | Path, config: Config, dtype: str, int8: bool, place: Place) -> dict:
+def read_split(
+    folder: str | Path, config: Config, dtype: str, int8: bool, place: Place, wanted: Table | None = None
+) -> dict:
     """The tree that `weights.read_params` reads, as `jax.Array`s that lie where `place` says.
 
     Raises UserError as that does.
     """
     folder, files, tied, found = Path(folder), _Files(), None, {}
     with contextlib.closing(files):
-        for _, entry, stored in matched(_stored(folder, files), config, str(folder)):
+        for _, entry, stored in matched(_stored(folder, files), config, str(folder), wanted):
             if entry is None:
                 tied = stored
             else:

@@ -29,7 +29,7 @@ from mend_jax.models.families import FAMILIES, HEAD, Config, file_says_head, key
 from mend_jax.models.gguf.header import is_gguf, parts
 from mend_jax.models.gguf.tensors import open_part
 from mend_jax.models.int8 import SCALE, SUMMED, quantize
-from mend_jax.models.tables import Entry
+from mend_jax.models.tables import Entry, Table
 from mend_jax.run.reading import read_json, require_regular
 
 AGAIN = "copy the model's folder again"
@@ -52,15 +52,21 @@ class Tensor(Protocol):
 
 
 def from_tensors(
-    tensors: Iterator[tuple[str, Tensor]], config: Config, dtype="float32", int8=False, where="the weights"
+    tensors: Iterator[tuple[str, Tensor]],
+    config: Config,
+    dtype="float32",
+    int8=False,
+    where="the weights",
+    wanted: Table | None = None,
 ) -> dict:
     """The tree (NumPy) of (their name, tensor), read one after another into place, in `dtype`.
 
     With `int8` kernels and token tables are int8 with float32 scales (models/int8.py), quantised from the file's dtype.
+    `wanted` is as in `matched`.
     """
     table, params, tied = key_table(config), {}, None
     embed = next(entry for entry in table.values() if entry.path == ("embed", "tokens"))
-    for raw_name, entry, tensor in matched(tensors, config, where):
+    for raw_name, entry, tensor in matched(tensors, config, where, wanted):
         if entry is None:
             same_shape = tensor.shape == embed.shape
             tied = _digests(_pieces(tensor, embed, dtype, int8)) if same_shape else {"tokens": None}
@@ -77,21 +83,29 @@ def from_tensors(
 
 
 def matched(
-    tensors: Iterator[tuple[str, Tensor]], config: Config, where: str
+    tensors: Iterator[tuple[str, Tensor]], config: Config, where: str, wanted: Table | None = None
 ) -> Iterator[tuple[str, Entry | None, Tensor]]:
     """(name, our place, tensor) of each tensor that is read; the place of a head that is the token table is None.
 
-    Raises UserError for a name that the model does not have, that comes twice or is missing, and for another shape.
+    Args:
+        tensors: all of a model's, by name.
+        config: the model's.
+        where: what holds them.
+        wanted: some of them, with their places in another tree than the whole model's (such as its first layers'); None: all.
+    Raises:
+        UserError: a name that the model does not have, that comes twice or is missing, another shape; of those not wanted too.
     """
     optional = {HEAD} if file_says_head(config) else set()
     config = dataclasses.replace(config, tied_head=config.tied_head and not optional)
     family, table, seen = FAMILIES[config.family], key_table(config), set()
+    wanted = table if wanted is None else wanted
     for raw_name, tensor in tensors:
         name = family.bare(raw_name)
         if family.derived(name):
             continue
         if name == HEAD and config.tied_head:
-            yield raw_name, None, tensor
+            if tokens_name(config) in wanted:  # else there is nothing to compare it with
+                yield raw_name, None, tensor
             continue
         if name not in table:
             raise UserError(
@@ -102,7 +116,8 @@ def matched(
         seen.add(name)
         if tensor.shape != table[name].shape:
             raise UserError(f"{where}: {raw_name} has shape {tensor.shape}, config.json asks for {table[name].shape}.")
-        yield raw_name, table[name], tensor
+        if name in wanted:
+            yield raw_name, wanted[name], tensor
     missing = [name for name in table if name not in seen | optional]
     if missing:
         raise UserError(
@@ -136,14 +151,16 @@ def to_tensors(config: Config, params: Mapping, prefix: str | None = None) -> di
     return tensors
 
 
-def read_params(folder: str | Path, config: Config, dtype: str = "float32", int8: bool = False) -> dict:
+def read_params(
+    folder: str | Path, config: Config, dtype: str = "float32", int8: bool = False, wanted: Table | None = None
+) -> dict:
     """The weights of a Hugging Face folder: model.safetensors, its shards, or (with PyTorch there) pytorch_model.bin; or
-    those of a GGUF file.
+    those of a GGUF file. `wanted` is as in `matched`.
 
     It never takes more memory than the tree and 1.2 times the largest file.
     """
     folder = Path(folder)
-    return from_tensors(_tensors_of(weight_files(folder)), config, dtype, int8, where=str(folder))
+    return from_tensors(_tensors_of(weight_files(folder)), config, dtype, int8, str(folder), wanted)
 
 
 def write_params(folder: str | Path, config: Config, params: Mapping, dtype: str | None = None) -> None:

@@ -287,8 +287,8 @@ class Chunked(Kind):
         return cls.around(made, prefix["join"], prefix["chunk_demos"], _chunk_tokens(config))
 
     @classmethod
-    def restored(cls, config: dict, params, backbone: Path | None):
-        return Distiller.restored(config, params, backbone)
+    def restored(cls, config: dict, params, backbone: Path | None, place: Place | None = None):
+        return Distiller.restored(config, params, backbone, place)
 
     @classmethod
     def backbone_params(cls, params):

@@ -16,8 +16,9 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.templates import SPACE, Template, as_fields, chosen
-from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config
-from mend_jax.models.folders import headless_params, load_model, load_tokenizer, read_weights
+from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, key_table
+from mend_jax.models.folders import Model, load_tokenizer, local_folder, read_weights
+from mend_jax.models.weights import tokens_name
 from mend_jax.prefixes import release
 from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.distiller_folder import (
@@ -32,7 +33,7 @@ from mend_jax.prefixes.distiller_module import DistillerModule, make_vectors
 from mend_jax.prefixes.embeddings import OF_LLM, TRAINED, has_tokens, of_llm, whose, with_tokens, without_tokens
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
-from mend_jax.prefixes.start import cut_layers, first_layers, first_projection, first_rms, with_rms
+from mend_jax.prefixes.start import first_layers, first_projection, first_rms, with_rms
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -169,12 +170,9 @@ class Distiller(Kind):
         `place` is as in `load_llm`; small parameters stay where they were made.
         """
         prefix = config.prefix
-        backbone = load_model(prefix.backbone, place=place)
-        settings = cls.reader_settings(config, backbone.config)
-        params = {
-            "backbone": cut_layers(settings, headless_params(backbone.config, backbone.params)),
-            "placeholders": initial_rows(prefix, backbone, seed),
-        }
+        backbone = _first_part(config, llm, place)
+        settings = backbone.config
+        params = {"backbone": backbone.params, "placeholders": initial_rows(prefix, backbone, seed)}
         projection = resolve_projection(prefix.projection, settings.width, llm.config.width)
         last = {}
         if projection != "identity":
@@ -230,10 +228,12 @@ class Distiller(Kind):
         return cls.of(settings, params, projection, tokenizer, *rest)
 
     @classmethod
-    def restored(cls, config: dict, params, backbone: Path | None):
+    def restored(cls, config: dict, params, backbone: Path | None, place: Place | None = None):
         if whose(config) == TRAINED:
             return params
-        tokens = read_weights(backbone, from_hf_config(backbone))["embed"]["tokens"]
+        settings = from_hf_config(backbone)
+        wanted = {name: key_table(settings)[name] for name in [tokens_name(settings)]}
+        tokens = read_weights(backbone, settings, place=place, wanted=wanted)["embed"]["tokens"]
         return {**params, "backbone": with_tokens(params["backbone"], tokens)}
 
     @classmethod
@@ -304,6 +304,18 @@ class Distiller(Kind):
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once
+
+
+def _first_part(config, llm, place: Place | None) -> Model:
+    """The part of a run's backbone that a distiller begins with, float32: nothing else of its weights is read."""
+    folder = local_folder(config.prefix.backbone)
+    whole = from_hf_config(folder)
+    settings, table = Distiller.reader_settings(config, whole), llm.params["embed"]["tokens"]
+    wanted, shared = key_table(settings), whose(config) == OF_LLM and table.dtype == jnp.float32
+    if shared:  # the file's numbers; those of an LLM in bfloat16 or 8 bits may be rounded, and the first rows with them
+        del wanted[tokens_name(settings)]
+    params = read_weights(folder, whole, place=place, wanted=wanted)
+    return Model(settings, with_tokens(params, table) if shared else params, load_tokenizer(folder), folder)
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:

@@ -233,8 +233,9 @@ class Kind:
         raise TypeError(f"{cls.title} is not trained")
 
     @classmethod
-    def restored(cls, config: dict, params, backbone: Path | None):
-        """The whole parameters of a checkpoint's, which has only those of `split_params` that are trained."""
+    def restored(cls, config: dict, params, backbone: Path | None, place: Place | None = None):
+        """The whole parameters of a checkpoint's, which has only those of `split_params` that are trained; `place` is as in
+        `load_llm`, for what is read besides."""
         return params
 
     @classmethod

@@ -35,17 +35,6 @@ def first_layers(config: Config, layers: int, where: str = "prefix.backbone") ->
     return dataclasses.replace(config, layers=layers or config.layers)
 
 
-def cut_layers(config: Config, params):
-    """The parameters of the first `config.layers` layers of a headless model."""
-    if isinstance(config, EncoderDecoderConfig):
-        return {**params, "encoder": _cut(params["encoder"], config.layers)}
-    return _cut(params, config.layers)
-
-
-def _cut(stack, layers: int):
-    return {**stack, "layers": jax.tree.map(lambda a: a[:layers], stack["layers"])}
-
-
 def embeddings_rms(llm) -> float:
     """The root mean square of the LLM's token embeddings, as it reads them, of `SAMPLE` random tokens; four digits."""
     tokens = np.random.default_rng(0).integers(0, llm.config.vocab_size, (1, SAMPLE), np.int32)

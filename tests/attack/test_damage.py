@@ -31,7 +31,7 @@ from mend_jax.experiments.methods import Times
 from mend_jax.interchange.trained import read_trained
 from mend_jax.losses import TopK
 from mend_jax.models.families import from_hf_config
-from mend_jax.models.folders import headless_params, load_model, load_tokenizer
+from mend_jax.models.folders import load_model, load_tokenizer
 from mend_jax.packs.pack import Pack, load_pack
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.distiller_folder import write_folder
@@ -172,7 +172,7 @@ class Exported:
 
     def write(self, folder):
         model = load_model(model_folder(folder.parent / "model"))
-        params = {"backbone": headless_params(model.config, model.params), "placeholders": np.ones((4, 16), np.float32)}
+        params = {"backbone": model.params, "placeholders": np.ones((4, 16), np.float32)}
         write_folder(Distiller.of(model.config, params, "identity", model.tokenizer), folder)
         write_checksums(folder)
 
