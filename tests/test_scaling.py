@@ -18,7 +18,7 @@ from mend_jax.measure import scaling
 from mend_jax.measure.collectives import sent
 from mend_jax.measure.formulas import by_formula, count, flops, formula_table, meshes
 from mend_jax.measure.model_sizes import SIZES, gpt2, llama, opt, settings_of, t5
-from mend_jax.measure.workloads import STAGES, TABLE, load_workload, make_workload
+from mend_jax.measure.workloads import FOLDER, NAMES, STAGES, TABLE, load_workload, make_workload
 from mend_jax.models.families import DecoderConfig, from_hf_config
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
@@ -101,6 +101,12 @@ def test_a_step_is_the_one_that_the_config_file_describes():
     c = other.config
     assert (other.rows, c.llm.weights, c.llm.dtype, c.prefix.dtype) == (6, "full", "float32", "float32")
     assert c.llm.remat and c.prefix.remat and not gpt2_large.config.llm.remat
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_that_sends_its_reader_to_the_command_is_one_that_it_computes(name):
+    if "mend_jax.scaling" in (FOLDER / f"{name}.py").read_text():
+        assert load_workload(name, "finetune", 1).rows
 
 
 GATED = llama(24, 2, 4, 2, 40, vocab_size=64)
