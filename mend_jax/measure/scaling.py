@@ -12,6 +12,7 @@ the CPU program, each loop as often as it runs. Beside both are the results of t
 docs/scaling.md uses for other numbers of devices.
 """
 
+import dataclasses
 import math
 import os
 import time
@@ -38,6 +39,8 @@ from mend_jax.measure.workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.models import int8
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
+from mend_jax.prefixes import Chunked
+from mend_jax.prefixes.kind import FROZEN
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
 from mend_jax.run.files import write_report
@@ -55,6 +58,7 @@ def scaling(
     dtype: Literal["", *CHOICES["llm.dtype"]] = "",
     weights: Literal["", *CHOICES["llm.weights"]] = "",
     remat=False,
+    llm="",
     topology="",
     out="",
 ) -> int:
@@ -68,10 +72,11 @@ def scaling(
         dtype: of both models' arithmetic; empty: the config's.
         weights: "int8" holds the LLM in 8 bits, "full" in its dtype; empty: as in the config.
         remat: both models recompute their layers, even if the config does not.
+        llm: the LLM instead of the config's, and its distiller's backbone: a published name, or a folder; empty: the config's.
         topology: a TPU slice as libtpu names it, such as "v5p:2x2x2"; empty: simulated CPU devices.
         out: a JSON file for the figures.
     """
-    fields = {"dtype": dtype, "weights": weights, "remat": remat}
+    fields = {"dtype": dtype, "weights": weights, "remat": remat, "llm": llm}
     if name == "all":
         print(formula_table(**fields))
         return 0
@@ -105,7 +110,9 @@ def described(work: Workload) -> dict:
         "remat": {"llm": c.llm.remat, "prefix": c.prefix.remat},
         "batch_size": work.rows,
         "demos": work.demos,
+        "chunks": [work.parts, work.part],
         "vectors": work.vectors,
+        "queries": work.queries,
         "query": work.query,
         "inputs": work.inputs,
     }
@@ -173,7 +180,9 @@ def abstract_step(work: Workload, layout: parallel.Layout):
     llm = kind(work.llm, llm_params, None, c.llm.path, c.llm.dtype, "xla", c.llm.remat)
     optimizer = make_optimizer(c)
     step = make_train_step(c, make_loss_fn(c, llm, work.model, layout.mesh), optimizer, layout.average)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), work.model.params)
+    trained, own = jax.eval_shape(lambda p: dataclasses.replace(work.model, params=p).split_params(), work.model.params)
+    llm_params |= {FROZEN: own} if own else {}
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), trained)
     rows = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(sharding.ROWS))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), _batch(work))
     return step, layout.shaped(state), layout.shaped(llm_params), batch
@@ -237,8 +246,13 @@ def _shape(*shape: int):
 def _batch(work: Workload) -> Batch:
     """A batch of NumPy zeros with a step's shapes."""
     B, length = work.rows, np.zeros(work.rows, np.int32)
-    query = Query(np.zeros((B, work.query), np.int32), length, length, work.inputs, work.targets)
-    return Batch(np.zeros((B, work.demos), np.int32), length, query, None)
+    shape = (B,) if work.queries == 1 else (B, work.queries)
+    of_query = np.zeros(shape, np.int32)
+    query = Query(np.zeros((*shape, work.query), np.int32), of_query, of_query, work.inputs, work.targets)
+    batch = Batch(np.zeros((B, work.parts * work.part), np.int32), length, query, None)
+    if isinstance(work.model, Chunked):  # the teacher reads the context whole
+        return batch.replace(teacher_demos=np.zeros((B, work.demos), np.int32), teacher_demos_length=length)
+    return batch
 
 
 def _local_bytes(tree) -> int:

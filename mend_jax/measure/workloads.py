@@ -13,7 +13,8 @@ from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
 from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
-from mend_jax.prefixes import KINDS, Kind, kind_of
+from mend_jax.prefixes import KINDS, Chunked, Kind, kind_of
+from mend_jax.prefixes.embeddings import whose
 
 FOLDER = ROOT / "configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -34,25 +35,42 @@ CONFIGS_DEVICES = 8  # devices that a config's batch is for (the paper's machine
 class Workload:
     """One train step of MEND.
 
-    Axes: B batch, N demonstration tokens, L vectors, Q query tokens, X and Y tokens of x and y.
+    Axes: B batch, N demonstration tokens, C parts of W tokens that the distiller reads alone, L vectors, R queries of Q tokens,
+    X and Y tokens of x and y.
     """
 
     config: ConfigDict  # that of the stage's run
     llm: Config
     backbone: Config  # the distiller's, without a head
     rows: int  # B, in the whole step
-    demos: int  # N
+    demos: int  # N, that the teacher reads
+    parts: int  # C: 1 where the distiller reads in no chunks
+    part: int  # W, then N
     query: int  # Q
     inputs: int | None  # X, if the LLM is an encoder–decoder, which reads x and y separately
 
     @property
+    def made(self) -> int:
+        """Vectors that the distiller makes of a context."""
+        return self.parts * self.config.prefix.length
+
+    @property
     def vectors(self) -> int:
-        return self.config.prefix.length
+        """L: those that the LLM reads."""
+        joined = KINDS[self.config.prefix.kind] is Chunked and self.config.prefix.join == "mean"
+        return self.config.prefix.length if joined else self.made
+
+    @property
+    def queries(self) -> int:
+        """R."""
+        return self.config.data.queries if self.config.stage == "finetune" else 1
 
     @functools.cached_property
     def model(self) -> Kind:
         """What makes the prefix; its params are shapes."""
-        return KINDS[self.config.prefix.kind].sketch(self.config.prefix, self.backbone, self.llm)
+        prefix = self.config.prefix.copy_and_resolve_references()
+        prefix.chunk_tokens = self.part
+        return KINDS[prefix.kind].sketch(prefix, self.backbone, self.llm, whose(self.config))
 
     @property
     def separate_targets(self) -> bool:
@@ -70,7 +88,14 @@ class Workload:
 
 
 def load_workload(
-    name: str, stage: str, over: int, batch_size: int = 0, dtype: str = "", weights: str = "", remat: bool = False
+    name: str,
+    stage: str,
+    over: int,
+    batch_size: int = 0,
+    dtype: str = "",
+    weights: str = "",
+    remat: bool = False,
+    llm: str = "",
 ) -> Workload:
     """The step of a config file's stage, as its training would compute it.
 
@@ -81,20 +106,25 @@ def load_workload(
         batch_size: sequences per step instead; 0 means the config's.
         dtype, weights: replace the config's, for both models and for the LLM.
         remat: both models recompute their layers, whatever the config says.
+        llm: the LLM instead of the config's, and its backbone: a name of model_sizes.py, or a folder; "" is the config's.
     Raises:
-        UserError: a config that cannot be read, several queries per context or the release's budgets, lengths that do not fit
-            the models' windows, a batch that cannot be divided.
+        UserError: a config that cannot be read, soft prompts or the release's budgets, several queries to a context of an
+            encoder–decoder, lengths that do not fit the models' windows, a batch that cannot be divided.
     """
     config = load_config(str(FOLDER / f"{name}.py"))
     if dtype:
         config.llm.dtype = config.prefix.dtype = dtype
     if weights:
         config.llm.weights = weights
+    if llm:
+        config.llm.path = config.prefix.backbone = llm
     if remat:
         config.llm.remat = config.prefix.remat = True
-    for field, usual in (("data.queries", 1), ("data.release_truncation", False), ("prefix.kind", "distiller")):
-        if (value := dotted_fields(config)[field]) != usual:
-            raise UserError(f"configs/{name}.py sets {field}={value}: scaling only computes steps with {usual}.")
+    known = {"data.release_truncation": (False,), "prefix.kind": ("distiller", "chunked")}
+    for field, usual in known.items():
+        if (value := dotted_fields(config)[field]) not in usual:
+            computed = " or ".join(map(str, usual))
+            raise UserError(f"configs/{name}.py sets {field}={value}: scaling only computes steps with {computed}.")
     run = dict(stage_configs(config, "mend"))[stage]
     parts = run.train.accumulate
     rows = batch_size or max(parts, run.train.batch_size // CONFIGS_DEVICES) * over
@@ -109,17 +139,37 @@ def load_workload(
 def make_workload(config: ConfigDict, llm: Config, backbone: Config, rows: int) -> Workload:
     """The step of a stage's config with these models, on the largest batch that `data/rows/` can make: most batches are
     smaller. Raises UserError if it does not fit the models' windows."""
-    check_windows(config, llm, backbone)
-    data, vectors = config.data, config.prefix.length
-    demos = sampling.demo_budget(data.max_demo_tokens, llm.window, 1, backbone.window, vectors)
+    kind, data = kind_of(config), config.data
+    kind.check(config, backbone, llm)
+    vectors, packing = kind.positions(config), kind.packing(config, backbone.window)
+    check_windows(config, llm, backbone, vectors)
+    distillers = backbone.window if packing is None else 2**31  # chunk by chunk it reads any number
+    demos = sampling.demo_budget(data.max_demo_tokens, llm.window, 1, distillers, config.prefix.length)
     if config.stage == "pretrain":
         inputs = 0  # the decoder predicts all of a text's continuation
         text = data.max_text_tokens
         _, query = sampling.split_text(text, data.beta, text)
         demos, _ = sampling.split_text(text, data.beta, demos)
+        demos = demos if packing is None else min(demos, packing.columns * packing.chunks)
     else:
         inputs, query = data.max_input_tokens, min(max(data.query_buckets), llm.window - vectors)
+    parts, part = (1, demos) if packing is None else (kind.readings(config), packing.columns)
+    if packing is not None and config.stage == "pretrain":
+        parts = len(packing.pieces(demos))
     separate = not isinstance(llm, DecoderConfig)
-    return Workload(
-        config, llm, kind_of(config).reader_settings(config, backbone), rows, demos, query, inputs if separate else None
+    made = Workload(
+        config,
+        llm,
+        kind.reader_settings(config, backbone),
+        rows,
+        demos,
+        parts,
+        part,
+        query,
+        inputs if separate else None,
     )
+    if separate and made.queries > 1:
+        raise UserError(
+            f"data.queries is {made.queries}: of an encoder–decoder scaling only computes steps with one query to a context."
+        )
+    return made

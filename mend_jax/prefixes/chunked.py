@@ -27,6 +27,7 @@ from mend_jax.prefixes.context import demo_tokens, pair_tokens
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.distiller_folder import card_text, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
+from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.sharding import Place
@@ -240,8 +241,8 @@ class Chunked(Kind):
         _check_truncation(config)
 
     @classmethod
-    def sketch(cls, prefix, backbone, llm) -> "Chunked":
-        made = Distiller.sketch(prefix, backbone, llm)
+    def sketch(cls, prefix, backbone, llm, embeddings: str = TRAINED) -> "Chunked":
+        made = Distiller.sketch(prefix, backbone, llm, embeddings)
         return cls.around(made, prefix.join, prefix.chunk_demos, prefix.chunk_tokens)
 
     @property

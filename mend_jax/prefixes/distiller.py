@@ -188,9 +188,11 @@ class Distiller(Kind):
         return made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
 
     @classmethod
-    def sketch(cls, prefix, backbone: Config, llm) -> "Distiller":
+    def sketch(cls, prefix, backbone: Config, llm, embeddings: str = TRAINED) -> "Distiller":
         projection = resolve_projection(prefix.projection, backbone.width, llm.width)
-        made = cls(backbone, None, projection, llm.width, dtype=prefix.dtype, remat=prefix.remat)
+        arithmetic = {"dtype": prefix.dtype, "remat": prefix.remat}
+        rest = {"embeddings": embeddings, "residual": prefix.get("residual", False)}
+        made = cls(backbone, None, projection, llm.width, **arithmetic, **rest)
         return dataclasses.replace(made, params=made.module_of(prefix.length).shapes())
 
     @property

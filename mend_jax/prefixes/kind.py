@@ -22,6 +22,7 @@ from mend_jax.data import sampling
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.models import int8
 from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.prefix import Prefix, room_for_vectors
 from mend_jax.run.sharding import Place
 
@@ -100,9 +101,9 @@ class Kind:
         raise TypeError(f"{cls.title} has nothing to train")
 
     @classmethod
-    def sketch(cls, prefix, backbone, llm) -> "Kind":
+    def sketch(cls, prefix, backbone, llm, embeddings: str = TRAINED) -> "Kind":
         """An instance whose params are shapes, to compute what it costs: for a config's section `prefix` and the settings of
-        the two models."""
+        the two models; `embeddings` are as in `whose` (embeddings.py)."""
         raise TypeError(f"the cost of {cls.title} is not computed")
 
     # Asked of an instance
