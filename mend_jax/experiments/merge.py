@@ -1,7 +1,7 @@
 """Merge: unites workdirs of experiments, such as seeds that were trained on different machines, in a new one.
 
-    python -m mend_jax.experiments.main_table --config=C.py --workdir=runs/seed0 "--config.experiment.training_seeds=(0,)"
-    python -m mend_jax.experiments.main_table --config=C.py --workdir=runs/seed1 "--config.experiment.training_seeds=(1,)"
+    python -m mend_jax.experiments.main_table --config=configs/gemma3_270m.py --workdir=runs/seed0 "--config.experiment.training_seeds=(0,)"
+    python -m mend_jax.experiments.main_table --config=configs/gemma3_270m.py --workdir=runs/seed1 "--config.experiment.training_seeds=(1,)"
     python -m mend_jax.experiments.merge runs/both runs/seed0 runs/seed1
     python -m mend_jax.experiments.report runs/both
 

@@ -230,7 +230,7 @@ class Chunked(Kind):
         if config.stage == "finetune" and 0 < config.prefix.chunk_tokens <= config.data.max_input_tokens:
             raise UserError(
                 f"A chunk of prefix.chunk_tokens = {config.prefix.chunk_tokens} holds no demonstration whose input has "
-                f"data.max_input_tokens = {config.data.max_input_tokens}, and none behind it: raise the first or lower the second."
+                f"data.max_input_tokens = {config.data.max_input_tokens}: raise the first or lower the second."
             )
 
     @classmethod
