@@ -98,14 +98,14 @@ def llm(folders):
     return model
 
 
-def run_card(folder, llm_folder, llm_class="AutoModelForCausalLM"):
+def run_card(folder, llm_folder, llm_class="AutoModelForCausalLM", device="cpu"):
     """The names that the card's snippet leaves, given those that its text says are there."""
     import transformers
 
     [_, snippet] = (folder / "README.md").read_text().split("```python\n")
     names = {"folder": str(folder)}
     if llm_folder is not None:
-        names["llm"] = getattr(transformers, llm_class).from_pretrained(llm_folder).eval()
+        names["llm"] = getattr(transformers, llm_class).from_pretrained(llm_folder).eval().to(device)
         names["tokenizer"] = transformers.AutoTokenizer.from_pretrained(llm_folder)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr("sys.path", [*sys.path])
@@ -166,6 +166,65 @@ def assert_the_snippet_gives_our_scores(run, out, llm, llm_folder, template, llm
     assert_same_scores(llm, prefix, TEMPLATES[template], names["logits"])
     np.testing.assert_allclose(run_line(out, llm_folder).embeds, prefix.embeds, atol=1e-6)
     return prefix
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """The folder of an LLM whose tokenizer transformers reads otherwise than we do: " I" as an empty word and a word."""
+    folder = tmp_path_factory.mktemp("spaced") / "llm"
+    return tokenizer_files.save_model_folder(folder, "spaced", tokenizer_files.GPT2 | {"n_embd": 32}, seed=4)
+
+
+@pytest.mark.parametrize("kind", ["distiller", LLMS_EMBEDDINGS, "residual in chunks", "soft prompt"])
+@pytest.mark.slow
+def test_the_snippet_reads_no_empty_word_before_a_space(kind, spaced, folders, tmp_path):
+    """With the LLM's own tokenizer as its folder has it, beside a backbone with another one too."""
+    llm = mend_jax.load_llm(spaced)
+    assert len(tokenizer_files.load(spaced)(" I").input_ids) == 2 and len(llm.tokenizer(" I").input_ids) == 1
+    backbone = spaced if of_llm(kind) else folders[1]
+    run = make_workdir(tmp_path / "run", llm, spaced, backbone, **KINDS[kind])
+    assert_the_snippet_gives_our_scores(run, tmp_path / "out", llm, spaced, "space")
+    if kind != "soft prompt":
+        return
+    again = trained.load_trained(tmp_path / "out", llm)  # and what is written from the folder holds the tokenizer too
+    again.write(tmp_path, "float32")
+    assert len(tokenizer_files.load(tmp_path)(" I").input_ids) == 1
+
+
+@pytest.mark.slow
+def test_an_exported_llm_reads_no_empty_word_before_a_space(spaced, tmp_path):
+    llm = mend_jax.load_llm(spaced)
+    run = make_workdir(tmp_path / "run", llm, spaced, spaced, llm.params, stage="lm")
+    export.export(run, tmp_path / "out")
+    ours = mend_jax.load_llm(tmp_path / "out")
+    prefix = mend_jax.demonstrations_prefix(ours, DEMOS)
+    assert_same_scores(ours, prefix, "space", run_card(tmp_path / "out", None)["logits"])
+
+
+@pytest.mark.parametrize("kind", ["distiller", RESIDUAL, "soft prompt"])
+@pytest.mark.slow
+def test_the_snippet_runs_with_an_llm_in_bfloat16_or_on_another_device(kind, folders, tmp_path, monkeypatch):
+    """ "meta" is a device without numbers; the vectors themselves are made in 32 bits."""
+    from transformers import AutoModelForCausalLM
+
+    folder, backbone = folders
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    tokenizer_files.load(folder).save_pretrained(tmp_path / "llm")
+    llm = mend_jax.load_llm(tmp_path / "llm")
+    backbone = tmp_path / "llm" if of_llm(kind) else backbone
+    fields = KINDS[kind] | {"data.bos": "auto" if kind == "distiller" else "false"}
+    run = make_workdir(tmp_path / "run", llm, tmp_path / "llm", backbone, **fields)
+    export.export(run, tmp_path / "out")
+    names = run_card(tmp_path / "out", tmp_path / "llm")
+    assert names["llm"].dtype == names["logits"].dtype == torch.bfloat16
+    reads = mend_jax.load_llm(tmp_path / "llm", bos=fields["data.bos"])
+    prefix = trained.load_trained(run, reads).distill(DEMOS)
+    np.testing.assert_allclose(names["vectors"], prefix.embeds, atol=1e-5)
+    ours = mend_jax.score_options(reads, prefix, "I loved it", [[token] for token in range(261)], "space")
+    np.testing.assert_allclose(ours, names["logits"][0, -1].float().log_softmax(-1), atol=0.05)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)  # it reads numbers
+    moved = run_card(tmp_path / "out", tmp_path / "llm", device="meta")
+    assert moved["logits"].shape == names["logits"].shape and moved["logits"].device.type == "meta"
 
 
 @pytest.mark.parametrize("template", ["space", "newline", "qa"])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_files
 from facts import says
 from safetensors.numpy import load_file, save_file
 
@@ -18,7 +19,15 @@ from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models import weights
 from mend_jax.models.decoder import init_params
 from mend_jax.models.families import from_hf_config, to_hf_config
-from mend_jax.models.folders import has_weights, load_model, load_tokenizer, local_folder, save_model, settings_here
+from mend_jax.models.folders import (
+    has_weights,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    save_model,
+    settings_here,
+    write_tokenizer,
+)
 from mend_jax.run.files import is_disk_full
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
@@ -219,7 +228,9 @@ def test_a_space_before_a_text_is_not_doubled(tmp_path):
     read = load_tokenizer(tmp_path)
     read.save_pretrained(tmp_path / "again")
     shutil.copyfile(tmp_path / "config.json", tmp_path / "again" / "config.json")
-    for tokenizer in (read, load_tokenizer(tmp_path / "again")):
+    write_tokenizer(tmp_path / "written", tmp_path)
+    stock = [tokenizer_files.load(tmp_path / name) for name in ("again", "written")]
+    for tokenizer in (read, load_tokenizer(tmp_path / "again"), *stock):
         said = [
             tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
             for text in (" w1", "w1", " w1 w1", "  w1", "w1\n  w1")

@@ -126,6 +126,27 @@ def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path):
     assert tokens[: len(said.tokens)] == said.tokens
 
 
+@pytest.mark.slow
+def test_an_adapters_snippets_suit_the_llms_tokenizer_and_arithmetic(tmp_path):
+    """Of an LLM whose tokenizer transformers reads otherwise than we do, in bfloat16 and where there are no numbers."""
+    pytest.importorskip("peft")
+    fields = tokenizer_files.GPT2 | {"n_embd": 32}
+    llm = mend_jax.load_llm(tokenizer_files.save_model_folder(tmp_path / "llm", "spaced", fields, seed=4))
+    pack = pack_for(llm)
+    export_pack(saved(pack, tmp_path), tmp_path / "out")
+    wanted = mend_jax.score_options(llm, pack, "I loved it", [[3], [5], [9]])
+    for block in re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL):
+        for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+            block = block.split("mask =")[0]  # what follows draws tokens, which "meta" has none of
+            known = {"folder": str(tmp_path / "out"), "llm": torch_llm(llm).to(device, dtype)}
+            with torch.no_grad():
+                exec(block, known | {"tokenizer": tokenizer_files.load(llm.path)}, known)
+            logits, tolerance = known["logits"], 1e-4 if dtype == torch.float32 else 0.05
+            assert logits.device.type == device and logits.dtype == dtype
+            if device == "cpu":
+                assert logits[0, -1].float().log_softmax(-1)[[3, 5, 9]].tolist() == pytest.approx(wanted, abs=tolerance)
+
+
 def test_the_adapters_files(decoder, tmp_path, capsys):
     pack = pack_for(decoder)
     path = saved(pack, tmp_path)

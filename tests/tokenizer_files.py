@@ -1,4 +1,4 @@
-"""Small tokenizers of three kinds that read the words w0 ... w59 of data_files.py, as folders of Hugging Face."""
+"""Small tokenizers of several kinds that read the words w0 ... w59 of data_files.py, as folders of Hugging Face."""
 
 import json
 
@@ -43,6 +43,20 @@ def save_piece_tokenizer(folder):
     return _save(tokenizer, folder)
 
 
+SPACED = ["<unk>", "▁", "\n", *(chr(i) for i in range(33, 127)), *(f"▁{letter}" for letter in "Iadlpw")]
+
+
+def save_spaced_tokenizer(folder):
+    """Mistral 7B v0.1's kind: it puts a space before every text, also before one that begins with a space."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    vocab = {piece: i for i, piece in enumerate(SPACED)}
+    merges = [tuple(piece) for piece in SPACED[-6:]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _save(tokenizer, folder)
+
+
 def dropping(tokenizer, text):
     """A copy of a tokenizer of transformers that reads a text as nothing at all."""
     import copy
@@ -61,18 +75,24 @@ def _save(tokenizer, folder):
     return folder
 
 
-SIZES = {"word": len(WORDS), "byte": 261, "piece": 21}  # their vocabularies
-SAVE = {"word": save_word_tokenizer, "byte": save_byte_tokenizer, "piece": save_piece_tokenizer}
+SIZES = {"word": len(WORDS), "byte": 261, "piece": 21, "spaced": len(SPACED)}  # their vocabularies
+SAVE = {
+    "word": save_word_tokenizer,
+    "byte": save_byte_tokenizer,
+    "piece": save_piece_tokenizer,
+    "spaced": save_spaced_tokenizer,
+}
 
 
 def save_model_folder(folder, kind, fields, seed=0):
-    """A folder of a model with random weights, config.json's `fields`, and a tokenizer of one of the three kinds."""
+    """A folder of a model with random weights, config.json's `fields`, and a tokenizer of one of these kinds."""
     from mend_jax.models.families import from_hf_config
     from mend_jax.models.folders import init_model, save_model
 
     SAVE[kind](folder)
     (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": SIZES[kind]}))
     save_model(folder, from_hf_config(folder), init_model(folder, seed).params, folder)
+    SAVE[kind](folder)  # as it was: `save_model` writes tokenizers as we read them
     return folder
 
 

@@ -35,7 +35,8 @@ def first_lines(setting: str) -> dict[str, str]:
     if setting == NONE:
         return {"first": "", "before": ""}
     line = (
-        f"first_ids = torch.tensor([{in_python(setting)}], dtype=torch.long)  # stood before everything in training\n"
+        f"first_ids = torch.tensor([{in_python(setting)}], dtype=torch.long, device=llm.device)"
+        "  # stood before everything in training\n"
     )
     return {"first": line, "before": "llm.get_input_embeddings()(first_ids), "}
 

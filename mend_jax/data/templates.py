@@ -125,7 +125,7 @@ def in_words(template: Template) -> dict[str, str]:
             "put": f"{name} before every x and y",
             "rule": f"Every x, y and option is tokenised with {name} in front",
             "pieces": f"every x and y was tokenised separately, with {name} in front and without special tokens",
-            "query": f'query_ids = tokenizer({text}, add_special_tokens=False, return_tensors="pt").input_ids',
+            "query": f'query_ids = tokenizer({text}, add_special_tokens=False, return_tensors="pt").input_ids.to(llm.device)',
         }
     before, between, answer = map(json.dumps, template)
     behind = f", then {between} alone" if template.between else ""
@@ -134,5 +134,16 @@ def in_words(template: Template) -> dict[str, str]:
         "rule": f"Every x is tokenised with {before} in front{behind}; every y and option with {answer} in front",
         "pieces": f"every x was tokenised with {before} in front{behind}, every y with {answer} in front, all without special tokens",
         "query": f"pieces = tokenizer({json.dumps(template.query(QUERY))}, add_special_tokens=False).input_ids\n"
-        "query_ids = torch.tensor([sum(pieces, [])])",
+        "query_ids = torch.tensor([sum(pieces, [])], device=llm.device)",
+    }
+
+
+def tokenizer_lines(own: bool) -> dict[str, str]:
+    """What a card's snippet imports and runs where its folder holds the LLM's tokenizer as training read with it, since
+    transformers reads the LLM's otherwise (models/folders.py): {"imports": ..., "loads": ...}; "" where it does not."""
+    if not own:
+        return {"imports": "", "loads": ""}
+    return {
+        "imports": "from transformers import AutoTokenizer\n",
+        "loads": 'tokenizer = AutoTokenizer.from_pretrained(folder)  # the LLM\'s reads " x" as an empty word and a word\n',
     }

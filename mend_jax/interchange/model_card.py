@@ -45,11 +45,11 @@ logits = llm(torch.tensor([{first}sum(pieces, [])])).logits
 # The last lines of the snippet of a prefix, by whether the LLM is an encoder–decoder; None: it is not known.
 _LOGITS = {
     False: "logits = llm(inputs_embeds=embeds).logits",
-    True: """start = torch.tensor([[llm.config.decoder_start_token_id]])  # the decoder says y
+    True: """start = torch.tensor([[llm.config.decoder_start_token_id]], device=llm.device)  # the decoder says y
 logits = llm(inputs_embeds=embeds, decoder_input_ids=start).logits""",
     None: """inputs = {"inputs_embeds": embeds}
 if llm.config.is_encoder_decoder:  # its decoder says y
-    inputs["decoder_input_ids"] = torch.tensor([[llm.config.decoder_start_token_id]])
+    inputs["decoder_input_ids"] = torch.tensor([[llm.config.decoder_start_token_id]], device=llm.device)
 logits = llm(**inputs).logits""",
 }
 

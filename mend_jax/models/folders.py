@@ -149,9 +149,10 @@ def _write_settings(folder: Path, config: Config, source: Path, dtype: str) -> N
 
 
 def write_tokenizer(folder: Path, source: Path) -> None:
-    """The tokenizer of another folder, byte by byte, or of a GGUF file."""
-    if is_gguf(source):
-        load_tokenizer(source).save_pretrained(folder)
+    """The tokenizer of another folder, byte by byte, or of a GGUF file; one that `load_tokenizer` changes as it is then."""
+    read = load_tokenizer(source) if is_gguf(source) else changed_tokenizer(source)
+    if read is not None:
+        read.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
         file = source / name
@@ -194,13 +195,22 @@ def settings_here(path: str | Path) -> Config | None:
 
     Nothing is downloaded.
     """
+    folder = _folder_here(path)
+    try:
+        return None if folder is None else from_hf_config(folder)
+    except UserError:
+        return None
+
+
+def _folder_here(path: str | Path) -> Path | None:
+    """`local_folder` where this machine has it."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         if str(path) in PACKAGED or Path(path).expanduser().exists():
-            return from_hf_config(local_folder(path))
+            return local_folder(path)
         file = try_to_load_from_cache(str(path), "config.json")
-        return from_hf_config(file) if isinstance(file, str) else None
+        return Path(file).parent if isinstance(file, str) else None
     except (UserError, ValueError):  # ValueError: no name of the hub
         return None
 
@@ -256,21 +266,39 @@ def load_tokenizer(folder: str | Path):
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}): copy it again.") from error
 
 
+def changed_tokenizer(path: str | Path):
+    """The tokenizer of `load_tokenizer` of the model that `path` names, if it reads texts otherwise than transformers reads
+    the model's; else None, also where this machine does not have the model. Nothing is downloaded.
+    """
+    folder = _folder_here(path)
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    steps = _normalizers(tokenizer)
+    return tokenizer if [step["type"] for step in steps] == ["Prepend", "Replace", "Replace"] else None
+
+
+def _normalizers(tokenizer) -> list[dict]:
+    """The steps of its normalizer, where it is a sequence."""
+    from tokenizers import normalizers
+
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    known = json.loads(normalizer.__getstate__()) if isinstance(normalizer, normalizers.Sequence) else {}
+    return known.get("normalizers", [])
+
+
 def _without_doubled_space(tokenizer):
     """`tokenizer`, which no longer puts a space before a text that begins with one.
 
     Tokenizers like Mistral 7B v0.1's do, so that every x and y behind its separator would begin with an empty word;
-    SentencePiece, which they were made from, and the newer ones do not.
+    SentencePiece, which they were made from, and the newer ones do not. mend_distiller.py does the same (`_as_trained`), for it
+    stands alone; other exports hold the changed tokenizer (`changed_tokenizer`).
     """
     from tokenizers import Regex, normalizers
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    normalizer = getattr(backend, "normalizer", None)
-    state = json.loads(normalizer.__getstate__()) if isinstance(normalizer, normalizers.Sequence) else {}
-    steps = state.get("normalizers", [])
+    steps = _normalizers(tokenizer)
     if [step["type"] for step in steps] == ["Prepend", "Replace"] and steps[0]["prepend"] == steps[1]["content"]:
         space = steps[0]["prepend"]
         # \A and not ^, which is the beginning of every line.
         once = normalizers.Replace(Regex(rf"\A{space}{space}"), space)
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space), once])
+        steps = [normalizers.Prepend(space), normalizers.Replace(" ", space), once]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
     return tokenizer

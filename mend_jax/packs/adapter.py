@@ -2,7 +2,8 @@
 
     adapter_config.json          what PEFT reads
     adapter_model.safetensors    prompt_embeddings (l, llm_width)
-    README.md                    how to use the vectors with PEFT, with transformers alone, and with a vLLM server
+    tokenizer files              of the LLM, only where transformers reads " x" otherwise than we do (models/folders.py)
+    README.md                    how to use the vectors with PEFT, and with transformers alone
 
 PEFT (https://github.com/huggingface/peft) is not needed to write it.
 """
@@ -14,12 +15,12 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
-from mend_jax.data.templates import in_words
+from mend_jax.data.templates import in_words, tokenizer_lines
 from mend_jax.interchange.export import new_folder, written
 from mend_jax.interchange.model_card import public_name
 from mend_jax.models.config import EncoderDecoderConfig
 from mend_jax.models.families import from_hf_config
-from mend_jax.models.folders import PACKAGED, local_folder
+from mend_jax.models.folders import PACKAGED, changed_tokenizer, local_folder
 from mend_jax.models.weights import write_file
 from mend_jax.packs.pack import Pack, asking_for_llm, load_pack, require_packs_llm
 from mend_jax.run.files import write_json, write_text
@@ -38,10 +39,10 @@ For the LLM {llm}; made by a MEND distiller (Li et al., ICLR 2024). {rule}.{hint
 ```python
 import torch
 from peft import PeftModel
-
+{imports}
 # llm, tokenizer: the LLM and its tokenizer, in transformers; folder: this one
 model = PeftModel.from_pretrained(llm, folder)
-{query}
+{loads}{query}
 logits = model(input_ids=query_ids{decoder}).logits{behind}
 ```
 
@@ -50,12 +51,14 @@ logits = model(input_ids=query_ids{decoder}).logits{behind}
 ```python
 import torch
 from safetensors.torch import load_file
-
+{imports}
 vectors = load_file(f"{{folder}}/adapter_model.safetensors")["prompt_embeddings"]
-{query}
-embeds = torch.cat([vectors[None], llm.get_input_embeddings()(query_ids)], dim=1)
+{loads}{query}
+query = llm.get_input_embeddings()(query_ids)
+embeds = torch.cat([vectors[None].to(query), query], dim=1)  # in the LLM's dtype, on its device
 logits = llm(inputs_embeds=embeds{decoder}).logits
-answer = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=16)
+mask = torch.ones(embeds.shape[:2], device=llm.device)
+answer = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=16)
 ```
 """
 
@@ -85,7 +88,10 @@ def export_pack(path: str | Path, out: str | Path, llm: str = "") -> str:
         tensors = {"prompt_embeddings": np.ascontiguousarray(pack.vectors)}
         write_file(tensors, folder / "adapter_model.safetensors")
         write_json(folder / "adapter_config.json", adapter_config(pack, config, separate), indent=2)
-        write_text(folder / "README.md", card(pack, separate))
+        tokenizer = changed_tokenizer(llm or pack.llm)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", card(pack, separate, tokenizer is not None))
     return f"{pack.num_vectors} vectors as an adapter of PEFT are in {out}: PeftModel.from_pretrained(llm, folder) reads it."
 
 
@@ -105,10 +111,10 @@ def adapter_config(pack: Pack, config, separate: bool) -> dict:
     }
 
 
-def card(pack: Pack, separate: bool) -> str:
-    """The folder's README.md."""
+def card(pack: Pack, separate: bool, own_tokenizer: bool = False) -> str:
+    """The folder's README.md; `own_tokenizer`: the folder holds the LLM's tokenizer, as it was read."""
     words = in_words(pack.template)
-    start = ", decoder_input_ids=torch.tensor([[llm.config.decoder_start_token_id]])"
+    start = ", decoder_input_ids=torch.tensor([[llm.config.decoder_start_token_id]], device=llm.device)"
     return CARD.format(
         num_vectors=pack.num_vectors,
         num_demonstrations=pack.num_demonstrations,
@@ -118,6 +124,7 @@ def card(pack: Pack, separate: bool) -> str:
         if pack.llm in PACKAGED
         else "",
         query=words["query"],
+        **tokenizer_lines(own_tokenizer),
         decoder=start if separate else "",
         behind="" if separate else f"[:, {pack.num_vectors}:]  # at the query",
     )

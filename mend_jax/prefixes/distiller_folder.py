@@ -10,7 +10,7 @@ import numpy as np
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.data.bos import NONE, argument, first_lines
-from mend_jax.data.templates import from_fields, in_words
+from mend_jax.data.templates import QUERY, from_fields, in_words
 from mend_jax.models import weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, to_hf_config
 from mend_jax.models.folders import load_tokenizer
@@ -47,8 +47,9 @@ from mend_distiller import MendDistiller
 distiller = MendDistiller.from_pretrained(folder{given})
 vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # {shape}
 # Training put {put}, without special tokens.
-{query}
-{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+query_ids = distiller.query_ids(tokenizer, {said}).to(llm.device)
+query = llm.get_input_embeddings()(query_ids)
+{first}embeds = torch.cat([{before}vectors.to(query), query], dim=1)  # in the LLM's dtype, on its device
 {logits}
 ```
 
@@ -151,6 +152,7 @@ def card_text(distiller, llm: str, logits: str, shape: str, load: str, of: str =
         **in_words(distiller.template),
         **first_lines(distiller.bos),
         given=", llm=llm, tokenizer=tokenizer" if distiller.embeddings == OF_LLM else "",
+        said=json.dumps(QUERY),
         alone=WITHOUT_TOKENS
         if distiller.embeddings == OF_LLM
         else f"`{_loader(distiller.config)}.from_pretrained(folder)`\nloads the backbone alone.",

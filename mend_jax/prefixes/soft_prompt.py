@@ -13,8 +13,9 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE, argument, first_lines
-from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words
+from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words, tokenizer_lines
 from mend_jax.models import weights
+from mend_jax.models.folders import changed_tokenizer
 from mend_jax.prefixes.kind import Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.reading import parse_json
@@ -30,11 +31,12 @@ before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safet
 ```python
 import torch
 from safetensors.torch import load_file
-
+{imports}
 vectors = load_file(f"{{folder}}/soft_prompt.safetensors")["vectors"][None]
 # llm, tokenizer: {llm}, in transformers. Training put {put}, without special tokens.
-{query}
-{first}embeds = torch.cat([{before}vectors, llm.get_input_embeddings()(query_ids)], dim=1)
+{loads}{query}
+query = llm.get_input_embeddings()(query_ids)
+{first}embeds = torch.cat([{before}vectors.to(query), query], dim=1)  # in the LLM's dtype, on its device
 {logits}
 ```
 
@@ -55,6 +57,7 @@ class SoftPrompt(Kind):
     params: Any  # {"vectors": (L, llm_width)}
     bos: str = NONE  # what they stand behind: config.data.bos of their training
     template: Template = SPACE  # the texts around every x and y: that of config.data.template of their training
+    tokenizer: Any = None  # the LLM's, for the exported folder, where transformers would read texts otherwise
 
     @property
     def num_vectors(self) -> int:
@@ -81,7 +84,8 @@ class SoftPrompt(Kind):
     @classmethod
     def from_run(cls, config: dict, params, backbone: Path | None) -> "SoftPrompt":
         data = config["data"]
-        return cls._of(params, "the checkpoint", data.get("bos", NONE), chosen(data["template"]))
+        made = cls._of(params, "the checkpoint", data.get("bos", NONE), chosen(data["template"]))
+        return dataclasses.replace(made, tokenizer=changed_tokenizer(config["llm"]["path"]))
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -91,7 +95,8 @@ class SoftPrompt(Kind):
     def from_folder(cls, folder: Path, place: Place | None = None) -> "SoftPrompt":
         tensors = {name: tensor[:] for name, tensor in weights.read_file(folder / FILE)}
         metadata = weights.read_metadata(folder / FILE)
-        return cls._of(tensors, folder / FILE, metadata.get("bos", NONE), _read_template(metadata, folder / FILE))
+        made = cls._of(tensors, folder / FILE, metadata.get("bos", NONE), _read_template(metadata, folder / FILE))
+        return dataclasses.replace(made, tokenizer=changed_tokenizer(folder))
 
     def write(self, folder: Path, dtype: str = "float32", llm: str = "") -> str:
         if dtype != "float32":
@@ -101,6 +106,8 @@ class SoftPrompt(Kind):
         metadata = weights.FORMAT | ({} if self.bos == NONE else {"bos": self.bos})
         metadata |= {} if self.template == SPACE else _in_texts(as_fields(self.template))
         weights.write_file({name: np.ascontiguousarray(a) for name, a in self.params.items()}, folder / FILE, metadata)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
         return f"A soft prompt: {self.num_vectors} vectors in {FILE}."
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
@@ -111,6 +118,7 @@ class SoftPrompt(Kind):
             logits=logits,
             **in_words(self.template),
             **first_lines(self.bos),
+            **tokenizer_lines(self.tokenizer is not None),
             bos=argument(self.bos),
             field="" if self.bos == NONE else f" --config.data.bos={self.bos}",
         )

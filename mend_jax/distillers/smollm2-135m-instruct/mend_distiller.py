@@ -5,10 +5,11 @@
     distiller = MendDistiller.from_pretrained("this/folder")
     vectors = distiller.distill([("a great film", "positive"), ("dull", "negative")])  # (1, L, llm_width)
     query = distiller.query_ids(tokenizer, "I loved it")  # in the tokens of the LLM's tokenizer, with the training's template
-    embeds = torch.cat([vectors, llm.get_input_embeddings()(query)], dim=1)
+    query = llm.get_input_embeddings()(query.to(llm.device))
+    embeds = torch.cat([vectors.to(query), query], dim=1)  # in the LLM's dtype, on its device
     logits = llm(inputs_embeds=embeds).logits
     # or, of an encoder–decoder, whose decoder says y:
-    start = torch.tensor([[llm.config.decoder_start_token_id]])
+    start = torch.tensor([[llm.config.decoder_start_token_id]], device=llm.device)
     logits = llm(inputs_embeds=embeds, decoder_input_ids=start).logits
 
 Needs torch, transformers and safetensors. Axes: B contexts, N demonstration tokens, L vectors, D backbone width.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Regex, normalizers  # which transformers needs too
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
@@ -48,7 +50,7 @@ class MendDistiller(nn.Module):
         self.placeholders = nn.Parameter(torch.zeros(num_vectors, width))
         self.projection = None if projection == "identity" else nn.Linear(width, llm_width)
         self.activation = torch.tanh if projection == "tanh" else nn.Identity()
-        self.tokenizer = tokenizer  # for texts
+        self.tokenizer = _as_trained(tokenizer)  # for texts
         self.before, self.between, self.answer = template  # stand before every x, after it and before every y
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
         self.residual = residual
@@ -56,10 +58,10 @@ class MendDistiller(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None, tokenizer=None) -> "MendDistiller":
-        """The distiller of an exported folder, in evaluation mode on the CPU.
+        """The distiller of an exported folder, in evaluation mode, in `dtype`, on the device of `llm` or, without one, the CPU.
 
         `llm` and `tokenizer` are the transformers model whose token embeddings it reads with, and its tokenizer, where
-        distiller_config.json says `"embeddings": "llm"`.
+        distiller_config.json says `"embeddings": "llm"`. `dtype` may be another one than the LLM's.
         """
         folder = Path(folder)
         settings = json.loads((folder / "distiller_config.json").read_text())
@@ -82,7 +84,7 @@ class MendDistiller(nn.Module):
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
         if missing or found.unexpected_keys:
             raise ValueError(f"{folder}: distiller.safetensors lacks {missing} and has unknown {found.unexpected_keys}")
-        return model.to(dtype).eval()
+        return model.to("cpu" if llm is None else llm.device, dtype).eval()
 
     @property
     def window(self) -> int:
@@ -104,12 +106,12 @@ class MendDistiller(nn.Module):
         return torch.tensor([[bos] if there else []], dtype=torch.long)
 
     def query_ids(self, tokenizer, x: str):
-        """The token ids (1,Q) of an input x as training read it; `tokenizer` is the LLM's."""
-        return torch.tensor([_ids(tokenizer, self.before + x, self.between)])
+        """The token ids (1,Q) of an input x as training read it; `tokenizer` is the LLM's, which `_as_trained` may change."""
+        return torch.tensor([_ids(_as_trained(tokenizer), self.before + x, self.between)])
 
     def output_ids(self, tokenizer, y: str):
         """The token ids (1,T) of an output y, or of an option, behind its query."""
-        return torch.tensor([_ids(tokenizer, self.answer + y)])
+        return torch.tensor([_ids(_as_trained(tokenizer), self.answer + y)])
 
     def forward(self, input_ids, lengths=None, num_vectors=None):
         """(B,N) right-padded tokens with lengths (B,) (None: all are N) -> vectors (B,L,llm_width).
@@ -177,6 +179,22 @@ class MendDistiller(nn.Module):
             chunks[-1] = chunks[-1] + list(demo)
             counts[-1] += 1
         return chunks
+
+
+def _as_trained(tokenizer):
+    """`tokenizer`, changed, if it puts a space before a text that begins with one: as in training it no longer does.
+
+    Tokenizers like Mistral 7B v0.1's do, and would read " x" as an empty word and a word. Other texts are read as before.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = getattr(backend, "normalizer", None)
+    state = json.loads(normalizer.__getstate__()) if isinstance(normalizer, normalizers.Sequence) else {}
+    steps = state.get("normalizers", [])
+    if [step["type"] for step in steps] == ["Prepend", "Replace"] and steps[0]["prepend"] == steps[1]["content"]:
+        space = steps[0]["prepend"]
+        once = normalizers.Replace(Regex(rf"\A{space}{space}"), space)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space), once])
+    return tokenizer
 
 
 def _ids(tokenizer, *texts):
