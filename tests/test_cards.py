@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizer_files
 from facts import says, states
-from test_export import make_workdir
+from test_export import make_config, make_workdir
 
 import mend_jax
 from configs import base
 from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange import export, model_card, trained
-from mend_jax.prefixes import Chunked
+from mend_jax.prefixes import Chunked, Distiller
 
 torch = pytest.importorskip("torch")
 
@@ -265,6 +265,16 @@ def test_the_snippet_puts_what_training_put_before_everything(kind, bos, llm, fo
     assert_same_scores(reads, run_line(tmp_path / "out", folders[0]), " ", logits)
     card = (tmp_path / "out" / "README.md").read_text()
     assert kind != "soft prompt" or f"FOLDER --config.data.bos={bos}` scores" in card
+
+
+def test_the_card_says_how_much_is_read(llm, folders):
+    """One context: the backbone's positions but for the vectors; chunks: any number, each of so many tokens."""
+    made = Distiller.init(make_config(*folders), llm, seed=0)
+    said = made.card("gpt2", "")[1]
+    assert "into 6 vectors that" in said and "reads at most 94 demonstration tokens." in said
+    for join, vectors in (("concat", "into 6 vectors of each chunk that"), ("mean", "into 6 vectors that")):
+        said = Chunked.around(made, join, 2, 50).card("gpt2", "")[1]
+        assert vectors in said and "reads any number of demonstration tokens, 50 in each chunk at most." in said
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])

@@ -29,6 +29,7 @@ from mend_jax.generation.generate import Wanted  # noqa: E402
 from mend_jax.llm.encoder_decoder import EncoderDecoderLLM  # noqa: E402
 from mend_jax.models import encoder_decoder  # noqa: E402
 from mend_jax.models.families import from_hf_config  # noqa: E402
+from mend_jax.prefixes import Chunked  # noqa: E402
 from mend_jax.prefixes.prefix import Prefix  # noqa: E402
 from mend_jax.scoring.tasks import programs_compiled  # noqa: E402
 from mend_jax.serving import pages  # noqa: E402
@@ -273,6 +274,16 @@ def test_pages_load_nothing_from_elsewhere(client):
         assert not [word for word in ("http://", "https://", "src=", "@import", "url(") if word in text]
         assert "default-src 'none'" in sent["Content-Security-Policy"] and sent["X-Content-Type-Options"] == "nosniff"
     assert client.ask("GET", "/info")[1]["window"] == 96
+
+
+@pytest.mark.parametrize("join, each", [(None, False), ("concat", True), ("mean", False)])
+def test_info_says_whether_there_are_so_many_vectors_of_each_chunk(join, each, serving_models):
+    llm, distiller, workdir = serving_models
+    models = llm, Chunked.around(distiller, join, chunk_demos=1) if join else distiller, workdir
+    with running(make_engine(models)) as client:
+        info = client.ask("GET", "/info")[1]
+    assert (info["vectors"], info["of_each_chunk"]) == (4, each)
+    assert "info.of_each_chunk" in pages.home().html
 
 
 def test_the_reference_escapes_what_it_shows():

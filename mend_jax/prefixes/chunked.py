@@ -315,9 +315,8 @@ class Chunked(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        text = card_text(
-            self.distiller, llm, logits, f"(1, {count}, {self.llm_width})", "mend_jax.load_prefix", " of a chunk"
-        )
+        shape, each = f"(1, {count}, {self.llm_width})", " of each chunk" if self.join == "concat" else ""
+        text = card_text(self.distiller, llm, logits, shape, "mend_jax.load_prefix", self.width, each)
         vectors = {
             "concat": f"{self.num_vectors} vectors for each chunk, one after another",
             "mean": "the mean of the chunks' vectors",

@@ -25,10 +25,10 @@ TENSORS = "distiller.safetensors"
 MODULE = "mend_distiller.py"
 
 
-CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors that a frozen LLM of width
+CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors{each} that a frozen LLM of width
 {llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
 In-Context Learning (Li et al., ICLR 2024). The backbone is a {family} of {layers} layers and width {width};
-projection to the LLM's width: {projection}.{residual} It reads {window} demonstration tokens.
+projection to the LLM's width: {projection}.{residual} It reads {window}.
 
 ## Use
 
@@ -135,9 +135,10 @@ def _write_json(path, content) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def card_text(distiller, llm: str, logits: str, shape: str, load: str, of: str = "") -> str:
-    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder, `of` what
-    it reads at a time, if not all."""
+def card_text(distiller, llm: str, logits: str, shape: str, load: str, chunk: int = 0, each: str = "") -> str:
+    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder, `chunk` the
+    tokens that it reads at a time, 0: all, `each` what stands behind the number of vectors, if not all are so many."""
+    window = "any number of" if chunk or distiller.config.window > 2**29 else f"at most {distiller.window}"
     return CARD.format(
         logits=logits,
         num_vectors=distiller.num_vectors,
@@ -147,12 +148,13 @@ def card_text(distiller, llm: str, logits: str, shape: str, load: str, of: str =
         family=distiller.config.family,
         width=distiller.config.width,
         projection=distiller.projection,
-        residual=RESIDUAL.format(of=of) if distiller.residual else "",
-        window="any number of" if distiller.config.window > 2**29 else f"at most {distiller.window}",
+        residual=RESIDUAL.format(of=" of a chunk" if chunk else "") if distiller.residual else "",
+        window=f"{window} demonstration tokens" + (f", {chunk} in each chunk at most" if chunk else ""),
+        each=each,
         **in_words(distiller.template),
+        said=json.dumps(QUERY),
         **first_lines(distiller.bos),
         given=", llm=llm, tokenizer=tokenizer" if distiller.embeddings == OF_LLM else "",
-        said=json.dumps(QUERY),
         alone=WITHOUT_TOKENS
         if distiller.embeddings == OF_LLM
         else f"`{_loader(distiller.config)}.from_pretrained(folder)`\nloads the backbone alone.",
