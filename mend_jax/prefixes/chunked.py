@@ -55,18 +55,22 @@ class Chunked(Kind):
 
     @classmethod
     def around(
-        cls, distiller: Distiller, join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0
+        cls, distiller: "Distiller | Chunked", join: str = "concat", chunk_demos: int = 16, chunk_tokens: int = 0
     ) -> "Chunked":
         """`distiller` with its parameters unchanged, reading chunk by chunk.
 
         Args:
-            distiller: from `load_distiller`.
+            distiller: from `load_distiller` or `load_prefix`; of one of chunks the distiller alone is taken, not how it joined them.
             join: "concat" or "mean".
             chunk_demos: demonstrations in a chunk, at most; best the number that the distiller was trained with.
             chunk_tokens: tokens in a chunk, at most; 0 means the distiller's window.
         Raises:
-            UserError: an unknown `join`.
+            UserError: an unknown `join`; a prefix that is no distiller.
         """
+        if isinstance(distiller, Chunked):
+            distiller = dataclasses.replace(distiller.distiller, params=distiller.params)
+        if not isinstance(distiller, Distiller):
+            raise UserError(f"Chunks are read by a distiller, not by {distiller.title}: give one, from load_prefix.")
         return cls(distiller, distiller.params, join, chunk_tokens, chunk_demos)
 
     @property
