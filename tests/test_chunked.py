@@ -11,13 +11,14 @@ from data_files import make_world, tiny_config
 from facts import says, states
 from tiny_training import config, model_folder
 
+from mend_jax.cli.errors import UserError
 from mend_jax.data.batches import make_batches
 from mend_jax.data.evaluation import EvalTask, Item
 from mend_jax.data.readers import Readers
 from mend_jax.data.sampling import EMPTY, Packing
-from mend_jax.interchange.trained import read_trained
+from mend_jax.interchange.trained import load_distiller, load_prefix, read_trained
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes import KINDS, Chunked, Distiller
+from mend_jax.prefixes import KINDS, Chunked, Distiller, SoftPrompt
 from mend_jax.run.checks import check_method_demos
 from mend_jax.scoring import costs
 from mend_jax.scoring.tasks import Method, demos_read, evaluate_task, make_context, prefix_maker
@@ -83,6 +84,32 @@ def test_one_chunk_is_the_distiller_itself(distiller):
     )
     assert own.length.tolist() == alone.length.tolist()
     np.testing.assert_allclose(own.embeds, alone.embeds, atol=2e-6)
+
+
+def test_around_one_of_chunks_takes_the_distiller_alone(distiller, llm, tmp_path):
+    """As `load_prefix` reads it, and with parameters that were trained further."""
+    params = jax.tree.map(lambda a: a * 1.5, distiller.params)
+    first = dataclasses.replace(Chunked.around(distiller, "mean", 1, 8), params=params)
+    demos = demonstrations(6)
+    wanted = Chunked.around(dataclasses.replace(distiller, params=params), chunk_demos=3).distill(demos)
+    first.write(tmp_path)
+    for made in (first, load_prefix(tmp_path, llm)):
+        np.testing.assert_array_equal(Chunked.around(made, chunk_demos=3).distill(demos).embeds, wanted.embeds)
+    with says("a soft prompt", "load_prefix"):
+        Chunked.around(SoftPrompt({"vectors": np.zeros((2, 16), np.float32)}))
+
+
+def test_what_one_of_chunks_cannot_do_leads_on(distiller, llm, tmp_path):
+    model = Chunked.around(distiller, chunk_demos=1)
+    model.write(tmp_path)
+    with says(tmp_path, "a distiller of chunks", "mend_jax.load_prefix"):
+        load_distiller(tmp_path, llm)
+    with pytest.raises(UserError) as error:  # no training of it has nested lengths
+        model.first(3)
+    states(str(error.value), "a distiller of chunks", 4, 3)
+    assert "nested" not in str(error.value)
+    with says(4, 3, "--config.prefix.nested"):
+        distiller.first(3)
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])

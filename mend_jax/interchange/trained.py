@@ -16,7 +16,7 @@ from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.llm.decoder_only import LLM, load_llm
 from mend_jax.models.families import Config, from_hf_config
 from mend_jax.models.folders import init_params, load_tokenizer, local_folder
-from mend_jax.prefixes import KINDS, Distiller, Kind, release
+from mend_jax.prefixes import KINDS, Chunked, Distiller, Kind, release
 from mend_jax.prefixes.distiller_folder import SETTINGS, read_settings
 from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.best import is_finished
@@ -73,8 +73,9 @@ def load_distiller(path, llm, backbone=None) -> Distiller:
     Returns:
         A `Distiller` with float32 parameters; for a training workdir those of its best checkpoint.
     Raises:
-        UserError: nothing there, a soft prompt or an LLM, files that are damaged, incomplete or of another model, a missing
-            backbone, or a distiller whose vectors are not as wide as the LLM's embeddings.
+        UserError: nothing there, a distiller of chunks (`load_prefix` reads it), a soft prompt or an LLM, files that are
+            damaged, incomplete or of another model, a missing backbone, or a distiller whose vectors are not as wide as the
+            LLM's embeddings.
     """
     return _distiller_alone(load_trained(path, llm, backbone), path)
 
@@ -120,6 +121,10 @@ def read_distiller(path: str | Path, backbone: str | Path | None = None) -> Dist
 
 
 def _distiller_alone(model: Kind, path) -> Distiller:
+    if isinstance(model, Chunked):
+        raise UserError(
+            f"{path} holds {model.title}, which mend_jax.load_prefix reads: call it with the same arguments."
+        )
     if not isinstance(model, Distiller):
         raise UserError(f"{path} holds {model.title}, not a distiller: name the workdir of a distiller.")
     return model

@@ -131,10 +131,9 @@ class Kind:
             return self
         if count not in self.nested:
             known = ", ".join(map(str, (*sorted(self.nested), self.num_vectors)))
-            raise UserError(
-                f"This is {self.title} of {known} vectors, not of {count}: take one of these lengths, or train with"
-                " --config.prefix.nested."
-            )
+            train = ", or train with --config.prefix.nested" if self.can_nest else ", the only one that it has"
+            take = "one of these lengths" if self.nested else "this length"
+            raise UserError(f"This is {self.title} of {known} vectors, not of {count}: take {take}{train}.")
         return self._cut(count)
 
     def _cut(self, count: int) -> "Kind":
