@@ -162,6 +162,18 @@ def test_chunks_make_longer_packs(llm, folders, tmp_path):
     assert pack.num_vectors == 16 and pack.kind == "chunked"
 
 
+def test_a_pack_names_the_llm_as_it_was_given_not_where_the_hubs_copy_lies(folders, workdir, tmp_path, monkeypatch):
+    """And the hub is asked once: the fingerprint is that of the files that were read, not of newer ones."""
+    copies = iter([str(folders[0])])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: next(copies))
+    llm = mend_jax.load_llm("someone/llm")
+    [pack] = make.make_packs(llm, mend_jax.load_distiller(workdir, llm), [DEMOS], workdir)
+    assert pack.llm == llm.path == "someone/llm"
+    pack.save(tmp_path / "a.pack.safetensors")
+    assert str(folders[0]) not in str(load_pack(tmp_path / "a.pack.safetensors", llm).metadata())
+    assert pack.llm_fingerprint == mend_jax.load_llm(folders[0]).fingerprint
+
+
 # Made once
 
 

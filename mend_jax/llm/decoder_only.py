@@ -18,7 +18,7 @@ from mend_jax.llm.encoder_decoder import EncoderDecoderLLM
 from mend_jax.llm.frozen import FrozenLLM
 from mend_jax.models.decoder import Cache, Decoder
 from mend_jax.models.families import DecoderConfig, EncoderDecoderConfig, from_hf_config
-from mend_jax.models.folders import PACKAGED, Model, init_model, init_params, load_model, load_tokenizer, local_folder
+from mend_jax.models.folders import Model, init_model, init_params, load_model, load_tokenizer, local_folder
 from mend_jax.models.stacks import as_bits
 from mend_jax.prefixes.prefix import Prefix, continue_after
 from mend_jax.run.sharding import Place
@@ -172,9 +172,7 @@ def load_llm(
     """
     _check(dtype, attention, weights, bos)
     model = load_model(path, dtype, weights == "int8", place)
-    if str(path) in PACKAGED:  # packs and messages say what everybody can find, not where it lies here
-        model = model._replace(folder=path)
-    return _llm(model, dtype, attention, remat, bos)
+    return _llm(path, model, dtype, attention, remat, bos)
 
 
 def init_llm(
@@ -188,14 +186,15 @@ def init_llm(
 ) -> LLM:
     """As `load_llm` with random weights: the start of stage "lm" where `path` holds a config.json alone."""
     _check(dtype, attention, "full", bos)
-    return _llm(init_model(path, seed, dtype, place), dtype, attention, remat, bos)
+    return _llm(path, init_model(path, seed, dtype, place), dtype, attention, remat, bos)
 
 
 def without_weights(path: str | Path, dtype: str = "float32", bos: str = NONE) -> LLM:
     """The settings and the tokenizer of `load_llm` alone, for what is counted before weights are read."""
     folder = local_folder(path)
     tokenizer = load_tokenizer(folder)
-    return LLM(from_hf_config(folder), None, tokenizer, str(folder), dtype, bos=bos_token(bos, tokenizer, str(path)))
+    bos = bos_token(bos, tokenizer, str(path))
+    return LLM(from_hf_config(folder), None, tokenizer, str(path), dtype, bos=bos, folder=str(folder))
 
 
 def with_layers(llm: LLM, layers: int, seed: int) -> LLM:
@@ -232,15 +231,15 @@ def _check(dtype: str, attention: str, weights: str, bos: str) -> None:
         )
 
 
-def _llm(model: Model, dtype: str, attention: str, remat: bool, bos: str) -> LLM | EncoderDecoderLLM:
+def _llm(path: str | Path, model: Model, dtype: str, attention: str, remat: bool, bos: str) -> LLM | EncoderDecoderLLM:
+    """`path` as it was given: packs and messages say what everybody can find, not where the hub's copy lies here."""
     kind = EncoderDecoderLLM if isinstance(model.config, EncoderDecoderConfig) else LLM
     if kind is EncoderDecoderLLM and attention != "xla":
-        raise UserError(f'attention "{attention}" is for decoder-only models, {model.folder} is none: use "xla".')
+        raise UserError(f'attention "{attention}" is for decoder-only models, {path} is none: use "xla".')
     if kind is EncoderDecoderLLM and not model.config.decoder_layers:
-        raise UserError(
-            f"{model.folder} is an encoder alone, which predicts no words: it can be a backbone, not the LLM."
-        )
-    token = bos_token(bos, model.tokenizer, str(model.folder))
+        raise UserError(f"{path} is an encoder alone, which predicts no words: it can be a backbone, not the LLM.")
+    token = bos_token(bos, model.tokenizer, str(path))
     if kind is EncoderDecoderLLM and token is not None:
-        raise UserError(f"{model.folder} is an encoder–decoder, which reads no BOS: set --config.data.bos=false.")
-    return kind(model.config, model.params, model.tokenizer, str(model.folder), dtype, attention, remat, token)
+        raise UserError(f"{path} is an encoder–decoder, which reads no BOS: set --config.data.bos=false.")
+    settings = str(path), dtype, attention, remat, token, str(model.folder)
+    return kind(model.config, model.params, model.tokenizer, *settings)

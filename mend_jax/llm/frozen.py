@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mend_jax.models import int8
 from mend_jax.models.families import Config
+from mend_jax.models.folders import fingerprint
 from mend_jax.prefixes.prefix import Prefix
 
 
@@ -20,11 +21,17 @@ class FrozenLLM:
     config: Config
     params: Any  # {"embed": {"tokens" (V,D), ...}, ...}, in `dtype` or int8
     tokenizer: Any  # a transformers tokenizer, or None if the folder has none
-    path: str  # the folder it was read from
+    path: str  # what it was read by, as it was given: a folder, a file, a name
     dtype: str
     attention: str = "xla"
     remat: bool = False
     bos: int | None = None  # the token that stands before every prefix (data/bos.py)
+    folder: str = ""  # where it lies on this machine, for reading alone; "": at `path`
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its files (models/folders.py)."""
+        return fingerprint(self.folder or self.path)
 
     @property
     def before(self) -> int:

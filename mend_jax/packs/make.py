@@ -43,7 +43,7 @@ def make_packs(
         sets: (x, y) pairs of texts. Of each set the first that fit the distiller's window are read, the others dropped.
         path: where `model` was read from.
         keep: whether the packs hold their demonstrations too.
-        llm_named: what the packs call the LLM, so that it is found again: a path or a name; "": `llm.path`.
+        llm_named: what the packs call the LLM, so that it is found again: a path or a name; "": `llm.path`, as `load_llm` was given it.
         progress: called with the number of packs finished since the last call.
     Raises:
         UserError: a model that reads no demonstrations or has no tokenizer, sets that are none, or one whose first
@@ -57,7 +57,7 @@ def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
     require_reader(model, path)
     return {
         "llm": llm_named or str(llm.path),
-        "llm_fingerprint": folders.fingerprint(llm.path),
+        "llm_fingerprint": llm.fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(llm.tokenizer),
         "distiller": str(path),
         "distiller_fingerprint": trained_fingerprint(path),

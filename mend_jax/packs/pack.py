@@ -115,7 +115,7 @@ class Pack:
 
     def check(self, llm, where: str = "The pack") -> None:
         """Raises UserError if the vectors are not for `llm` (from `load_llm`); `where` names the pack."""
-        require_packs_llm(self, where, llm.path)
+        require_packs_llm(self, where, llm.path, llm.fingerprint)
         if tokenizer_fingerprint(llm.tokenizer) != self.tokenizer_fingerprint:
             raise UserError(
                 f"{where} was made with another tokenizer than {llm.path} has now: distil the demonstrations again."
@@ -184,9 +184,10 @@ def pack_of(content: bytes, where: str = "The file") -> Pack:
         ) from None
 
 
-def require_packs_llm(pack: Pack, where: str | Path, llm: str | Path) -> None:
-    """Raises UserError if the model that `llm` names is not the pack's; `where` names the pack."""
-    theirs = folders.fingerprint(llm)
+def require_packs_llm(pack: Pack, where: str | Path, llm: str | Path, theirs: str = "") -> None:
+    """Raises UserError if the model that `llm` names, of the fingerprint `theirs` ("": it is computed), is not the pack's;
+    `where` names the pack."""
+    theirs = theirs or folders.fingerprint(llm)
     if theirs != pack.llm_fingerprint:
         raise UserError(
             f"{where} holds vectors for the LLM {pack.llm} ({pack.llm_fingerprint}), not for {llm} ({theirs}): load that LLM, or distil"
