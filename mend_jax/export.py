@@ -2,11 +2,13 @@
 
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend
     python -m mend_jax.export --workdir=runs/mend --out=exported/mend --weights=int8 --llm=gpt2-large
+    python -m mend_jax.export --workdir=exported/mend --out=exported/float32
     python -m mend_jax.export --llm=model.gguf --out=exported/model
     python -m mend_jax.export --pack=reviews.pack.safetensors --out=exported/reviews
     python -m mend_jax.export --workdir=runs/mend --format=jax --out=exported/jax
 
---backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) if it has moved since training.
+--backbone=FOLDER names the distiller's backbone (stage "lm": the LLM) if it has moved since training. --workdir also takes an
+exported folder, the name of a distiller of this package, or (with --backbone) the public release's file, and writes it again.
 
 A distiller becomes a Hugging Face folder. Its backbone loads with `AutoModel.from_pretrained(folder)` (T5: `T5EncoderModel`).
 Beside it are distiller.safetensors (`placeholders` (l, width), `projection.weight` (llm_width, width), `projection.bias`),
@@ -44,7 +46,8 @@ def main(
 
     Args:
         out: the folder to write: one that is not there yet, or is empty.
-        workdir: the folder of a training, of any stage; its best checkpoint is taken.
+        workdir: the folder of a training, of any stage; its best checkpoint is taken. Or an exported folder, or the name of a
+            distiller in this package.
         backbone: the Hugging Face folder of the distiller's backbone (stage "lm": of the LLM), where it has moved.
         llm: a GGUF file or packaged model, in the place of a workdir: it becomes a Hugging Face folder.
             With --format=jax the LLM of an exported distiller. Beside --workdir: the name under which others have the LLM. Beside

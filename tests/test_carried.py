@@ -5,6 +5,7 @@ import json
 import pytest
 from facts import says
 
+from mend_jax.interchange.export import export
 from mend_jax.interchange.trained import CARRIED, own_llm, read_trained, trained_fingerprint, trained_path
 from mend_jax.models.gguf.packaged import PACKAGED
 from mend_jax.run.sealed import require_unchanged
@@ -28,6 +29,20 @@ def test_a_carried_distiller_is_found_by_the_name_of_its_llm(name, tmp_path, mon
     assert trained_fingerprint(name) == trained_fingerprint(folder)
     (tmp_path / name).mkdir()
     assert str(trained_path(name)) == name  # a folder of one's own comes first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_carried_distiller_is_exported_by_its_name(name, tmp_path):
+    with says(f"{name}s", "does not exist", name):
+        export(f"{name}s", tmp_path / "out")
+    export(name, tmp_path / "out", weights="bfloat16")
+    assert read_trained(tmp_path / "out").settings() == read_trained(name).settings()
+    assert own_llm(tmp_path / "out") == own_llm(name)
+    cards = [(folder / "README.md").read_text().partition("## Use") for folder in (CARRIED / name, tmp_path / "out")]
+    uses = [card[2].partition("## Training") for card in cards]
+    assert uses[0][2] == uses[1][2] and "## Limits" in uses[0][2]
+    written, now = (use[0].partition("```python")[2].partition("logits")[0] for use in uses)  # up to the LLM's own part
+    assert written == now.replace("6 * chunks", "12") and "MendDistiller" in now
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -291,6 +291,43 @@ def test_a_soft_prompt_is_exported(llm, tiny_llm, tiny_backbone, tmp_path):
     assert "6 learned vectors" in (tmp_path / "out" / "README.md").read_text()
 
 
+# What is exported is exported again
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"prefix.train_embeddings": False}, {"prefix.kind": "chunked"}],
+    ids=["its own embeddings", "the LLM's", "chunked"],
+)
+@pytest.mark.parametrize("weights_", ["float32", "bfloat16"])
+def test_an_exported_folder_is_written_in_other_weights(fields, weights_, llm, tiny_llm, tiny_backbone, tmp_path):
+    """Its card says the same of the training, and the LLM keeps its name."""
+    backbone = tiny_llm if "prefix.train_embeddings" in fields else tiny_backbone
+    run = make_workdir(tmp_path / "run", llm, tiny_llm, backbone, **fields)
+    export.export(run, tmp_path / "first", weights="int8", llm="someone/tiny")
+    said = export.export(tmp_path / "first", tmp_path / "again", weights=weights_)
+    assert str(tmp_path / "first") in said and str(tmp_path / "again") in said
+    first, again = (mend_jax.load_prefix(tmp_path / name, llm) for name in ("first", "again"))
+    demos = ROWS[0] if fields.get("prefix.kind") is None else [ROWS[0]]
+    assert same_vectors(first, again, demos, 1e-6 if weights_ == "float32" else 0.1)
+    assert first.settings() == again.settings() and trained.own_llm(tmp_path / "again") == "someone/tiny"
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("first", "again")]
+    training = [card.partition("## Training")[2] for card in cards]
+    assert training[0] == training[1] and "dev_score" in training[0] and "(someone/tiny)" in cards[1]
+    assert "model.int8.safetensors" not in {path.name for path in (tmp_path / "again").iterdir()}
+    with says(tmp_path / "first", "--backbone=b"):
+        export.export(tmp_path / "first", tmp_path / "other", "b")
+
+
+def test_the_releases_file_becomes_a_folder(workdir, exported, llm, tmp_path):
+    file = exported / "release" / "distiller.safetensors"
+    with says(file, "mend_jax.export", "--backbone=FOLDER"):
+        export.export(file, tmp_path / "out")
+    export.export(file, tmp_path / "out", exported)
+    assert same_vectors(mend_jax.load_distiller(tmp_path / "out", llm), mend_jax.load_distiller(workdir, llm))
+    assert "## Training" not in (tmp_path / "out" / "README.md").read_text()
+
+
 # Mistakes
 
 

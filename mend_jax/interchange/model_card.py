@@ -14,6 +14,8 @@ from mend_jax.run.best import lines_until
 NOT_MEASURED = ("step", "learning_rate", "grad_norm", "tokens", "padding")  # fields of a line of metrics.jsonl
 FORWARD_KL = Objective().name  # the paper's
 
+_TRAINING = "## Training\n"  # begins the part of a card that `again_card` takes over
+
 _HEAD = """---
 library_name: transformers
 tags: [mend, in-context-learning, demonstration-distillation]
@@ -63,6 +65,16 @@ def prefix_card(config: dict, meta: dict, workdir, model, encoder_decoder: bool 
     return _HEAD.format(title=title) + text + _training(config, meta, workdir, type(model).backbone(ConfigDict(config)))
 
 
+def again_card(path: Path, model, llm: str, encoder_decoder: bool | None) -> str:
+    """The card of a `Kind` read from the exported folder or file in `path`; what that folder's card says of the training and
+    behind it stays. `llm`: its LLM's name, or ""; `encoder_decoder` is as in `prefix_card`."""
+    title, text = model.card(public_name(llm) or "the LLM of its training", _LOGITS[encoder_decoder])
+    card = path / "README.md"
+    said = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    at = said.find(_TRAINING)
+    return _HEAD.format(title=title) + text + (said[at:] if at >= 0 else "")
+
+
 def llm_card(config: dict, meta: dict, workdir) -> str:
     template = chosen(config["data"]["template"])
     demos = [("a great film", "positive"), ("dull", "negative")]
@@ -100,7 +112,7 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
     )
     rows["seed"] = config["seed"]
     measured = _measured(workdir, meta["step"])
-    text = "## Training\n\n" + _table(rows)
+    text = f"{_TRAINING}\n" + _table(rows)
     return text + ("\n## Measured at this checkpoint\n\n" + _table(measured) if measured else "")
 
 

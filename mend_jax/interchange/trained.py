@@ -145,7 +145,7 @@ def read_trained(path: str | Path, backbone: str | Path | None = None, place: Pl
         if backbone is None:
             raise UserError(
                 f"{path} holds no settings: read it with mend_jax.load_distiller(..., backbone=FOLDER), the folder of its "
-                "backbone (config.json)."
+                "backbone (config.json); commands read what `python -m mend_jax.export` makes of it with --backbone=FOLDER."
             )
         return read_release(path, backbone)
     for kind in KINDS.values():
@@ -181,7 +181,9 @@ def read_workdir(workdir, backbone, place: Place | None = None) -> tuple[dict, A
     """
     workdir = Path(workdir).expanduser()
     if not workdir.is_dir():
-        raise UserError(f"{workdir} is not a folder: name a training workdir.")
+        raise UserError(
+            f"{workdir} is not a folder: name a training workdir." if workdir.exists() else _missing(workdir)
+        )
     config = saved_config.read_config(workdir)
     params, meta = checkpoint.load_best(workdir, place)
     _warn_if_unfinished(config, workdir, meta)

@@ -68,6 +68,10 @@ def release_tensors(distiller) -> dict[str, np.ndarray]:
             "The release's layout has no prefix.residual, which adds to the tokens' embeddings: it cannot hold this distiller."
         )
     params = distiller.params
+    if "tokens" not in params["backbone"]["embed"]:  # as it is read from an exported folder
+        raise UserError(
+            "The release's layout holds token embeddings, which this distiller's folder leaves to the LLM: it cannot hold it."
+        )
     tensors = {HYPERNET + PLACEHOLDERS: np.asarray(params["placeholders"])}
     tensors |= weights.to_tensors(distiller.config, params["backbone"], HYPERNET)
     if "projection" in params:
