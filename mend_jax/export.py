@@ -21,11 +21,13 @@ checksums.json lists the files that decide what is read from a folder: one that 
 mend_jax/interchange/trained.py reads all of these back and lists the release's parameter names.
 """
 
+import inspect
 import sys
 from typing import Literal
 
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.settings import CHOICES
 from mend_jax.interchange.export import export, export_llm
 from mend_jax.interchange.jax_export import export_jax
 from mend_jax.packs.adapter import export_pack
@@ -41,6 +43,9 @@ def main(
     weights: Literal[*DTYPES] = "float32",
     format: Literal["pytorch", "jax"] = "pytorch",
     chunks: int = 0,
+    dtype: Literal[*CHOICES["llm.dtype"]] = "float32",
+    rows: int = 8,
+    query_columns: int = 128,
 ) -> None:
     """The command.
 
@@ -56,16 +61,21 @@ def main(
         weights: of a distiller's backbone: "float32", "bfloat16", or "int8", 8 bits with a scale for each row.
         format: "pytorch", or "jax": programs that need none of our code.
         chunks: of a distiller of chunks with --format=jax: how many its program reads at most; 0: 16.
+        dtype: with --format=jax: of the weights and of the arithmetic.
+        rows: with --format=jax: how many options one call scores at most.
+        query_columns: with --format=jax: how many tokens a query with an option has at most.
     """
+    sizes = {"chunks": chunks, "dtype": dtype, "rows": rows, "query_columns": query_columns}
     if format == "jax":
         if not workdir or pack or backbone or weights != "float32":
             raise UserError(
                 "--format=jax takes --workdir, a training or an exported distiller, and where needed --llm."
             )
-        print(export_jax(workdir, out, llm, chunks=chunks or 16))
+        print(export_jax(workdir, out, llm, **sizes))
         return
-    if chunks:
-        raise UserError(f"--chunks={chunks} is for --format=jax: leave it out.")
+    for name, value in sizes.items():
+        if value != inspect.signature(main).parameters[name].default:
+            raise UserError(f"--{name}={value} is for --format=jax: leave it out.")
     if sum(map(bool, (workdir, llm and not (workdir or pack), pack))) != 1:
         raise UserError(
             "Give one of --workdir, the folder of a training, --llm, a GGUF file, and --pack, a pack of vectors."

@@ -11,6 +11,7 @@ import pytest
 import test_t5
 import tokenizer_files
 from facts import says
+from safetensors.flax import load_file
 from test_export import make_workdir
 from tiny_training import write_tokenizer
 
@@ -91,11 +92,32 @@ def test_what_is_written(workdir, tmp_path):
         export_jax(workdir, tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_the_commands_flags_and_what_the_cards_snippet_refuses(workdir, tmp_path):
+    """Too many tokens are refused, not cut: the scores would be of another question."""
+    flags = {"dtype": "bfloat16", "rows": 3, "query_columns": 20}
+    export.main(str(tmp_path / "out"), workdir=str(workdir), format="jax", **flags)
+    sizes = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (sizes["rows"], sizes["query_columns"]) == (3, 20)
+    assert {str(a.dtype) for a in load_file(tmp_path / "out" / "llm.safetensors").values()} == {"bfloat16"}
+    [code] = re.findall(r"^def padded.*?^    return tokens$", (tmp_path / "out" / "README.md").read_text(), re.M | re.S)
+    names = {"np": np}
+    exec(code, names)
+    assert names["padded"]([[5, 6], [7]], 3, 2).tolist() == [[5, 6], [7, 0], [0, 0]]
+    with pytest.raises(AssertionError, match="3 tokens, where 2 fit"):
+        names["padded"]([[5], [6, 7, 8]], 3, 2)
+    with pytest.raises(AssertionError, match="4 rows, where 3 fit"):
+        names["padded"]([[1]] * 4, 3, 2)
+
+
 def test_mistakes_are_one_sentence(workdir, tmp_path):
     with says("rows is 0"):
         export_jax(workdir, tmp_path / "out", rows=0)
     with says("--workdir", "--llm"):
         export.main(str(tmp_path / "out"), pack="p", format="jax")
-    with says("--chunks=3", "--format=jax"):
-        export.main(str(tmp_path / "out"), workdir=str(workdir), chunks=3)
+    for name, value in (("chunks", 3), ("dtype", "bfloat16"), ("rows", 3), ("query_columns", 20)):
+        with says(f"--{name}={value}", "--format=jax"):
+            export.main(str(tmp_path / "out"), workdir=str(workdir), **{name: value})
+    with says(workdir, "--chunks=3", "one context"):
+        export.main(str(tmp_path / "out"), workdir=str(workdir), format="jax", chunks=3)
     assert not (tmp_path / "out").exists()

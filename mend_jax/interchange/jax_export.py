@@ -37,6 +37,7 @@ from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import write_json, write_text
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+CHUNKS = 16  # that a program reads at most, unless it is said
 
 CARD = """# Distil and score in JAX
 
@@ -64,6 +65,7 @@ def read(tokenizer, *texts):
 
 def padded(rows, count, columns):
     assert len(rows) <= count, f"{{len(rows)}} rows, where {{count}} fit"
+    assert max(map(len, rows)) <= columns, f"{{max(map(len, rows))}} tokens, where {{columns}} fit"
     tokens = np.zeros((count, columns), np.int32)
     for row, ids in zip(tokens, rows):
         row[: len(ids)] = ids
@@ -100,7 +102,7 @@ def export_jax(
     dtype: str = "float32",
     rows: int = 8,
     query_columns: int = 128,
-    chunks: int = 16,
+    chunks: int = 0,
 ) -> str:
     """Writes the programs and their weights to the new folder `out`, whole or not at all; returns a sentence about them.
 
@@ -111,7 +113,7 @@ def export_jax(
         dtype: of the weights and the arithmetic: "float32" or "bfloat16".
         rows: R, options that are scored in one call.
         query_columns: Q, tokens of a query with its option, at most.
-        chunks: C, of a distiller of chunks; one of one context has one.
+        chunks: C, of a distiller of chunks, 0: 16; one of one context takes none.
     Raises:
         UserError: no distiller there, no LLM, an `out` with content, numbers that do not fit, a full disk, no flatbuffers.
     """
@@ -137,11 +139,14 @@ def export_jax(
 def _sizes(path, model: Kind, chunks: int) -> dict:
     """What settings.json says of the demonstrations and of the vectors."""
     if isinstance(model, Chunked):
-        if chunks < 1:
+        if chunks < 0:
             raise UserError(f"chunks is {chunks}: there must be one.")
+        chunks = chunks or CHUNKS
         columns, demos = model.width, model.chunk_demos
         vectors = model.num_vectors * (chunks if model.join == "concat" else 1)
     elif isinstance(model, Distiller):
+        if chunks:
+            raise UserError(f"{path} holds a distiller that reads one context: --chunks={chunks} is for one of chunks.")
         columns, vectors, chunks = min(model.window, 1024), model.num_vectors, 1
         demos = columns  # as many as fit
     else:
