@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-NOT_TRACED = ("params", "tokenizer", "path")  # fields of a model that no program depends on
+NOT_TRACED = ("params", "tokenizer", "path", "folder")  # fields of a model that no program depends on
 
 
 class Shell:
