@@ -1,6 +1,7 @@
 """Demonstrations of any number, chunk by chunk: packing, vectors that do not depend on other chunks, training, evaluation."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mend_jax.data.readers import Readers
 from mend_jax.data.sampling import EMPTY, Packing
 from mend_jax.interchange.trained import load_distiller, load_prefix, read_trained
 from mend_jax.llm.decoder_only import load_llm
-from mend_jax.prefixes import KINDS, Chunked, Distiller, SoftPrompt
+from mend_jax.prefixes import KINDS, Chunked, Distiller, SoftPrompt, chunked
 from mend_jax.run.checks import check_method_demos
 from mend_jax.scoring import costs
 from mend_jax.scoring.tasks import Method, demos_read, evaluate_task, make_context, prefix_maker
@@ -181,9 +182,73 @@ def test_a_chunk_longer_than_the_distiller_reads(folder, llm):
     Chunked.check(c, llm.config, llm.config)
 
 
-def test_a_demonstration_longer_than_a_chunk_is_one_sentence(distiller):
-    with says("Demonstration 2", "43 tokens", 16):
-        Chunked.around(distiller, chunk_tokens=16).distill([[1], [2], [3] * 43])
+def test_a_demonstration_longer_than_a_chunk_is_left_out_alone(distiller, caplog):
+    model = Chunked.around(distiller, chunk_demos=1, chunk_tokens=16)
+    vectors = model.distill([[1], [3] * 43, [2], [4] * 17]).embeds
+    states(caplog.messages[0], "a chunk of 16", "1, 3")
+    np.testing.assert_array_equal(vectors, model.distill([[1], [2]]).embeds)
+    with says("Demonstration 0", "43 tokens", 16):
+        model.distill([[3] * 43, [4] * 17])
+
+
+def test_texts_are_cut_as_in_training_and_what_does_not_fit_is_left_out(llm, distiller, caplog):
+    """Of packs, and where the distiller is asked itself: each x is cut, a y never, and only what is too long is missing."""
+    pairs = [("w1 w2", "w3"), ("w4 " * 30, "w5"), ("w6", "w7 " * 20), ("w8", "w9")]
+    cut = dataclasses.replace(distiller, max_input_tokens=6)
+    model, whole = (Chunked.around(one, chunk_demos=1, chunk_tokens=8) for one in (cut, distiller))
+    reading = model.read_pairs(pairs, llm)
+    assert (reading.read, reading.dropped, reading.tokens) == ((0, 1, 3), (2,), 3 + 7 + 2)
+    assert [chunk.tolist() for chunk in reading.context] == [[1, 2, 3], [4] * 6 + [5], [8, 9]]
+    assert whole.read_pairs(pairs, llm).dropped == (1, 2)
+    [vectors] = model.vectors_of([reading.context])
+    np.testing.assert_array_equal(vectors, model.distill(pairs).embeds[0])
+    np.testing.assert_array_equal(vectors, model.distill([[1, 2, 3], [4] * 6 + [5], [8, 9]]).embeds[0])
+    alone = cut.distill([("w4 " * 30, "w5")])
+    np.testing.assert_array_equal(alone.embeds, distiller.distill([("w4 " * 6, "w5")]).embeds)
+    with says("w6", "21 tokens", 8):
+        model.read_pairs(pairs[2:3], llm)
+    with says("no demonstrations"):
+        model.read_pairs([], llm)
+
+
+def test_two_tokenizers_cut_an_input_where_both_end_a_token(llm, distiller, tmp_path):
+    own = tokenizer_files.load(tokenizer_files.save_word_tokenizer(tmp_path / "tokenizer"))
+    read = dataclasses.replace(distiller, tokenizer=own, max_input_tokens=3)
+    reading = read.read_pairs([("w1 w2 w3 w4 w5", "w6")], llm)
+    assert reading.context.tolist() == own("w1 w2 w3 w6", add_special_tokens=False)["input_ids"]
+
+
+def test_where_inputs_are_cut_is_kept_in_the_exported_folder(distiller, tmp_path):
+    for count in (7, 0):
+        made = dataclasses.replace(distiller, max_input_tokens=count)
+        Chunked.around(made).write(tmp_path)
+        kept = json.loads((tmp_path / "distiller_config.json").read_text())
+        assert kept.get("max_input_tokens", 0) == count == Chunked.from_folder(tmp_path).max_input_tokens
+        assert ("max_input_tokens" in kept) == (count > 0)  # older folders have none
+    for wrong in (-1, "7", True):
+        (tmp_path / "distiller_config.json").write_text(json.dumps(kept | {"max_input_tokens": wrong}))
+        with says("max_input_tokens", "export the distiller again"):
+            Chunked.from_folder(tmp_path)
+
+
+def test_a_chunk_is_padded_to_its_own_bucket(llm, distiller, monkeypatch):
+    """Not to its width, which has no end with a T5 backbone, and whatever the number of chunks: one program is enough."""
+    pairs = [(f"w{i}", f"w{i + 1}") for i in range(5)]
+    usual, shapes = Chunked.around(distiller, chunk_demos=1).distill(pairs).embeds, set()
+    monkeypatch.setattr(Chunked, "width", property(lambda _: 2**30))
+    row = chunked._distill_row
+    monkeypatch.setattr(chunked, "_distill_row", lambda *of: shapes.add(of[2].shape) or row(*of))
+    for join in ("concat", "mean"):
+        model = Chunked.around(distiller, join, chunk_demos=1)
+        contexts = [model.read_pairs(pairs[:count], llm).context for count in (1, 3, 5)]
+        found = model.vectors_of(contexts)
+        assert [len(vectors) for vectors in found] == ([4, 12, 20] if join == "concat" else [4] * 3)
+        wanted = usual[0] if join == "concat" else usual[0].reshape(5, 4, -1).mean(0)
+        np.testing.assert_allclose(found[2], wanted, atol=1e-6)
+    assert shapes == {(1, 16)}
+
+
+def test_an_unknown_join_is_one_sentence(distiller):
     with says("concat", "mean", '"sum"'):
         Chunked.around(distiller, "sum")
 

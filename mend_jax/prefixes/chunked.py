@@ -11,6 +11,7 @@ Axes: B batch, C chunks, W columns of a chunk, N = C * W, L vectors of a chunk.
 """
 
 import dataclasses
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
-from mend_jax.data.sampling import EMPTY, Packing
+from mend_jax.data.sampling import EMPTY, Packing, join_demos
 from mend_jax.data.templates import Template
-from mend_jax.prefixes.context import demo_tokens, pair_tokens
+from mend_jax.prefixes.context import bucket, demo_tokens, pair_tokens
 from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.distiller_folder import card_text, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
+from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import Place
 
 JOINS = CHOICES["prefix.join"]
@@ -111,6 +113,10 @@ class Chunked(Kind):
         return self.width
 
     @property
+    def max_input_tokens(self) -> int:
+        return self.distiller.max_input_tokens
+
+    @property
     def holds(self) -> str:
         return f" and a chunk of {self.width}" + (" (prefix.chunk_tokens)" if self.chunk_tokens else "")
 
@@ -143,35 +149,55 @@ class Chunked(Kind):
         """The prefix of any number of demonstrations; `distill_chunks` makes its vectors.
 
         Args:
-            demos: (x, y) string pairs, or a list of demonstrations as token ids (list of lists of int).
+            demos: (x, y) string pairs, or a list of demonstrations as token ids (list of lists of int). One that is longer than a
+                chunk is left out, with a warning.
         Returns:
             Prefix((1, C * l, llm_width) or, for "mean", (1, l, llm_width), (1,) int32).
         Raises:
-            UserError: no demonstrations, one that is longer than a chunk, or anything that `Distiller.distill` rejects.
+            UserError: no demonstrations, none that fits a chunk, or anything that `Distiller.distill` rejects.
         """
         return self.join_chunks(self.distill_chunks(self.chunks(demos)))
 
     def chunks(self, demos) -> list[np.ndarray]:
-        """The chunks of demonstrations, as token ids, each (n,) int32 with n at most W."""
-        pieces = self._pieces(demos)
-        packing = Packing(self.width, self.chunk_demos, len(pieces))
-        placed = packing.chunk_of([len(piece) for piece in pieces])
-        if len(placed) < len(pieces):
+        """The chunks of demonstrations, as token ids, each (n,) int32 with n at most W; those that are longer are left out."""
+        pieces, most = self._pieces(demos), self.longest_demo
+        long = [i for i, piece in enumerate(pieces) if len(piece) > most]
+        if len(long) == len(pieces):
             raise UserError(
-                f"Demonstration {len(placed)} has {len(pieces[len(placed)])} tokens, but a chunk holds {self.width}: shorten it "
-                "or leave it out."
+                f"Demonstration 0 has {len(pieces[0])} tokens, but a chunk holds {most}, and the others fit none either: shorten them."
             )
-        return [
-            np.concatenate([piece for piece, at in zip(pieces, placed, strict=True) if at == chunk])
-            for chunk in range(placed[-1] + 1)
-        ]
+        if long:
+            numbers = ", ".join(map(str, long))
+            logging.warning(
+                "Demonstrations are left out, longer than a chunk of %d tokens (from 0): %s.", most, numbers
+            )
+        pieces = [piece for piece in pieces if len(piece) <= most]
+        return _packed(pieces, Packing(self.width, self.chunk_demos, len(pieces)))
 
     def distill_chunks(self, chunks) -> jax.Array:
         """The vectors of each chunk, (C,L,llm_width), bit for bit the same whatever the other chunks are."""
-        rows = np.zeros((len(chunks), self.width), np.int32)
-        for row, chunk in zip(rows, chunks, strict=True):
-            row[: len(chunk)] = chunk
-        return _distill_rows(self.module, self.params, rows, np.asarray([len(chunk) for chunk in chunks], np.int32))
+        return jnp.asarray(self._distil_each(chunks))
+
+    def _distil_each(self, chunks) -> np.ndarray:
+        """`distill_chunks` on the host: one by one, each padded to its own bucket, so that nothing depends on the others (products of
+        more rows would round differently) and few programs are compiled. They wait for each other on the device alone."""
+        made = []
+        for chunk in chunks:
+            row = np.zeros((1, min(self.width, bucket(len(chunk)))), np.int32)
+            row[0, : len(chunk)] = chunk
+            made.append(_distill_row(self.module, self.params, row, np.asarray([len(chunk)], np.int32)))
+        return np.concatenate([to_host(one) for one in made])
+
+    def context(self, pairs, room: int) -> list[np.ndarray]:
+        """The chunks, whose number the LLM's window limits."""
+        return _packed([join_demos([pair]) for pair in pairs], self._packing(room))
+
+    def vectors_of(self, contexts) -> list[np.ndarray]:
+        if not contexts:
+            return []
+        made = self._distil_each([chunk for chunks in contexts for chunk in chunks]).astype(np.float32)
+        parts = np.split(made, np.cumsum([len(chunks) for chunks in contexts])[:-1])
+        return [part.mean(0) if self.join == "mean" else part.reshape(-1, part.shape[2]) for part in parts]
 
     def join_chunks(self, vectors) -> Prefix:
         """The prefix of chunks' vectors (C,L,llm_width), from one call of `distill_chunks` or several, concatenated."""
@@ -186,7 +212,8 @@ class Chunked(Kind):
             and demos[0]
             and isinstance(demos[0][0], str)
         ):
-            demos = [pair_tokens([pair], reader.tokenizer, reader.template) for pair in demos]
+            read = reader.tokenizer, reader.template, reader.max_input_tokens
+            demos = [pair_tokens([pair], *read) for pair in demos]
         elif isinstance(demos, list) and demos and np.ndim(demos[0]) == 0:
             demos = [demos]
         tokens, length = demo_tokens(demos, reader.tokenizer, reader.config, 2**30, "distiller", reader.template)
@@ -344,15 +371,18 @@ def _chunk_tokens(config) -> int:
     return config["prefix"].get("chunk_tokens", 0) or config["data"]["max_demo_tokens"]
 
 
+def _packed(pieces, packing: Packing) -> list[np.ndarray]:
+    """The chunks of demonstrations, each an array of token ids, which all fit."""
+    placed = packing.chunk_of([len(piece) for piece in pieces])
+    chunks: list[list] = [[] for _ in range(placed[-1] + 1)]
+    for piece, chunk in zip(pieces, placed, strict=True):
+        chunks[chunk].append(piece)
+    return [np.concatenate(chunk) for chunk in chunks]
+
+
 @partial(jax.jit, static_argnums=0)
-def _distill_rows(module: DistillerModule, params, rows, sizes):
-    """Distils all rows in one call, but chunk by chunk: products of more rows would round differently, so the last bits of a
-    chunk's vectors would depend on the number of other chunks."""
-
-    def one(chunk):
-        return module.apply({"params": params}, *(a[None] for a in chunk))[0]
-
-    return jax.lax.map(one, (rows, sizes))
+def _distill_row(module: DistillerModule, params, row, size):
+    return module.apply({"params": params}, row, size)
 
 
 def _joined(join: str, vectors, sizes) -> Prefix:

@@ -12,8 +12,11 @@ from mend_jax.data.templates import SPACE, Template
 from mend_jax.models.families import Config
 
 
-def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, template: Template = SPACE):
-    """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs."""
+def demo_tokens(
+    demos, tokenizer, config: Config, window: int, reader: str, template: Template = SPACE, max_input_tokens: int = 0
+):
+    """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs, whose inputs are cut
+    as by `pair_ids`."""
     if not hasattr(demos, "__len__"):
         raise UserError(f"Demonstrations must be a list, not {demos!r}: give token ids, or [(input, output), ...].")
     if len(demos) == 0:
@@ -21,7 +24,7 @@ def demo_tokens(demos, tokenizer, config: Config, window: int, reader: str, temp
     if isinstance(demos, str) or isinstance(demos[0], str):
         raise UserError("Text demonstrations must be a list of (x, y) pairs, not a text: give [(input, output), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
-        demos = [pair_tokens(demos, tokenizer, template)]
+        demos = [pair_tokens(demos, tokenizer, template, max_input_tokens)]
     elif not hasattr(demos[0], "__len__") or np.ndim(demos[0]) == 0:
         demos = [demos]
     demos = [token_ids(row, "a context of demonstrations", "pairs of texts") for row in demos]
@@ -64,8 +67,19 @@ def pad_columns(tokens, window: int):
     return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))
 
 
-def pair_tokens(pairs, tokenizer, template: Template = SPACE) -> list[int]:
-    """The context of (x, y) string pairs: the template's pieces of each, tokenised alone, as in training."""
+def pair_tokens(pairs, tokenizer, template: Template = SPACE, max_input_tokens: int = 0) -> list[int]:
+    """The context of (x, y) string pairs, as token ids: `pair_ids`, one after another."""
+    return [token for pair in pair_ids(pairs, tokenizer, template, max_input_tokens) for part in pair for token in part]
+
+
+def pair_ids(
+    pairs, tokenizer, template: Template = SPACE, max_input_tokens: int = 0
+) -> list[tuple[list[int], list[int]]]:
+    """The token ids of (x, y) string pairs: the template's pieces of each, tokenised alone, as in training.
+
+    An x, with the text before it, is cut at `max_input_tokens` (0: never); the text between stands whole behind the cut.
+    Raises UserError for anything but pairs of texts, or without a tokenizer.
+    """
     if tokenizer is None:
         raise UserError("Text demonstrations need a tokenizer: give token ids, or a folder with tokenizer files.")
     wrong = next(
@@ -73,5 +87,11 @@ def pair_tokens(pairs, tokenizer, template: Template = SPACE) -> list[int]:
     )
     if wrong is not None:
         raise UserError(f"A demonstration must be a pair of texts, (input, output), not {wrong!r}.")
-    texts = [piece for pair in pairs for piece in template.example(*pair)]
-    return [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    if not pairs:
+        return []
+    ids = iter(tokenizer([t for pair in pairs for t in template.example(*pair)], add_special_tokens=False)["input_ids"])
+    found = []
+    for _ in pairs:
+        x = next(ids)[: max_input_tokens or None]
+        found.append((x + (next(ids) if template.between else []), next(ids)))
+    return found

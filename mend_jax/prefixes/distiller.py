@@ -34,6 +34,7 @@ from mend_jax.prefixes.embeddings import OF_LLM, TRAINED, has_tokens, of_llm, wh
 from mend_jax.prefixes.kind import FROZEN, Kind, initial_rows
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.prefixes.start import first_layers, first_projection, first_rms, with_rms
+from mend_jax.run.reading import described
 from mend_jax.run.sharding import Place
 from mend_jax.scoring import costs
 
@@ -69,6 +70,7 @@ class Distiller(Kind):
     embeddings: str = TRAINED  # what its backbone reads with (embeddings.py)
     nested: tuple[int, ...] = ()  # shorter numbers of vectors: config.prefix.nested of its training
     residual: bool = False  # config.prefix.residual of its training
+    max_input_tokens: int = 0  # config.data.max_input_tokens of its training; 0: not known, and no text is cut
 
     @property
     def num_vectors(self) -> int:
@@ -107,7 +109,7 @@ class Distiller(Kind):
 
     def read(self, demos):
         """Tokens (B,N) and lengths (B,) of the input of `distill`; N is one of few sizes, because each is compiled."""
-        reader = (self.tokenizer, self.config, self.window, "distiller", self.template)
+        reader = (self.tokenizer, self.config, self.window, "distiller", self.template, self.max_input_tokens)
         tokens, length = demo_tokens(demos, *reader)
         return pad_columns(tokens, self.window), length
 
@@ -116,7 +118,7 @@ class Distiller(Kind):
 
         Args:
             demos: token ids of one context (list of int) or of several (list of lists), or (x, y) string pairs
-                if the distiller has a tokenizer.
+                if the distiller has a tokenizer; an x is cut as in training (`max_input_tokens`).
         Returns:
             Prefix((B, L, llm_width) in `dtype`, (B,) int32, each L); B is the number of contexts (paper, section 3.1).
         Raises:
@@ -179,7 +181,7 @@ class Distiller(Kind):
             last["projection"] = first_projection(settings.width, llm.config.width, seed, zero=prefix.residual)
         arithmetic = prefix.dtype, llm.attention, prefix.remat
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
-        rest["nested"] = tuple(prefix.nested)
+        rest |= {"nested": tuple(prefix.nested), "max_input_tokens": config.data.max_input_tokens}
         if prefix.residual:  # a projection that begins at zero: the states that it reads are scaled
             made = cls(settings, params, "identity", llm.config.width, backbone.tokenizer, *arithmetic, **rest)
             made = made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
@@ -226,7 +228,7 @@ class Distiller(Kind):
         projection = resolve_projection(config["prefix"]["projection"], settings.width, llm_width)
         data, prefix, tokenizer = config["data"], config["prefix"], load_tokenizer(backbone)
         rest = chosen(data["template"]), data.get("bos", NONE), whose(config)
-        rest += tuple(prefix.get("nested", ())), prefix.get("residual", False)
+        rest += tuple(prefix.get("nested", ())), prefix.get("residual", False), data.get("max_input_tokens", 0)
         return cls.of(settings, params, projection, tokenizer, *rest)
 
     @classmethod
@@ -262,10 +264,12 @@ class Distiller(Kind):
         embeddings: str = TRAINED,
         nested: tuple[int, ...] = (),
         residual: bool = False,
+        max_input_tokens: int = 0,
     ) -> "Distiller":
         """That of parameters read from files (NumPy or JAX), for the LLM's width that they have; float32."""
         llm_width = config.width if projection == "identity" else params["projection"]["kernel"].shape[1]
         rest = {"template": template, "bos": bos, "embeddings": embeddings, "nested": nested, "residual": residual}
+        rest["max_input_tokens"] = max_input_tokens
         return cls(config, jax.tree.map(jnp.asarray, params), projection, llm_width, tokenizer, **rest)
 
     @classmethod
@@ -274,16 +278,18 @@ class Distiller(Kind):
 
     @classmethod
     def from_folder(cls, folder: Path, place: Place | None = None) -> "Distiller":
-        return cls.of(*read_folder(folder, place))
+        return cls.of(*read_folder(folder, place), _max_input_tokens(folder))
 
     def settings(self) -> dict:
         """The content of `SETTINGS` in an exported folder."""
         rest = {"bos": self.bos, "embeddings": self.embeddings, "nested": list(self.nested), "residual": self.residual}
+        rest["max_input_tokens"] = self.max_input_tokens
         usual = {
             "bos": NONE,
             "embeddings": TRAINED,
             "nested": [],
             "residual": False,
+            "max_input_tokens": 0,
         }  # not written, so that older files say the same
         return {
             "num_vectors": self.num_vectors,
@@ -318,6 +324,16 @@ def _first_part(config, llm, place: Place | None) -> Model:
         del wanted[tokens_name(settings)]
     params = read_weights(folder, whole, place=place, wanted=wanted)
     return Model(settings, with_tokens(params, table) if shared else params, load_tokenizer(folder), folder)
+
+
+def _max_input_tokens(folder: Path) -> int:
+    """Where an exported folder's training cut inputs; 0: an older folder, which does not say. Raises UserError for no such number."""
+    found = read_settings(folder).get("max_input_tokens", 0)
+    if type(found) is not int or found < 0:
+        raise UserError(
+            f"{folder / SETTINGS} has max_input_tokens={described(found)}, no number of tokens: export the distiller again."
+        )
+    return found
 
 
 def resolve_projection(projection: str, width: int, llm_width: int) -> str:

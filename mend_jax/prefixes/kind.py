@@ -10,8 +10,9 @@ Axes: B batch, N demonstration tokens, L vectors, D width.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,27 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data import sampling
+from mend_jax.data.evaluation import read_twice
 from mend_jax.data.templates import SPACE, Template
+from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.models import int8
-from mend_jax.prefixes.context import bucket
+from mend_jax.prefixes.context import bucket, bucket_rows, pair_ids
 from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.prefix import Prefix, room_for_vectors
+from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import Place
 
 FROZEN = "prefix"  # under this name a kind's own frozen parameters stand beside those of the frozen LLM
+SIZES = (128, 256, 384, 512, 768, 1024, 1536, 2048)  # padded lengths of contexts: few, because each is compiled
+
+
+class Reading(NamedTuple):
+    """A set of demonstrations as a kind reads it."""
+
+    context: Any  # as `vectors_of` takes it
+    tokens: int  # of the context
+    read: tuple[int, ...]  # the numbers, from 0, of the demonstrations that it holds
+    dropped: tuple[int, ...]  # and of the others, which do not fit
 
 
 class Kind:
@@ -50,6 +64,7 @@ class Kind:
     tokenizer = None  # of the texts it reads, where it has one of its own
     window = 2**30  # tokens of demonstrations that it can read in one context
     longest_demo = 2**30  # a demonstration of more tokens is left out, and those behind it are not
+    max_input_tokens = 0  # where texts of inputs are cut: data.max_input_tokens of its training; 0: nowhere
     holds = ""  # what else limits a demonstration, as a part of a sentence
     template: Template = SPACE  # the texts around every x and y: that of config.data.template of its training
     bos: str | None = (
@@ -188,6 +203,58 @@ class Kind:
         """How many demonstrations of these lengths, as in `fit`, it reads at once for this LLM, which itself reads none."""
         return self.fit([0] * len(own), own, 2**30, room_for_vectors(llm))
 
+    def read_pairs(self, pairs: Sequence[tuple[str, str]], llm) -> Reading:
+        """(x, y) pairs of texts as it reads them for an LLM: each x cut as in training, and what does not fit left out.
+
+        Raises UserError if there are none, or if none fits.
+        """
+        if not pairs:
+            raise UserError("There are no demonstrations: give at least one.")
+        pieces = self._pair_ids(pairs, llm)
+        lengths = [len(x) + len(y) for x, y in pieces]
+        short = [i for i, length in enumerate(lengths) if length <= self.longest_demo]
+        read = tuple(short[: self.fitting([lengths[i] for i in short], llm)])
+        if not read:
+            raise self._nothing_fits(pairs[0][0], lengths[0], llm)
+        dropped = tuple(i for i in range(len(pairs)) if i not in set(read))
+        context = self.context([pieces[i] for i in read], room_for_vectors(llm))
+        return Reading(context, sum(lengths[i] for i in read), read, dropped)
+
+    def _pair_ids(self, pairs, llm) -> list:
+        """The (x, y) of its tokenizer; where the LLM has another, an x is cut where it is one text to both, as in training."""
+        most, template = self.max_input_tokens, self.template
+        if not most or other_tokenizer(llm.tokenizer, self.tokenizer) is None:
+            return pair_ids(pairs, self.tokenizer, template, most)
+        texts = tuple((template.before + x, template.answer + y) for x, y in pairs)
+        return read_twice(texts, (llm.tokenizer, self.tokenizer), most, template.between)[1]
+
+    def _nothing_fits(self, first: str, length: int, llm) -> UserError:
+        most, room = min(self.window, self.longest_demo), room_for_vectors(llm)
+        if length <= most:
+            return UserError(
+                f"The LLM's window has room for {room} vectors, {self.title} makes {self.num_vectors} at least."
+            )
+        return UserError(
+            f"A demonstration ({first[:40]!r} ...) has {length} tokens, more than the distiller reads at once, {most}: shorten it,"
+            " or leave it out."
+        )
+
+    def context(self, pairs, room: int) -> Any:
+        """The context of (x, y) pairs of token ids which all fit, as `vectors_of` takes it."""
+        return self.lay_out(pairs, room)
+
+    def vectors_of(self, contexts: Sequence) -> list[np.ndarray]:
+        """The vectors (L,D) float32 of each context of `read_pairs`, with its own parameters; like lengths together cost least."""
+        if not contexts:
+            return []
+        rows = np.zeros((bucket_rows(len(contexts)), self.columns(max(map(len, contexts)), SIZES)), np.int32)
+        for row, context in zip(rows, contexts, strict=False):
+            row[: len(context)] = context
+        length = np.asarray([len(context) for context in contexts] + [1] * (len(rows) - len(contexts)), np.int32)
+        made = _apply(self, self.params, rows, length)
+        vectors, counts = to_host(made.embeds).astype(np.float32), to_host(made.length)
+        return [vectors[i, : counts[i]] for i in range(len(contexts))]
+
     def lay_out(self, pairs, room: int) -> np.ndarray:
         """The context (N,) int32 of those (x, y) pairs of token ids that fit, in the form that `apply` reads."""
         return sampling.join_demos(pairs)
@@ -280,6 +347,12 @@ class Kind:
         `logits` are the lines of the card's snippet by which that LLM computes its `logits` from `embeds`.
         """
         raise TypeError(f"{self.title} is not exported")
+
+
+# A kind (hashed by identity) is static: each shape compiles once.
+@partial(jax.jit, static_argnums=0)
+def _apply(model, params, demos, length):
+    return model.apply(params, demos, length)
 
 
 def initial_rows(prefix, model, seed: int):
