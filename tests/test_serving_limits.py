@@ -1,5 +1,6 @@
 """What the server answers to bad requests, to those that are too large or too slow, and in a crowd: a code and one sentence."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -25,6 +26,7 @@ from serving_client import (  # noqa: E402
 
 from mend_jax.data.templates import TEMPLATES  # noqa: E402
 from mend_jax.serving.engine import Asked, Before, Engine  # noqa: E402
+from mend_jax.serving.http import Edge  # noqa: E402
 from mend_jax.serving.limits import Limits  # noqa: E402
 
 BAD_LIMITS = {"max_body": 4000, "max_file": 20_000, "max_demonstrations": 6, "max_inputs": 3, "max_options": 3}
@@ -215,6 +217,46 @@ def test_who_waits_too_long_is_told_so(serving_models, monkeypatch):
         status, said, _ = client.ask("POST", "/score", QUESTION)
         assert status == 504
         states(said["error"], "0.2 seconds", "less")
+
+
+def test_a_pack_that_took_too_long_is_there_for_who_asks_again(serving_models, monkeypatch):
+    with running(make_engine(serving_models, max_seconds=0.2)) as client, held(client.service) as hold:
+        assert client.ask("POST", "/packs", OBJECTS)[0] == 504
+        hold.release()
+        wait_until(lambda: len(client.service.packs) == 1)
+        monkeypatch.setattr(client.service.worker, "submit", None)  # nothing is computed again
+        status, made, _ = client.ask("POST", "/packs", OBJECTS)
+        assert (status, made["num_demonstrations"]) == (200, len(OBJECTS))
+
+
+def test_bodies_count_while_they_arrive(serving_models):
+    """Those of a crowd that never ends its bodies, too; what they held is free when they are gone."""
+    edge = Edge(None, Limits(max_file=1000), "0.0.0.0", lambda *_: None)
+    scope = {"type": "http", "path": "/packs", "headers": [(b"content-type", FILE.encode())]}
+    statuses = []
+
+    async def client():
+        parts = [{"type": "http.request", "body": b"x" * 900, "more_body": True}]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.sleep(60)
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        await edge(scope, receive, send)
+
+    async def crowd():
+        tasks = [asyncio.create_task(client()) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        held = edge.held
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return held
+
+    assert asyncio.run(crowd()) == 3600  # of HELD * 1000
+    assert statuses.count(503) == 16 and edge.held == edge.open == 0
 
 
 def test_the_work_of_who_hangs_up_is_dropped(client):

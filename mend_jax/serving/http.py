@@ -5,6 +5,7 @@ waits for a client. All is made for uvicorn with h11.
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -31,6 +32,20 @@ class Gone(Exception):
     """The client hung up."""
 
 
+@dataclasses.dataclass
+class _Body:
+    """What has arrived of a request's body."""
+
+    parts: list[bytes] = dataclasses.field(default_factory=list)
+    size: int = 0
+
+    def add(self, part: bytes) -> int:
+        """Returns the part's bytes."""
+        self.parts.append(part)
+        self.size += len(part)
+        return len(part)
+
+
 class Edge:
     """ASGI middleware: refuses what is too large, too slow, or not for this server; counts what comes through."""
 
@@ -44,7 +59,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, body = time.perf_counter(), 0, b""
+        start, status, body = time.perf_counter(), 0, _Body()
 
         async def counted(message) -> None:
             nonlocal status
@@ -60,16 +75,15 @@ class Edge:
                 raise busy(
                     f"{self.limits.max_connections} requests are open, the most that may: try again in a moment."
                 )
-            body = await self._body(scope, receive)
-            self.held += len(body)
-            await self.app(scope, _again(body, receive), counted)
+            await self._read(body, scope, receive)
+            await self.app(scope, _again(b"".join(body.parts), receive), counted)
         except Refused as refused:
             await answer(counted, refused)
         except Gone:
             status = HUNG_UP
         finally:
             self.open -= 1
-            self.held -= len(body)
+            self.held -= body.size
             self.count(scope, status, time.perf_counter() - start)
 
     def _require_known_host(self, scope) -> None:
@@ -79,27 +93,26 @@ class Edge:
         if self.names is not None and name not in self.names:
             raise Refused(421, f"This server answers to {', '.join(sorted(self.names))}, not to another Host.")
 
-    async def _body(self, scope, receive) -> bytes:
+    async def _read(self, body: "_Body", scope, receive) -> None:
+        """Reads a whole body; each part counts as held from its arrival on."""
         file = scope["path"] == "/packs" and _header(scope, b"content-type").partition(";")[0].strip().lower() == FILE
         most, said = (self.limits.max_file if file else self.limits.max_body), _header(scope, b"content-length")
         too_large = Refused(413, f"The body has more than {most:,} bytes, the most that this server takes: send less.")
         if said.isdecimal() and int(said) > most:
             raise too_large
-        parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Gone
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
+                    self.held += body.add(message.get("body", b""))
+                    if body.size > most:
                         raise too_large
-                    if size + self.held > HELD * self.limits.max_file:
+                    if self.held > HELD * self.limits.max_file:
                         raise busy("Other requests fill the server's memory: try again in a moment.")
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return
         except TimeoutError:
             sentence = f"The body did not arrive within {self.limits.body_seconds:g} seconds: send it faster."
             raise Refused(408, sentence, {"Connection": "close"}) from None

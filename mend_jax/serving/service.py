@@ -1,8 +1,9 @@
 """What the server does with a request, between HTTP (app.py) and the device (engine.py): all of it in the thread of the event loop."""
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,12 @@ class Service:
         if pack is not None:
             return key, pack, False
         job = (TAKE_IN, body) if kind == FILE else (DISTIL, pairs)
-        pack = (await self.ask(request, job[:1], 1, job[1])).value
+        done = await self.ask(request, job[:1], 1, job[1], lambda late: self._keep(key, late.value))
+        self._keep(key, done.value)
+        return key, done.value, True
+
+    def _keep(self, key: str, pack: Pack) -> None:
+        """Keeps a pack. Raises `Refused` for one that this server does not take."""
         if max(map(len, pack.template)) > TEMPLATE_CHARACTERS:
             raise Refused(
                 422, f"The file's template has more than {TEMPLATE_CHARACTERS:,} characters: it is no pack of ours."
@@ -79,7 +85,6 @@ class Service:
             raise Refused(
                 413, f"A pack of {bytes_of(pack):,} bytes is more than this server keeps: raise --pack_bytes."
             )
-        return key, pack, True
 
     def pack(self, key: str) -> Pack:
         """A pack by its id."""
@@ -121,8 +126,18 @@ class Service:
         answers = [{"text": one.text, "finish": one.finish, "tokens": len(one.tokens)} for one in done.value.found]
         return _answered(done, answers)
 
-    async def ask(self, request: Request, kind: tuple[Hashable, ...], rows: int, asked: Any) -> Done:
-        """What the device answers. Raises `Refused`, and `Gone` where the client hangs up meanwhile."""
+    async def ask(
+        self,
+        request: Request,
+        kind: tuple[Hashable, ...],
+        rows: int,
+        asked: Any,
+        late: Callable[[Done], None] | None = None,
+    ) -> Done:
+        """What the device answers. Raises `Refused`, and `Gone` where the client hangs up meanwhile.
+
+        `late` is called with an answer for which nobody waits any more, so that who asks again finds it.
+        """
         job = self.worker.submit(kind, rows, asked)
         done, gone = asyncio.wrap_future(job.future), asyncio.ensure_future(_hung_up(request))
         try:
@@ -132,7 +147,7 @@ class Service:
             dropped = self.worker.drop(job)
         finally:
             gone.cancel()
-        done.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody waits for it any more
+        done.add_done_callback(lambda found: _take_late(found, late))
         if gone.done() and not gone.cancelled():
             raise Gone
         seconds = f"{self.limits.max_seconds:g} seconds"
@@ -187,6 +202,13 @@ def _answered(done: Done, answers: list[dict]) -> dict:
         "waited": round(done.waited, 6),
         "together": done.together,
     }
+
+
+def _take_late(done: asyncio.Future, late: Callable[[Done], None] | None) -> None:
+    """Gives an answer for which nobody waits to `late`; what failed, or is refused, is told to nobody."""
+    if not done.cancelled() and done.exception() is None and late is not None:
+        with contextlib.suppress(Refused):
+            late(done.result())
 
 
 async def _hung_up(request: Request) -> None:
