@@ -13,6 +13,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
 from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.llm.decoder_only import load_llm
+from mend_jax.packs.queries import require_writable
 from mend_jax.run.files import write_report
 
 
@@ -50,6 +51,8 @@ def harness(
         from mend_jax.interchange.harness import evaluate_harness
     except ImportError as error:
         raise UserError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm_eval.") from None
+    if out:
+        require_writable(out)
     named, model = llm_for(distiller, llm), None
     if distiller:
         reader, model = load_both(distiller, named, dtype, weights)

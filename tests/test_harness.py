@@ -15,11 +15,15 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 
 from lm_eval import evaluator  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from mend_jax.interchange import harness as module  # noqa: E402
 from mend_jax.interchange.harness import HarnessLM, evaluate_harness  # noqa: E402
+from mend_jax.prefixes import Chunked  # noqa: E402
 
 pytestmark = pytest.mark.slow
+vectors_of = Chunked.vectors_of
 TASKS = {
     "moods": """output_type: multiple_choice
 doc_to_text: "{{input}}\\nMood:"
@@ -145,13 +149,38 @@ def test_a_document_without_examples_is_zero_shot(folder, llm, distiller):
 
 
 def test_whole_texts_are_scored_window_by_window(llm, models):
-    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     text = " ".join(f"w{i % 60}" for i in range(200))
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0), Instance("loglikelihood_rolling", {}, ("w1 w2",), 0)]
     theirs = HFLM(pretrained=str(models[0]), device="cpu", dtype="float32").loglikelihood_rolling(requests)
     assert HarnessLM(llm, batch_size=2).loglikelihood_rolling(requests) == pytest.approx(theirs, abs=2e-3)
+
+
+def test_an_example_longer_than_a_chunk_is_left_out_alone(folder, llm, distiller, caplog):
+    """Vectors live as long as their questions are answered, and rows are padded to their number alone."""
+    model = HarnessLM(llm, Chunked.around(distiller, chunk_demos=1, chunk_tokens=30))
+    docs = [{"input": f"w{i}"} for i in range(20)]
+    long = ("w1 w2", "w3 " * 40)
+    for i, doc in enumerate(docs):
+        model.examples[id(doc)] = doc, [("w5", "w6"), *[long] * (i == 7), (f"w{i}", "w8")] if i != 3 else [long]
+    asked = [Instance("loglikelihood", doc, ("w4", " w9"), 0) for doc in docs]
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        answers_of = module._answers
+        patch.setattr(module, "_answers", lambda *given: rows.append(given[3].shape[0]) or answers_of(*given))
+        made = []
+        patch.setattr(Chunked, "vectors_of", lambda self, some: made.append(len(rows)) or vectors_of(self, some))
+        found = model.loglikelihood(asked)
+    assert rows == [1] * 20 and made == [0, 8, 16]  # distilled in slices, each scored before the next
+    assert "Of 2 of 20 questions" in caplog.text and "2 in all" in caplog.text
+
+    def alone(prefix):
+        return mend_jax.score_options(llm, prefix, "w4", ["w9"], distiller.template)[0]
+
+    count = len(llm.tokenizer(" w9", add_special_tokens=False)["input_ids"])
+    for i, prefix in ((3, mend_jax.no_prefix(1, 32)), (7, model.distiller.distill([("w5", "w6"), ("w7", "w8")]))):
+        assert found[i][0] == pytest.approx(count * alone(prefix), abs=1e-3)
 
 
 def test_the_command(folder, models, tmp_path, capsys):
@@ -163,18 +192,20 @@ def test_the_command(folder, models, tmp_path, capsys):
         command.harness(**given | {"tasks": "modds"})
     with says("--llm"):
         command.harness(tasks="moods")
+    with says(tmp_path / "found.json", "--out"):  # before anything is loaded
+        command.harness(**given | {"llm": "none"}, out=str(tmp_path / "found.json" / "a.json"))
 
 
-def test_of_examples_longer_than_the_window_the_first_are_read(llm, distiller, caplog):
+def test_of_examples_longer_than_the_window_the_first_are_read(llm, distiller):
     model = HarnessLM(llm, distiller)
     examples = [("w1 w2 " * 10, f"w{i}") for i in range(12)]
-    read = model._fitting(examples)
-    assert read == examples[: len(read)] and 0 < len(read) < 12
-    distiller.distill(read)
+    told = [0, 0]
+    read = model._reading(examples, told).read
+    assert read == tuple(range(len(read))) and 0 < len(read) < 12 and told == [1, 12 - len(read)]
+    distiller.distill(examples[: len(read)])
     with says("tokens", distiller.window):
         distiller.distill(examples[: len(read) + 1])
-    assert str(distiller.window) in caplog.text and "the first that fit" in caplog.text
-    with says("few-shot example", "longer"):
-        model._fitting([("w1 " * 300, "w2")])
+    assert model._reading([("w1", "w2 " * 300)], told) is None  # its question stands alone, and the others go on
+    assert told == [2, 13 - len(read)]
     with says("batch_size", 0):
         HarnessLM(llm, distiller, batch_size=0)

@@ -10,7 +10,7 @@ Axes: R rows (a context and an answer each), T their tokens.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -26,8 +26,8 @@ from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.templates import Template
 from mend_jax.generation.generate import generate_text
-from mend_jax.prefixes.context import bucket, pair_tokens
-from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.context import bucket, bucket_rows
+from mend_jax.prefixes.kind import Kind, Reading
 from mend_jax.prefixes.nothing import no_prefix
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
@@ -36,6 +36,7 @@ from mend_jax.scoring.options import require_batch_size
 Example = tuple[str, str]
 PLAIN = Template("", "", "")  # of the plain prompt, which the harness writes whole
 ANSWER_TOKENS = 256  # of a generated answer, where a task does not say
+TOGETHER = 8  # sets of examples that are distilled at a time, whose vectors are dropped with the next
 
 
 class HarnessLM(TemplateLM):
@@ -55,7 +56,7 @@ class HarnessLM(TemplateLM):
         self.llm, self.distiller, self.batch_size = llm, distiller, batch_size
         self.tokenizer = llm.tokenizer
         self.examples: dict[int, tuple[dict, list[Example]]] = {}  # by the id of a document, which is kept with them
-        self.distilled: dict[tuple[Example, ...], Prefix] = {}
+        self._nothing = no_prefix(1, llm.config.width)
 
     @property
     def eot_token_id(self) -> int:
@@ -87,15 +88,19 @@ class HarnessLM(TemplateLM):
         """(sum of log-probabilities, whether it is the likeliest answer) of each request's continuation."""
         if self.distiller is None:
             return super().loglikelihood(requests, disable_tqdm)
-        rows = [self._pair(*request.args) for request in requests]
-        return self._scores([self._prefix(request.doc) for request in requests], rows)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for group, prefix in self._after_examples(requests):
+            scored = self._scores(prefix, [self._pair(*requests[i].args) for i in group])
+            for i, one in zip(group, scored, strict=True):
+                found[i] = one
+        return found
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         window, rows = self.max_length, []
         for _, context, answer in requests:  # too long: cut from the left, as the harness does
             whole = [*context, *answer][-(window + 1) :]
             rows.append((whole[: len(whole) - len(answer)], answer))
-        return self._scores([self._nothing] * len(rows), rows)
+        return self._scores(self._nothing, rows)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each whole text, window by window; no examples belong to it."""
@@ -105,27 +110,30 @@ class HarnessLM(TemplateLM):
                 self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             rows = [utils.make_disjoint_window(window) for window in windows]
-            found.append(sum(score for score, _ in self._scores([self._nothing] * len(rows), rows)))
+            found.append(sum(score for score, _ in self._scores(self._nothing, rows)))
         return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The answer to each request, before the first of its stop strings."""
         found: list[str] = [""] * len(requests)
-        for group in _groups(requests, lambda request: (repr(request.args[1]), id(self._prefix_of(request)))):
-            first = requests[group[0]]
-            options = normalize_gen_kwargs(first.args[1], ANSWER_TOKENS)
-            room, prefix = options["max_gen_toks"], self._prefix_of(first)
-            most = self.max_length - room - int(to_host(prefix.length)[0])
-            texts = [requests[i].args[0] for i in group]
-            rows = [(self._question(text) if self.distiller else self.tok_encode(text))[-most:] for text in texts]
-            answers = generate_text(
-                self.llm, prefix, rows, room,
-                temperature=options.get("temperature") or 0.0, top_p=options.get("top_p", 1.0), stop=tuple(_stops(options)),
-                template=PLAIN if self.distiller is None else self.distiller.template, batch_size=self.batch_size,
-            )  # fmt: skip
-            for i, answer in zip(group, answers, strict=True):
-                found[i] = answer.text
+        for alike in _groups(requests, lambda request: repr(request.args[1])):
+            options = normalize_gen_kwargs(requests[alike[0]].args[1], ANSWER_TOKENS)
+            for group, prefix in self._after_examples([requests[i] for i in alike]):
+                texts = [requests[alike[i]].args[0] for i in group]
+                for i, text in zip(group, self._generate(prefix, texts, options), strict=True):
+                    found[alike[i]] = text
         return found
+
+    def _generate(self, prefix: Prefix, texts: Sequence[str], options: dict) -> list[str]:
+        room = options["max_gen_toks"]
+        most = self.max_length - room - int(to_host(prefix.length)[0])
+        rows = [(self._question(text) if self.distiller else self.tok_encode(text))[-most:] for text in texts]
+        answers = generate_text(
+            self.llm, prefix, rows, room,
+            temperature=options.get("temperature") or 0.0, top_p=options.get("top_p", 1.0), stop=tuple(_stops(options)),
+            template=PLAIN if self.distiller is None else self.distiller.template, batch_size=self.batch_size,
+        )  # fmt: skip
+        return [answer.text for answer in answers]
 
     # The examples
 
@@ -143,38 +151,47 @@ class HarnessLM(TemplateLM):
 
         task.fewshot_context = fewshot_context
 
-    def _prefix_of(self, request) -> Prefix:
-        return self._nothing if self.distiller is None else self._prefix(request.doc)
-
-    def _prefix(self, doc) -> Prefix:
-        """The vectors of a document's examples; nothing, where it has none."""
-        examples = tuple(self.examples.get(id(doc), (doc, []))[1])
-        if not examples:
-            return self._nothing
-        if examples not in self.distilled:
-            self.distilled[examples] = self.distiller.distill(self._fitting(examples))
-        return self.distilled[examples]
-
-    def _fitting(self, examples: Sequence[Example]) -> list[Example]:
-        """The first of the examples that the distiller reads at once; a warning says that there are more."""
-        read = self.distiller
-        count = read.fitting([len(pair_tokens([pair], read.tokenizer, read.template)) for pair in examples], self.llm)
-        if not count:
-            raise UserError(
-                f"A few-shot example ({examples[0][0][:40]!r} ...) is longer than the distiller reads: take another task."
-            )
-        if count < len(examples):
+    def _after_examples(self, requests) -> Iterator[tuple[list[int], Prefix]]:
+        """The places of requests with the same examples, and the prefix of these; few prefixes are there at a time."""
+        groups, told = _groups(requests, self._examples_of), [0, 0]
+        for start in range(0, len(groups), TOGETHER):
+            part = groups[start : start + TOGETHER]
+            readings = [self._reading(self._examples_of(requests[group[0]]), told) for group in part]
+            yield from zip(part, self._prefixes(readings), strict=True)
+        if told[0]:
             logging.warning(
-                "Not all few-shot examples fit the distiller's window of %d tokens: of a question's examples the first that fit are read.",
-                read.window,
-            )
-        return list(examples[:count])
+                "Of %d of %d questions few-shot examples were left out, %d in all, because they do not fit the distiller.",
+                told[0], len(groups), told[1],
+            )  # fmt: skip
 
-    @property
-    def _nothing(self) -> Prefix:
-        if () not in self.distilled:
-            self.distilled[()] = no_prefix(1, self.llm.config.width)
-        return self.distilled[()]
+    def _examples_of(self, request) -> tuple[Example, ...]:
+        """The examples that a request's document has for a distiller."""
+        return () if self.distiller is None else tuple(self.examples.get(id(request.doc), (None, []))[1])
+
+    def _reading(self, examples: Sequence[Example], told: list[int]) -> Reading | None:
+        """The examples as the distiller reads them; None: there are none, or none fits. Those that are left out are counted in
+        `told`: (questions, examples)."""
+        if not examples:
+            return None
+        try:
+            reading = self.distiller.read_pairs(examples, self.llm)
+        except UserError:  # one question is no reason to end a run of hours
+            reading = None
+        dropped = len(examples) if reading is None else len(reading.dropped)
+        told[0] += dropped > 0
+        told[1] += dropped
+        return reading
+
+    def _prefixes(self, readings: Sequence[Reading | None]) -> list[Prefix]:
+        """The vectors of each reading, in few padded lengths, because each is compiled; nothing for None."""
+        contexts = [reading.context for reading in readings if reading is not None]
+        vectors = iter(self.distiller.vectors_of(contexts) if contexts else [])
+        return [self._nothing if reading is None else self._padded(next(vectors)) for reading in readings]
+
+    def _padded(self, vectors: np.ndarray) -> Prefix:
+        columns = min(self.max_length, bucket(len(vectors)))
+        padded = np.pad(vectors, ((0, columns - len(vectors)), (0, 0)))
+        return Prefix(jnp.asarray(padded)[None], jnp.asarray([len(vectors)], jnp.int32))
 
     def _question(self, context: str) -> list[int]:
         return query_tokens(self.llm, context, "question", self.distiller.template.query)
@@ -186,16 +203,14 @@ class HarnessLM(TemplateLM):
 
     # The scores
 
-    def _scores(self, prefixes: Sequence[Prefix], rows) -> list[tuple[float, bool]]:
-        """Of each (context, answer) in tokens, after its prefix."""
+    def _scores(self, prefix: Prefix, rows) -> list[tuple[float, bool]]:
+        """Of each (context, answer) in tokens, after the prefix."""
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        for group in _groups(range(len(rows)), lambda i: id(prefixes[i])):
-            group.sort(key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                scored = self._batch(prefixes[batch[0]], [rows[i] for i in batch])
-                for i, (score, likeliest) in zip(batch, scored, strict=True):
-                    found[i] = float(score), bool(likeliest)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, (score, likeliest) in zip(batch, self._batch(prefix, [rows[i] for i in batch]), strict=True):
+                found[i] = float(score), bool(likeliest)
         return found
 
     def _batch(self, prefix: Prefix, rows):
@@ -205,9 +220,12 @@ class HarnessLM(TemplateLM):
             raise UserError(
                 f"A question with its answer has {max(map(len, whole))} tokens; behind its prefix the LLM reads {room}: take shorter ones."
             )
+        empty = min(self.batch_size, bucket_rows(len(rows))) - len(
+            rows
+        )  # few numbers of rows, because each is compiled
         columns = min(bucket(max(map(len, whole))), room + 1)
-        tokens, length = pad([*whole, *[[0, 0]] * (self.batch_size - len(whole))], columns)
-        start = np.asarray([len(context) for context, _ in rows] + [1] * (self.batch_size - len(rows)), np.int32)
+        tokens, length = pad([*whole, *[[0, 0]] * empty], columns)
+        start = np.asarray([len(context) for context, _ in rows] + [1] * empty, np.int32)
         sums, likeliest = _answers(self.llm, self.llm.params, prefix, tokens, length, start)
         return list(zip(to_host(sums), to_host(likeliest), strict=True))[: len(rows)]
 
