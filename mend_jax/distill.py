@@ -19,6 +19,7 @@ from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
 from mend_jax.packs.make import TOGETHER, PackCache, facts_of, packs_of
 from mend_jax.packs.pack import SUFFIX, Pack, save_pack
+from mend_jax.packs.queries import require_writable
 
 
 def distill(
@@ -36,7 +37,7 @@ def distill(
     Args:
         distiller: a training workdir, an exported folder, or the name of one in this package: smollm2-135m-instruct.
         demos: a file of demonstrations, several with commas between, or a folder of *.jsonl.
-        out: the pack to write; of several files the folder for their packs.
+        out: the pack to write, also in the place of an older file; of several files the folder for their packs.
         llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.
         dtype: of the distiller's arithmetic.
         vectors: the number of vectors, one of those that the distiller was trained with (prefix.nested); 0: the largest.
@@ -50,18 +51,23 @@ def distill(
     known = PackCache(
         Path(cache).expanduser() if cache else None, llm, distiller, dtype, keep_demos, *([vectors] if vectors else [])
     )
+    for target in targets:
+        require_writable(target)
     packs = [known.read(pairs) for pairs in sets]
     missing = [i for i, pack in enumerate(packs) if pack is None]
     if missing:
         _make(packs, missing, sets, known, distiller, llm, dtype, vectors, keep_demos)
     for i, (target, pack) in enumerate(zip(targets, packs, strict=True)):
-        save_pack(pack, target)
-        print(f"{shown(str(target))}: {in_words(pack)}{'' if i in missing else ', made before'}")
+        if isinstance(pack, Pack):
+            before = ", in the place of an older file" if target.exists() else ""
+            save_pack(pack, target)
+            print(f"{shown(str(target))}: {in_words(pack)}{'' if i in missing else ', made before'}{before}")
+    _refuse(files, packs)
     return targets
 
 
 def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: str, vectors: int, keep: bool) -> None:
-    """Makes the missing packs and puts them into `packs`; each batch is kept as soon as it is made."""
+    """Makes the missing packs and puts them into `packs`, or the reason why there is none; each batch is kept as soon as it is made."""
     loaded, model = load_both(distiller, llm, dtype, vectors=vectors)
     facts = facts_of(loaded, model, distiller, llm)
     with Progress(len(missing), "pack") as bar:
@@ -70,7 +76,20 @@ def _make(packs, missing, sets, known: PackCache, distiller, llm: str, dtype: st
             made = packs_of(loaded, model, [sets[i] for i in batch], facts, keep, bar.update)
             for i, pack in zip(batch, made, strict=True):
                 packs[i] = pack
-                known.write(sets[i], pack)
+                if isinstance(pack, Pack):
+                    known.write(sets[i], pack)
+
+
+def _refuse(files: list[Path], packs: list) -> None:
+    """Raises UserError, which names them, for the files that became no pack: all others have been written."""
+    failed = [(file, pack) for file, pack in zip(files, packs, strict=True) if isinstance(pack, UserError)]
+    if failed:
+        (first, error), *rest = failed
+        others = (
+            f" ({len(rest)} more of the files cannot be read either: {few([str(file) for file, _ in rest])})"
+            * bool(rest)
+        )
+        raise UserError(f"{first}: {str(error).rstrip('.')}{others}.")
 
 
 def _targets(files: list[Path], out: str) -> list[Path]:
@@ -85,10 +104,16 @@ def _targets(files: list[Path], out: str) -> list[Path]:
     return [target / pack_name(file) for file in files]
 
 
+def few(texts: list[str], most: int = 8) -> str:
+    """The first of several texts, and how many more there are."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def in_words(pack: Pack) -> str:
     """A pack in one line."""
     count, dropped = pack.num_demonstrations, len(pack.dropped)
-    rest = f" ({dropped} more did not fit)" if dropped else ""
+    numbers = few([str(number + 1) for number in pack.dropped])
+    rest = f" ({dropped} more did not fit: number {numbers})" if dropped else ""
     return f"{pack.num_vectors} vectors of {count} demonstration{'s' * (count != 1)}{rest}, {size(pack.vectors.nbytes)}"
 
 

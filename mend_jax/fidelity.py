@@ -16,8 +16,8 @@ from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import markdown
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
 from mend_jax.packs.measure import Asked, Fidelity, fidelity, passes, shortest
-from mend_jax.packs.pack import Pack, load_pack, load_packs_llm, save_pack
-from mend_jax.packs.queries import options_of, read_queries
+from mend_jax.packs.pack import Pack, fingerprint_of, load_pack, load_packs_llm, save_pack
+from mend_jax.packs.queries import options_of, read_queries, require_writable
 
 
 def report(
@@ -38,7 +38,7 @@ def report(
     Args:
         pack: a file that `python -m mend_jax.distill` wrote.
         queries: a file of queries that are no demonstrations.
-        demos: the file of demonstrations, where the pack does not keep them.
+        demos: the file of demonstrations that the pack was made of, where the pack does not keep them.
         options: the answers to choose from, with commas between, of lines without "options".
         choose_length: measure the shorter lengths that the distiller was trained with, too.
         tolerance: a length is short enough if it loses at most this share of what all vectors recover.
@@ -51,10 +51,9 @@ def report(
     found = load_pack(pack)
     lengths = _lengths(found, pack, choose_length, tolerance, out)
     pairs = _demonstrations(found, pack, demos)
-    asked = [
-        Asked(row["input"], options_of(where, row, options), _answer(where, row), where)
-        for where, row in read_queries(queries)
-    ]
+    asked = [_asked(where, row, options) for where, row in read_queries(queries)]
+    if out:
+        require_writable(out)
     model = load_packs_llm(found, pack, llm, dtype, weights)
     with Progress(passes(lengths), "part", what="fidelity") as bar:
         measured = fidelity(model, found, pairs, asked, lengths, batch_size, bar.update)
@@ -111,11 +110,31 @@ def _demonstrations(pack, path: str, demos: str):
         files = demonstration_files(demos)
         if len(files) > 1:
             raise UserError(f"--demos={demos} are {len(files)} files, but {path} is one pack: name its own.")
-        pairs = read_demonstrations(files[0])
-        return pairs[: pack.num_demonstrations]
+        pairs, dropped = read_demonstrations(files[0]), set(pack.dropped)
+        _require_own(pack, path, pairs, files[0])
+        return [pair for i, pair in enumerate(pairs) if i not in dropped]
     if pack.demonstrations is None:
         raise UserError(f"{path} does not keep its demonstrations: name their file, --demos=FILE.jsonl.")
     return list(pack.demonstrations)
+
+
+def _require_own(pack: Pack, path: str, pairs, file) -> None:
+    """Raises UserError if the demonstrations of a file are not those of the pack; of older packs the number alone is known."""
+    count = pack.num_demonstrations + len(pack.dropped)
+    if len(pairs) != count:
+        raise UserError(f"{file} has {len(pairs)} demonstrations, but {path} was made of {count}: name its own file.")
+    if pack.made_of and pack.made_of != fingerprint_of(pairs):
+        raise UserError(f"{file} has other demonstrations than those that {path} was made of: name its own file.")
+
+
+def _asked(where: str, row: dict, default: str) -> Asked:
+    """A line of the queries. Raises UserError, with file and line, for an "output" that is none of its options."""
+    options, right = options_of(where, row, default), _answer(where, row)
+    if right is not None and right not in options:
+        raise UserError(
+            f'{where} has the "output" {right[:40]!r}, which is none of its options ({", ".join(options)[:80]}): correct one of them.'
+        )
+    return Asked(row["input"], options, right, where)
 
 
 def _answer(where: str, row: dict) -> str | None:

@@ -24,6 +24,7 @@ from mend_jax.interchange.export import export
 from mend_jax.packs import make, measure
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
 from mend_jax.packs.pack import load_pack, save_pack
+from mend_jax.prefixes import Chunked
 
 DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
 
@@ -172,6 +173,39 @@ def test_a_pack_names_the_llm_as_it_was_given_not_where_the_hubs_copy_lies(folde
     pack.save(tmp_path / "a.pack.safetensors")
     assert str(folders[0]) not in str(load_pack(tmp_path / "a.pack.safetensors", llm).metadata())
     assert pack.llm_fingerprint == mend_jax.load_llm(folders[0]).fingerprint
+
+
+def test_of_chunks_only_what_is_too_long_is_missing(llm, distiller, workdir, tmp_path, folders):
+    """And fidelity measures against those that were read."""
+    model = Chunked.around(distiller, chunk_demos=1, chunk_tokens=40)
+    demos = [*DEMOS[:2], ("w9 " * 40, "w50"), *DEMOS[2:]]
+    facts = make.facts_of(llm, model, workdir)
+    pack, failed = make.packs_of(llm, model, [demos, demos[2:3]], facts, keep=True)
+    assert (pack.num_demonstrations, pack.dropped, pack.demonstrations) == (4, (2,), tuple(DEMOS))
+    np.testing.assert_allclose(pack.vectors, model.distill(DEMOS).embeds[0], rtol=1e-5, atol=1e-6)
+    assert "number 3" in distill.in_words(pack)
+    states(str(failed), "w9 w9", 40, "leave it out")
+    with says("Set 1", "w9 w9"):
+        make.make_packs(llm, model, [demos, demos[2:3]], workdir)
+    path = tmp_path / "p.safetensors"
+    pack.save(path)
+    file = write_demos(tmp_path / "d.jsonl", demos)
+    assert fidelity._demonstrations(load_pack(path), str(path), str(file)) == DEMOS
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_others(tmp_path, workdir, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, demos in {"a": DEMOS[:2], "b": [("w1", "w2 " * 300)], "c": DEMOS, "d": [("w1", "w2 " * 300)]}.items():
+        write_demos(folder / f"{name}.jsonl", demos)
+    given = [f"--distiller={workdir}", "--cache=", f"--demos={folder}", f"--out={out}"]
+    assert command(distill.distill, *given) == 2
+    said = capsys.readouterr()
+    assert {path.name[0] for path in out.iterdir()} == {"a", "c"} and said.out.count("older file") == 0
+    error = said.err.splitlines()[-1]
+    states(error, folder / "b.jsonl", folder / "d.jsonl", 252, "leave it out", "1 more")
+    assert command(distill.distill, *given) == 2
+    assert capsys.readouterr().out.count("in the place of an older file") == 2
 
 
 # Made once
@@ -503,9 +537,25 @@ def test_fidelity_needs_the_demonstrations(made, tmp_path):
         fidelity.report(str(path), str(queries))
     found = fidelity.report(str(path), str(queries), demos=str(tmp_path / "demos.jsonl"))
     assert found.accuracy["pack"] is None and found.queries == 1
-    write_lines(queries, [{"input": "w4", "options": ["w50", "w51"], "output": 3}])
-    with says(queries, "line 1", "output"):
-        fidelity.report(str(path), str(queries), demos=str(tmp_path / "demos.jsonl"))
+    for output in (3, "w52"):
+        write_lines(queries, [{"input": "w4", "options": ["w50", "w51"], "output": output}])
+        with says(queries, "line 1", "output"):
+            fidelity.report(str(path), str(queries), demos=str(tmp_path / "demos.jsonl"))
+
+
+def test_fidelity_is_measured_against_the_packs_own_demonstrations(made, tmp_path):
+    path, file = made(), tmp_path / "demos.jsonl"
+    of_file = (str(path), str(file))
+    assert fidelity._demonstrations(load_pack(path), *of_file) == DEMOS
+    older = dataclasses.replace(load_pack(path), made_of="")
+    for demos, facts in ((DEMOS[:3], ("3", "4")), (DEMOS[1:] + DEMOS[:1], ("other demonstrations",))):
+        write_demos(file, demos)
+        with says(*of_file, *facts):
+            fidelity._demonstrations(load_pack(path), *of_file)
+    assert fidelity._demonstrations(older, *of_file) == demos  # of which only the number is known
+    write_demos(file, DEMOS * 2)
+    with says(*of_file, "8", "4"):
+        fidelity._demonstrations(older, *of_file)
 
 
 def test_generate_prints_or_writes_answers(made, llm, tmp_path, capsys):
@@ -550,7 +600,7 @@ def test_questions_that_cannot_be_asked_are_one_sentence(made, llm, tmp_path, ca
     path, long = made("--keep_demos"), "w1 " * 200
     options = {"options": ["w2", "w3"]}
     queries = write_lines(tmp_path / "q.jsonl", [{"input": "w1"} | options, {"input": long} | options])
-    answers = write_lines(tmp_path / "y.jsonl", [{"input": "w1", "output": long} | options])
+    answers = write_lines(tmp_path / "y.jsonl", [{"input": "w1", "output": long, "options": ["w2", long]}])
     monkeypatch.setattr("mend_jax.packs.pack.load_llm", lambda *_, **__: llm)
     monkeypatch.setattr("mend_jax.packs.pack.Pack.check", lambda *_: None)
     odd = dataclasses.replace(llm, tokenizer=tokenizer_files.dropping(llm.tokenizer, " w7"))
@@ -601,6 +651,21 @@ def test_answers_that_nobody_can_write_are_not_computed(main, made, tmp_path, ca
         capsys.readouterr()
         assert command(main, f"--pack={path}", f"--inputs={queries}", f"--out={out}") == 2
         states(capsys.readouterr().err.rstrip("\n"), out, "--out")
+
+
+def test_packs_and_tables_that_nobody_can_write_are_not_computed(made, workdir, tmp_path, capsys, monkeypatch):
+    path, queries = made("--keep_demos"), write_lines(tmp_path / "q.jsonl", [{"input": "w4", "options": ["w1", "w2"]}])
+    monkeypatch.setattr("mend_jax.packs.pack.load_llm", None)
+    monkeypatch.setattr(distill, "load_both", None)
+    bad = queries / "a.safetensors"
+    given = [f"--distiller={workdir}", f"--demos={tmp_path / 'demos.jsonl'}", "--cache="]
+    for main, flags in (
+        (distill.distill, given),
+        (fidelity.report, [f"--pack={path}", f"--queries={queries}", "--choose_length"]),
+    ):
+        capsys.readouterr()
+        assert command(main, *flags, f"--out={bad}") == 2
+        states(capsys.readouterr().err.rstrip("\n"), bad, "--out")
 
 
 def test_a_pack_whose_llm_has_moved_says_so(made, folders, tmp_path, capsys):

@@ -1,29 +1,20 @@
-"""Demonstrations to packs: sets of them are distilled together, and what was made once is kept under a hash of its content.
-
-Axes: B sets of demonstrations, N demonstration tokens, L vectors, D width.
-"""
+"""Demonstrations to packs: sets of them are distilled together, and what was made once is kept under a hash of its content."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-
-import jax
-import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.interchange.trained import trained_fingerprint
 from mend_jax.models import folders
-from mend_jax.packs.pack import FORMAT, SUFFIX, Pack, load_pack, tokenizer_fingerprint
-from mend_jax.prefixes.kind import Kind
-from mend_jax.prefixes.prefix import room_for_vectors
-from mend_jax.run.distributed import to_host
+from mend_jax.packs.pack import FORMAT, SUFFIX, Pack, fingerprint_of, load_pack, tokenizer_fingerprint
+from mend_jax.prefixes.kind import Kind, Reading
 
 Pairs = Sequence[tuple[str, str]]
 TOGETHER = 8  # sets of demonstrations in one call of the distiller
-SIZES = (128, 256, 384, 512, 768, 1024, 1536, 2048)  # padded lengths of contexts: few, because each is compiled
+READ_AS = 2  # a number that changes with what a set of demonstrations becomes: packs of older programs are made again
 
 
 def make_packs(
@@ -40,16 +31,21 @@ def make_packs(
     Args:
         llm: from `load_llm`, the LLM that will read the vectors.
         model: from `load_distiller` or `load_prefix`, for this LLM.
-        sets: (x, y) pairs of texts. Of each set the first that fit the distiller's window are read, the others dropped.
+        sets: (x, y) pairs of texts. Of each set the first that fit the distiller's window are read, the others dropped; of a
+            distiller of chunks those are dropped that are longer than a chunk. Each x is cut as in training.
         path: where `model` was read from.
         keep: whether the packs hold their demonstrations too.
         llm_named: what the packs call the LLM, so that it is found again: a path or a name; "": `llm.path`, as `load_llm` was given it.
         progress: called with the number of packs finished since the last call.
     Raises:
-        UserError: a model that reads no demonstrations or has no tokenizer, sets that are none, or one whose first
-            demonstration does not fit.
+        UserError: a model that reads no demonstrations or has no tokenizer, sets that are none, or one of which no demonstration
+            fits.
     """
-    return packs_of(llm, model, sets, facts_of(llm, model, path, llm_named), keep, progress)
+    made = packs_of(llm, model, sets, facts_of(llm, model, path, llm_named), keep, progress)
+    for number, pack in enumerate(made):
+        if isinstance(pack, UserError):
+            raise UserError(f"Set {number}: {pack}") if len(made) > 1 else pack
+    return made
 
 
 def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
@@ -68,31 +64,26 @@ def facts_of(llm, model: Kind, path: str | Path, llm_named: str = "") -> dict:
     }
 
 
-def packs_of(llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = False, progress=None) -> list[Pack]:
-    """`make_packs` with its `facts_of`."""
+def packs_of(
+    llm, model: Kind, sets: Sequence[Pairs], facts: dict, keep: bool = False, progress=None
+) -> list[Pack | UserError]:
+    """`make_packs` with its `facts_of`; in the place of a pack that cannot be made stands the reason."""
     _check_sets(sets)
-    room, contexts = room_for_vectors(llm), []
-    for pairs in sets:
-        tokens = [_tokens(model, pair) for pair in pairs]
-        count = model.fitting([len(x) + len(y) for x, y in tokens], llm)
-        if count == 0:
-            raise UserError(
-                f"A demonstration ({pairs[0][0][:40]!r} ...) has {sum(map(len, tokens[0]))} tokens, more than the distiller reads at"
-                " once: shorten it, or leave it out."
-            )
-        contexts.append((count, model.lay_out(tokens[:count], room)))
-    packs: list[Pack | None] = [None] * len(sets)
-    order = sorted(range(len(sets)), key=lambda i: len(contexts[i][1]))  # of like lengths together
+    found: list = [_reading(model, pairs, llm) for pairs in sets]
+    order = [i for i, one in enumerate(found) if isinstance(one, Reading)]
+    order.sort(key=lambda i: found[i].tokens)  # of like lengths together
+    if progress is not None and len(order) < len(sets):
+        progress(len(sets) - len(order))
     for start in range(0, len(order), TOGETHER):
         batch = order[start : start + TOGETHER]
-        for i, vectors in zip(batch, _distil(model, [contexts[i][1] for i in batch]), strict=True):
-            count = contexts[i][0]
-            read = tuple((x, y) for x, y in sets[i][:count]) if keep else None
-            rest = tuple(range(count, len(sets[i])))
-            packs[i] = Pack(vectors, **facts, num_demonstrations=count, dropped=rest, demonstrations=read)
+        for i, vectors in zip(batch, model.vectors_of([found[i].context for i in batch]), strict=True):
+            _, _, read, dropped = found[i]
+            kept = tuple(tuple(sets[i][number]) for number in read) if keep else None
+            about = {"num_demonstrations": len(read), "dropped": dropped, "demonstrations": kept}
+            found[i] = Pack(vectors, **facts, **about, made_of=fingerprint_of(sets[i]))
         if progress is not None:
             progress(len(batch))
-    return packs
+    return found
 
 
 def require_reader(model: Kind, path) -> None:
@@ -107,7 +98,7 @@ class PackCache:
 
     def __init__(self, folder: Path | None, llm: str, distiller: str | Path, *settings):
         self.folder, self.names = folder, {"llm": llm, "distiller": str(distiller)}  # what they are called now
-        self.facts = FORMAT, folders.fingerprint(llm), trained_fingerprint(distiller), *settings
+        self.facts = FORMAT, READ_AS, folders.fingerprint(llm), trained_fingerprint(distiller), *settings
 
     def path(self, pairs: Pairs) -> Path | None:
         """Where the pack of these demonstrations is kept."""
@@ -148,26 +139,8 @@ def _check_sets(sets: Sequence[Pairs]) -> None:
             )
 
 
-def _tokens(model: Kind, pair) -> tuple[list[int], list[int]]:
-    """(x, y) in the distiller's tokens, the template's texts around them."""
-    x, y = pair
-    pieces = (model.template.query(x), model.template.output(y))
-    read = (model.tokenizer(part, add_special_tokens=False)["input_ids"] for part in pieces)
-    return tuple([token for ids in part for token in ids] for part in read)
-
-
-def _distil(model: Kind, contexts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The vectors (L,D) float32 of each context, by one call."""
-    columns = model.columns(max(map(len, contexts)), SIZES)
-    rows = np.zeros((1 << (len(contexts) - 1).bit_length(), columns), np.int32)
-    for row, context in zip(rows, contexts, strict=False):
-        row[: len(context)] = context
-    length = np.asarray([len(context) for context in contexts] + [1] * (len(rows) - len(contexts)), np.int32)
-    made = _apply(model, model.params, rows, length)
-    vectors, counts = to_host(made.embeds).astype(np.float32), to_host(made.length)
-    return [vectors[i, : counts[i]] for i in range(len(contexts))]
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(model, params, demos, length):
-    return model.apply(params, demos, length)
+def _reading(model: Kind, pairs: Pairs, llm) -> Reading | UserError:
+    try:
+        return model.read_pairs(pairs, llm)
+    except UserError as error:
+        return error

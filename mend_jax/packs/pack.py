@@ -8,7 +8,8 @@
     num_demonstrations  K, those that were read; `dropped` are the numbers (from 0) of those that did not fit, as JSON
     shorter             numbers of vectors, as JSON: the first so many are a prefix that the distiller was trained to make too
     template            the three texts around x and y, as JSON; `bos`: what the vectors stand behind
-    demonstrations      [[x, y], ...] as JSON; only where they were asked to be kept
+    demonstrations      [[x, y], ...] as JSON, those that were read; only where they were asked to be kept
+    made_of             the fingerprint of all demonstrations that it was made of; older packs have none
     checksum            of all of it; a pack without one, of an older version, is believed
 
 All values are strings, as safetensors wants them. Reading a pack runs no code of it.
@@ -18,7 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ class Pack:
     dropped: tuple[int, ...] = ()
     demonstrations: tuple[tuple[str, str], ...] | None = None
     shorter: tuple[int, ...] = ()  # lengths for `first`
+    made_of: str = ""  # `fingerprint_of` its demonstrations; "": an older pack, of which it is not known
 
     @property
     def num_vectors(self) -> int:
@@ -246,6 +248,11 @@ def _from_facts(vectors: np.ndarray, facts: dict[str, str]) -> Pack:
     if int(facts["num_vectors"]) != len(vectors):
         raise ValueError(f"it says {facts['num_vectors']} vectors and holds {len(vectors)}")
     return Pack(vectors, **fields)
+
+
+def fingerprint_of(demos: Iterable[tuple[str, str]]) -> str:
+    """16 hexadecimal digits that change with any text, or the order, of demonstrations."""
+    return text_fingerprint("demonstrations", *(text for pair in demos for text in pair))
 
 
 def _checksum(vectors: np.ndarray, facts: dict[str, str]) -> str:

@@ -92,10 +92,7 @@ class Engine:
 
     def distil(self, sets: Sequence[Sequence[tuple[str, str]]]) -> list[Pack | UserError]:
         """A pack of each set of demonstrations."""
-        try:
-            return packs_of(self.llm, self.distiller, sets, self.facts)
-        except UserError as error:  # one set is the reason, the others are not to suffer
-            return [error] if len(sets) == 1 else [pack for one in sets for pack in self.distil([one])]
+        return packs_of(self.llm, self.distiller, sets, self.facts)
 
     def take_in(self, files: Sequence[bytes]) -> list[Pack | UserError]:
         """The pack in each file's content, which is for this LLM."""
