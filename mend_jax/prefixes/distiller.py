@@ -181,7 +181,7 @@ class Distiller(Kind):
             last["projection"] = first_projection(settings.width, llm.config.width, seed, zero=prefix.residual)
         arithmetic = prefix.dtype, llm.attention, prefix.remat
         rest = {"template": chosen(config.data.template), "bos": config.data.bos, "embeddings": whose(config)}
-        rest |= {"nested": tuple(prefix.nested), "max_input_tokens": config.data.max_input_tokens}
+        rest["nested"] = tuple(prefix.nested)
         if prefix.residual:  # a projection that begins at zero: the states that it reads are scaled
             made = cls(settings, params, "identity", llm.config.width, backbone.tokenizer, *arithmetic, **rest)
             made = made._with_rms(first_rms(prefix, llm)) if prefix.rms else made
