@@ -11,7 +11,6 @@ Axes: R rows (a context and an answer each), T their tokens.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.data.templates import Template
 from mend_jax.generation.generate import generate_text
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket, bucket_rows
 from mend_jax.prefixes.kind import Kind, Reading
 from mend_jax.prefixes.nothing import no_prefix
@@ -294,8 +294,7 @@ def _stops(options: dict) -> list[str]:
     return [until] if isinstance(until, str) else list(until)
 
 
-# The LLM (hashed by identity) is static: each shape compiles once.
-@partial(jax.jit, static_argnums=0)
+@program
 def _answers(llm, params, prefix, tokens, length, start):
     """(sum of log-probabilities, whether each token is the likeliest) (R,) of tokens[start:length] of each row (R,T)."""
 

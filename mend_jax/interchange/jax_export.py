@@ -26,12 +26,9 @@ from jax import export as jax_export
 from mend_jax.cli.errors import UserError
 from mend_jax.data.bos import NONE
 from mend_jax.data.query import Query
-from mend_jax.data.sampling import EMPTY
 from mend_jax.interchange.export import new_folder, written
 from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.models.weights import write_file
-from mend_jax.prefixes.chunked import Chunked
-from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.kind import Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import write_json, write_text
@@ -138,37 +135,27 @@ def export_jax(
 
 def _sizes(path, model: Kind, chunks: int) -> dict:
     """What settings.json says of the demonstrations and of the vectors."""
-    if isinstance(model, Chunked):
-        if chunks < 0:
-            raise UserError(f"chunks is {chunks}: there must be one.")
-        chunks = chunks or CHUNKS
-        columns, demos = model.width, model.chunk_demos
-        vectors = model.num_vectors * (chunks if model.join == "concat" else 1)
-    elif isinstance(model, Distiller):
-        if chunks:
-            raise UserError(f"{path} holds a distiller that reads one context: --chunks={chunks} is for one of chunks.")
-        columns, vectors, chunks = min(model.window, 1024), model.num_vectors, 1
-        demos = columns  # as many as fit
-    else:
+    if not model.reads_demos:
         raise UserError(f"{path} holds {model.title}, which reads no demonstrations: programs are made of a distiller.")
+    if chunks and not model.reads_chunks:
+        raise UserError(f"{path} holds {model.title} that reads one context: --chunks={chunks} is for one of chunks.")
+    if chunks < 0:
+        raise UserError(f"chunks is {chunks}: there must be one.")
+    layout = model.layout(chunks or CHUNKS)
     return {
-        "chunks": chunks,
-        "chunk_demos": demos,
-        "demonstration_columns": columns,
-        "num_vectors": vectors,
+        "chunks": layout.chunks,
+        "chunk_demos": layout.demos,
+        "demonstration_columns": layout.columns,
+        "num_vectors": model.vectors_of_chunks(layout.chunks),
         "width": model.llm_width,
     }
 
 
-def distil_program(model: Distiller | Chunked, chunks: int, columns: int) -> jax_export.Exported:
+def distil_program(model: Kind, chunks: int, columns: int) -> jax_export.Exported:
     """(flat weights, tokens (C,N), length (C,)) -> (vectors (L,D) float32, count () int32). A chunk of no tokens is none."""
 
     def distil(weights, tokens, length):
-        params = unflatten_dict(weights, sep="/")
-        if isinstance(model, Chunked):
-            tokens = jnp.where(jnp.arange(columns) < length[:, None], tokens, EMPTY).reshape(1, -1)
-            length = jnp.full(1, tokens.size)
-        made = model.apply(params, tokens, length)
+        made = model.apply_chunks(unflatten_dict(weights, sep="/"), tokens, length)
         return made.embeds[0].astype(jnp.float32), made.length[0]
 
     return _exported(distil, _flat(model.params), _ints(chunks, columns), _ints(chunks))

@@ -8,13 +8,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from mend_jax.cli.errors import UserError, at_place
 from mend_jax.data.batches import pad
 from mend_jax.data.query import Query, query_tokens
 from mend_jax.losses import Weights
+from mend_jax.models.programs import program
 from mend_jax.packs.pack import Pack
 from mend_jax.packs.queries import query_item
 from mend_jax.prefixes.context import bucket
@@ -152,8 +152,7 @@ def _kl(llm, taught: Prefix, prefix: Prefix, rows, batch_size: int) -> float:
     return total / len(rows)
 
 
-# The LLM (hashed by identity) is static: each shape compiles once.
-@partial(jax.jit, static_argnums=0)
+@program
 def _mean_kl(llm, params, taught, prefix, query):
     student, teacher = (llm.states(params, one, query) for one in (prefix, taught))
     shift = 1 if llm.start_token is None else 0

@@ -29,7 +29,7 @@ from mend_jax.prefixes.distiller import Distiller
 from mend_jax.prefixes.distiller_folder import card_text, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.embeddings import TRAINED
-from mend_jax.prefixes.kind import Kind
+from mend_jax.prefixes.kind import LONGEST_CONTEXT, Kind
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import Place
@@ -41,7 +41,7 @@ JOINS = CHOICES["prefix.join"]
 class Chunked(Kind):
     """A distiller that reads its demonstrations chunk by chunk."""
 
-    name, title, reads_demos = "chunked", "a distiller of chunks", True
+    name, title, reads_demos, reads_chunks = "chunked", "a distiller of chunks", True, True
     begins_with = ("distiller", "chunked")
     same_fields = Distiller.same_fields
 
@@ -284,6 +284,16 @@ class Chunked(Kind):
         """As many demonstrations as the chunks hold, since the LLM reads none of them. `limit`, that of a context, is of each."""
         del shown
         return len(self._packing(room).chunk_of([size if size <= limit else 2**30 for size in own]))
+
+    def layout(self, chunks: int) -> Packing:
+        return Packing(min(self.width, LONGEST_CONTEXT), self.chunk_demos, chunks)
+
+    def vectors_of_chunks(self, chunks: int) -> int:
+        return self.num_vectors * (chunks if self.join == "concat" else 1)
+
+    def apply_chunks(self, params, tokens, length) -> Prefix:
+        vectors = self.module.apply({"params": params}, tokens, length)
+        return _joined(self.join, vectors[None], length[None])
 
     def lay_out(self, pairs, room: int) -> np.ndarray:
         return self._packing(room).lay_out([np.concatenate(pair) for pair in pairs])

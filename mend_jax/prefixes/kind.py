@@ -10,7 +10,6 @@ Axes: B batch, N demonstration tokens, L vectors, D width.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,12 +23,14 @@ from mend_jax.data.evaluation import read_twice
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.data.tokenize import other_tokenizer
 from mend_jax.models import int8
+from mend_jax.models.programs import program
 from mend_jax.prefixes.context import bucket, bucket_rows, pair_ids
 from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.prefix import Prefix, room_for_vectors
 from mend_jax.run.distributed import to_host
 from mend_jax.run.sharding import Place
 
+LONGEST_CONTEXT = 1024  # tokens of a context of one size, where the window is larger
 FROZEN = "prefix"  # under this name a kind's own frozen parameters stand beside those of the frozen LLM
 SIZES = (128, 256, 384, 512, 768, 1024, 1536, 2048)  # padded lengths of contexts: few, because each is compiled
 
@@ -50,6 +51,7 @@ class Kind:
     title: ClassVar[str]  # its name in a sentence: "a soft prompt"
     method = ""  # its name in evaluate.methods, if it needs no training
     reads_demos = False
+    reads_chunks = False  # whether it reads them chunk by chunk
     # The kinds whose trained parameters it can start from, and the fields of a config that must then be the same.
     begins_with: ClassVar[tuple[str, ...]] = ()
     same_fields: ClassVar[tuple[str, ...]] = ("prefix.length", "data.template", "data.bos", "llm.path")
@@ -255,6 +257,19 @@ class Kind:
         vectors, counts = to_host(made.embeds).astype(np.float32), to_host(made.length)
         return [vectors[i, : counts[i]] for i in range(len(contexts))]
 
+    def layout(self, chunks: int) -> sampling.Packing:
+        """That of a context of one size, of `chunks` chunks: one row of tokens where it does not read in chunks."""
+        columns = min(self.window, LONGEST_CONTEXT)
+        return sampling.Packing(columns, columns, 1)
+
+    def vectors_of_chunks(self, chunks: int) -> int:
+        """How many vectors it makes of so many chunks."""
+        return self.num_vectors
+
+    def apply_chunks(self, params, tokens, length) -> Prefix:
+        """The prefix, of one row, of a context in `layout`: tokens (C,N) with lengths (C,), where 0 is no chunk; those come last."""
+        return self.apply(params, tokens, length)
+
     def lay_out(self, pairs, room: int) -> np.ndarray:
         """The context (N,) int32 of those (x, y) pairs of token ids that fit, in the form that `apply` reads."""
         return sampling.join_demos(pairs)
@@ -349,8 +364,7 @@ class Kind:
         raise TypeError(f"{self.title} is not exported")
 
 
-# A kind (hashed by identity) is static: each shape compiles once.
-@partial(jax.jit, static_argnums=0)
+@program
 def _apply(model, params, demos, length):
     return model.apply(params, demos, length)
 

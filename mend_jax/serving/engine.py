@@ -6,7 +6,6 @@ is in its batch: each query is a row, and reads its own prefix alone.
 Axes: U prefixes, P their columns, D width.
 """
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.generation.generate import Answer, Wanted, answer_rows, read_query
+from mend_jax.models.programs import program
 from mend_jax.packs.make import packs_of
 from mend_jax.packs.pack import Pack, pack_of
 from mend_jax.prefixes.context import bucket, bucket_rows, demo_tokens
@@ -267,12 +267,11 @@ def _prefix(llm, params, content, length) -> Prefix:
     return Prefix(content if content.ndim == 3 else llm.embed(params, content), length)
 
 
-# The LLM is a static argument (hashed by identity) and its params are traced: each shape is compiled once.
-@functools.partial(jax.jit, static_argnums=0)
+@program
 def _one(llm, params, content, length):
     return llm.prefix_cache(params, _prefix(llm, params, content, length))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program
 def _all(llm, params, content, length):
     return llm.prefix_caches(params, _prefix(llm, params, content, length))
