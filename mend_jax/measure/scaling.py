@@ -39,7 +39,6 @@ from mend_jax.measure.workloads import NAMES, STAGES, Workload, load_workload
 from mend_jax.models import int8
 from mend_jax.models.families import Config
 from mend_jax.models.folders import init_params
-from mend_jax.prefixes import Chunked
 from mend_jax.prefixes.kind import FROZEN
 from mend_jax.run import layout as parallel
 from mend_jax.run import sharding
@@ -250,7 +249,7 @@ def _batch(work: Workload) -> Batch:
     of_query = np.zeros(shape, np.int32)
     query = Query(np.zeros((*shape, work.query), np.int32), of_query, of_query, work.inputs, work.targets)
     batch = Batch(np.zeros((B, work.parts * work.part), np.int32), length, query, None)
-    if isinstance(work.model, Chunked):  # the teacher reads the context whole
+    if work.model.reads_chunks:  # the teacher reads the context whole
         return batch.replace(teacher_demos=np.zeros((B, work.demos), np.int32), teacher_demos_length=length)
     return batch
 

@@ -13,7 +13,7 @@ from mend_jax.data.rows.windows import check_windows
 from mend_jax.experiments.methods import stage_configs
 from mend_jax.measure.model_sizes import settings_of
 from mend_jax.models.families import Config, DecoderConfig
-from mend_jax.prefixes import KINDS, Chunked, Kind, kind_of
+from mend_jax.prefixes import KINDS, Kind, kind_of
 from mend_jax.prefixes.embeddings import whose
 
 FOLDER = ROOT / "configs"
@@ -57,8 +57,7 @@ class Workload:
     @property
     def vectors(self) -> int:
         """L: those that the LLM reads."""
-        joined = KINDS[self.config.prefix.kind] is Chunked and self.config.prefix.join == "mean"
-        return self.config.prefix.length if joined else self.made
+        return self.model.vectors_of_chunks(self.parts)
 
     @property
     def queries(self) -> int:

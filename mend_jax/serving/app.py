@@ -10,7 +10,6 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from mend_jax.packs.pack import Pack
-from mend_jax.prefixes.chunked import Chunked
 from mend_jax.serving import metrics, pages
 from mend_jax.serving.engine import Engine
 from mend_jax.serving.examples import example_for
@@ -210,7 +209,8 @@ def _other_paths(app: FastAPI, service: Service, names: dict[str, str | None]) -
                 "window": engine.llm.window,
                 "template": template.name,
                 "vectors": getattr(engine.distiller, "num_vectors", None),
-                "of_each_chunk": isinstance(engine.distiller, Chunked) and engine.distiller.join == "concat",
+                "of_each_chunk": engine.distiller is not None
+                and engine.distiller.vectors_of_chunks(2) > engine.distiller.num_vectors,
             }
             | {"limits": dataclasses.asdict(service.limits)}
             | {"example": example._asdict()}
