@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import weakref
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tiny_training import config, model_folder
@@ -39,15 +40,17 @@ def test_what_a_program_depends_on(folder):
     llm, c = load_llm(str(folder)), config(folder)
     other = load_llm(str(folder))
     assert Shell(llm) == Shell(other) and hash(Shell(llm)) == hash(Shell(other))
-    assert Shell(llm).model.params is None and llm.params is not None
+    assert not [a for a in jax.tree.leaves(Shell(llm).model.params) if isinstance(a, jax.Array)]
     for field, value in {"dtype": "bfloat16", "bos": 3, "attention": "cudnn", "remat": True}.items():
         assert Shell(llm) != Shell(dataclasses.replace(other, **{field: value})), field
     one, two = (Distiller.init(c, llm, seed) for seed in (0, 1))
     assert Shell(one) == Shell(two) != Shell(dataclasses.replace(two, residual=not two.residual))
     assert Shell(Chunked.around(one)) == Shell(Chunked.around(two)) != Shell(Chunked.around(two, "mean"))
-    assert Shell(Chunked.around(one)).model.distiller.params is None
+    assert Shell(Chunked.around(one)).model.num_vectors == one.num_vectors
+    assert Shell(two) != Shell(Distiller.init(config(folder, **{"prefix.length": 2}), llm, 0))
     shown = [Demonstrations.beside(which) for which in (llm, other)]
-    assert Shell(shown[0]) == Shell(shown[1]) and Shell(shown[0]).model.llm.params is None
+    assert Shell(shown[0]) == Shell(shown[1])
+    assert not [a for a in jax.tree.leaves(Shell(shown[0]).model.llm.params) if isinstance(a, jax.Array)]
 
 
 def test_models_of_other_settings_have_programs_of_their_own(folder):

@@ -10,12 +10,15 @@ import weakref
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
-NOT_TRACED = ("params", "tokenizer", "path", "folder")  # fields of a model that no program depends on
+NOT_TRACED = ("tokenizer", "path", "folder")  # fields of a model that no program depends on
+PARAMS = "params"
 
 
 class Shell:
-    """A model (an LLM or a kind of prefix, a dataclass) without its weights; equal to that of another with the same settings."""
+    """A model (an LLM or a kind of prefix, a dataclass) with the shapes of its weights in their place; equal to that of another with
+    the same settings and shapes."""
 
     def __init__(self, model):
         self.model = _emptied(model)
@@ -34,7 +37,7 @@ _shells: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def program(
     function: Callable | None = None, *, static: tuple[int, ...] = (), donate: tuple[int, ...] = ()
 ) -> Callable:
-    """`jax.jit` of function(model, *arguments), which is given the model without `params`: they are one of the arguments.
+    """`jax.jit` of function(model, *arguments), which is given the model with shapes as `params`: they are one of the arguments.
 
     Args:
         function: what is compiled; None: the decorator of given options.
@@ -59,16 +62,19 @@ def program(
 
 
 def _is_model(value) -> bool:
-    return dataclasses.is_dataclass(value) and hasattr(value, "params")
+    return dataclasses.is_dataclass(value) and hasattr(value, PARAMS)
 
 
 def _emptied(model):
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     changed = {name: None for name in NOT_TRACED if name in fields}
+    if PARAMS in fields:
+        changed[PARAMS] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), fields[PARAMS])
     changed |= {name: _emptied(value) for name, value in fields.items() if name not in changed and _is_model(value)}
     return dataclasses.replace(model, **changed)
 
 
 def _key(model) -> tuple:
-    values = (getattr(model, field.name) for field in dataclasses.fields(model))
-    return type(model), *(_key(value) if _is_model(value) else value for value in values)
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    shapes, tree = jax.tree.flatten(fields.pop(PARAMS, None))
+    return type(model), tree, *shapes, *(_key(value) if _is_model(value) else value for value in fields.values())
