@@ -166,6 +166,29 @@ def test_pytorch_computes_the_same_vectors(projection, llm, tiny_llm, tiny_backb
     assert theirs["rows"].shape == (4, 6, 32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"prefix.kind": "chunked", "prefix.chunk_demos": 1, "prefix.chunk_tokens": 9}])
+def test_pytorch_cuts_inputs_and_leaves_out_demonstrations_as_we_do(fields, llm, tiny_llm, tiny_backbone, tmp_path):
+    pytest.importorskip("torch")
+    from mend_jax.prefixes.mend_distiller import MendDistiller
+
+    run = make_workdir(tmp_path / "run", llm, tiny_llm, tiny_backbone, **{"data.max_input_tokens": 3} | fields)
+    export.export(run, tmp_path / "out")
+    ours, theirs = trained.read_trained(tmp_path / "out"), MendDistiller.from_pretrained(tmp_path / "out")
+    long, short = ("w1 w2 w3 w4 w5 w6", "w7"), ("w1 w2", "w8")
+    wanted = ours.distill([long, short]).embeds
+    np.testing.assert_allclose(theirs.distill([long, short]), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(theirs.distill([("w1 w2 w3 w9", "w7"), short]), wanted, rtol=1e-4, atol=1e-5)
+    if fields:
+        too_long = ("w1", "w2 " * 12)
+        with pytest.warns(UserWarning, match="demonstration 1 .* left out"):
+            found = theirs.distill([long, too_long, short])
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours.distill([long, too_long, short]).embeds, wanted, rtol=1e-5, atol=1e-6)
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="as short as a chunk"):
+            theirs.distill([too_long])
+
+
 @pytest.mark.parametrize("embeddings", ["trained", "llm"])
 @pytest.mark.parametrize("weights_", ["int8", "bfloat16"])
 @pytest.mark.slow

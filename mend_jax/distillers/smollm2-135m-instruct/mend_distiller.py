@@ -19,6 +19,7 @@ MEND: Meta dEmonstratioN Distillation for Efficient and Effective In-Context Lea
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ class MendDistiller(nn.Module):
         chunks=None,
         residual=False,
         bos="false",
+        max_input_tokens=0,
     ):
         super().__init__()
         width = backbone.get_input_embeddings().embedding_dim  # also the width of its states
@@ -55,6 +57,7 @@ class MendDistiller(nn.Module):
         self.chunks = chunks  # None, or (join, chunk_demos, chunk_tokens)
         self.residual = residual
         self.bos = bos  # "true", "false" or "auto": where the tokenizer puts its BOS before a text
+        self.max_input_tokens = max_input_tokens  # where training cut every x of a demonstration; 0: nowhere
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, llm=None, tokenizer=None) -> "MendDistiller":
@@ -78,7 +81,7 @@ class MendDistiller(nn.Module):
             template = [settings["template"][name] for name in ("before", "between", "answer")]
         else:  # one text before every x and y
             template = settings["separator"], "", settings["separator"]
-        rest = settings.get("residual", False), settings.get("bos", "false")
+        rest = settings.get("residual", False), settings.get("bos", "false"), settings.get("max_input_tokens", 0)
         model = cls(backbone, *(settings[name] for name in names), tokenizer, template, chunks, *rest)
         found = model.load_state_dict(load_file(folder / "distiller.safetensors"), strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("backbone.")]
@@ -152,7 +155,7 @@ class MendDistiller(nn.Module):
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, but this folder has none: give token ids")
-            ids = [_ids(self.tokenizer, self.before + x, self.between, self.answer + y) for x, y in demos]
+            ids = [self._pair_ids(x, y) for x, y in demos]
             demos = ids if self.chunks else [sum(ids, [])]
         elif not isinstance(demos[0], (tuple, list)):
             demos = [demos]
@@ -166,18 +169,27 @@ class MendDistiller(nn.Module):
             return vectors
         return vectors.flatten(0, 1)[None] if self.chunks[0] == "concat" else vectors.mean(0, keepdim=True)
 
+    def _pair_ids(self, x: str, y: str) -> list:
+        """The token ids of a demonstration, its x cut as in training."""
+        cut = _ids(self.tokenizer, self.before + x)[: self.max_input_tokens or None]
+        return cut + _ids(self.tokenizer, self.between, self.answer + y)
+
     def _packed(self, demos):
-        """The token ids of each chunk: whole demonstrations, in order."""
+        """The token ids of each chunk: whole demonstrations, in order, without those that are longer than a chunk."""
         _, most, size = self.chunks
         chunks, counts = [], []
         for number, demo in enumerate(demos):
             if len(demo) > size:
-                raise ValueError(f"demonstration {number} has {len(demo)} tokens, but a chunk holds {size}: shorten it")
+                too_long = f"demonstration {number} has {len(demo)} tokens and is left out: a chunk holds {size}"
+                warnings.warn(too_long, stacklevel=3)
+                continue
             if not chunks or counts[-1] == most or len(chunks[-1]) + len(demo) > size:
                 chunks.append([])
                 counts.append(0)
             chunks[-1] = chunks[-1] + list(demo)
             counts[-1] += 1
+        if not chunks:
+            raise ValueError(f"no demonstration is as short as a chunk, {size} tokens: shorten them")
         return chunks
 
 
