@@ -58,6 +58,7 @@ def program(
             _shells[model] = Shell(model)
         return compiled(_shells[model], *arguments)
 
+    call._cache_size = compiled._cache_size  # as of what jax.jit makes
     return call
 
 

@@ -25,6 +25,7 @@ from mend_jax.scoring.tasks import dev_score, dev_tasks
 from mend_jax.step import make_kd_fn
 
 UNWRITTEN = {"residual": False, "bos": NONE}  # what an exported folder's settings mean that do not say it
+FREE = ("max_input_tokens",)  # of these settings another value may follow: where texts were cut is no part of a model
 
 
 def load(config, place=None):
@@ -90,7 +91,7 @@ def _exported(path, model, llm, place):
             f"prefix.start_from={path} holds {found.title}, which {model.title} cannot begin with: name another."
         )
     for name, there in other.items():
-        if there != here.get(name):
+        if there != here.get(name) and name not in FREE:
             raise UserError(
                 f"prefix.start_from={path} holds a model with {name}={there}, this run's has {here.get(name)}: set the config as it was"
                 " there, or start from another."
