@@ -220,9 +220,8 @@ class HarnessLM(TemplateLM):
             raise UserError(
                 f"A question with its answer has {max(map(len, whole))} tokens; behind its prefix the LLM reads {room}: take shorter ones."
             )
-        empty = min(self.batch_size, bucket_rows(len(rows))) - len(
-            rows
-        )  # few numbers of rows, because each is compiled
+        count = min(self.batch_size, bucket_rows(len(rows)))  # few numbers of rows, because each is compiled
+        empty = count - len(rows)
         columns = min(bucket(max(map(len, whole))), room + 1)
         tokens, length = pad([*whole, *[[0, 0]] * empty], columns)
         start = np.asarray([len(context) for context, _ in rows] + [1] * empty, np.int32)

@@ -218,7 +218,7 @@ class Kind:
         read = tuple(short[: self.fitting([lengths[i] for i in short], llm)])
         if not read:
             raise self._nothing_fits(pairs[0][0], lengths[0], llm)
-        dropped = tuple(i for i in range(len(pairs)) if i not in set(read))
+        dropped = tuple(sorted(set(range(len(pairs))) - set(read)))
         context = self.context([pieces[i] for i in read], room_for_vectors(llm))
         return Reading(context, sum(lengths[i] for i in read), read, dropped)
 
