@@ -42,7 +42,7 @@ def test_a_carried_distiller_is_exported_by_its_name(name, tmp_path):
     uses = [card[2].partition("## Training") for card in cards]
     assert uses[0][2] == uses[1][2] and "## Limits" in uses[0][2]
     written, now = (use[0].partition("```python")[2].partition("logits")[0] for use in uses)  # up to the LLM's own part
-    assert written == now.replace("6 * chunks", "12") and "MendDistiller" in now
+    assert written == now and "MendDistiller" in now
 
 
 @pytest.mark.parametrize("name", NAMES)
