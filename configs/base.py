@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     c.loss = loss = ConfigDict()
     loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM
     loss.objective = "forward_kl"  # L_distill: "forward_kl" (the paper's), "reverse_kl", "mixed_kl", "jensen_shannon", "skewed_kl", "top_k_kl"; of the LLM's states "hidden_mse", "hidden_cosine", "info_nce" (which contrasts with the teacher states of the queries of one device and accumulation step)
+    loss.kd_tokens = "all"  # L_distill in finetuning: of the predictions at every token of the query (the paper's), or of its "outputs" alone, which are what is scored; on text always all
     loss.temperature = 1.0  # logits are divided by it; of info_nce the cosines
     loss.mix = 0.5  # mixed_kl: share of the reverse KL; jensen_shannon (beta), skewed_kl (alpha): share of the teacher in the mixture
     loss.top_k = 64  # top_k_kl: the teacher's likeliest words that are compared

@@ -3,7 +3,7 @@
 Axes: B batch, Q query tokens, M = B*Q tokens, C tokens of a chunk, D width, V vocabulary.
 
     L_distill ("kd")   KL(teacher || student) of the prediction at each query token, temperature 1 (paper, Eq. 2 and 3), or
-                       another objective of objectives.py
+                       another objective of objectives.py; of the predictions of y alone with loss.kd_tokens="outputs"
     L_pred    ("pred") cross-entropy of the tokens of y (Eq. 4)
     L_CLM     ("clm")  cross-entropy of all query tokens (section 5, ablation of the pretraining loss)
 
@@ -66,11 +66,12 @@ class TopK(NamedTuple):
         return dense.at[rows, self.words].set(self.log_probs.astype(jnp.float32))
 
 
-def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
+def token_weights(query: Query, shift: int = 1, kd_tokens: str = "all") -> tuple[jax.Array, Weights]:
     """The token that each state predicts, (B,Q) int32, and its weights in the three losses.
 
     The state at token t predicts token t + `shift`. Decoder-only (1): the query's first token, which the prefix predicts,
-    has no cross-entropy; L_distill covers the prediction at every token, including the last (as the release does).
+    has no cross-entropy; L_distill covers the prediction at every token, including the last (as the release does), or, with
+    `kd_tokens` "outputs", what L_pred covers.
     Encoder–decoder (0): `query` is y, which the decoder predicts from its first token on; all losses cover y alone.
     """
     B, Q = query.tokens.shape
@@ -78,9 +79,10 @@ def token_weights(query: Query, shift: int = 1) -> tuple[jax.Array, Weights]:
     at = jnp.arange(Q)[None]
     length, start = query.length[:, None], query.target_start[:, None]
     counted = True if query.counted is None else jnp.roll(query.counted, -shift, axis=1)
+    of_outputs = _mean_weights((at + shift >= start) & (at + shift < length))
     return targets, Weights(
-        kd=_mean_weights(at < length),
-        pred=_mean_weights((at + shift >= start) & (at + shift < length)),
+        kd=of_outputs if kd_tokens == "outputs" else _mean_weights(at < length),
+        pred=of_outputs,
         clm=_mean_weights((at + shift < length) & counted),
     )
 

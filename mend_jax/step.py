@@ -4,7 +4,7 @@ There are two trees: the trainable params are differentiated, optimised, donated
 Gradients flow through the LLM into the prefix; only the teacher's pass is cut off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
         mesh: the mesh of parallel="mesh", else None; each device computes the losses of the rows that it holds.
     """
     lm, shift, objective = config.stage == "lm", _shift(llm), Objective.of(config.loss)
+    kd_tokens = config.loss.kd_tokens if config.stage == "finetune" else "all"  # a text has no outputs
     # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
     weights = Weights(
         kd=0.0 if lm else config.loss.kd,
@@ -94,14 +95,15 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
             prefix = _prefix(model, params, llm_params, batch)
         student = llm.states(llm_params, prefix, query)
         teacher = _taught(llm, llm_params, batch) if weights.kd else None
-        targets, head = llm.targets(query), llm.head(llm_params)
-        return query_losses(student, teacher, head, targets, weights, config.loss.chunk, lm, mesh, shift, objective)
+        rest = llm.head(llm_params), llm.targets(query), weights, config.loss.chunk
+        return query_losses(student, teacher, *rest, lm, mesh, shift, objective, kd_tokens)
 
     return loss_fn
 
 
-def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
-    """kd(params, llm_params, batch) -> () float32: L_distill, KL(teacher || student) in nats per token of the queries.
+def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None, kd_tokens: Sequence[str] = ("all",)):
+    """kd(params, llm_params, batch) -> (T,) float32: L_distill, KL(teacher || student) in nats per token of the queries, with
+    each of T values of loss.kd_tokens.
 
     The student reads the prefix that `model` makes from `params`, or, where `model` is None, no prefix at all. `mesh` as in
     `make_loss_fn`.
@@ -115,7 +117,8 @@ def make_kd_fn(llm, model=None, chunk: int = 512, mesh: Mesh | None = None):
             prefix = _prefix(model, params, llm_params, batch)
         states = llm.states(llm_params, prefix, query), teacher_states(llm, llm_params, batch)
         rest = llm.head(llm_params), llm.targets(query), Weights(1.0, 0.0, 0.0), chunk
-        return query_losses(*states, *rest, mesh=mesh, shift=_shift(llm))[1]["kd"]
+        losses = (query_losses(*states, *rest, mesh=mesh, shift=_shift(llm), kd_tokens=which)[1] for which in kd_tokens)
+        return jnp.stack([loss["kd"] for loss in losses])
 
     return kd
 
@@ -145,14 +148,16 @@ def query_losses(
     mesh=None,
     shift=1,
     objective=FORWARD_KL,
+    kd_tokens="all",
 ):
     """(loss, {"kd", "pred", "clm"}): the weighted sum, and each loss unweighted (0 if it was not computed).
 
-    `targets` is `llm.targets(query)`; a state predicts the token `shift` places after its own (`token_weights`).
+    `targets` is `llm.targets(query)`; a state predicts the token `shift` places after its own (`token_weights`, which says
+    `kd_tokens` too).
     """
 
     def local(student, teacher, head, targets):
-        following, tokens = token_weights(targets, shift)
+        following, tokens = token_weights(targets, shift, kd_tokens)
         kd_weight = weights.kd * tokens.kd
         ce_weight = weights.pred * tokens.pred + weights.clm * tokens.clm
         if teacher is not None and objective.on_states:

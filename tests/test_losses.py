@@ -173,6 +173,20 @@ def test_what_each_loss_counts(query):
                 assert np.asarray(targets)[row, at].tolist() == np.asarray(query.tokens)[row, start:length].tolist()
 
 
+def test_of_outputs_alone_l_distill_counts_what_l_pred_does(arrays, query):
+    """On a text, which has no outputs, and in the other losses nothing changes."""
+    states, teacher, head, _ = arrays
+    (_, everywhere), (_, outputs) = token_weights(query), token_weights(query, kd_tokens="outputs")
+    assert np.array_equal(outputs.kd, outputs.pred) and not np.array_equal(outputs.kd, everywhere.kd)
+    assert np.array_equal(outputs.pred, everywhere.pred) and np.array_equal(outputs.clm, everywhere.clm)
+
+    def value(states):
+        return query_losses(states, teacher, head, query, Weights(1.0, 0.0, 0.0), 8, kd_tokens="outputs")[0]
+
+    gradient = np.abs(np.asarray(jax.grad(value)(states))).max(-1)
+    assert np.array_equal(gradient > 0, np.asarray(outputs.pred) > 0)
+
+
 def test_weighted_losses_and_the_mean_over_devices(arrays, query):
     """The whole batch equals the mean of its rows: so may devices share it."""
     states, teacher, head, _ = arrays

@@ -30,8 +30,10 @@ def run(tmp_path_factory):
 
 def test_nothing_is_asked_once_and_the_share_is_of_sums():
     asked = []
-    recovered = make_recovered(lambda params: [params, 1.0], lambda params: asked.append(params) or [3.0, 5.0])
-    assert recovered(1.0) == 0.75 and recovered(7.0) == 0.0 and recovered(15.0) == -1.0
+    recovered = make_recovered(
+        lambda params: [[params, 2.0], [1.0, 2.0]], lambda params: asked.append(params) or [[3.0, 3.0], [5.0, 5.0]]
+    )
+    assert recovered(1.0) == [0.75, 0.5] and recovered(7.0)[0] == 0.0 and recovered(15.0)[0] == -1.0
     assert asked == [1.0]
 
 
@@ -40,14 +42,15 @@ def test_the_demonstrations_recover_all_and_nothing_recovers_nothing(run):
     llm = load_llm(run.llm.path)
     shown, nothing = (KINDS[name].beside(llm) for name in ("demonstrations", "nothing"))
     tasks = dev_tasks(run, llm, shown)
-    kd = {kind: make_kd_fn(llm, made, 32) for kind, made in (("shown", shown), ("nothing", nothing), (None, None))}
+    kinds, both = (("shown", shown), ("nothing", nothing), (None, None)), ("all", "outputs")
+    kd = {kind: make_kd_fn(llm, made, 32, kd_tokens=both) for kind, made in kinds}
     for kind in (shown, nothing):  # what a kind does not read the teacher reads all the same
         [*parts] = dev_batches(run, llm, kind, tasks)
         assert all(part.teacher_demos_length.min() > 0 for part in parts)
-        none, empty = (float(kd[name](llm.params, llm.params, parts[0])) for name in (None, "nothing"))
-        assert none == empty > 1e-3
+        none, empty = (kd[name](llm.params, llm.params, parts[0]).tolist() for name in (None, "nothing"))
+        assert none == empty and min(none) > 1e-3 and none[0] != none[1]
     all_of_it = kd["shown"](llm.params, llm.params, dev_batches(run, llm, shown, tasks)[0])
-    assert float(all_of_it) == pytest.approx(0, abs=1e-6)
+    assert all_of_it.tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_the_teacher_of_chunks_reads_what_its_window_holds(run):
@@ -96,6 +99,6 @@ def test_a_run_writes_it(run, stage, kind, tmp_path, capsys, monkeypatch):
     ]
     assert len(found) == 2 and all(value < 1 for value in found) and found[0] != found[1]
     shown = capsys.readouterr().err
-    assert f"recovered {found[-1]:.4f}" in shown
+    assert f"recovered {found[-1]:.4f}" in shown and ("recovered_outputs " in shown) == (stage == "finetune")
     for name in ("recovered", "dev_score" if stage == "finetune" else "validation_loss"):
         assert re.search(rf"^{name}: (\d+) of \1 \w+", shown, re.MULTILINE)

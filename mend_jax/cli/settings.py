@@ -18,6 +18,7 @@ CHOICES = {
     "prefix.placeholder_init": ("vocabulary", "normal"),
     "prefix.projection": ("auto", "tanh", "linear", "identity"),
     "prefix.dtype": ("float32", "bfloat16"),
+    "loss.kd_tokens": ("all", "outputs"),
     "loss.clm_tokens": ("all", "outputs"),
     "data.template": tuple(TEMPLATES),
     "data.bos": ("auto", "true", "false"),

@@ -19,7 +19,12 @@ from mend_jax.run import resume
 from mend_jax.scoring.results import content_hash
 
 # Fields that are younger than the first keys, with their defaults.
-YOUNGER = {"prefix.residual": False, "prefix.chunk_tokens": 0, "data.validation_seeds": ()}
+YOUNGER = {
+    "prefix.residual": False,
+    "prefix.chunk_tokens": 0,
+    "data.validation_seeds": (),
+    "loss.kd_tokens": "all",
+}
 PRETRAINING = "pretraining"  # in experiment.trained: what MEND's finetunings begin with
 # (stage, weight of L_distill or None for lambda, of L_pred, of L_CLM), as in STAGES.
 Stage = tuple[str, float | None, float, float]

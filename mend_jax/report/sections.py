@@ -28,6 +28,7 @@ METRICS = {
     "loss": ("Loss", "loss", 1),
     "dev_score": ("Validation score", "score x 100", 100),
     "recovered": ("What the prefix recovers of the demonstrations", "recovered, %", 100),
+    "recovered_outputs": ("What the prefix recovers at the outputs alone", "recovered, %", 100),
 }
 Parts = tuple[list[Table], list[Drawing], list[str]]  # the last are notes
 

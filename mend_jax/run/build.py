@@ -154,11 +154,12 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
     where a prefix is trained, `recovered` (scoring/recovered.py)."""
     if config.stage == "finetune":
         tasks = dev_tasks(config, llm, model)
-        recovered = _recovered(config, llm, model, layout, frozen, dev_batches(config, llm, model, tasks, layout.share))
+        parts = dev_batches(config, llm, model, tasks, layout.share)
+        recovered = _recovered(config, llm, model, layout, frozen, parts, ("all", "outputs"))
         own = _beside(model.split_params()[1])  # as loaded: scoring under "pmap" is the first device's alone
         return lambda params: {
             "dev_score": dev_score(config, llm, model, model.whole(layout.scored(params), own), tasks),
-            "recovered": recovered(params),
+            **dict(zip(("recovered", "recovered_outputs"), recovered(params), strict=True)),
         }
     held_out = batches(config, llm, model, "validation", layout)
     parts = [held_out[i].replace(ids=None) for i in range(held_out.steps)]
@@ -174,15 +175,17 @@ def evaluation(config, llm, model, loss_fn, layout, frozen):
     def validation(params):
         loss, kd = zip(*losses(params), strict=True)
         found = {"validation_loss": math.fsum(loss) / len(parts)}
-        return found if recovered is None else found | {"recovered": recovered(params, kd if has_kl else None)}
+        if recovered is not None:
+            [found["recovered"]] = recovered(params, [[value] for value in kd] if has_kl else None)
+        return found
 
     return validation
 
 
-def _recovered(config, llm, model, layout, frozen, parts):
-    """recovered(params on the devices) -> float, on held-out batches."""
+def _recovered(config, llm, model, layout, frozen, parts, kd_tokens=("all",)):
+    """recovered(params on the devices) -> a float for each of `kd_tokens`, on held-out batches."""
     of_prefix, of_nothing = (
-        layout.compile_loss(make_kd_fn(llm, made, config.loss.chunk, layout.mesh)) for made in (model, None)
+        layout.compile_loss(make_kd_fn(llm, made, config.loss.chunk, layout.mesh, kd_tokens)) for made in (model, None)
     )
     return make_recovered(*(_values_of("recovered", kd, layout, frozen, parts) for kd in (of_prefix, of_nothing)))
 

@@ -185,6 +185,8 @@ def matters(name: str, config, finished: bool = False) -> bool:
         return True
     if name.startswith(FREE_FIELDS):
         return False
+    if name == "loss.kd_tokens":
+        return config.stage == "finetune" and bool(config.loss.kd)
     if not name.startswith("evaluate.") and name != VALIDATION_SEEDS:
         return True
     validation, seeds = [], [VALIDATION_SEEDS, *([] if config.data.validation_seeds else ["evaluate.seeds"])]

@@ -22,19 +22,25 @@ from mend_jax.scoring.tasks import make_contexts
 
 
 def make_recovered(of_prefix: Callable, of_nothing: Callable) -> Callable:
-    """recovered(params, kd=None) -> float, of two functions of params: the KLs of the held-out queries' batches, list of float.
+    """recovered(params, kd=None) -> list of T float, of two functions of params: the held-out batches' KLs, of T kinds of tokens
+    each, list of lists of float.
 
     Without a prefix nothing depends on what is trained, so `of_nothing` is called once. `kd`: those of the prefix, if they are
     known.
     """
     known = []
 
-    def recovered(params, kd=None) -> float:
+    def recovered(params, kd=None) -> list[float]:
         if not known:
-            known.append(math.fsum(of_nothing(params)))
-        return 1 - math.fsum(kd or of_prefix(params)) / known[0] if known[0] else 0.0
+            known[:] = _sums(of_nothing(params))
+        sums = _sums(kd or of_prefix(params))
+        return [1 - mine / nothing if nothing else 0.0 for mine, nothing in zip(sums, known, strict=True)]
 
     return recovered
+
+
+def _sums(batches) -> list[float]:
+    return [math.fsum(kind) for kind in zip(*batches, strict=True)]
 
 
 def dev_batches(
