@@ -322,6 +322,8 @@ def exported_module(folder):
                 "1.0 L_distill (loss.objective=skewed_kl, loss.temperature=1.0, loss.mix=0.1, loss.top_k=64) + 0.0 L_CLM |"
             ],
         ),
+        ({"loss.kd_tokens": "outputs"}, ["1.0 L_distill (loss.kd_tokens=outputs) |"]),
+        ({"stage": "pretrain", "loss.kd_tokens": "outputs"}, ["1.0 L_distill + 0.0 L_CLM |"]),
         ({"loss.kd": 0.0, "loss.objective": "skewed_kl"}, ["| loss | 1.0 L_pred + 0.0 L_distill |"]),
         ({"prefix.start_from": "/home/me/runs/first", **KINDS["soft prompt"]}, ["| began with | first |"]),
         ({"data.symbols": 0.5}, ["16 demonstrations per context, 50% of them with words for labels |"]),

@@ -97,7 +97,7 @@ def _training(config, meta, workdir, backbone: str = "") -> str:
         rows["tasks"] = (
             f"{public_name(data['tasks'])}, partition {data['partition']}, {data['k']} demonstrations per context{_symbols(data)}"
         )
-        rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill{_objective(loss)}"
+        rows["loss"] = f"{loss['pred']} L_pred + {loss['kd']} L_distill{_objective(loss, 'kd_tokens')}"
     elif config["stage"] == "pretrain":
         rows["text"] = f"{public_name(data['text'])}, {data['beta']:.0%} of each text distilled"
         rows["loss"] = f"{loss['kd']} L_distill{_objective(loss)} + {loss['clm']} L_CLM"
@@ -121,13 +121,15 @@ def _symbols(data: dict) -> str:
     return f", {share:.0%} of them with words for labels" if (share := data.get("symbols", 0.0)) else ""
 
 
-def _objective(loss: dict) -> str:
-    """The settings of L_distill, if it is not the paper's; runs of earlier versions of this program have the paper's."""
+def _objective(loss: dict, *also: str) -> str:
+    """The settings of L_distill, `also` those of a stage, if it is not the paper's; runs of earlier versions of this program have the paper's."""
+    if not loss["kd"]:
+        return ""
     name, numbers = loss.get("objective", FORWARD_KL), {key: loss[key] for key in Numbers._fields if key in loss}
     paper = name == FORWARD_KL and numbers.get("temperature", 1.0) == 1.0
-    if paper or not loss["kd"]:
-        return ""
-    return " (" + ", ".join(f"loss.{key}={value}" for key, value in ({"objective": name} | numbers).items()) + ")"
+    told = {} if paper else {"objective": name} | numbers
+    told |= {name: loss[name] for name in also if loss.get(name, "all") != "all"}
+    return f" ({', '.join(f'loss.{key}={value}' for key, value in told.items())})" if told else ""
 
 
 def _measured(workdir, step) -> dict[str, str]:
