@@ -404,6 +404,23 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
     assert read_demonstrations(tmp_path / "a.jsonl") == [("a", "b"), ("c", "d")]
 
 
+def test_a_list_of_json_is_read_as_its_lines_would_be(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('\n[{"input": "a", "output": "b"},\n {"input": "c", "output": "d"}]')
+    assert read_demonstrations(file) == [("a", "b"), ("c", "d")]
+    for text, facts in {
+        "[1]": ("item 1", "a whole number (1)", '"input"'),
+        '[{"input": "a", "output": "b"}, {"input": "c"}]': ("item 2", 'no text "output"'),
+        '[{"input": "a"': ("not valid JSON",),
+        "[]": ("no demonstrations",),
+    }.items():
+        file.write_text(text)
+        with says(file, *facts):
+            read_demonstrations(file)
+    file.write_text('{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n')  # lines, whatever the name
+    assert len(read_demonstrations(file)) == 2
+
+
 def test_what_makes_no_packs_is_refused(llm, folders, tmp_path, distiller, workdir):
     soft = make_workdir(tmp_path / "run", llm, *folders, **{"prefix.kind": "soft_prompt"})
     with says(soft, "reads no demonstrations"):

@@ -1,4 +1,4 @@
-"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are."""
+"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are, or a JSON list of such objects."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from mend_jax.cli.errors import UserError
 from mend_jax.data.json_lines import instead, parse_object
 from mend_jax.packs.pack import SUFFIX
-from mend_jax.run.reading import read_lines
+from mend_jax.run.reading import described, read_json, read_lines, read_text
 
 FORM = 'write an object on each line, {"input": "a great film", "output": "positive"}'
+ANOTHER = "name another file"
 ENDINGS = (".jsonl", ".json")
 
 
@@ -49,6 +50,15 @@ def read_demonstrations(file: Path) -> list[tuple[str, str]]:
 
 
 def _pairs(file: Path) -> Iterator[tuple[str, str]]:
+    if file.suffix == ".json" and file.is_file() and read_text(file, ANOTHER).lstrip().startswith("["):
+        for number, row in enumerate(read_json(file, "correct it", list), 1):
+            where = f"{file}, item {number} of the list,"
+            if not isinstance(row, dict):
+                raise UserError(
+                    f'{where} is no object {{"input": "a great film", "output": "positive"}} but {described(row)}: correct or remove it.'
+                )
+            yield pair_of(row, where)
+        return
     for where, line in lines_of(file):
         yield pair_of(parse_object(line, where, FORM), where)
 
@@ -56,9 +66,9 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
 def lines_of(file: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", text) of each line that is not blank. Raises UserError for a file that is no UTF-8 text."""
     try:
-        yield from read_lines(file, "name another file")
+        yield from read_lines(file, ANOTHER)
     except FileNotFoundError:
-        raise UserError(f"{file} is not there: name another file.") from None
+        raise UserError(f"{file} is not there: {ANOTHER}.") from None
 
 
 def pair_of(row: dict, where: str) -> tuple[str, str]:
