@@ -182,7 +182,7 @@ def step_config() -> ConfigDict:
     """The part of a config that the train step reads: finetuning with both losses, Table 5's optimizer."""
     config = ConfigDict()
     config.stage = "finetune"
-    config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "chunk": CHUNK, **PAPERS_OBJECTIVE}
+    config.loss = {"kd": 1.0, "pred": 1.0, "clm": 0.0, "kd_tokens": "all", "chunk": CHUNK, **PAPERS_OBJECTIVE}
     config.optimizer = {"learning_rate": LEARNING_RATE, "warmup_steps": 0, "weight_decay": 0.0}
     config.optimizer.update({"b1": 0.9, "b2": 0.999, "clip": CLIP})
     config.train = {"steps": STEPS, "accumulate": 1}
