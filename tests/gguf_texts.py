@@ -75,16 +75,19 @@ def joined_by_score(text, scores, own=(), prefix=True):
         made = [[part] if part in own else joined_by_score(part, scores, prefix=prefix) for part in parts if part]
         return [token for tokens in made for token in tokens]
     letters = list(("▁" if prefix and not text.startswith(" ") else "") + text.replace(" ", "▁"))
-    known = {token: score for token, score in scores.items() if not token.startswith("<")}
+
+    def is_known(piece):
+        return piece in scores and not piece.startswith("<")
+
     while True:
         pairs = [
-            (known[a + b], -i) for i, (a, b) in enumerate(zip(letters, letters[1:], strict=False)) if a + b in known
+            (scores[a + b], -i) for i, (a, b) in enumerate(zip(letters, letters[1:], strict=False)) if is_known(a + b)
         ]
         if not pairs:
             break
         at = -max(pairs)[1]
         letters[at : at + 2] = ["".join(letters[at : at + 2])]
-    return [token for piece in letters for token in ([piece] if piece in known else _as_bytes(piece))]
+    return [token for piece in letters for token in ([piece] if is_known(piece) else _as_bytes(piece))]
 
 
 def _as_bytes(piece):
