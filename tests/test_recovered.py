@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 from data_files import make_world, tiny_config
 from family_rows import COMMON, ROWS, save_random
@@ -81,6 +82,21 @@ def test_dev_batches_have_one_shape_and_are_shared_by_processes(run):
             halves, (slice(0, len(batch.demos) // 2), slice(len(batch.demos) // 2, None)), strict=True
         ):
             assert (half.query.tokens == batch.query.tokens[rows]).all() and (half.demos == batch.demos[rows]).all()
+
+
+@pytest.mark.slow
+def test_items_that_share_a_context_recover_what_they_do_alone(run):
+    llm = load_llm(run.llm.path)
+    kind = KINDS["distiller"].init(run, llm, 0)
+    tasks, shared = dev_tasks(run, llm, kind), run.copy_and_resolve_references().unlock()
+    shared.data.queries, shared.train.batch_size = 2, run.train.batch_size // 2
+    kd = make_kd_fn(llm, kind, 32, kd_tokens=("all", "outputs"))
+    alone, together = (dev_batches(config, llm, kind, tasks) for config in (run, shared))
+    assert together[0].query.tokens.ndim == 3 and len(alone) == len(together)
+    for one, both in zip(alone, together, strict=True):
+        assert np.array_equal(one.query.tokens, both.query.tokens.reshape(one.query.tokens.shape))
+        losses = (kd(kind.params, llm.params, part) for part in (one, both))
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ KL(prefix) is L_distill on held-out queries: how far the LLM's predictions after
 themselves; KL(nothing) is the same without any prefix. 1 is as good as the demonstrations, 0 no better than nothing, and below 0
 the prefix misleads.
 
-Axes: B batch, N demonstration tokens, Q query tokens.
+Axes: B batch, R queries of a row, N demonstration tokens, Q query tokens.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mend_jax.data.batches import Batch, pad
+from mend_jax.data.batches import Batch, pad, pad_queries
 from mend_jax.data.evaluation import EvalTask
 from mend_jax.data.query import Query
 from mend_jax.llm.decoder_only import LLM
@@ -46,7 +46,8 @@ def _sums(batches) -> list[float]:
 def dev_batches(
     config, llm: LLM, model: Kind, tasks: Sequence[EvalTask], share: tuple[int, int] = (0, 1)
 ) -> list[Batch]:
-    """Dev items with their right answers as batches of train.batch_size rows, all of one shape.
+    """Dev items with their right answers as batches of train.batch_size rows, all of one shape. As in training, up to
+    data.queries of a task's items share a row, whose context is read once.
 
     Args:
         config: a whole run's config; about data.validation_items items are taken, the first of each task and seed.
@@ -56,10 +57,12 @@ def dev_batches(
         share: (i, n): this process gets part i of n of every batch.
     """
     each = max(1, config.data.validation_items // len(tasks))
-    rows = [row for task in tasks for row in _rows(config, llm, model, task, each)]
+    queries = min(each, config.data.queries, *(len(task.items) for task in tasks))
+    rows = [row for task in tasks for row in _rows(config, llm, model, task, each, queries)]
     size = config.train.batch_size
     rows = rows * -(-size // len(rows)) if len(rows) < size else rows[: len(rows) // size * size]
-    contexts, shown, x, y = zip(*rows, strict=True)
+    contexts, shown, asked = zip(*rows, strict=True)
+    x, y = zip(*(item for items in asked for item in items), strict=True)
     columns = [
         bucket(max(map(len, part))) for part in (contexts, shown, [*map(np.concatenate, zip(x, y, strict=True))])
     ]
@@ -74,19 +77,22 @@ def dev_batches(
     ]
 
 
-def _rows(config, llm, model, task, count):
-    """(what the prefix is made of, what the teacher reads, x, y) of a task's first items."""
+def _rows(config, llm, model, task, count, queries):
+    """(what the prefix is made of, what the teacher reads, (x, y) of so many queries) of a task's first `count` items, as far as
+    they fill rows."""
     reader = model if model.reads_demos else KINDS["demonstrations"].beside(llm)
     context, shown = make_contexts(config, llm, reader, task, taught=True)
     if not model.reads_demos:
         context = np.zeros(0, np.int32)
-    return [(context, shown, item.x_tokens, item.options_tokens[item.label]) for item in task.items[:count]]
+    asked = [(item.x_tokens, item.options_tokens[item.label]) for item in task.items[:count]]
+    whole = len(asked) // queries * queries
+    return [(context, shown, asked[start : start + queries]) for start in range(0, whole, queries)]
 
 
 def _batch(rows, columns, limits) -> Batch:
-    contexts, shown, x, y = zip(*rows, strict=True)
+    contexts, shown, asked = zip(*rows, strict=True)
     demos, length = pad(contexts, columns[0])
     teacher, teacher_length = pad(shown, columns[1])
-    tokens, query_length = pad([np.concatenate(pair) for pair in zip(x, y, strict=True)], columns[2])
-    query = Query(tokens, query_length, np.asarray([len(a) for a in x], np.int32), *limits)
+    queries = [[(np.concatenate(pair), len(pair[0])) for pair in items] for items in asked]
+    query = Query(*pad_queries(queries, columns[2]), *limits)
     return Batch(demos, length, query, None, teacher_demos=teacher, teacher_demos_length=teacher_length)
