@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 
     c.prefix = prefix = ConfigDict()
     prefix.kind = "distiller"  # "distiller" (MEND, HyperTuning), "soft_prompt" (PromptTuning), or "chunked": a distiller that reads any number of demonstrations, chunk by chunk
-    prefix.length = 100  # l, the number of vectors
+    prefix.length = 100  # l, the number of vectors (kind "chunked": of each chunk)
     prefix.nested = ()  # shorter lengths that a distiller is trained with as well: of each row the LLM reads the first so many vectors, a number drawn from these and prefix.length; in use any of them can be chosen
     prefix.backbone = "gpt2"  # the distiller starts from this model, named as llm.path; its tokenizer may differ from the LLM's
     prefix.layers = 0  # of the backbone: its first so many layers alone; 0: all
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     c.loss = loss = ConfigDict()
     loss.kd = 1.0  # weight of L_distill: lambda in finetuning, gamma in pretraining with L_CLM
     loss.objective = "forward_kl"  # L_distill: "forward_kl" (the paper's), "reverse_kl", "mixed_kl", "jensen_shannon", "skewed_kl", "top_k_kl"; of the LLM's states "hidden_mse", "hidden_cosine", "info_nce" (which contrasts with the teacher states of the queries of one device and accumulation step)
-    loss.kd_tokens = "all"  # L_distill in finetuning: of the predictions at every token of the query (the paper's), or of its "outputs" alone, which are what is scored; on text always all
+    loss.kd_tokens = "all"  # L_distill in finetuning: of the predictions at every token of the query (as in the release), or of its "outputs" alone, which are what is scored; in pretraining always all
     loss.temperature = 1.0  # logits are divided by it; of info_nce the cosines
     loss.mix = 0.5  # mixed_kl: share of the reverse KL; jensen_shannon (beta), skewed_kl (alpha): share of the teacher in the mixture
     loss.top_k = 64  # top_k_kl: the teacher's likeliest words that are compared
@@ -112,8 +112,8 @@ def get_config() -> ConfigDict:
     evaluate.methods = ("zero_shot", "icl")  # and "NAME=PATH", PATH a training workdir or exported distiller; NAME is printed; "NAME=chunked:PATH" reads in chunks, "NAME=first8:PATH" makes the first 8 vectors (prefix.nested); "NAME=last96:icl" is ICL cut to the last 96 tokens, "NAME=last6each:icl" to the last 6 of each demonstration
     evaluate.split = "test"  # "test" or "dev"
     evaluate.seeds = (13, 21, 42, 87, 100)  # each names a file of K demonstrations per task
-    evaluate.tasks = ()  # some of the partition's test tasks; () is all
-    evaluate.limit = 0  # test items per task and seed; 0 is all
+    evaluate.tasks = ()  # some of the partition's test tasks, of a validation in finetuning too; () is all
+    evaluate.limit = 0  # test items, or dev items of a validation in finetuning, per task and seed; 0 is all
     evaluate.batch_size = 32  # rows in one pass of the LLM; a row holds one test item with all its options, or several short ones
     evaluate.parallel = "auto"  # "tasks": processes share the tasks, models are whole on one device of each; "mesh": all compute each task, models split; "auto": "mesh" where train.parallel is
     evaluate.option_score = "mean"  # an option's log-probability per token (MetaICL's), or its "sum", the probability of the whole option (docs/protocol.md)
@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     evaluate.order = 0  # the n-th of the seed's orders of the demonstrations; 0 is the file's
 
     c.experiment = experiment = ConfigDict()  # python -m mend_jax.experiments.NAME: train and evaluate (docs/experiments.md)
-    # Each run of it sets stage, train.steps, prefix.kind, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too.
+    # Each run of it sets stage, train.steps, prefix.start_from, loss.pred, loss.clm itself, mostly loss.kd too, and PromptTuning prefix.kind.
     experiment.methods = ("zero_shot", "prompt_tuning", "icl", "hypertuning", "mend")
     experiment.pretrain_steps = 30_000  # train.steps of every pretraining
     experiment.finetune_steps = 30_000  # and of every finetuning

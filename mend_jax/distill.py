@@ -3,7 +3,8 @@
     python -m mend_jax.distill --distiller=runs/mine/mend/finetune --demos=reviews.jsonl --out=reviews.pack.safetensors
     python -m mend_jax.distill --distiller=exported --llm=gpt2-large --demos=folder/ --out=packs/
 
-A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's files have; each becomes one pack. Several files
+A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's files have, or is a JSON list of such objects
+(FILE.json); each becomes one pack. Several files
 (with commas between) or a folder of *.jsonl become a folder of packs. docs/packs.md says what is in a pack and how to use it.
 """
 

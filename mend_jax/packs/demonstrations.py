@@ -1,4 +1,4 @@
-"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are, or a JSON list of such objects."""
+"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are, or in a FILE.json a list of such objects."""
 
 from collections.abc import Iterator
 from pathlib import Path
