@@ -162,9 +162,14 @@ def test_a_training_is_known_by_what_decides_it(config):
     assert of_method(own, "mend", 0).key != key
     assert of_method(own, "mend", 0).start.key == of_method(config, "mend", 0).start.key
     assert of_method(with_fields(own, {"evaluate.seeds": (21, 42)}), "mend", 0).key == of_method(own, "mend", 0).key
-    other = with_fields(config, {"data.partition": "small_world_four"})
-    assert of_method(other, "mend", 0).start.key == of_method(config, "mend", 0).start.key
-    assert of_method(other, "mend", 0).key != key
+    for field, value in {
+        "data.partition": "small_world_four",
+        "loss.kd_tokens": "outputs",
+    }.items():  # not its pretraining
+        other = with_fields(config, {field: value})
+        assert of_method(other, "mend", 0).start.key == of_method(config, "mend", 0).start.key, field
+        assert of_method(other, "mend", 0).key != key, field
+    assert of_method(other, "hypertuning", 0).key == of_method(config, "hypertuning", 0).key  # without L_distill
 
 
 def test_evaluations_are_known_by_what_decides_predictions(config):

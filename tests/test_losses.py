@@ -4,6 +4,7 @@ Axes: B batch, Q query tokens, D width, V vocabulary.
 """
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def test_what_each_loss_counts(query):
 
 
 def test_of_outputs_alone_l_distill_counts_what_l_pred_does(arrays, query):
-    """On a text, which has no outputs, and in the other losses nothing changes."""
+    """In the other losses nothing changes."""
     states, teacher, head, _ = arrays
     (_, everywhere), (_, outputs) = token_weights(query), token_weights(query, kd_tokens="outputs")
     assert np.array_equal(outputs.kd, outputs.pred) and not np.array_equal(outputs.kd, everywhere.kd)
@@ -185,6 +186,26 @@ def test_of_outputs_alone_l_distill_counts_what_l_pred_does(arrays, query):
 
     gradient = np.abs(np.asarray(jax.grad(value)(states))).max(-1)
     assert np.array_equal(gradient > 0, np.asarray(outputs.pred) > 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kd_tokens", "wanted"),
+    [("finetune", "all", "all"), ("finetune", "outputs", "outputs"), ("pretrain", "outputs", "all")],
+)
+def test_finetuning_alone_may_take_l_distill_of_the_outputs(stage, kd_tokens, wanted, arrays, query):
+    """A text has no outputs."""
+    states, teacher, head, _ = arrays
+    llm = SimpleNamespace(start_token=None, states=lambda *_: states, head=lambda _: head, targets=lambda query: query)
+    model = SimpleNamespace(whole=lambda *_: None, apply=lambda *_: None)
+    config = base.get_config()
+    config.stage, config.loss.kd_tokens = stage, kd_tokens
+    found = make_loss_fn(config, llm, model)(None, None, Batch(None, None, query, None, teacher=teacher))[1]["kd"]
+    weights = Weights(1.0, 0.0, 0.0)
+    values = {
+        which: query_losses(states, teacher, head, query, weights, 8, kd_tokens=which)[1]["kd"]
+        for which in ("all", "outputs")
+    }
+    assert values["all"] != values["outputs"] and found == pytest.approx(float(values[wanted]), rel=1e-5)
 
 
 def test_weighted_losses_and_the_mean_over_devices(arrays, query):

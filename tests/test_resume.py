@@ -111,6 +111,14 @@ def test_the_parts_of_a_batch_matter_where_a_loss_contrasts_its_queries(objectiv
     assert [resume.matters(name, c) for name in parts] == [refused] * 3
 
 
+@pytest.mark.parametrize(
+    "stage, kd, refused", [("finetune", 1.0, True), ("finetune", 0.0, False), ("pretrain", 1.0, False)]
+)
+def test_the_tokens_of_l_distill_matter_where_finetuning_computes_it(stage, kd, refused, models):
+    c = config(models / "one", **{"stage": stage, "loss.kd": kd})
+    assert resume.matters("loss.kd_tokens", c) == refused
+
+
 def test_finished_run_of_another_meaning_is_refused(models, tmp_path):
     saved_config.write_config(tmp_path, config(models / "one"))
     with says(tmp_path, "seed=0", 1):
