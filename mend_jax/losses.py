@@ -2,8 +2,8 @@
 
 Axes: B batch, Q query tokens, M = B*Q tokens, C tokens of a chunk, D width, V vocabulary.
 
-    L_distill ("kd")   KL(teacher || student) of the prediction at each query token, temperature 1 (paper, Eq. 2 and 3), or
-                       another objective of objectives.py; of the predictions of y alone with loss.kd_tokens="outputs"
+    L_distill ("kd")   KL(teacher || student) of the prediction at each query token, temperature 1 (paper, Eq. 3, of x; the
+                       release has x and y), or another objective of objectives.py; of y alone with loss.kd_tokens="outputs"
     L_pred    ("pred") cross-entropy of the tokens of y (Eq. 4)
     L_CLM     ("clm")  cross-entropy of all query tokens (section 5, ablation of the pretraining loss)
 

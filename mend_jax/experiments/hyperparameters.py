@@ -2,7 +2,7 @@
 
     python -m mend_jax.experiments.hyperparameters --config=configs/small_world.py --workdir=runs/experiments
 
-As the paper's ablations, and unlike its figures, which score MEND before its finetuning, every row is pretrained and finetuned; gamma = 0 is
+As the paper's ablations, and unlike its Figure 6, which scores MEND before its finetuning, every row is pretrained and finetuned; gamma = 0 is
 pretraining with L_CLM alone. beta is the share of a text that is distilled in pretraining, gamma the weight of L_distill beside L_CLM there, lambda the weight of
 L_distill beside L_pred in finetuning; the other two are as in MEND.
 """
