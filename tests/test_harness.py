@@ -174,6 +174,7 @@ def test_an_example_longer_than_a_chunk_is_left_out_alone(folder, llm, distiller
         found = model.loglikelihood(asked)
     assert rows == [1] * 20 and made == [0, 8, 16]  # distilled in slices, each scored before the next
     assert "Of 2 of 20 questions" in caplog.text and "2 in all" in caplog.text
+    assert "Where none is read: " in caplog.text and "the distiller reads at once" in caplog.text
 
     def alone(prefix):
         return mend_jax.score_options(llm, prefix, "w4", ["w9"], distiller.template)[0]
@@ -192,20 +193,20 @@ def test_the_command(folder, models, tmp_path, capsys):
         command.harness(**given | {"tasks": "modds"})
     with says("--llm"):
         command.harness(tasks="moods")
-    with says(tmp_path / "found.json", "--out"):  # before anything is loaded
+    with says(tmp_path / "found.json" / "a.json", "--out"):  # before anything is loaded
         command.harness(**given | {"llm": "none"}, out=str(tmp_path / "found.json" / "a.json"))
 
 
 def test_of_examples_longer_than_the_window_the_first_are_read(llm, distiller):
     model = HarnessLM(llm, distiller)
     examples = [("w1 w2 " * 10, f"w{i}") for i in range(12)]
-    told = [0, 0]
+    told = module.LeftOut()
     read = model._reading(examples, told).read
-    assert read == tuple(range(len(read))) and 0 < len(read) < 12 and told == [1, 12 - len(read)]
+    assert read == tuple(range(len(read))) and 0 < len(read) < 12 and told == module.LeftOut(1, 12 - len(read))
     distiller.distill(examples[: len(read)])
     with says("tokens", distiller.window):
         distiller.distill(examples[: len(read) + 1])
     assert model._reading([("w1", "w2 " * 300)], told) is None  # its question stands alone, and the others go on
-    assert told == [2, 13 - len(read)]
+    assert (told.questions, told.examples) == (2, 13 - len(read)) and "619 tokens" in told.why
     with says("batch_size", 0):
         HarnessLM(llm, distiller, batch_size=0)

@@ -9,6 +9,7 @@ the harness's `--model hf`.
 Axes: R rows (a context and an answer each), T their tokens.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -37,6 +38,15 @@ Example = tuple[str, str]
 PLAIN = Template("", "", "")  # of the plain prompt, which the harness writes whole
 ANSWER_TOKENS = 256  # of a generated answer, where a task does not say
 TOGETHER = 8  # sets of examples that are distilled at a time, whose vectors are dropped with the next
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """Few-shot examples that a distiller does not read, counted over the questions of a run."""
+
+    questions: int = 0
+    examples: int = 0
+    why: str = ""  # the first question's that has none left
 
 
 class HarnessLM(TemplateLM):
@@ -153,33 +163,34 @@ class HarnessLM(TemplateLM):
 
     def _after_examples(self, requests) -> Iterator[tuple[list[int], Prefix]]:
         """The places of requests with the same examples, and the prefix of these; few prefixes are there at a time."""
-        groups, told = _groups(requests, self._examples_of), [0, 0]
+        groups, told = _groups(requests, self._examples_of), LeftOut()
         for start in range(0, len(groups), TOGETHER):
             part = groups[start : start + TOGETHER]
             readings = [self._reading(self._examples_of(requests[group[0]]), told) for group in part]
             yield from zip(part, self._prefixes(readings), strict=True)
-        if told[0]:
+        if told.questions:
             logging.warning(
-                "Of %d of %d questions few-shot examples were left out, %d in all, because they do not fit the distiller.",
-                told[0], len(groups), told[1],
+                "Of %d of %d questions few-shot examples were left out, %d in all, because they do not fit the distiller.%s",
+                told.questions, len(groups), told.examples, told.why and f" Where none is read: {told.why}",
             )  # fmt: skip
 
     def _examples_of(self, request) -> tuple[Example, ...]:
         """The examples that a request's document has for a distiller."""
         return () if self.distiller is None else tuple(self.examples.get(id(request.doc), (None, []))[1])
 
-    def _reading(self, examples: Sequence[Example], told: list[int]) -> Reading | None:
-        """The examples as the distiller reads them; None: there are none, or none fits. Those that are left out are counted in
-        `told`: (questions, examples)."""
+    def _reading(self, examples: Sequence[Example], told: LeftOut) -> Reading | None:
+        """The examples as the distiller reads them; None: there are none, or none can be read. Those that are left out are counted in
+        `told`."""
         if not examples:
             return None
         try:
             reading = self.distiller.read_pairs(examples, self.llm)
-        except UserError:  # one question is no reason to end a run of hours
+        except UserError as error:  # one question is no reason to end a run of hours
             reading = None
+            told.why = told.why or str(error)
         dropped = len(examples) if reading is None else len(reading.dropped)
-        told[0] += dropped > 0
-        told[1] += dropped
+        told.questions += dropped > 0
+        told.examples += dropped
         return reading
 
     def _prefixes(self, readings: Sequence[Reading | None]) -> list[Prefix]:
