@@ -3,6 +3,7 @@
 The tokenizer is of GPT-2's kind, where " I" and "I" differ, and begins texts with a special token unless told not to.
 """
 
+import ast
 import json
 import re
 import sys
@@ -138,6 +139,11 @@ def test_the_snippet_of_a_prefixs_card_gives_our_scores(kind, template, llm, fol
         module = exported_module(tmp_path / "out")
         assert module.first_ids(mend_jax.load_llm(folder).tokenizer).shape == (1, 0)
     assert prefix.embeds.shape[1] == (12 if "chunk" in kind else 6)
+    if kind != "soft prompt":
+        [said] = re.findall(
+            r"distill\(.+\)  # (\(1, .+\))$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
+        )
+        assert ast.literal_eval(said) == prefix.embeds.shape
 
 
 @pytest.mark.parametrize(
@@ -275,6 +281,27 @@ def test_the_card_says_how_much_is_read(llm, folders):
     for join, vectors in (("concat", "into 6 vectors of each chunk that"), ("mean", "into 6 vectors that")):
         said = Chunked.around(made, join, 2, 50).card("gpt2", "")[1]
         assert vectors in said and "reads any number of demonstration tokens, 50 in each chunk at most." in said
+        assert "in chunks of at most 2 demonstrations and 50 tokens" in said
+
+
+def test_the_card_of_demonstrations_read_one_by_one_speaks_of_them_and_not_of_chunks(llm, folders):
+    """The vectors of its example are counted too: it has two demonstrations."""
+    made = Distiller.init(make_config(*folders), llm, seed=0)
+    said = Chunked.around(made, "concat", 1, 50).card("gpt2", "")[1]
+    assert "Turns each demonstration (x, y) into 6 vectors that" in said and "in its place" in said
+    assert "one by one, each of at most 50 tokens: 6 vectors for each, one after another." in said
+    assert "# (1, 12, 32)" in said and "chunk" not in said
+    said = Chunked.around(made, "mean", 1, 50).card("gpt2", "")[1]
+    assert "Turns demonstrations (x, y) into 6 vectors that" in said and "# (1, 6, 32)" in said
+    assert "one by one, each of at most 50 tokens: the mean of their vectors." in said and "chunk" not in said
+
+
+def test_a_card_says_one_vector(llm, folders):
+    config = make_config(*folders, **{"prefix.length": 1})
+    made = Distiller.init(config, llm, seed=0)
+    for model in (made, Chunked.around(made, "concat", 1, 50), Chunked.around(made, "concat", 2, 50)):
+        said = model.card("gpt2", "")[1]
+        assert "into 1 vector" in said and not re.search(r"\b1 \w+s\b", said)
 
 
 @pytest.mark.parametrize("join", ["concat", "mean"])

@@ -11,8 +11,9 @@ from answer_files import write_evaluation, write_experiment
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from mend_jax.cli.text import counted
 from mend_jax.report.looks import KNOWN, OTHERS, looks
-from mend_jax.report.names import counted, joined
+from mend_jax.report.names import joined
 from mend_jax.report.page import as_markdown
 from mend_jax.report.results import read_results
 from mend_jax.report.sections import section_of

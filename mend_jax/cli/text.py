@@ -1,4 +1,4 @@
-"""Numbers and tables as text for people: durations, sizes, aligned columns; names from data, which may hold anything."""
+"""Numbers and tables as text for people: durations, sizes, counts, aligned columns; names from data, which may hold anything."""
 
 import re
 
@@ -44,6 +44,11 @@ def size(count: float) -> str:
 def number(value: float) -> str:
     """A number with three significant digits."""
     return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}"
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.progress import Progress
+from mend_jax.cli.text import counted
 from mend_jax.report.drawing import require_matplotlib
-from mend_jax.report.names import counted
 from mend_jax.report.page import PAGE, write_report
 from mend_jax.report.results import read_results, unfinished
 from mend_jax.report.sections import section_of, trainings_section

@@ -22,11 +22,12 @@ import numpy as np
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
+from mend_jax.cli.text import counted
 from mend_jax.data.sampling import EMPTY, Packing, join_demos
 from mend_jax.data.templates import Template
 from mend_jax.prefixes.context import bucket, demo_tokens, pair_tokens
 from mend_jax.prefixes.distiller import Distiller
-from mend_jax.prefixes.distiller_folder import card_text, read_settings, write_folder
+from mend_jax.prefixes.distiller_folder import InWords, card_text, read_settings, write_folder
 from mend_jax.prefixes.distiller_module import DistillerModule
 from mend_jax.prefixes.embeddings import TRAINED
 from mend_jax.prefixes.kind import LONGEST_CONTEXT, Kind
@@ -355,18 +356,26 @@ class Chunked(Kind):
         return "A distiller of chunks as a Hugging Face folder, with mend_distiller.py for PyTorch."
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
-        count = f"{self.num_vectors} * chunks" if self.join == "concat" else self.num_vectors
-        shape, each = f"(1, {count}, {self.llm_width})", " of each chunk" if self.join == "concat" else ""
-        text = card_text(self.distiller, llm, logits, shape, "mend_jax.load_prefix", self.width, each)
-        vectors = {
-            "concat": f"{self.num_vectors} vectors for each chunk, one after another",
-            "mean": "the mean of the chunks' vectors",
-        }
-        chunks = f"{self.chunk_demos} demonstrations and {self.width} tokens"
-        return (
-            "A MEND distiller of chunks",
-            f"{text}Demonstrations are read in chunks of at most {chunks}: {vectors[self.join]}.\n\n",
-        )
+        vectors = counted(self.num_vectors, "vector")
+        words, one_by_one, example = self._in_words(vectors)
+        shape = f"(1, {example if self.join == 'concat' else self.num_vectors}, {self.llm_width})"
+        text = card_text(self.distiller, llm, logits, shape, "mend_jax.load_prefix", words)
+        joined = {"concat": f"{vectors} for each, one after another", "mean": "the mean of their vectors"}
+        return "A MEND distiller of chunks", f"{text}Demonstrations are read {one_by_one}: {joined[self.join]}.\n\n"
+
+    def _in_words(self, vectors: str) -> tuple[InWords, str, int | str]:
+        """(the card's words, how demonstrations are read, the number of vectors of its example's two). Where each demonstration is
+        a chunk of its own, the card speaks of demonstrations: nobody need know what a chunk is."""
+        concat = self.join == "concat"
+        if self.chunk_demos == 1:
+            demos, whose = ("each demonstration (x, y)", "its") if concat else ("demonstrations (x, y)", "their")
+            words = InWords(demos, vectors, "any number of demonstrations", whose, " of a demonstration")
+            return words, f"one by one, each of at most {self.width} tokens", 2 * self.num_vectors
+        reads = f"any number of demonstration tokens, {self.width} in each chunk at most"
+        of_each = f"{vectors} of each chunk" if concat else vectors
+        words = InWords("demonstrations (x, y), concatenated,", of_each, reads, of=" of a chunk")
+        chunks = f"in chunks of at most {self.chunk_demos} demonstrations and {self.width} tokens"
+        return words, chunks, f"{self.num_vectors} * chunks"
 
 
 def _check_truncation(config) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import counted
 from mend_jax.data.bos import NONE
 from mend_jax.data.templates import SPACE, Template, as_fields, chosen
 from mend_jax.models.families import Config, EncoderDecoderConfig, from_hf_config, key_table
@@ -24,6 +25,7 @@ from mend_jax.prefixes.context import demo_tokens, pad_columns
 from mend_jax.prefixes.distiller_folder import (
     MODULE,
     SETTINGS,
+    InWords,
     card_text,
     read_folder,
     read_settings,
@@ -308,7 +310,10 @@ class Distiller(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         shape = f"(1, {self.num_vectors}, {self.llm_width})"
-        return "A MEND distiller", card_text(self, llm, logits, shape, "mend_jax.load_distiller")
+        most = "any number of" if self.config.window > 2**29 else f"at most {self.window}"
+        vectors = counted(self.num_vectors, "vector")
+        words = InWords("demonstrations (x, y), concatenated,", vectors, f"{most} demonstration tokens")
+        return "A MEND distiller", card_text(self, llm, logits, shape, "mend_jax.load_distiller", words)
 
 
 _distill = partial(jax.jit, static_argnums=0)(make_vectors)  # shared by all distillers: each shape is compiled once

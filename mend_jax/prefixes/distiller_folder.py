@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,10 @@ TENSORS = "distiller.safetensors"
 MODULE = "mend_distiller.py"
 
 
-CARD = """Turns demonstrations (x, y), concatenated, into {num_vectors} vectors{each} that a frozen LLM of width
-{llm_width} ({llm}) reads in their place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
+CARD = """Turns {demos} into {vectors} that a frozen LLM of width
+{llm_width} ({llm}) reads in {whose} place. MEND: Meta dEmonstratioN Distillation for Efficient and Effective
 In-Context Learning (Li et al., ICLR 2024). The backbone is a {family} of {layers} layers and width {width};
-projection to the LLM's width: {projection}.{residual} It reads {window}.
+projection to the LLM's width: {projection}.{residual} It reads {reads}.
 
 ## Use
 
@@ -135,22 +136,29 @@ def _write_json(path, content) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def card_text(distiller, llm: str, logits: str, shape: str, load: str, chunk: int = 0, each: str = "") -> str:
-    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder, `chunk` the
-    tokens that it reads at a time, 0: all, `each` what stands behind the number of vectors, if not all are so many."""
-    window = "any number of" if chunk or distiller.config.window > 2**29 else f"at most {distiller.window}"
+class InWords(NamedTuple):
+    """What a card says of how a distiller reads: "Turns `demos` into `vectors` that an LLM reads in `whose` place. The vectors are
+    added to the last tokens that it reads`of`. It reads `reads`."."""
+
+    demos: str
+    vectors: str
+    reads: str
+    whose: str = "their"
+    of: str = ""
+
+
+def card_text(distiller, llm: str, logits: str, shape: str, load: str, words: InWords) -> str:
+    """The model card's text; `shape` is that of the result of `distill`, `load` the function that reads the folder."""
     return CARD.format(
         logits=logits,
-        num_vectors=distiller.num_vectors,
+        **words._asdict(),
         llm_width=distiller.llm_width,
         llm=llm,
         layers=distiller.config.layers,
         family=distiller.config.family,
         width=distiller.config.width,
         projection=distiller.projection,
-        residual=RESIDUAL.format(of=" of a chunk" if chunk else "") if distiller.residual else "",
-        window=f"{window} demonstration tokens" + (f", {chunk} in each chunk at most" if chunk else ""),
-        each=each,
+        residual=RESIDUAL.format(of=words.of) if distiller.residual else "",
         **in_words(distiller.template),
         said=json.dumps(QUERY),
         **first_lines(distiller.bos),

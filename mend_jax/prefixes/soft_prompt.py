@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.text import counted
 from mend_jax.data.bos import NONE, argument, first_lines
 from mend_jax.data.templates import SPACE, Template, as_fields, chosen, from_fields, in_words, tokenizer_lines
 from mend_jax.models import weights
@@ -23,7 +24,7 @@ from mend_jax.run.sharding import Place
 
 FILE = "soft_prompt.safetensors"
 
-CARD = """{num_vectors} learned vectors (PromptTuning) that a frozen LLM of width {llm_width} ({llm}) reads
+CARD = """{learned} (PromptTuning) that a frozen LLM of width {llm_width} ({llm}) reads
 before every query: `vectors` ({num_vectors}, {llm_width}) in `soft_prompt.safetensors`.
 
 ## Use
@@ -112,6 +113,7 @@ class SoftPrompt(Kind):
 
     def card(self, llm: str, logits: str) -> tuple[str, str]:
         text = CARD.format(
+            learned=counted(self.num_vectors, "learned vector"),
             num_vectors=self.num_vectors,
             llm_width=self.llm_width,
             llm=llm,

@@ -38,11 +38,6 @@ def joined(labels: Iterable[tuple[str, str]]) -> str:
     return ", ".join(parts)
 
 
-def counted(count: int, thing: str) -> str:
-    """`1 task`, `2 tasks`."""
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
 def _word(name: str, value: str) -> str:
     return UNTRAINED_NAME if value == UNTRAINED else value_name(name, value)
 

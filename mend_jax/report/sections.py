@@ -10,11 +10,11 @@ import numpy as np
 from mend_jax.cli.config_files import base_config
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import dotted_fields
+from mend_jax.cli.text import counted
 from mend_jax.report.attention import attention_parts
 from mend_jax.report.costs import cost_parts
 from mend_jax.report.drawing import Drawing
 from mend_jax.report.figures import lines
-from mend_jax.report.names import counted
 from mend_jax.report.results import Result
 from mend_jax.report.score_figures import score_figures
 from mend_jax.report.studies import by_study, scored_rows
