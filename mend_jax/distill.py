@@ -4,8 +4,8 @@
     python -m mend_jax.distill --distiller=exported --llm=gpt2-large --demos=folder/ --out=packs/
 
 A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's files have, or is a JSON list of such objects
-(FILE.json); each becomes one pack. Several files
-(with commas between) or a folder of *.jsonl become a folder of packs. docs/packs.md says what is in a pack and how to use it.
+(FILE.json); each file becomes one pack. Several files (with commas between) or a folder of *.jsonl and *.json become a folder of
+packs. docs/packs.md says what is in a pack and how to use it.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def distill(
 
     Args:
         distiller: a training workdir, an exported folder, or the name of one in this package: smollm2-135m-instruct.
-        demos: a file of demonstrations, several with commas between, or a folder of *.jsonl.
+        demos: a file of demonstrations, several with commas between, or a folder of *.jsonl and *.json.
         out: the pack to write, also in the place of an older file; of several files the folder for their packs.
         llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.
         dtype: of the distiller's arithmetic.

@@ -3,7 +3,7 @@
     python -m mend_jax.fidelity --pack=reviews.pack.safetensors --queries=heldout.jsonl
 
 With --choose_length the pack's shorter trained lengths (prefix.nested) are measured as well, and --out writes the shortest that
-is about as good. A line of --queries has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
+is about as good. A line of --queries, or an item of the JSON list in a FILE.json, has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
 """
 
 from pathlib import Path

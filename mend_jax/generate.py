@@ -3,8 +3,8 @@
     python -m mend_jax.generate --pack=reviews.pack.safetensors --input="I loved it"
     python -m mend_jax.generate --pack=reviews.pack.safetensors --inputs=queries.jsonl --out=answers.jsonl --temperature=0.7
 
-A line of --inputs has "input"; a line of --out has the line's own fields, "answer" and "finish": "end" (the LLM ended its
-text), "stop" (a stop string) or "length" (--max_tokens).
+A line of --inputs, or an item of the JSON list in a FILE.json, has "input"; a line of --out has the query's own fields, "answer"
+and "finish": "end" (the LLM ended its text), "stop" (a stop string) or "length" (--max_tokens).
 """
 
 from typing import Literal

@@ -3,8 +3,8 @@
     python -m mend_jax.predict --pack=reviews.pack.safetensors --input="I loved it" --options=positive,negative
     python -m mend_jax.predict --pack=reviews.pack.safetensors --inputs=queries.jsonl --out=answers.jsonl
 
-A line of --inputs has "input" and, unless --options are for all, "options"; a line of --out has the line's own fields,
-"prediction" and "scores": the mean log-probability per token of each option (natural logarithm).
+A line of --inputs, or an item of the JSON list in a FILE.json, has "input" and, unless --options are for all, "options"; a line
+of --out has the query's own fields, "prediction" and "scores": the mean log-probability per token of each option (natural logarithm).
 """
 
 from typing import Literal

@@ -24,7 +24,9 @@ from mend_jax.interchange.export import export
 from mend_jax.packs import make, measure
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
 from mend_jax.packs.pack import load_pack, save_pack
+from mend_jax.packs.queries import read_queries
 from mend_jax.prefixes import Chunked
+from mend_jax.run import reading
 
 DEMOS = [("w1 w2", "w50"), ("w3", "w51"), ("w5 w6 w7", "w50"), ("w9", "w51")]
 
@@ -357,10 +359,11 @@ def test_a_folder_and_several_files_become_a_folder(tmp_path, workdir, capsys):
     folder.mkdir()
     write_demos(folder / "b.jsonl"), write_demos(folder / "a.jsonl", DEMOS[:2]), (folder / "notes.txt").write_text("no")
     write_lines(tmp_path / "c.json", [{"input": "w1", "output": "w2"}])
+    (folder / "d.json").write_text(json.dumps([{"input": "w1", "output": "w2"}] * 3))
     given = [f"--distiller={workdir}", "--cache="]
     assert command(distill.distill, *given, f"--demos={folder},{tmp_path / 'c.json'}", f"--out={tmp_path / 'out'}") == 0
     found = {path.name: load_pack(path).num_demonstrations for path in (tmp_path / "out").iterdir()}
-    assert found == {"a.pack.safetensors": 2, "b.pack.safetensors": 4, "c.pack.safetensors": 1}
+    assert found == {f"{name}.pack.safetensors": count for name, count in {"a": 2, "b": 4, "c": 1, "d": 3}.items()}
     assert "in 0:" in capsys.readouterr().err  # progress
     assert command(distill.distill, *given, f"--demos={folder}", f"--out={tmp_path / 'x.safetensors'}") == 2
     assert command(distill.distill, *given, f"--demos={folder / 'a.jsonl'}", f"--out={tmp_path / 'x.txt'}") == 2
@@ -387,10 +390,12 @@ def test_bad_demonstrations_name_file_and_line(tmp_path):
     file.write_text("\n")
     with says(file, "no demonstrations"):
         read_demonstrations(file)
+    (tmp_path / "empty").mkdir()
     for given, facts in {
         "": ("--demos", "empty"),
         str(tmp_path / "none.jsonl"): (tmp_path / "none.jsonl", "not there"),
         str(tmp_path.parent / "nothing"): ("not there",),
+        str(tmp_path / "empty"): (tmp_path / "empty", "*.jsonl or *.json"),
         f"{file},{file}": ("demos.pack.safetensors", "rename"),
     }.items():
         with says(*facts):
@@ -419,6 +424,37 @@ def test_a_list_of_json_is_read_as_its_lines_would_be(tmp_path):
             read_demonstrations(file)
     file.write_text('{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n')  # lines, whatever the name
     assert len(read_demonstrations(file)) == 2
+    file.write_text('{"input": "a", "output": "b"}\n\n{"input": "c"}\n')
+    with says(f"{file}, line 3", "output"):
+        read_demonstrations(file)
+
+
+def test_queries_are_read_from_a_list_of_json_too(tmp_path):
+    file = tmp_path / "q.json"
+    rows = [{"input": "a", "id": 7}, {"input": "b", "options": ["c"]}]
+    file.write_text(json.dumps(rows, indent=2))
+    assert read_queries(str(file)) == [(f"{file}, item {number}", row) for number, row in enumerate(rows, 1)]
+    write_lines(file, rows)
+    assert read_queries(file) == [(f"{file}, line {number}", row) for number, row in enumerate(rows, 1)]
+    for text, facts in {
+        '[{"input": "a"}, ["b"]]': (f"{file}, item 2", "a list", '"input"'),
+        '[{"input": "a"}, {"output": "b"}]': (f"{file}, item 2", '"input"'),
+        '[{"input": "a"},]': (file, "not valid JSON"),
+        "[]": (file, "no queries"),
+    }.items():
+        file.write_text(text)
+        with says(*facts):
+            read_queries(file)
+
+
+def test_a_list_of_json_is_read_from_disk_once(tmp_path, monkeypatch):
+    """A file may be on a slow disk, and change between two readings."""
+    file, opened = tmp_path / "a.json", []
+    file.write_text('[{"input": "a", "output": "b"}]')
+    real = reading.require_regular
+    monkeypatch.setattr(reading, "require_regular", lambda path, remedy: (opened.append(path), real(path, remedy)))
+    assert read_demonstrations(file) == [("a", "b")] and opened == [file]
+    assert read_queries(file) and opened == [file, file]
 
 
 def test_what_makes_no_packs_is_refused(llm, folders, tmp_path, distiller, workdir):

@@ -1,4 +1,5 @@
-"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are, or in a FILE.json a list of such objects."""
+"""Files of demonstrations: JSON lines with "input" and "output", as MetaICL's are, or in a FILE.json a list of such objects; files
+of queries are read in the same way (packs/queries.py)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,28 +7,28 @@ from pathlib import Path
 from mend_jax.cli.errors import UserError
 from mend_jax.data.json_lines import instead, parse_object
 from mend_jax.packs.pack import SUFFIX
-from mend_jax.run.reading import described, read_json, read_lines, read_text
+from mend_jax.run.reading import Unreadable, described, parse_json, read_lines, read_text
 
-FORM = 'write an object on each line, {"input": "a great film", "output": "positive"}'
+FORM = '{"input": "a great film", "output": "positive"}'
 ANOTHER = "name another file"
 ENDINGS = (".jsonl", ".json")
 
 
 def demonstration_files(given: str) -> list[Path]:
-    """The files that a command line names: one, several with commas between, or all *.jsonl of a folder.
+    """The files that a command line names: one, several with commas between, or all *.jsonl and *.json of a folder.
 
     Raises UserError for one that is not there, and for two that would get one name.
     """
     files: list[Path] = []
     for part in filter(None, map(str.strip, given.split(","))):
         path = Path(part).expanduser()
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        found = sorted(f for end in ENDINGS for f in path.glob(f"*{end}")) if path.is_dir() else [path]
         if not found or not path.exists():
-            what = "has no *.jsonl file" if path.is_dir() else "is not there"
+            what = "has no *.jsonl or *.json file" if path.is_dir() else "is not there"
             raise UserError(f"{path} {what}: name a file of demonstrations, several with commas, or a folder of them.")
         files += found
     if not files:
-        raise UserError('--demos is empty: name a file of lines like {"input": "a great film", "output": "positive"}.')
+        raise UserError(f"--demos is empty: name a file of lines like {FORM}.")
     names = [pack_name(file) for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -42,37 +43,48 @@ def pack_name(file: Path) -> str:
 
 
 def read_demonstrations(file: Path) -> list[tuple[str, str]]:
-    """The (x, y) pairs of a file. Raises UserError, with file and line, for anything else, and if there are none."""
-    pairs = list(_pairs(file))
+    """The (x, y) pairs of a file. Raises UserError, with file and line or item, for anything else, and if there are none."""
+    pairs = [pair_of(row, where) for where, row in objects_of(file, FORM)]
     if not pairs:
         raise UserError(f"{file} has no demonstrations: write a line for each.")
     return pairs
 
 
-def _pairs(file: Path) -> Iterator[tuple[str, str]]:
-    if file.suffix == ".json" and file.is_file() and read_text(file, ANOTHER).lstrip().startswith("["):
-        for number, row in enumerate(read_json(file, "correct it", list), 1):
-            where = f"{file}, item {number} of the list,"
-            if not isinstance(row, dict):
-                raise UserError(
-                    f'{where} is no object {{"input": "a great film", "output": "positive"}} but {described(row)}: correct or remove it.'
-                )
-            yield pair_of(row, where)
-        return
-    for where, line in lines_of(file):
-        yield pair_of(parse_object(line, where, FORM), where)
+def objects_of(file: Path, form: str) -> Iterator[tuple[str, dict]]:
+    """("FILE, line N", object) of each line that is not blank or, of a list in a FILE.json, ("FILE, item N", object) of each item.
 
-
-def lines_of(file: Path) -> Iterator[tuple[str, str]]:
-    """("FILE, line N", text) of each line that is not blank. Raises UserError for a file that is no UTF-8 text."""
+    Raises UserError, with that place, for anything else; `form` is an object as it should be.
+    """
     try:
-        yield from read_lines(file, ANOTHER)
+        text = read_text(file, ANOTHER) if file.suffix == ".json" else None
+        if text is not None and text.lstrip().startswith("["):
+            yield from _items(text, file, form)
+            return
+        for where, line in read_lines(file, ANOTHER) if text is None else _lines(text, file):
+            yield where, parse_object(line, where, f"write an object on each line, {form}")
     except FileNotFoundError:
         raise UserError(f"{file} is not there: {ANOTHER}.") from None
 
 
+def _items(text: str, file: Path, form: str) -> Iterator[tuple[str, dict]]:
+    try:
+        rows = parse_json(text, list)
+    except Unreadable as error:
+        raise UserError(f"{file} {error}: correct it.") from None
+    for number, row in enumerate(rows, 1):
+        where = f"{file}, item {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where} of the list, is no object, {form}, but {described(row)}: correct or remove it.")
+        yield where, row
+
+
+def _lines(text: str, file: Path) -> Iterator[tuple[str, str]]:
+    """As `read_lines`, of a file that is read: a FILE.json may hold lines too."""
+    return ((f"{file}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
 def pair_of(row: dict, where: str) -> tuple[str, str]:
-    """The (x, y) of a line's object. Raises UserError, which begins with `where`, if it has none."""
+    """The (x, y) of an object. Raises UserError, which begins with `where`, if it has none."""
     for name in ("input", "output"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise UserError(

@@ -1,4 +1,5 @@
-"""Files of queries: JSON lines with "input" and, where one of several answers is to be chosen, "options"."""
+"""Files of queries: JSON lines with "input" and, where one of several answers is to be chosen, "options"; or in a FILE.json a list
+of such objects."""
 
 import json
 import logging
@@ -8,18 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from mend_jax.cli.errors import UserError
-from mend_jax.data.json_lines import instead, parse_object
+from mend_jax.data.json_lines import instead
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import Template
-from mend_jax.packs.demonstrations import lines_of
+from mend_jax.packs.demonstrations import objects_of
 from mend_jax.run.files import write_text
+
+FORM = '{"input": "a great film"}'
 
 
 def read_queries(file: str | Path) -> list[tuple[str, dict]]:
-    """("FILE, line N", object) of a file's lines, each with a text "input". Raises UserError, with file and line, for anything else."""
+    """("FILE, line N" or "FILE, item N", object) of each query of a file, which has a text "input". Raises UserError, with that place,
+    for anything else."""
     found = []
-    for where, line in lines_of(Path(file).expanduser()):
-        row = parse_object(line, where)
+    for where, row in objects_of(Path(file).expanduser(), FORM):
         if not isinstance(row.get("input"), str) or not row["input"].strip():
             raise UserError(f'{where} has no text "input"{instead(row.get("input") or None)}: a query has one.')
         found.append((where, row))
@@ -29,14 +32,14 @@ def read_queries(file: str | Path) -> list[tuple[str, dict]]:
 
 
 def options_of(where: str, row: dict, default: str) -> list[str]:
-    """The options of a query, its own or the `default`, with commas between. Raises UserError, with file and line, if there are none."""
+    """The options of a query, its own or the `default`, with commas between. Raises UserError, with its place, if there are none."""
     options = row.get("options") or [word for word in map(str.strip, default.split(",")) if word]
     other = next((o for o in options if not isinstance(o, str)), None) if isinstance(options, list) else None
     if other is not None:
-        raise UserError(f'{where} has no text in its "options"{instead(other)}: correct the line.')
+        raise UserError(f'{where} has no text in its "options"{instead(other)}: correct it.')
     if not isinstance(options, list) or not options or not all(isinstance(o, str) and o.strip() for o in options):
         raise UserError(
-            f'{where} has no options: give --options=good,bad or, in a file of queries, the list "options" of a line.'
+            f'{where} has no options: give --options=good,bad or, in a file of queries, the list "options" of each.'
         )
     once = list(dict.fromkeys(options))
     if len(once) < len(options):
