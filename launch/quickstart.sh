@@ -12,12 +12,12 @@ explain "$@"
 
 workdir=runs/quickstart
 install requirements.txt
-echo "== training and evaluating in $workdir: two trainings and an evaluation, five minutes on two quiet cores, longer on busy ones; if stopped, the same command resumes"
-python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"
 cat <<END
-
-The table above is in $workdir/evaluation/table.md, every prediction in $workdir/evaluation/predictions/.
-The runs are in $workdir/mend/pretrain/ and $workdir/mend/finetune/: metrics.jsonl, config.json, params.txt, checkpoints, tensorboard.
+== training and evaluating in $workdir: two trainings and an evaluation, five minutes on two quiet cores, longer on busy ones; if stopped, the same command resumes
+The table at the end will be in $workdir/evaluation/table.md too, every prediction in $workdir/evaluation/predictions/.
+The runs: $workdir/mend/pretrain/ and $workdir/mend/finetune/: metrics.jsonl, config.json, params.txt, checkpoints, tensorboard.
 All five methods: .venv/bin/python -m mend_jax.experiments.methods --config=configs/small_world.py:full --workdir=runs/full
 Your own text, tasks and LLM: docs/data.md.
 END
+# In the shell's place, so that a signal reaches the training, which then saves and exits with 75.
+exec python -m mend_jax.experiments.methods --config=configs/small_world.py:quick --workdir="$workdir" "$@"

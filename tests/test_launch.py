@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from facts import states
@@ -105,6 +106,20 @@ def test_quick_leaves_the_slow_tests_out_and_passes_arguments_on(clone, script):
 
 def test_the_mark_that_quick_leaves_out_is_registered(pytestconfig):
     assert any(line.startswith("slow:") for line in pytestconfig.getini("markers"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_hands_sigterm_to_the_command_and_ends_with_its_code(clone, script):
+    ends_with_75 = 'trap "exit 75" TERM; touch "$CALLS"; while sleep 0.05; do :; done'
+    program = f'case "$*" in *"pip install"* | "-c "* | "- "*) ;; *) {ends_with_75} ;; esac'
+    _interpreter(clone / ".venv" / "bin" / "python", f"#!/bin/bash\n{program}\n")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(clone), "CALLS": str(clone / "ready")}
+    launcher = subprocess.Popen([clone / script], env=environment, stdout=subprocess.DEVNULL)
+    while not (clone / "ready").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == 75
 
 
 def test_an_accelerators_jax_is_installed_when_it_is_named(clone):
