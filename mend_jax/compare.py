@@ -27,7 +27,7 @@ from mend_jax.report.results import RESULT, Row, read_result
 from mend_jax.report.studies import joined_labels, pairs_of_rows, row_name, studies_of, varied_labels
 from mend_jax.run.files import write_text
 from mend_jax.scoring import statistics
-from mend_jax.scoring.answers import Source, read_scores
+from mend_jax.scoring.answers import Source, read_all, read_scores
 from mend_jax.scoring.comparisons import Study, method_table, pair_table, pairs_of, task_table
 from mend_jax.scoring.likeness import likeness_tables
 
@@ -77,15 +77,16 @@ def compare(
 def of_evaluations(evaluations: list[str], methods: str, metric: str, trainings: bool, like: str = "") -> list[str]:
     """The three tables, and those of `like`."""
     every, notes = together(evaluations) if trainings else (told_apart(evaluations), [])
-    sources, alike = chosen(every, methods), []
+    sources, read, alike = chosen(every, methods), None, []
     if like:
         reference = chosen(every, like, "--like")
         if len(reference) > 1:
             raise UserError(
                 f"--like={like} names {len(reference)} methods: name the one that the others are held against."
             )
-        alike = likeness_tables(sources | reference, next(iter(reference)))
-    study = Study.of(sources)
+        read = read_all({name: own[:1] for name, own in reference.items()} | sources)
+        alike = likeness_tables(read, next(iter(reference)))
+    study = Study.of(sources, read)
     differs = [f"Evaluated with {one}: a difference may be due to that." for one in study.differs]
     resampled, pairs = study.resampled(metric), pairs_of(list(study.answers))
     found = _compared(study, pairs, resampled, metric)

@@ -14,7 +14,8 @@ from mend_jax.cli.config_files import base_config
 from mend_jax.compare import compare, together, told_apart
 from mend_jax.experiments.trainings import with_fields
 from mend_jax.run import saved_config
-from mend_jax.scoring.answers import Source, gather, read_lines
+from mend_jax.scoring import answers
+from mend_jax.scoring.answers import Source, numbered, read_all, read_answers
 from mend_jax.scoring.likeness import likenesses
 from mend_jax.scoring.statistics import estimate
 
@@ -51,7 +52,7 @@ def test_methods_of_the_same_name(evaluation, tmp_path, capsys):
     both, notes = together([str(evaluation), str(other)])
     assert both["mend"] == [Source(evaluation, "mend"), Source(other, "mend")] and notes == []
     assert both["icl"] == [Source(evaluation, "icl")]  # it was not trained
-    tasks, answers = gather({"mend": both["mend"]})
+    tasks, answers = numbered(read_all({"mend": both["mend"]}))
     assert [task.name for task in tasks] == ["colour", "choice"] and answers["mend"]["colour"][0].shape == (2, 24)
     compare([str(evaluation), str(other)], trainings=True, methods="icl,mend")
     assert "| mend                | 2 " in capsys.readouterr().out
@@ -144,15 +145,18 @@ def test_what_a_reader_of_a_comparison_must_know(tmp_path, capsys):
 def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
     """Against the definition, item by item; a method answers as itself."""
 
-    def with_scores(source):  # those of the files are all alike
-        random, lines = np.random.default_rng(len(source.method)), read_lines(source)
-        for line in (line for seeds in lines.values() for own in seeds.values() for line in own):
+    def with_scores(source, found=None):  # those of the files are all alike
+        random, read = np.random.default_rng(len(source.method)), read_answers(source, found)
+        for line in (line for seeds in read.lines.values() for own in seeds.values() for line in own):
             line["scores"] = random.normal(size=len(line["options"])).tolist()
-        return lines
+        return read
 
-    monkeypatch.setattr("mend_jax.scoring.likeness.read_lines", with_scores)
+    def likeness(sources, reference):
+        return likenesses(read_all(sources), reference.method, with_scores(reference))
+
+    monkeypatch.setattr("mend_jax.scoring.answers.read_answers", with_scores)
     folder = write_evaluation(tmp_path / "e", {"icl": 0.7, "mend": 0.6}, seed=0)
-    mend, icl = (with_scores(Source(folder, name)) for name in ("mend", "icl"))
+    mend, icl = (with_scores(Source(folder, name)).lines for name in ("mend", "icl"))
     wanted = []
     for task in icl:
         pairs = [pair for seed in icl[task] for pair in zip(icl[task][seed], mend[task][seed], strict=True)]
@@ -161,7 +165,7 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
             p, q = (np.exp(line["scores"]) / np.exp(line["scores"]).sum() for line in (theirs, ours))
             kls.append((p * np.log(p / q)).sum())
         wanted.append((np.mean(kls), np.mean([a["prediction"] == b["prediction"] for a, b in pairs])))
-    found = likenesses({"mend": [Source(folder, "mend")], "icl": [Source(folder, "icl")]}, Source(folder, "icl"))
+    found = likeness({"mend": [Source(folder, "mend")], "icl": [Source(folder, "icl")]}, Source(folder, "icl"))
     kl, same = estimate(found["mend"].kl, highest=math.inf), estimate(found["mend"].same)
     np.testing.assert_allclose([kl.value, same.value], np.mean(wanted, 0), rtol=1e-6)
     assert 0 < kl.low < kl.value < kl.high and 0 < same.low < same.value < same.high < 1
@@ -175,9 +179,8 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
     both = write_evaluation(tmp_path / "two", {"mend-0a1b2c3d": 0.6, "mend-99887766": 0.6, "icl": 0.7, "short": 0.5})
     compare([str(both)], trainings=True, like="icl")
     printed = capsys.readouterr().out
-    own = likenesses({"mend": [Source(both, "mend-0a1b2c3d"), Source(both, "mend-99887766")]}, Source(both, "icl"))[
-        "mend"
-    ]
+    two = [Source(both, "mend-0a1b2c3d"), Source(both, "mend-99887766")]
+    own = likeness({"mend": two}, Source(both, "icl"))["mend"]
     assert own.kl.values.shape == (2, 2, 2) and ", ".join(f"{x:.3f}" for x in own.kl.values.mean((0, 2))) in printed
     assert "| short − mend |" in printed or "| mend − short |" in printed
     with says("--like", "icl, mend"):
@@ -190,7 +193,18 @@ def test_how_closely_methods_answer_as_another(tmp_path, capsys, monkeypatch):
     ):  # the second: as many items, with the same options
         other = write_evaluation(tmp_path / name, {"mend": 0.6}, **asked)
         with says("reference icl", "different items"):
-            likenesses({"mend": [Source(other, "mend")]}, Source(folder, "icl"))
+            likeness({"mend": [Source(other, "mend")]}, Source(folder, "icl"))
+
+
+@pytest.mark.parametrize("methods", ["", "mend"])
+def test_answers_are_read_from_disk_once(evaluation, methods, monkeypatch, capsys):
+    """With the tables of likeness as without: those of the reference too, whether it is compared or not."""
+    read, real = [], answers.kept_predictions
+    monkeypatch.setattr(answers, "kept_predictions", lambda *given: (read.append(given), real(*given))[1])
+    compare([str(evaluation)], methods=methods, like="icl")
+    assert "KL from icl" in capsys.readouterr().out
+    files = {(folder, task, seed) for folder, task, seed, _ in read}
+    assert len(read) == len(files) and len({folder for folder, *_ in files}) == (2 if methods else 3)
 
 
 def test_the_rows_of_an_experiment(tmp_path, capsys):
@@ -228,11 +242,11 @@ def test_the_rows_of_an_experiment(tmp_path, capsys):
 def test_predictions_of_another_key_are_not_taken(evaluation):
     """A folder of an earlier config, whose answers are not those of the scores."""
     source = Source(evaluation, "mend")
-    lines = read_lines(source)
+    lines = read_answers(source).lines
     write_evaluation(evaluation.parent / "old", {"mend": 0.1}, seed=5)
     (old,) = (evaluation.parent / "old" / "predictions").iterdir()
     old.rename(evaluation / "predictions" / old.name)
-    assert read_lines(source) == lines
+    assert read_answers(source).lines == lines
 
 
 def test_what_cannot_be_compared(evaluation, tmp_path):

@@ -17,7 +17,7 @@ from mend_jax.report.results import read_results
 from mend_jax.report.trainings import read_trainings
 from mend_jax.run import reading, saved_config
 from mend_jax.run.sealed import write_sealed
-from mend_jax.scoring.answers import Source, read_lines
+from mend_jax.scoring.answers import Source, read_answers
 
 KEYS = {0: "0a1b2c3d", 1: "99887766"}  # of the trainings, by seed
 
@@ -104,7 +104,8 @@ def test_answers_are_packed_and_the_same(two, tmp_path, monkeypatch):
     merge(str(tmp_path / "out"), [str(two[0])])  # of one workdir it is what can be published
     for method in ("icl", f"mend-{KEYS[0]}"):
         new = tmp_path / "out" / "evaluations" / "k"
-        assert read_lines(Source(new, method)) == read_lines(Source(two[0] / "evaluations" / "k", method))
+        both = (read_answers(Source(folder, method)) for folder in (new, two[0] / "evaluations" / "k"))
+        assert next(both).lines == next(both).lines
     packed = sorted(new.rglob("*.jsonl.gz"))
     assert packed and not list(new.rglob("*.jsonl"))
     assert 4 * sum(len(file.read_bytes()) for file in packed) < sum(

@@ -38,8 +38,7 @@ from mend_jax.run.files import temporary_for
 from mend_jax.run.lock import alone_in
 from mend_jax.run.reporting import Reporter, read_lines
 from mend_jax.scoring import results
-from mend_jax.scoring.answers import Source, read_scores
-from mend_jax.scoring.answers import read_lines as read_answers
+from mend_jax.scoring.answers import Source, read_answers, read_scores
 
 LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
 ROW = json.dumps(LINE)
@@ -429,7 +428,7 @@ def test_a_line_separator_in_an_answer_parts_no_line(tmp_path):
     )
     store.write("t", 13, [line | {"item": 0, "prediction": "a\u2028", "gold": "a\u2028"}], {"content": "c"})
     (tmp_path / "scores.json").write_text(json.dumps(SCORES | {"seeds": [13]}))
-    [[row]] = [of_seed.values() for of_seed in read_answers(Source(tmp_path, "mend")).values()]
+    [[row]] = [of_seed.values() for of_seed in read_answers(Source(tmp_path, "mend")).lines.values()]
     assert row[0]["gold"] == "a\u2028"
 
 

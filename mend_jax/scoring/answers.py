@@ -65,14 +65,6 @@ def _is_scores(found: dict) -> bool:
     return all(isinstance(score, int | float) for score in scores) and all(isinstance(text, str) for text in texts)
 
 
-def read_lines(source: Source, found: dict | None = None) -> dict[str, dict[int, Lines]]:
-    """{task: {seed: lines}} of a method of an evaluation; `found` is its scores.json, if it is already read.
-
-    Raises UserError for a method that the evaluation does not have, or answers that are missing or not those of its scores.
-    """
-    return read_answers(source, found).lines
-
-
 class Read(NamedTuple):
     """What one training of a method answered."""
 
@@ -83,7 +75,10 @@ class Read(NamedTuple):
 
 
 def read_answers(source: Source, found: dict | None = None) -> Read:
-    """As `read_lines`, with what decided the answers."""
+    """What a method of an evaluation answered, from disk; `found` is its scores.json, if it is already read.
+
+    Raises UserError for a method that the evaluation does not have, or answers that are missing or not those of its scores.
+    """
     found = read_scores(source.folder) if found is None else found
     if source.method not in found["methods"]:
         known = ", ".join(found["methods"])
@@ -100,7 +95,7 @@ def read_answers(source: Source, found: dict | None = None) -> Read:
 
 
 def read_all(sources: Mapping[str, Sequence[Source]]) -> dict[str, list[Read]]:
-    """What {method: its trainings} answered. Raises UserError as `read_lines`, and where the trainings of one method were evaluated
+    """What {method: its trainings} answered. Raises UserError as `read_answers`, and where the trainings of one method were evaluated
     with different settings, which is no mean of trainings."""
     cached = {source.folder: read_scores(source.folder) for trainings in sources.values() for source in trainings}
     read = {
@@ -144,16 +139,11 @@ def doubts(sources: Mapping[str, Sequence[Source]], read: Mapping[str, Sequence[
     return found
 
 
-def gather(sources: Mapping[str, Sequence[Source]]) -> tuple[list[Task], dict[str, Answers]]:
-    """(the tasks that all methods answered, each method's answers), of {method: its trainings}.
+def numbered(read: Mapping[str, Sequence[Read]]) -> tuple[list[Task], dict[str, Answers]]:
+    """(the tasks that all methods answered, each method's answers), of what {method: its trainings} answered.
 
     Raises UserError if no task was answered by all, with the same seeds, or if two answered different items of it.
     """
-    return numbered(read_all(sources))
-
-
-def numbered(read: Mapping[str, Sequence[Read]]) -> tuple[list[Task], dict[str, Answers]]:
-    """As `gather`, of what is read."""
     lines = {name: [one.lines for one in trainings] for name, trainings in read.items()}
     primary = {task: metric for trainings in read.values() for one in trainings for task, metric in one.primary.items()}
     everyone = [answers for trainings in lines.values() for answers in trainings]

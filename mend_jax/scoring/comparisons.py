@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from mend_jax.cli.text import in_markdown, markdown
-from mend_jax.scoring.answers import Source, differing, doubts, numbered, read_all
+from mend_jax.scoring.answers import Read, Source, differing, doubts, numbered, read_all
 from mend_jax.scoring.cells import as_rows, comparison_cells, interval, percent, task_cells, text_cell
 from mend_jax.scoring.metrics import METRICS, TITLES, mean_and_std
 from mend_jax.scoring.metrics import percent as mean_and_spread
@@ -40,13 +40,16 @@ class Study:
     differs: tuple[str, ...] = ()  # in which settings the methods were evaluated differently; an experiment varies them
 
     @classmethod
-    def of(cls, sources: Mapping[str, Sequence[Source]], seed: int = 0) -> "Study":
-        """Of {method: where the answers of its trainings are}. Raises UserError as `gather` does."""
-        read = read_all(sources)
+    def of(cls, sources: Mapping[str, Sequence[Source]], read: Mapping[str, Sequence[Read]] | None = None) -> "Study":
+        """Of {method: where the answers of its trainings are}; `read` are these answers, if they are already read, maybe others too.
+
+        Raises UserError as `read_all` and `numbered` do.
+        """
+        read = read_all(sources) if read is None else {name: read[name] for name in sources}
         tasks, answers = numbered(read)
         differs = differing({name: found[0].facts for name, found in read.items()})
         counts = {name: len(found) for name, found in sources.items()}
-        return cls(tasks, answers, counts, seed, tuple(doubts(sources, read)), tuple(differs))
+        return cls(tasks, answers, counts, warnings=tuple(doubts(sources, read)), differs=tuple(differs))
 
     def resampled(self, metric: str) -> dict[str, Resampled]:
         return resample(self.tasks, self.answers, metric, self.seed)

@@ -15,7 +15,7 @@ from scipy import special
 
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.text import in_markdown, markdown
-from mend_jax.scoring.answers import Source, gather, read_lines
+from mend_jax.scoring.answers import Read, numbered
 from mend_jax.scoring.cells import interval
 from mend_jax.scoring.statistics import Estimate, Resampled, Task, estimate, resample_means
 
@@ -27,15 +27,16 @@ class Likeness(NamedTuple):
     same: Resampled  # share of the items on which both choose the same option
 
 
-def likenesses(sources: Mapping[str, Sequence[Source]], reference: Source) -> dict[str, Likeness]:
-    """{method: its likeness}, in the same resamples of items and seeds, of {method: its trainings}.
+def likenesses(read: Mapping[str, Sequence[Read]], named: str, reference: Read) -> dict[str, Likeness]:
+    """{method: its likeness}, in the same resamples of items and seeds, of what {method: its trainings} answered, and the reference,
+    which is `named` so.
 
     Raises UserError where they have no task in common, or answered different items.
     """
-    tasks, _ = gather({**sources, f"the reference {reference.method}": [reference]})
-    theirs, kls, sames = read_lines(reference), {}, {}
-    for name, trainings in sources.items():
-        found = [_of_training(tasks, source, theirs, reference) for source in trainings]
+    tasks, _ = numbered({**read, f"the reference {named}": [reference]})
+    kls, sames = {}, {}
+    for name, trainings in read.items():
+        found = [_of_training(tasks, (name, own.lines), (named, reference.lines)) for own in trainings]
         kls[name], sames[name] = (
             {
                 task.name: [np.stack(rows) for rows in zip(*(one[part][task.name] for one in found), strict=True)]
@@ -44,13 +45,13 @@ def likenesses(sources: Mapping[str, Sequence[Source]], reference: Source) -> di
             for part in (0, 1)
         )
     kl, same = resample_means(tasks, kls), resample_means(tasks, sames)
-    return {name: Likeness(kl[name], same[name]) for name in sources}
+    return {name: Likeness(kl[name], same[name]) for name in read}
 
 
-def likeness_tables(sources: Mapping[str, Sequence[Source]], reference: str) -> list[str]:
+def likeness_tables(read: Mapping[str, Sequence[Read]], reference: str) -> list[str]:
     """A table with a row for each method but the reference, and one of their differences, where there are several."""
-    others = {name: trainings for name, trainings in sources.items() if name != reference}
-    found = likenesses(others, sources[reference][0])
+    others = {name: trainings for name, trainings in read.items() if name != reference}
+    found = likenesses(others, reference, read[reference][0])
     rows = [
         [
             in_markdown(name),
@@ -85,13 +86,13 @@ def _kl(of: Resampled, minus: Resampled | None = None) -> str:
     return f"{value} [{low}, {high}]".replace("-", "−")
 
 
-def _of_training(tasks: Sequence[Task], source: Source, theirs: dict, reference: Source) -> tuple[dict, dict]:
-    """({task: for each seed (N,) KL}, the same of whether both choose the same option)."""
-    ours, kls, sames = read_lines(source), {}, {}
+def _of_training(tasks: Sequence[Task], one: tuple[str, dict], reference: tuple[str, dict]) -> tuple[dict, dict]:
+    """({task: for each seed (N,) KL}, the same of whether both choose the same option), of two (name, lines)."""
+    (name, ours), (named, theirs), kls, sames = one, reference, {}, {}
     for task in (task.name for task in tasks):
         pairs = [(ours[task][seed], lines) for seed, lines in theirs[task].items()]
         if any(line["options"] != other["options"] for pair in pairs for line, other in zip(*pair, strict=True)):
-            raise UserError(f"{source.method} and {reference.method} answered different items of {task}.")
+            raise UserError(f"{name} and {named} answered different items of {task}.")
         kls[task] = [np.array([_divergence(*both) for both in zip(*pair, strict=True)]) for pair in pairs]
         sames[task] = [
             np.array([float(a["prediction"] == b["prediction"]) for a, b in zip(*pair, strict=True)]) for pair in pairs

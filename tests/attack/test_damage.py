@@ -41,7 +41,7 @@ from mend_jax.run import best, checkpoint, reporting, resume, saved_config, save
 from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.sealed import write_checksums, write_sealed
 from mend_jax.scoring import results
-from mend_jax.scoring.answers import Source, read_lines, read_scores
+from mend_jax.scoring.answers import Source, read_answers, read_scores
 
 FILES = times(6, 60)  # damaged files of each kind
 
@@ -124,7 +124,7 @@ class Evaluated:
         write_evaluation(folder, {"icl": 0.5, "mend": 0.7}, items=5)
 
     def read(self, folder):
-        return read_scores(folder), [read_lines(Source(folder, method)) for method in ("icl", "mend")]
+        return read_scores(folder), [read_answers(Source(folder, method)).lines for method in ("icl", "mend")]
 
 
 class Experiment:
@@ -138,7 +138,7 @@ class Experiment:
 
     def read(self, folder):
         [result] = read_results(folder)
-        found = [(row.label("method"), read_lines(row.sources[0])) for row in result.rows]
+        found = [(row.label("method"), read_answers(row.sources[0]).lines) for row in result.rows]
         return found, result.head, result.varied, result.x
 
 

@@ -32,8 +32,7 @@ from mend_jax.report.results import read_results
 from mend_jax.run import reporting, resume, saved_config, saved_steps
 from mend_jax.run.sealed import write_sealed
 from mend_jax.scoring import results
-from mend_jax.scoring.answers import Source, read_scores
-from mend_jax.scoring.answers import read_lines as read_answers
+from mend_jax.scoring.answers import Source, read_answers, read_scores
 
 EXAMPLES = times(12, 400)
 LINE = {"task": "t", "input": "a film", "output": "good", "options": ["good", "bad"]}
@@ -257,7 +256,8 @@ def test_answers(tmp_path, scores, made_of, predictions):
     ):
         path.write_bytes(content)
     for method in (one_sentence(read_scores, tmp_path) or {"methods": ()})["methods"]:
-        for of_task in (one_sentence(read_answers, Source(tmp_path, method)) or {}).values():
+        found = one_sentence(read_answers, Source(tmp_path, method))
+        for of_task in found.lines.values() if found else ():
             assert of_task == {13: [PREDICTION]}
 
 
