@@ -21,7 +21,7 @@ if sys.argv[:1] == ["-m"]:  # one of our commands: XLA, which reads this when it
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
     def _stopped(*_):
-        os.write(2, b"\nStopped. The same command goes on from what is finished.\n")
+        os.write(2, b"\nStopped before it began.\n")
         os._exit(130)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the command itself takes over (cli.run)

@@ -119,4 +119,4 @@ def in_words(pack: Pack) -> str:
 
 
 if __name__ == "__main__":
-    run(distill)
+    run(distill, keeps=True)  # a folder's finished packs are in --cache

@@ -58,4 +58,4 @@ def main(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keeps=True)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import signal
 import time
 from typing import Literal
@@ -330,6 +331,36 @@ def test_sigterm_ends_a_command_with_the_code_that_asks_for_a_restart(several, c
     assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr().err
     assert said.startswith("Stopped. ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_says_whether_it_begins_anew(how, capsys):
+    def told():
+        if how == signal.SIGINT:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), how)
+        time.sleep(60)
+
+    said = {}
+    for settings in ({}, {"keeps": True}, {"several": True}):
+        with pytest.raises(SystemExit):
+            cli.run(told, ["evaluate"], **settings)
+        said[tuple(settings)] = capsys.readouterr().err.strip()
+    states(said[()], "Stopped. The same command", "begins anew")
+    states(said["keeps",], "Stopped. The same command", "goes on from what is finished")
+    assert said["several",] == said["keeps",]
+
+
+def test_commands_go_on_where_they_have_a_workdir_or_a_cache():
+    """Of each module that is a command: what `run` is told at its end."""
+    kept, expected = set(), {"train", "evaluate", "prepare", "distill", "accelerator"}
+    for file in (config_files.ROOT / "mend_jax").rglob("*.py"):
+        text, _, end = file.read_text(encoding="utf-8").partition('if __name__ == "__main__":\n')
+        if re.search(r"\b(several|keeps)=True\b", end):
+            kept.add(file.stem)
+        if file.parent.name == "experiments" and re.search(r"^def main\(config\b.*\bworkdir\b", text, re.MULTILINE):
+            expected.add(file.stem)
+    assert kept == expected and len(kept) > 15
 
 
 def test_a_flag_given_twice_names_the_wrong_value():

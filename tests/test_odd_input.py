@@ -598,5 +598,5 @@ def test_an_interrupt_while_it_imports_ends_without_a_trace(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, preexec_fn=_heeds_interrupts
     )
-    assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped. The same command goes on from what is finished.")
+    assert (ended.returncode, ended.stderr.strip()) == (130, "Stopped before it began.")
     assert signal.getsignal(signal.SIGINT) is not None

@@ -39,7 +39,7 @@ FAILED, MISTAKE = 1, 2  # exit codes
 HELP = {"--help", "-h", "-help"}
 
 
-def run(main, argv=None, several=False) -> None:
+def run(main, argv=None, several=False, keeps=False) -> None:
     """Parses the command line, calls `main` with its arguments, and exits with the number that it returns, or 0.
 
     Args:
@@ -48,17 +48,18 @@ def run(main, argv=None, several=False) -> None:
             Or a tuple of such functions, of which the first word of the command line names one.
         argv: for tests; None means sys.argv.
         several: whether the command may run as several processes (distributed.py); other commands run as one.
+        keeps: whether the same command goes on from what a stopped one had finished; those of several processes always do.
     """
     if argv is None and callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored, as behind nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)  # mend_jax/__init__.py has another for the imports
     if several and argv is None:  # training and evaluation, which compute nothing with it
         hide_pytorch()
-    code = _code_of(main, sys.argv if argv is None else argv, several)
+    code = _code_of(main, sys.argv if argv is None else argv, several, keeps or several)
     distributed.leave(code)
     sys.exit(code)
 
 
-def _code_of(main, argv: list[str], several: bool) -> int:
+def _code_of(main, argv: list[str], several: bool, keeps: bool) -> int:
     """Runs `main` and returns the exit code; prints errors."""
     logging.set_verbosity(logging.WARNING)  # libraries report their every step at INFO
     plain_warnings()
@@ -72,12 +73,12 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         if several:
             distributed.start()
         # With several processes, training asks JAX at each step whether all are to stop (`told_to_stop`).
-        stops = contextlib.nullcontext() if distributed.is_running() else distributed.stops_at_sigterm()
+        stops = contextlib.nullcontext() if distributed.is_running() else distributed.stops_at_sigterm(keeps)
         with stops, compile_cache.mended():
             code = main(*arguments)
         return code if isinstance(code, int) else 0
     except distributed.Stopped:
-        distributed.say_stopped()
+        distributed.say_stopped(keeps)
         return STOPPED
     except UserError as error:
         print(f"{distributed.label()}error: {shown(str(error))}", file=sys.stderr)
@@ -86,7 +87,7 @@ def _code_of(main, argv: list[str], several: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from what is finished.", file=sys.stderr)
+        print(f"\n{distributed.stopped(keeps)}", file=sys.stderr)
         return INTERRUPTED
     except BaseException as error:
         if sentence := of_the_machine(error):

@@ -10,7 +10,7 @@ from mend_jax.run.files import is_disk_full
 def of_the_machine(error: BaseException) -> str:
     """What the machine lacks, in a sentence, if that is what an error of any library comes from; else ""."""
     if is_disk_full(error):
-        return "the disk is full: free some space, then the same command resumes where it stopped."
+        return "the disk is full: free some space, then run the same command again."
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return "too many files are open at once: raise the limit (ulimit -n 1024), then run the same command again."

@@ -166,4 +166,4 @@ def _rounded(values) -> list[float]:
 if __name__ == "__main__":
     from mend_jax.cli.command_line import run as run_command
 
-    run_command(main)
+    run_command(main, keeps=True)  # the trainings

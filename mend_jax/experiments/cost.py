@@ -290,4 +290,4 @@ def _kept(folder: Path, models: Named, shape: Shape, method: str, rows: int, rep
 if __name__ == "__main__":
     from mend_jax.cli.command_line import run as run_command
 
-    run_command(main)
+    run_command(main, keeps=True)

@@ -228,4 +228,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(accelerator)
+    cli.run(accelerator, keeps=True)

@@ -116,13 +116,14 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived: finished work is on disk, and the same command resumes from there."""
+    """SIGTERM arrived."""
 
 
 @contextlib.contextmanager
-def stops_at_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM raises `Stopped`: for work that loses nothing if it ends at once. Does nothing outside the main thread.
+def stops_at_sigterm(keeps: bool = True) -> Iterator[None]:
+    """Within it, SIGTERM raises `Stopped`: for work that may end at once. Does nothing outside the main thread.
 
+    `keeps` is as in `stopped`.
     A main thread that waits for others, computes or compiles does not see the signal: then another thread ends the process.
     With several processes the handler replaces JAX's, so `told_to_stop` no longer sees the signal.
     """
@@ -138,7 +139,7 @@ def stops_at_sigterm() -> Iterator[None]:
 
     signals, told = os.pipe()  # receives the number of each signal at once
     os.set_blocking(told, False)
-    threading.Thread(target=_end_deaf, args=(signals, stop), daemon=True).start()
+    threading.Thread(target=_end_deaf, args=(signals, stop, keeps), daemon=True).start()
     before = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     try:
         yield
@@ -157,7 +158,7 @@ def _collecting(frame) -> bool:
     return False
 
 
-def _end_deaf(signals: int, stop) -> None:
+def _end_deaf(signals: int, stop, keeps: bool) -> None:
     """Ends the process if, soon after SIGTERM, the main thread has not left `stops_at_sigterm`, which closes the pipe.
 
     Handlers other than `stop`, such as a training's, may take longer.
@@ -167,16 +168,21 @@ def _end_deaf(signals: int, stop) -> None:
             if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop:
                 if select.select([pipe], [], [], HEARD)[0]:
                     continue
-                say_stopped()
+                say_stopped(keeps)
                 _stop_printed.set()  # the main thread may still see the signal once the others have gone
                 leave(STOPPED)
                 os._exit(STOPPED)
 
 
-def say_stopped() -> None:
+def say_stopped(keeps: bool) -> None:
     """Prints the last message that the user sees, once."""
     if not _stop_printed.is_set():
-        print(f"{label()}Stopped. The same command goes on from what is finished.", file=sys.stderr, flush=True)
+        print(f"{label()}{stopped(keeps)}", file=sys.stderr, flush=True)
+
+
+def stopped(keeps: bool) -> str:
+    """What a stopped command says; `keeps`: whether what it had finished is on disk, where the same command finds it."""
+    return f"Stopped. The same command {'goes on from what is finished' if keeps else 'begins anew'}."
 
 
 def is_running() -> bool:
