@@ -185,9 +185,9 @@ def test_a_chunk_longer_than_the_distiller_reads(folder, llm):
 def test_a_demonstration_longer_than_a_chunk_is_left_out_alone(distiller, caplog):
     model = Chunked.around(distiller, chunk_demos=1, chunk_tokens=16)
     vectors = model.distill([[1], [3] * 43, [2], [4] * 17]).embeds
-    states(caplog.messages[0], "a chunk of 16", "1, 3")
+    states(caplog.messages[0], "a chunk of 16", "number 2, 4")
     np.testing.assert_array_equal(vectors, model.distill([[1], [2]]).embeds)
-    with says("Demonstration 0", "43 tokens", 16):
+    with says("Demonstration 1", "43 tokens", 16):
         model.distill([[3] * 43, [4] * 17])
 
 

@@ -181,7 +181,7 @@ def test_pytorch_cuts_inputs_and_leaves_out_demonstrations_as_we_do(fields, llm,
     np.testing.assert_allclose(theirs.distill([("w1 w2 w3 w9", "w7"), short]), wanted, rtol=1e-4, atol=1e-5)
     if fields:
         too_long = ("w1", "w2 " * 12)
-        with pytest.warns(UserWarning, match="demonstration 1 .* left out"):
+        with pytest.warns(UserWarning, match="demonstration 2 .* left out"):
             found = theirs.distill([long, too_long, short])
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(ours.distill([long, too_long, short]).embeds, wanted, rtol=1e-5, atol=1e-6)

@@ -187,7 +187,7 @@ def test_of_chunks_only_what_is_too_long_is_missing(llm, distiller, workdir, tmp
     np.testing.assert_allclose(pack.vectors, model.distill(DEMOS).embeds[0], rtol=1e-5, atol=1e-6)
     assert "number 3" in distill.in_words(pack)
     states(str(failed), "w9 w9", 40, "leave it out")
-    with says("Set 1", "w9 w9"):
+    with says("Set 2 of 2", "w9 w9"):
         make.make_packs(llm, model, [demos, demos[2:3]], workdir)
     path = tmp_path / "p.safetensors"
     pack.save(path)
@@ -489,6 +489,20 @@ def test_inspect_prints_the_facts(made, capsys):
     said = capsys.readouterr().out
     for fact in ("num_vectors", "4", "distiller_fingerprint", "'w3' -> 'w51'", load_pack(path).llm_fingerprint):
         assert fact in said
+
+
+def test_what_is_printed_counts_from_1(made, capsys):
+    """`dropped` is from 0 in the file and in Python."""
+    path = made()
+    capsys.readouterr()
+    for dropped, shown_as in {(): "none", (0,): "number 1", (1, 4): "number 2, 5"}.items():
+        pack = dataclasses.replace(load_pack(path), dropped=dropped)
+        pack.save(path)
+        assert load_pack(path).dropped == dropped and pack.metadata()["dropped"] == str(list(dropped))
+        assert command(inspect.inspect, f"--pack={path}") == 0
+        printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert printed["dropped"] == shown_as
+        assert shown_as in distill.in_words(pack) or not dropped
 
 
 def test_predict_prints_or_writes_the_scores_of_options(made, llm, tmp_path, capsys):

@@ -42,9 +42,9 @@ def make_packs(
             fits.
     """
     made = packs_of(llm, model, sets, facts_of(llm, model, path, llm_named), keep, progress)
-    for number, pack in enumerate(made):
+    for number, pack in enumerate(made, 1):
         if isinstance(pack, UserError):
-            raise UserError(f"Set {number}: {pack}") if len(made) > 1 else pack
+            raise UserError(f"Set {number} of {len(made)}: {pack}") if len(made) > 1 else pack
     return made
 
 

@@ -64,7 +64,7 @@ class Pack:
     template: Template
     bos: str
     num_demonstrations: int
-    dropped: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()  # numbers from 0; what commands print counts from 1
     demonstrations: tuple[tuple[str, str], ...] | None = None
     shorter: tuple[int, ...] = ()  # lengths for `first`
     made_of: str = ""  # `fingerprint_of` its demonstrations; "": an older pack, of which it is not known

@@ -165,13 +165,11 @@ class Chunked(Kind):
         long = [i for i, piece in enumerate(pieces) if len(piece) > most]
         if len(long) == len(pieces):
             raise UserError(
-                f"Demonstration 0 has {len(pieces[0])} tokens, but a chunk holds {most}, and the others fit none either: shorten them."
+                f"Demonstration 1 has {len(pieces[0])} tokens, but a chunk holds {most}, and the others fit none either: shorten them."
             )
         if long:
-            numbers = ", ".join(map(str, long))
-            logging.warning(
-                "Demonstrations are left out, longer than a chunk of %d tokens (from 0): %s.", most, numbers
-            )
+            numbers = ", ".join(str(number + 1) for number in long)
+            logging.warning("Demonstrations are left out, longer than a chunk of %d tokens: number %s.", most, numbers)
         pieces = [piece for piece in pieces if len(piece) <= most]
         return _packed(pieces, Packing(self.width, self.chunk_demos, len(pieces)))
 

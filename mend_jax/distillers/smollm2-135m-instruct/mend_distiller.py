@@ -178,7 +178,7 @@ class MendDistiller(nn.Module):
         """The token ids of each chunk: whole demonstrations, in order, without those that are longer than a chunk."""
         _, most, size = self.chunks
         chunks, counts = [], []
-        for number, demo in enumerate(demos):
+        for number, demo in enumerate(demos, 1):
             if len(demo) > size:
                 too_long = f"demonstration {number} has {len(demo)} tokens and is left out: a chunk holds {size}"
                 warnings.warn(too_long, stacklevel=3)
