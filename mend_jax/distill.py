@@ -5,7 +5,7 @@
 
 A file of demonstrations has lines {"input": ..., "output": ...}, as MetaICL's files have, or is a JSON list of such objects
 (FILE.json); each file becomes one pack. Several files (with commas between) or a folder of *.jsonl and *.json become a folder of
-packs. docs/packs.md says what is in a pack and how to use it.
+packs, even where the folder holds one file. docs/packs.md says what is in a pack and how to use it.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import shown, size
 from mend_jax.interchange.trained import llm_for, load_both
-from mend_jax.packs.demonstrations import demonstration_files, pack_name, read_demonstrations
+from mend_jax.packs.demonstrations import demonstration_files, names_folder, pack_name, read_demonstrations
 from mend_jax.packs.make import TOGETHER, PackCache, facts_of, packs_of
 from mend_jax.packs.pack import SUFFIX, Pack, save_pack
 from mend_jax.packs.queries import require_writable
@@ -38,7 +38,7 @@ def distill(
     Args:
         distiller: a training workdir, an exported folder, or the name of one in this package: smollm2-135m-instruct.
         demos: a file of demonstrations, several with commas between, or a folder of *.jsonl and *.json.
-        out: the pack to write, also in the place of an older file; of several files the folder for their packs.
+        out: the pack to write, also in the place of an older file; of several files, or of a folder, the folder for their packs.
         llm: the LLM that will read the vectors: a folder, hub name or GGUF file. A training workdir knows its own.
         dtype: of the distiller's arithmetic.
         vectors: the number of vectors, one of those that the distiller was trained with (prefix.nested); 0: the largest.
@@ -46,7 +46,7 @@ def distill(
         cache: a folder that keeps packs by their content, so that they are made once; "" keeps none.
     """
     files = demonstration_files(demos)
-    targets = _targets(files, out)
+    targets = _targets(files, out, several=len(files) > 1 or names_folder(demos))
     llm = llm_for(distiller, llm)
     sets = [read_demonstrations(file) for file in files]
     known = PackCache(
@@ -93,15 +93,17 @@ def _refuse(files: list[Path], packs: list) -> None:
         raise UserError(f"{first}: {str(error).rstrip('.')}{others}.")
 
 
-def _targets(files: list[Path], out: str) -> list[Path]:
-    """Where each pack is written. Raises UserError if `out` is not the right kind of name."""
+def _targets(files: list[Path], out: str, several: bool) -> list[Path]:
+    """Where each pack is written; of `several`, or of those of a folder, which may be one today and two tomorrow, in the folder
+    `out`. Raises UserError if `out` is not the right kind of name."""
     target = Path(out).expanduser()
-    if len(files) == 1 and not target.is_dir():
+    if not several and not target.is_dir():
         if target.suffix != ".safetensors":
             raise UserError(f"--out={out} must end in .safetensors, for example {target.name}{SUFFIX}.")
         return [target]
     if target.is_file() or target.suffix == ".safetensors":
-        raise UserError(f"--out={out} is a file, but there are {len(files)} packs to write: name a folder.")
+        what = f"there are {len(files)} packs to write" if len(files) > 1 else "the packs of a folder become a folder"
+        raise UserError(f"--out={out} is a file, but {what}: name a folder.")
     return [target / pack_name(file) for file in files]
 
 

@@ -369,6 +369,22 @@ def test_a_folder_and_several_files_become_a_folder(tmp_path, workdir, capsys):
     assert command(distill.distill, *given, f"--demos={folder / 'a.jsonl'}", f"--out={tmp_path / 'x.txt'}") == 2
 
 
+def test_a_folder_of_one_file_becomes_a_folder_too(tmp_path, workdir, capsys):
+    """A script that counts on it works on the day on which there is a single file."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    one = write_demos(folder / "a.jsonl")
+    given = [f"--distiller={workdir}", "--cache="]
+    assert command(distill.distill, *given, f"--demos={folder}", f"--out={out}") == 0
+    assert [path.name for path in out.iterdir()] == ["a.pack.safetensors"]
+    capsys.readouterr()
+    assert command(distill.distill, *given, f"--demos={folder}", f"--out={tmp_path / 'x.safetensors'}") == 2
+    states(capsys.readouterr().err.strip(), "--out", "x.safetensors", "name a folder")
+    assert not (tmp_path / "x.safetensors").exists()
+    assert command(distill.distill, *given, f"--demos={one}", f"--out={tmp_path / 'y.safetensors'}") == 0
+    assert (tmp_path / "y.safetensors").is_file()
+
+
 def test_bad_demonstrations_name_file_and_line(tmp_path):
     file = tmp_path / "demos.jsonl"
     for line, facts in {

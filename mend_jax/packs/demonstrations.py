@@ -20,8 +20,7 @@ def demonstration_files(given: str) -> list[Path]:
     Raises UserError for one that is not there, and for two that would get one name.
     """
     files: list[Path] = []
-    for part in filter(None, map(str.strip, given.split(","))):
-        path = Path(part).expanduser()
+    for path in _named(given):
         found = sorted(f for end in ENDINGS for f in path.glob(f"*{end}")) if path.is_dir() else [path]
         if not found or not path.exists():
             what = "has no *.jsonl or *.json file" if path.is_dir() else "is not there"
@@ -34,6 +33,15 @@ def demonstration_files(given: str) -> list[Path]:
     if twice:
         raise UserError(f"Two files of demonstrations would be {twice}: rename one, or make them one after the other.")
     return files
+
+
+def names_folder(given: str) -> bool:
+    """Whether a command line names a folder, alone or among others."""
+    return any(path.is_dir() for path in _named(given))
+
+
+def _named(given: str) -> list[Path]:
+    return [Path(part).expanduser() for part in map(str.strip, given.split(",")) if part]
 
 
 def pack_name(file: Path) -> str:
