@@ -137,6 +137,35 @@ def test_an_answer_ends_before_a_stop_string_and_at_the_end_of_the_text(llm, mon
     assert (ended.tokens, ended.finish) == (whole.tokens[:last], END)
 
 
+def test_an_answer_of_any_length_is_the_beginning_of_the_one_that_stops(llm):
+    """However few tokens there are, nothing of a stop string is shown: the text is what more tokens would keep."""
+    whole = generate_text(llm, vectors(llm), "w1 w2", 12, stop=()).text
+    words = whole.split(" ")
+    stop = " " + " ".join(words[4:8])
+    stopped = whole[: whole.index(stop)]
+    lengths = set()
+    for most in range(1, 13):
+        cut = generate_text(llm, vectors(llm), "w1 w2", most, stop=[stop, "never " + stop])
+        assert stopped.startswith(cut.text) and (cut.finish == STOP or len(cut.tokens) == most)
+        lengths.add((len(cut.text), cut.finish))
+    assert (len(stopped), LENGTH) in lengths and (len(stopped), STOP) in lengths and len(lengths) > 3
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "kept"),
+    [
+        ("negative\n\nInput", ("\n\nInput:", "\nOutput:"), "negative"),
+        ("negative\n", ("\n\nInput:", "\nOutput:"), "negative"),
+        ("negative\n\nInto", ("\n\nInput:",), "negative\n\nInto"),  # it became something else
+        ("aab", ("b b", "abc", "aabb"), ""),  # the earliest of several
+        ("end", (), "end"),
+        ("end", ("d",), "end"),  # a stop of one character has no half
+    ],
+)
+def test_only_the_begun_part_of_a_stop_is_held_back(text, stops, kept):
+    assert generate._without_begun_stop(text, stops) == kept
+
+
 def test_the_template_stands_around_the_query_and_ends_the_answer(llm):
     """Its words are of the tokenizer: the query is as `score_options` reads it."""
     ids = llm.tokenizer("Input: w1", add_special_tokens=False)["input_ids"]

@@ -31,7 +31,9 @@ END, STOP, LENGTH = "end", "stop", "length"  # why an answer is over: the LLM en
 class Answer(NamedTuple):
     """What the LLM answered to one query."""
 
-    text: str  # without the stop string and what the template puts before an answer; "" where the LLM has no tokenizer
+    # Without the stop string, also where max_tokens cut it, and what the template puts before an answer; "" where the LLM has
+    # no tokenizer.
+    text: str
     tokens: list[int]  # all that were made, without the one that ends a text
     finish: str  # END, STOP or LENGTH
 
@@ -72,7 +74,8 @@ def generate_text(
         temperature: 0: the likeliest token each time; else tokens are drawn from the LLM's predictions at this temperature.
         top_p: in (0, 1]: only the likeliest tokens are drawn whose probabilities add up to it.
         stop: texts before which an answer ends; None: those that the template puts before the next example and before a
-            second answer, if they have more than spaces. An answer also ends where the LLM ends its text (the tokenizer's EOS).
+            second answer, if they have more than spaces. An answer also ends where the LLM ends its text (the tokenizer's EOS);
+            one that `max_tokens` ends is without the part of a stop that it may end with.
         seed: of the draws.
         template: the texts around the query, as in `score_options`; None with a pack: the pack's own.
         batch_size: queries that are answered together.
@@ -208,7 +211,15 @@ def _finished(tokenizer, made: np.ndarray, ends, wanted: Wanted) -> Answer | Non
     where = [place for place in (text.find(stop) for stop in wanted.stop) if place >= 0]
     if where:
         return Answer(text[: min(where)], tokens, STOP)
+    if over == LENGTH:
+        text = _without_begun_stop(text, wanted.stop)
     return None if over is None else Answer(text, tokens, over)
+
+
+def _without_begun_stop(text: str, stops: Sequence[str]) -> str:
+    """A text without the first half of a stop string, which one more token might have completed."""
+    begun = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return text[: len(text) - max(begun, default=0)]
 
 
 @program(static=(5,))
