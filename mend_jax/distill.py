@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from mend_jax.cli.command_line import run
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import shown, size
 from mend_jax.interchange.trained import llm_for, load_both
 from mend_jax.packs.demonstrations import demonstration_files, names_folder, pack_name, read_demonstrations
 from mend_jax.packs.make import TOGETHER, PackCache, facts_of, packs_of
-from mend_jax.packs.pack import SUFFIX, Pack, save_pack
+from mend_jax.packs.pack import SUFFIX, Pack
 from mend_jax.packs.queries import require_writable
 
 
@@ -61,7 +61,8 @@ def distill(
     for i, (target, pack) in enumerate(zip(targets, packs, strict=True)):
         if isinstance(pack, Pack):
             before = ", in the place of an older file" if target.exists() else ""
-            save_pack(pack, target)
+            with at_place("--out"):
+                pack.save(target)
             print(f"{shown(str(target))}: {in_words(pack)}{'' if i in missing else ', made before'}{before}")
     _refuse(files, packs)
     return targets

@@ -6,17 +6,16 @@ With --choose_length the pack's shorter trained lengths (prefix.nested) are meas
 is about as good. A line of --queries, or an item of the JSON list in a FILE.json, has "input", "options" (unless --options are for all) and, where it is known, "output", the right answer.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from mend_jax.cli.command_line import run
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.cli.progress import Progress
 from mend_jax.cli.settings import CHOICES
 from mend_jax.cli.text import markdown
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
 from mend_jax.packs.measure import Asked, Fidelity, fidelity, passes, shortest
-from mend_jax.packs.pack import Pack, fingerprint_of, load_pack, load_packs_llm, save_pack
+from mend_jax.packs.pack import Pack, fingerprint_of, load_pack, load_packs_llm
 from mend_jax.packs.queries import options_of, read_queries, require_writable
 
 
@@ -101,7 +100,8 @@ def _choose(pack: Pack, measured: Fidelity, lengths, tolerance: float, out: str)
         f"{count} vectors are enough: fewer lose more than {100 * tolerance:g}% of what all {pack.num_vectors} recover."
     )
     if out:
-        save_pack(pack.first(count), Path(out).expanduser())
+        with at_place("--out"):
+            pack.first(count).save(out)
         print(f"They are in {out}.")
 
 

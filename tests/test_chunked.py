@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,22 @@ def test_a_demonstration_longer_than_a_chunk_is_left_out_alone(distiller, caplog
     np.testing.assert_array_equal(vectors, model.distill([[1], [2]]).embeds)
     with says("Demonstration 1", "43 tokens", 16):
         model.distill([[3] * 43, [4] * 17])
+
+
+@pytest.mark.parametrize("read", ["distill", "chunks"])
+def test_texts_that_are_no_pairs_are_not_read_as_one(distiller, read):
+    """Of a flat list of two texts the second would be the first's output."""
+    for demos in (
+        ["w1", "w2"],
+        ("w1", "w2"),
+        "w1 w2",
+        [("w1", "w2"), "w3"],
+        {"w1": "w2"},
+        [{"input": "w1", "output": "w2"}],
+    ):
+        for model in (Chunked.around(distiller), distiller):
+            with says(re.compile(r"\bpairs?\b|\(input, output\)")):
+                getattr(model, read if model is not distiller else "distill")(demos)
 
 
 def test_texts_are_cut_as_in_training_and_what_does_not_fit_is_left_out(llm, distiller, caplog):

@@ -23,7 +23,7 @@ from mend_jax.data.templates import TEMPLATES
 from mend_jax.interchange.export import export
 from mend_jax.packs import make, measure
 from mend_jax.packs.demonstrations import demonstration_files, read_demonstrations
-from mend_jax.packs.pack import load_pack, save_pack
+from mend_jax.packs.pack import load_pack
 from mend_jax.packs.queries import read_queries
 from mend_jax.prefixes import Chunked
 from mend_jax.run import reading
@@ -507,6 +507,17 @@ def test_inspect_prints_the_facts(made, capsys):
         assert fact in said
 
 
+def test_python_mistakes_with_packs_are_one_sentence(made, llm, distiller, workdir):
+    """Sets that are one set, pairs that are none, arguments in the wrong order."""
+    path = made()
+    one_row = {"input": "w1", "output": "w2"}
+    for sets in (["w1 w2", "w3"], [["w1", "w2"]], DEMOS, [[one_row]], [[("w1", "w2"), "w3"]], [one_row], [None]):
+        with says("[demos]", "(input, output)"):
+            mend_jax.make_packs(llm, distiller, sets, workdir)
+    with says("load_pack(FILE, llm)", type(llm).__name__):
+        load_pack(llm, path)
+
+
 def test_what_is_printed_counts_from_1(made, capsys):
     """`dropped` is from 0 in the file and in Python."""
     path = made()
@@ -762,7 +773,7 @@ def test_a_pack_whose_llm_has_moved_says_so(made, folders, tmp_path, capsys):
     assert command(predict.predict, f"--pack={path}", "--input=w1", "--options=w2,w3", f"--llm={folders[0]}") == 0
 
 
-def test_a_full_disk_leaves_no_half_pack(made, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_pack(made, workdir, tmp_path, monkeypatch, capsys):
     path = made()
     before = path.read_bytes()
 
@@ -770,9 +781,24 @@ def test_a_full_disk_leaves_no_half_pack(made, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("mend_jax.packs.pack.write_file", full)
-    with says(path, "No space left on device", "--out"):
-        save_pack(load_pack(path), path)
+    with says(path, "No space left on device", "another file"):
+        load_pack(path).save(path)
+    given = [f"--distiller={workdir}", f"--demos={tmp_path / 'demos.jsonl'}", f"--cache={tmp_path / 'cache'}"]
+    capsys.readouterr()
+    assert command(distill.distill, *given, f"--out={path}") == 2
+    states(capsys.readouterr().err.strip(), path, "No space left on device", "--out")
     assert path.read_bytes() == before and not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_pack_is_saved_into_a_new_folder_or_says_in_a_sentence_why_not(made, tmp_path):
+    pack = load_pack(made())
+    pack.save(tmp_path / "new" / "folder" / "x.pack.safetensors")
+    np.testing.assert_array_equal(load_pack(tmp_path / "new" / "folder" / "x.pack.safetensors").vectors, pack.vectors)
+    below = tmp_path / "demos.jsonl" / "x.pack.safetensors"
+    with pytest.raises(mend_jax.UserError) as error:
+        pack.save(below)
+    states(str(error.value), below, "cannot be written", "another file")
+    assert ".tmp" not in str(error.value)  # no name of a temporary file
 
 
 def test_a_prefix_of_a_pack_has_one_row(made):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from mend_jax.prefixes.distiller_folder import SETTINGS, read_settings
 from mend_jax.run import checkpoint, saved_config, saved_steps
 from mend_jax.run.best import is_finished
 from mend_jax.run.files import sha256_of
+from mend_jax.run.reading import require_path
 from mend_jax.run.sealed import require_unchanged
 from mend_jax.run.sharding import Place
 
@@ -88,6 +90,9 @@ def load_prefix(path, llm, backbone=None) -> Kind:
 
 def load_trained(path, llm, backbone=None, place: Place | None = None) -> Kind:
     """As `load_distiller`, for every kind that is trained; `evaluate` uses it. `place` is as in `read_trained`."""
+    require_path(path, call := "load_prefix(PATH, llm), llm = load_llm(...)")
+    if isinstance(llm, str | os.PathLike):
+        raise UserError(f"The LLM is only named, {str(llm)!r}, but it must be loaded: {call}.")
     return fit_to(read_trained(path, backbone, place), llm, path)
 
 

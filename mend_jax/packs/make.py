@@ -10,6 +10,7 @@ from mend_jax.data.tokenize import fingerprint as text_fingerprint
 from mend_jax.interchange.trained import trained_fingerprint
 from mend_jax.models import folders
 from mend_jax.packs.pack import FORMAT, SUFFIX, Pack, fingerprint_of, load_pack, tokenizer_fingerprint
+from mend_jax.prefixes.context import is_pair
 from mend_jax.prefixes.kind import Kind, Reading
 
 Pairs = Sequence[tuple[str, str]]
@@ -125,17 +126,17 @@ class PackCache:
         if path is None:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             pack.save(path)
-        except OSError:
+        except UserError:
             return
 
 
 def _check_sets(sets: Sequence[Pairs]) -> None:
-    for pair in (pair for pairs in sets for pair in pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    for pairs in sets:
+        wrong = [pair for pair in pairs if not is_pair(pair)] if isinstance(pairs, tuple | list) else [pairs]
+        if wrong:
             raise UserError(
-                f"A demonstration is {pair!r}: give a list of sets, [demos], each of them a list of (input, output) texts."
+                f"A demonstration is {wrong[0]!r:.80}: give a list of sets, [demos], each of them a list of (input, output) texts."
             )
 
 

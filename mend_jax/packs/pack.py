@@ -38,7 +38,7 @@ from mend_jax.models import folders
 from mend_jax.models.weights import write_file
 from mend_jax.prefixes.prefix import Prefix
 from mend_jax.run.files import whole_file
-from mend_jax.run.reading import parse_json, require_regular
+from mend_jax.run.reading import parse_json, require_path, require_regular
 from mend_jax.run.sealed import FIELD, checksum
 
 FORMAT = 1
@@ -91,10 +91,17 @@ class Pack:
         return dataclasses.replace(self, vectors=self.vectors[:count], shorter=shorter)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all. Raises OSError where it cannot be written."""
+        """Writes the file, whole or not at all, and its folder where there is none. Raises UserError where it cannot be written."""
         vectors, facts = self._content()
-        with whole_file(path) as temporary:
-            write_file({TENSOR: vectors}, temporary, facts)
+        target = Path(path).expanduser()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(target) as temporary:
+                write_file({TENSOR: vectors}, temporary, facts)
+        except OSError as error:
+            raise UserError(
+                f"{target} cannot be written ({error.strerror or error}): free some space, or name another file."
+            ) from None
 
     def to_bytes(self) -> bytes:
         """The content of its file."""
@@ -140,6 +147,7 @@ def load_pack(path: str | Path, llm=None) -> Pack:
     Raises:
         UserError: no such file, a damaged or cut one, one that is no pack, of a newer format, or for another LLM.
     """
+    require_path(path, "load_pack(FILE, llm)")
     path = Path(path).expanduser()
     try:
         require_regular(path, remedy := "name a pack, a file that `python -m mend_jax.distill` wrote")
@@ -155,17 +163,6 @@ def load_pack(path: str | Path, llm=None) -> Pack:
     if llm is not None:
         pack.check(llm, str(path))
     return pack
-
-
-def save_pack(pack: Pack, target: Path) -> None:
-    """Writes a pack for a command. Raises UserError where it cannot be written."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pack.save(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): free some space, or give another --out."
-        ) from None
 
 
 def pack_of(content: bytes, where: str = "The file") -> Pack:

@@ -203,7 +203,10 @@ class Chunked(Kind):
         return _joined(self.join, jnp.asarray(vectors)[None], jnp.ones((1, len(vectors)), jnp.int32))
 
     def _pieces(self, demos) -> list[np.ndarray]:
-        reader, demos = self.distiller, list(demos) if hasattr(demos, "__len__") else demos
+        reader, demos = (
+            self.distiller,
+            list(demos) if hasattr(demos, "__len__") and not isinstance(demos, str | dict) else demos,
+        )
         if (
             isinstance(demos, list)
             and demos
@@ -213,7 +216,7 @@ class Chunked(Kind):
         ):
             read = reader.tokenizer, reader.template, reader.max_input_tokens
             demos = [pair_tokens([pair], *read) for pair in demos]
-        elif isinstance(demos, list) and demos and np.ndim(demos[0]) == 0:
+        elif isinstance(demos, list) and demos and not isinstance(demos[0], str) and np.ndim(demos[0]) == 0:
             demos = [demos]
         tokens, length = demo_tokens(demos, reader.tokenizer, reader.config, 2**30, "distiller", reader.template)
         return [np.asarray(row[:count]) for row, count in zip(tokens, length.tolist(), strict=True)]

@@ -17,12 +17,13 @@ def demo_tokens(
 ):
     """Right-padded int32 tokens (B,N) and lengths (B,) of one context, of several, or of (x, y) string pairs, whose inputs are cut
     as by `pair_ids`."""
-    if not hasattr(demos, "__len__"):
+    if isinstance(demos, dict | set) or not hasattr(demos, "__len__"):
         raise UserError(f"Demonstrations must be a list, not {demos!r}: give token ids, or [(input, output), ...].")
     if len(demos) == 0:
         raise UserError("There are no demonstrations: give at least one.")
     if isinstance(demos, str) or isinstance(demos[0], str):
-        raise UserError("Text demonstrations must be a list of (x, y) pairs, not a text: give [(input, output), ...].")
+        what = "a text" if isinstance(demos, str) else "a list of texts"
+        raise UserError(f"Text demonstrations must be a list of (input, output) pairs, not {what}: give [(x, y), ...].")
     if isinstance(demos[0], tuple | list) and len(demos[0]) and isinstance(demos[0][0], str):
         demos = [pair_tokens(demos, tokenizer, template, max_input_tokens)]
     elif not hasattr(demos[0], "__len__") or np.ndim(demos[0]) == 0:
@@ -67,6 +68,11 @@ def pad_columns(tokens, window: int):
     return jnp.pad(tokens, ((0, 0), (0, min(window, bucket(tokens.shape[1])) - tokens.shape[1])))
 
 
+def is_pair(value) -> bool:
+    """Whether it is an (x, y) of texts; a mapping is none, whose keys would be read."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
 def pair_tokens(pairs, tokenizer, template: Template = SPACE, max_input_tokens: int = 0) -> list[int]:
     """The context of (x, y) string pairs, as token ids: `pair_ids`, one after another."""
     return [token for pair in pair_ids(pairs, tokenizer, template, max_input_tokens) for part in pair for token in part]
@@ -82,11 +88,9 @@ def pair_ids(
     """
     if tokenizer is None:
         raise UserError("Text demonstrations need a tokenizer: give token ids, or a folder with tokenizer files.")
-    wrong = next(
-        (p for p in pairs if isinstance(p, str) or len(p) != 2 or not all(isinstance(t, str) for t in p)), None
-    )
+    wrong = next((pair for pair in pairs if not is_pair(pair)), None)
     if wrong is not None:
-        raise UserError(f"A demonstration must be a pair of texts, (input, output), not {wrong!r}.")
+        raise UserError(f"A demonstration must be a pair of texts, (input, output), not {wrong!r:.80}.")
     if not pairs:
         return []
     ids = iter(tokenizer([t for pair in pairs for t in template.example(*pair)], add_special_tokens=False)["input_ids"])

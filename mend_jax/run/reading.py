@@ -9,6 +9,7 @@ it, is passed over.
 import codecs
 import gzip
 import json
+import os
 import re
 import stat
 import zlib
@@ -99,6 +100,12 @@ def lines_of(file: BinaryIO, path: str | Path, remedy: str) -> Iterator[tuple[st
             number += 1
             if line.strip():
                 yield f"{path}, line {number}", line
+
+
+def require_path(given, call: str) -> None:
+    """Raises UserError where a caller gives something else for a path or a name, such as an LLM; `call` shows how it is done."""
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"A path or a name is needed, not {type(given).__name__}: the order is {call}.")
 
 
 def require_regular(path: str | Path, remedy: str) -> None:
