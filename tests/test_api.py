@@ -71,6 +71,9 @@ def test_score_options_reads_ids_and_texts(llm, distiller):
     assert scores == mend_jax.score_options(llm, prefix, [7, 8], [[3], [4, 5]])
     assert len(scores) == 2 and all(isinstance(score, float) and score < 0 for score in scores)
     assert scores != mend_jax.score_options(llm, mend_jax.no_prefix(1, 32), [7, 8], [[3], [4, 5]])
+    several = mend_jax.score_options(llm, prefix, ["w5 w6", "w7"], ["w1", "w2 w3"])
+    alone = mend_jax.score_options(llm, prefix, "w7", ["w1", "w2 w3"])
+    assert [pytest.approx(scores, abs=1e-5), pytest.approx(alone, abs=1e-5)] == several
 
 
 def test_training_losses_of_one_example(llm, distiller):

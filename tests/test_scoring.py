@@ -266,6 +266,28 @@ def test_bad_prefixes_are_refused(llm):
         score_options(llm, Prefix(jnp.zeros((1, 97, CONFIG.width)), jnp.asarray([97])), [1], [[2]])
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_several_queries_score_as_one_by_one(llm, batch_size):
+    queries, options = [item.x_tokens for item in random_items(9, seed=4)], [[7, 8, 9], [10], [7, 3]]
+    prefix = prefixes(llm)["vectors"]
+    wanted = [score_options(llm, prefix, query, options) for query in queries]
+    for given in (queries, tuple(map(np.asarray, queries))):
+        found = score_options(llm, prefix, given, options, batch_size=batch_size)
+        assert isinstance(found[0], list) and isinstance(found[0][0], float)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert len(set(np.round(np.asarray(wanted)[:, 0], 4))) > 5  # the queries differ
+    assert np.shape(score_options(llm, prefix, queries[:1], options, batch_size=batch_size)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("query", "facts"),
+    [([], ["empty"]), ([1] * 96, ["positions", 96]), ([61], ["token 61"]), ("w", ["tokenizer"]), (None, ["query"])],
+)
+def test_the_wrong_one_of_several_queries_is_named_by_its_place(llm, query, facts):
+    with says("Query 2", *facts):
+        score_options(llm, no_prefix(1, CONFIG.width), [[1, 2], query, [3]], [[1, 2]])
+
+
 def test_the_window_can_be_filled_to_the_last_position(llm):
     # 95 tokens are read and the 96th is predicted from the last of them; one more would still be read at position 95.
     x, option = [1] * 90, [2] * 6

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mend_jax.cli.errors import UserError
+from mend_jax.cli.errors import UserError, at_place
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import Template, chosen
 from mend_jax.models.programs import program
@@ -68,32 +68,48 @@ def score_options(
     template: str | Template | None = None,
     *,
     separator: str | None = None,
-) -> list[float]:
+    batch_size: int = 32,
+) -> list[float] | list[list[float]]:
     """Scores how well each option continues the prefix and the query (paper, section 4.1; MetaICL's protocol).
 
     Args:
         llm: from `load_llm`.
         prefix: a prefix with one row: `no_prefix(1, width)`, `demonstrations_prefix`, `distiller.distill`, ...; or a pack.
-        query: the input x: token ids, or a text if the LLM has a tokenizer.
-        options: the answers: lists of token ids or, likewise, texts.
+        query: the input x: token ids, or a text if the LLM has a tokenizer; or a list of such inputs.
+        options: the answers, to each of several queries the same: lists of token ids or, likewise, texts.
         template: the texts around a text query and before every text option, as in training: "space" (None), "newline", "qa"
             or "question" (docs/protocol.md), or a distiller's, `distiller.template`. None with a pack: the pack's own.
         separator: " " for "space" or "\n" for "newline", in the place of `template`.
+        batch_size: of several queries: rows in one pass of the LLM, as in `score_items`.
     Returns:
-        The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain.
+        The mean log-probability (natural logarithm) per token of each option: float32 arithmetic, 0 is certain. Of several
+        queries such a list for each.
     Raises:
         UserError: an empty query, no option or an empty one, texts without a tokenizer, an unknown template, several rows in
-            the prefix, a prefix of another width, or more tokens than the LLM's window.
+            the prefix, a prefix of another width, or more tokens than the LLM's window; of several queries it names the place
+            of the wrong one, from 1.
     """
     if isinstance(options, str) or not hasattr(options, "__len__"):
         raise UserError(f"The options must be a list of texts or of lists of token ids, not {options!r}.")
     if len(options) == 0:
         raise UserError("There are no options to score: give at least one.")
     prefix, around = prefix_and_template(prefix, template, separator)
-    x = query_tokens(llm, query, "query", around.query)
     answers = [query_tokens(llm, option, "option", around.output) for option in options]
-    row = lay_out(x, answers, llm.start_token)
-    return [float(score) for score in score_rows(llm, cache_prefix(llm, prefix), [row], 1)[0]]
+    several, cache, rows = _are_several(query), cache_prefix(llm, prefix), []
+    length = int(to_host(prefix.length)[0])
+    for number, one in enumerate(query if several else [query], 1):
+        with at_place(f"Query {number}" if several else ""):
+            rows.append(lay_out(query_tokens(llm, one, "query", around.query), answers, llm.start_token))
+            check_rows(llm, length, rows[-1:])
+    scores = [found.tolist() for found in score_rows(llm, cache, rows, batch_size if several else 1)]
+    return scores if several else scores[0]
+
+
+def _are_several(query) -> bool:
+    """Whether a caller's query is a list of queries: of texts, or of lists of token ids."""
+    if isinstance(query, str | dict) or not hasattr(query, "__len__") or len(query) == 0:
+        return False
+    return isinstance(query[0], str | list | tuple) or np.ndim(query[0]) == 1
 
 
 def prefix_and_template(given, template=None, separator=None) -> tuple[Prefix, Template]:
