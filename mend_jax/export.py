@@ -28,7 +28,7 @@ from typing import Literal
 from mend_jax.cli.command_line import run
 from mend_jax.cli.errors import UserError
 from mend_jax.cli.settings import CHOICES
-from mend_jax.interchange.export import export, export_llm
+from mend_jax.interchange.export import export, export_llm, new_folder
 from mend_jax.interchange.jax_export import export_jax
 from mend_jax.packs.adapter import export_pack
 from mend_jax.prefixes.stored_weights import DTYPES
@@ -88,6 +88,7 @@ def main(
     elif pack:
         print(export_pack(pack, out, llm))
     else:
+        new_folder(out)  # before a sentence that sounds as if it were written
         print(f"Reading {llm} and writing its weights in 32 bits ...", file=sys.stderr, flush=True)
         print(export_llm(llm, out))
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from facts import says
+from facts import says, states
 from safetensors.numpy import load_file
 
 import mend_jax
 from configs import base
+from mend_jax.export import main as export_command
 from mend_jax.interchange import export, trained
 from mend_jax.models import weights
 from mend_jax.prefixes import kind_of, release
@@ -362,6 +363,14 @@ def test_an_existing_folder_is_never_written_into(workdir, tmp_path):
     with says(tmp_path, "already"):
         export.export(workdir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_an_existing_folder_is_refused_before_a_word_and_not_to_be_removed(tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(mend_jax.UserError) as error:
+        export_command(out=str(tmp_path), llm="model.gguf")
+    states(str(error.value), tmp_path, "there already", "another folder")
+    assert "remove" not in str(error.value) and capsys.readouterr() == ("", "")
 
 
 def test_a_full_disk_leaves_nothing(workdir, tmp_path, monkeypatch):

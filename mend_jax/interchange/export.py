@@ -77,7 +77,7 @@ def new_folder(out: str | Path) -> Path:
     """The absolute path of a folder to write. Raises UserError if it is there already and has content."""
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: name another folder, or remove it.")
+        raise UserError(f"{out} is there already: name another folder.")
     return out
 
 
