@@ -302,6 +302,27 @@ def test_an_arbitrary_pickle_is_never_run(tiny_llm, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smollm2-135m", "smollm2-135m-instruct"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m-instruct"),
+        ("gemma-3-270m", "gemma3-270m"),
+        ("gpt2-large", None),
+        ("smollm2-360m", None),
+        ("g", None),
+    ],
+)
+def test_a_name_like_a_packaged_one_asks_whether_that_is_meant(name, meant, monkeypatch):
+    def no_such_name(*_, **__):
+        raise OSError("no such name")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_such_name)
+    with says(name, "no such name", f"did you mean {meant}?" if meant else "check the name"):
+        load_llm(name)
+
+
 def test_settings_are_known_of_models_on_this_machine_alone(tiny_llm, tmp_path, monkeypatch):
     """A folder, and what the hub's cache holds; nothing is asked of the hub, not even for a name that it may have."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)

@@ -19,7 +19,7 @@ from mend_jax.cli.errors import UserError
 from mend_jax.models import decoder, encoder_decoder, weights
 from mend_jax.models.families import Config, EncoderDecoderConfig, family_of, from_hf_config, read_json, to_hf_config
 from mend_jax.models.gguf.header import is_gguf
-from mend_jax.models.gguf.packaged import PACKAGED, packaged_file, refuse_others
+from mend_jax.models.gguf.packaged import PACKAGED, near, packaged_file, refuse_others
 from mend_jax.models.gguf.tokenizer import gguf_tokenizer
 from mend_jax.models.split_weights import read_split
 from mend_jax.models.tables import Table
@@ -184,9 +184,10 @@ def local_folder(path: str | Path) -> Path:
             return folder
         return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason, meant = str(error).splitlines()[0], near(str(path))
+        advice = f"did you mean {meant}?" if meant else "check the name and the network, or give a folder."
         raise UserError(
-            f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): check the name and the network, or give a folder."
+            f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): {advice}"
         ) from error
 
 

@@ -6,6 +6,7 @@ The packages are looked into and not imported: one would load a program that run
 import hashlib
 import importlib.util
 import shutil
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,17 @@ def refuse_others(name: str) -> None:
     """Raises UserError for a name of OTHERS."""
     if name in OTHERS:
         raise UserError(f"No package has {name}, the model tuned to instructions: {OTHERS[name]} is there, untuned.")
+
+
+def near(name: str) -> str:
+    """The key of PACKAGED that somebody may have meant by a name, with or without what stands before a slash; "" if none is like it."""
+    last = name.rpartition("/")[2].lower()
+
+    def likeness(key: str) -> float:
+        return 1.0 if len(last) > 4 and key.startswith(last) else SequenceMatcher(None, last, key).ratio()
+
+    best = max(PACKAGED, key=likeness)
+    return best if likeness(best) > 0.7 else ""
 
 
 def _piece(name: str, packaged: Packaged, module: str, file: str) -> Path:
