@@ -137,6 +137,17 @@ def test_empty_and_missing_files(tmp_path):
         metaicl.data_folder("")
 
 
+def test_a_file_in_the_place_of_the_folder_of_tasks(tmp_path):
+    """The folder that it lies in is named: of a task's own file the one above data/."""
+    inside, alone = tmp_path / "mine" / "data" / "t" / "t_16_13_train.jsonl", tmp_path / "tasks.jsonl"
+    inside.parent.mkdir(parents=True)
+    for file, folder in {inside: tmp_path / "mine", alone: tmp_path}.items():
+        file.write_text("{}")
+        with says(f"{file} is a file", "config.data.tasks", f"the folder {folder},"):
+            metaicl.data_folder(file)
+    assert metaicl.data_folder(tmp_path / "mine") == tmp_path / "mine" / "data"
+
+
 def test_text_files(world, tmp_path):
     files = c4.text_files(world / "c4")
     assert [len(files[split]) for split in ("train", "validation")] == [2, 1]

@@ -21,6 +21,7 @@ from mend_jax.data.json_lines import instead, parse_object, text_field
 from mend_jax.run.reading import described, is_inside, read_json, read_lines
 
 LONGEST_NAME = 120  # bytes of a task's name: file systems take 255 for the name of a file, which holds more than this
+LAYOUT = "data/<task>/<task>_<k>_<seed>_<split>.jsonl"  # of the files in a folder of tasks
 META_TRAIN = "16384_100_train"  # MetaICL's file of up to 16,384 training examples of a task, drawn with seed 100
 
 
@@ -39,11 +40,13 @@ def data_folder(folder) -> Path:
     """The folder that holds the task folders: `<folder>/data`. Raises UserError if it is missing."""
     if not str(folder):
         raise UserError("No tasks are given: set config.data.tasks to a folder of MetaICL's files.")
-    path = Path(folder).expanduser() / "data"
+    root = Path(folder).expanduser()
+    if root.is_file():
+        holds = next((above.parent for above in root.parents if above.name == "data"), root.parent)
+        raise UserError(f"{root} is a file: set config.data.tasks to the folder {holds}, which must hold {LAYOUT}.")
+    path = root / "data"
     if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder: config.data.tasks must hold data/<task>/<task>_<k>_<seed>_<split>.jsonl."
-        )
+        raise UserError(f"{path} is not a folder: config.data.tasks must hold {LAYOUT}.")
     return path
 
 
