@@ -287,6 +287,22 @@ def test_damaged_files_are_one_sentence(made, tmp_path):
         load_pack(tmp_path)
 
 
+def test_what_never_was_a_pack_is_not_called_damaged(made, tmp_path, capsys):
+    whole = made().read_bytes()
+    for name, content in {
+        "demos.jsonl": (tmp_path / "demos.jsonl").read_bytes(),
+        "a.zip": b"PK\x03\x04" * 9,
+        "e": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        capsys.readouterr()
+        assert command(predict.predict, f"--pack={tmp_path / name}", "--input=w1", "--options=w2,w3") == 2
+        states(capsys.readouterr().err.strip(), tmp_path / name, "is no pack", "mend_jax.distill")
+    (tmp_path / "cut").write_bytes(whole[:-9])
+    with says(tmp_path / "cut", "cannot be read as a pack"):
+        load_pack(tmp_path / "cut")
+
+
 @pytest.mark.parametrize(
     "facts, vectors, said",
     [
@@ -461,6 +477,18 @@ def test_queries_are_read_from_a_list_of_json_too(tmp_path):
         file.write_text(text)
         with says(*facts):
             read_queries(file)
+
+
+def test_a_list_in_a_file_of_lines_is_sent_to_a_file_of_json(tmp_path):
+    file, rows = tmp_path / "a.jsonl", [{"input": "a", "output": "b"}] * 3
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), "\n [\n"):
+        file.write_text(text)
+        for read in (read_demonstrations, read_queries):
+            with says(file, "FILE.json", "a JSON list"):
+                read(file)
+    file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows))  # a line of it: what it is, in whole words
+    with says(f"{file}, line 2", "a list of 3"):
+        read_demonstrations(file)
 
 
 def test_a_list_of_json_is_read_from_disk_once(tmp_path, monkeypatch):
@@ -687,6 +715,16 @@ def test_bad_questions_are_one_sentence(made, flags, facts, capsys):
     assert command(predict.predict, f"--pack={path}", *flags) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(fact in said for fact in facts)
+
+
+def test_one_option_is_a_list_whose_commas_were_forgotten(made, tmp_path, capsys):
+    path = made("--keep_demos")
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "w1"}])
+    for main, flags in ((predict.predict, ["--input=w1"]), (fidelity.report, [f"--queries={queries}"])):
+        for options in ("w2 w3", "w2,", "w2,w2"):
+            capsys.readouterr()
+            assert command(main, f"--pack={path}", *flags, f"--options={options}") == 2
+            states(capsys.readouterr().err.strip(), f"--options={options}", "one answer", "commas")
 
 
 def test_questions_that_cannot_be_asked_are_one_sentence(made, llm, tmp_path, capsys, monkeypatch):

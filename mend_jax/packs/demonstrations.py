@@ -68,8 +68,13 @@ def objects_of(file: Path, form: str) -> Iterator[tuple[str, dict]]:
         if text is not None and text.lstrip().startswith("["):
             yield from _items(text, file, form)
             return
-        for where, line in read_lines(file, ANOTHER) if text is None else _lines(text, file):
-            yield where, parse_object(line, where, f"write an object on each line, {form}")
+        each = f"write an object on each line, {form}"
+        for number, (where, line) in enumerate(read_lines(file, ANOTHER) if text is None else _lines(text, file)):
+            if number == 0 and text is None and line.lstrip().startswith("["):
+                raise UserError(
+                    f"{where} begins a JSON list, which belongs into a FILE.json: rename the file, or {each}."
+                )
+            yield where, parse_object(line, where, each)
     except FileNotFoundError:
         raise UserError(f"{file} is not there: {ANOTHER}.") from None
 

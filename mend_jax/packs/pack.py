@@ -167,6 +167,10 @@ def load_pack(path: str | Path, llm=None) -> Pack:
 
 def pack_of(content: bytes, where: str = "The file") -> Pack:
     """The pack in a file's content. Raises UserError, as `load_pack` does, which names the file by `where`."""
+    if content[8:9] != b"{" or 0 not in content[:8]:  # the length of its header is far below 2^56
+        raise UserError(
+            f"{where} is no pack: name a file that `python -m mend_jax.distill` wrote, or copy or make it again."
+        )
     try:
         deserialize(content)  # raises for all that is damaged or cut, before the header is read once more
         header = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()

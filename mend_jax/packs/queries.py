@@ -32,7 +32,10 @@ def read_queries(file: str | Path) -> list[tuple[str, dict]]:
 
 
 def options_of(where: str, row: dict, default: str) -> list[str]:
-    """The options of a query, its own or the `default`, with commas between. Raises UserError, with its place, if there are none."""
+    """The options of a query, its own or the `default`, with commas between.
+
+    Raises UserError, with its place, if there are none, or if the default is a single one: commas may have been forgotten.
+    """
     options = row.get("options") or [word for word in map(str.strip, default.split(",")) if word]
     other = next((o for o in options if not isinstance(o, str)), None) if isinstance(options, list) else None
     if other is not None:
@@ -42,6 +45,10 @@ def options_of(where: str, row: dict, default: str) -> list[str]:
             f'{where} has no options: give --options=good,bad or, in a file of queries, the list "options" of each.'
         )
     once = list(dict.fromkeys(options))
+    if len(once) == 1 and not row.get("options"):
+        raise UserError(
+            f"--options={default} is one answer, which leaves nothing to choose: give several, with commas between."
+        )
     if len(once) < len(options):
         logging.warning("%s lists an option more than once: it counts once, where it stands first.", where)
     return once

@@ -149,7 +149,8 @@ def described(value: Any) -> str:
         return f"a number ({value})"
     if isinstance(value, str):
         return f"a text ({value[:40]!r})"
-    return f"{'an object' if isinstance(value, dict) else 'a list'} ({value!r:.40})"
+    what, text = "an object" if isinstance(value, dict) else "a list", json.dumps(value, ensure_ascii=False)
+    return f"{what} ({text})" if len(text) <= 40 else f"{what} of {len(value)}"
 
 
 def _decoded(lines, path, remedy: str) -> Iterator[str]:
