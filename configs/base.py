@@ -131,6 +131,7 @@ def get_config() -> ConfigDict:
     experiment.pretrain_steps = 30_000  # train.steps of every pretraining
     experiment.finetune_steps = 30_000  # and of every finetuning
     experiment.pretrain_batch_size = 0  # train.batch_size of every pretraining; 0: as in finetuning
+    experiment.first_seeds = 0  # methods: validate and evaluate with the first so many of evaluate.seeds alone; the files of all are read and checked first. 0: all
     experiment.prompt_tuning_learning_rate = 0.0  # of PromptTuning, whose few vectors need larger steps than a distiller's weights; 0: optimizer.learning_rate
     # The rest is of all experiments but `methods`.
     experiment.training_seeds = (0, 1, 2)  # config.seed of the trainings of what is trained: as many of each

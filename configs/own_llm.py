@@ -4,7 +4,9 @@
         --config.llm.path=LLM --config.prefix.backbone=LLM --config.data.text=TEXTS --config.data.tasks=TASKS --config.data.partition=NAME
 
 To see first that your files are read and all of it runs, without a use for what comes out: --config=configs/own_llm.py:try (6 minutes
-for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c94, 2026-12-01).
+for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c94, 2026-12-01). It evaluates with the first seed of
+evaluate.seeds alone, but reads and checks the files of all five first, as the whole recipe needs them; whoever has those of one seed
+gives both commands --config.evaluate.seeds=13.
 
 LLM is a folder, a hub name or a GGUF file, TEXTS and TASKS are folders of your files, NAME is a partition (docs/data.md). Every
 demonstration becomes six vectors, which begin as its last six tokens (docs/running.md, "Vectors that begin as tokens"). What differs from
@@ -60,5 +62,5 @@ def _a_few_steps(c):
     c.optimizer.warmup_steps = 1
     c.train.batch_size, c.data.queries = 2, 2
     c.train.log_every, c.train.eval_every = 1, 4
-    c.data.validation_items, c.data.validation_seeds = 4, (13,)
-    c.evaluate.seeds, c.evaluate.limit = (13,), 4
+    c.data.validation_items = c.evaluate.limit = 4
+    c.experiment.first_seeds = 1  # the files of the others are checked too: the whole recipe reads them

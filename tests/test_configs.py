@@ -12,6 +12,7 @@ from facts import says
 from mend_jax.cli import command_line as cli
 from mend_jax.cli import config_files
 from mend_jax.cli.settings import METHODS, check
+from mend_jax.data.metaicl import validation_seeds
 from mend_jax.data.small_world import PACKAGED_MODELS
 from mend_jax.experiments import methods
 
@@ -187,6 +188,28 @@ def test_bad_evaluation_data_is_found_before_training(tmp_path, tiny_llm, tiny_b
         config.prefix.length = 80
         with says("distiller", "80 tokens", "config.prefix.length = 80"):
             methods.main(config, str(tmp_path / "run"))
+
+
+def test_a_try_with_the_first_seed_asks_for_the_files_of_all(tmp_path, tiny_llm, tiny_backbone, monkeypatch):
+    """So that the whole recipe, begun after it, does not refuse the folder that the try was content with."""
+    read = []
+    monkeypatch.setattr("mend_jax.train.train", lambda c, _: read.append((c.evaluate.seeds, validation_seeds(c))) or 0)
+    monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda c, _: read.append((c.evaluate.seeds,)))
+    config = tiny_config(make_world(tmp_path), "finetune")
+    config.llm.path, config.prefix.backbone, config.experiment.methods = str(tiny_llm), str(tiny_backbone), ("mend",)
+    config.train.batch_size, config.experiment.first_seeds = 8, load(
+        "configs/own_llm.py:try", monkeypatch
+    ).experiment.first_seeds
+    config.evaluate.seeds = (13, 21, 42)
+    with says("13, 21", "none for 42", "--config.evaluate.seeds=13,21"):
+        methods.main(config, str(tmp_path / "run"))
+    assert not read
+    config.evaluate.seeds = (13, 21)
+    assert methods.main(config, str(tmp_path / "run")) == 0
+    assert read == [((13,), (13,))] * 2 + [((13,),)]
+    (tmp_path / "metaicl" / "data" / "t" / "t_4_21_dev.jsonl").unlink()
+    with says("seed 13", "none for 21", "dev"):
+        methods.main(config, str(tmp_path / "run"))
 
 
 def test_bad_training_data_is_found_before_any_training(tmp_path, tiny_llm, tiny_backbone, monkeypatch):

@@ -77,6 +77,7 @@ RANGES = {
     "evaluate.order": (0, math.inf),
     "experiment.pretrain_batch_size": (0, math.inf),
     "experiment.prompt_tuning_learning_rate": (0, math.inf),
+    "experiment.first_seeds": (0, math.inf),
     "experiment.cost_repeats": (0, math.inf),
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),

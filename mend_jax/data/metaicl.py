@@ -235,7 +235,7 @@ def none_present(config, tasks: list[str], split: str, k: int, seeds: tuple[int,
     if 0 < len(there) < len(seeds):
         known, absent = (", ".join(map(str, group)) for group in (there, [seed for seed in seeds if seed not in there]))
         return UserError(
-            f"{folder} has files of the meta-test tasks of {partition!r} for seed {known}, but none for {absent}: set"
+            f"{folder} has train and {split} files of the meta-test tasks of {partition!r} for seed {known}, but none for {absent}: set"
             f" --{field}={known.replace(' ', '')}, or add the missing files."
         )
     folders = [path.name for path in data_folder(folder).iterdir() if path.is_dir()]

@@ -106,6 +106,7 @@ def main(config: ConfigDict, workdir: str) -> int:
     except OSError as error:
         raise UserError(f"The workdir {folder} cannot be created ({error.strerror}): name another.") from error
     check_experiment(config, _trainings(config), [config])
+    config = _with_first_seeds(config)
     _prepare_training_data(config, folder)
     times = Times(folder / "times.json")
     for method in config.experiment.methods:
@@ -122,6 +123,13 @@ def main(config: ConfigDict, workdir: str) -> int:
         return STOPPED
     _evaluate(config, folder, times)
     return 0
+
+
+def _with_first_seeds(config: ConfigDict) -> ConfigDict:
+    """The config that reads the first experiment.first_seeds of the seeds alone: the files of all have been checked by now."""
+    c, count = config.copy_and_resolve_references().unlock(), config.experiment.first_seeds or None
+    c.evaluate.seeds, c.data.validation_seeds = c.evaluate.seeds[:count], c.data.validation_seeds[:count]
+    return c.lock()
 
 
 def _trainings(config: ConfigDict) -> list[tuple[ConfigDict, str]]:
