@@ -91,5 +91,5 @@ for data in "$bundles"/*/data.tar.gz; do
 done
 
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/$work/compiled}" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 exec "$python" -m mend_jax.measure.accelerator "--workdir=$work" "$@"

@@ -81,7 +81,7 @@ install() {
     stamp=$venv/installed-${1%.txt}
     wanted=$(cat requirements.txt "$1" | cksum)${JAX_EXTRA:-}
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "== installing the packages of $1 into $venv: some minutes the first time"
+        echo "== installing into $venv what it lacks of $1: some minutes the first time, seconds if all is there"
         # shellcheck disable=SC2046  # cpu_torch_index prints two words or none
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(cpu_torch_index "$1" "$venv") \
             -r "$1" ${JAX_EXTRA:+"jax[$JAX_EXTRA]"} ||
@@ -93,7 +93,7 @@ install() {
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     # Compiled programs are kept, so that the second start takes seconds.
     export PATH JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
-    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
+    export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 }
 
 # cpu_torch_index FILE VENV: prints pip's flags for a torch without the gigabytes of CUDA that PyPI's brings on Linux.

@@ -24,6 +24,7 @@ with without_pytorch():  # tensorboardX imports it wherever it is installed: two
 from tqdm import tqdm
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.cli.text import clock, columns, shown
 from mend_jax.models.int8 import SCALE
 from mend_jax.run.files import write_text
@@ -68,10 +69,12 @@ class Reporter:
 
     @contextlib.contextmanager
     def compiling(self):
-        """Around the first step: says that the step is being compiled, then how long it took; not counted as training time."""
+        """Around the first step: says that the step is being compiled, which may take minutes, then how long it took; not counted as
+        training time."""
         say("Compiling the train step ...")
         began = time.monotonic()
-        yield
+        with Progress(1, "program", what="compiling", leave=False):
+            yield
         seconds = time.monotonic() - began
         self.paused += seconds
         say(f"Compiled in {seconds:.1f} s.")
