@@ -69,6 +69,16 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def loss_weights(config) -> Weights:
+    """The weight of each loss in the stage's sum; a stage has one cross-entropy: L_pred on tasks, L_CLM on text."""
+    lm = config.stage == "lm"
+    return Weights(
+        kd=0.0 if lm else config.loss.kd,
+        pred=config.loss.pred if config.stage == "finetune" else 0.0,
+        clm=1.0 if lm else config.loss.clm if config.stage == "pretrain" else 0.0,
+    )
+
+
 def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
     """loss_fn(params, llm_params, batch) -> (loss, {"kd", "pred", "clm"}), set up by config.stage and config.loss.
 
@@ -80,12 +90,7 @@ def make_loss_fn(config, llm, model=None, mesh: Mesh | None = None):
     """
     lm, shift, objective = config.stage == "lm", _shift(llm), Objective.of(config.loss)
     kd_tokens = config.loss.kd_tokens if config.stage == "finetune" else "all"  # a text has no outputs
-    # A stage has one cross-entropy: L_pred on tasks, L_CLM on text.
-    weights = Weights(
-        kd=0.0 if lm else config.loss.kd,
-        pred=config.loss.pred if config.stage == "finetune" else 0.0,
-        clm=1.0 if lm else config.loss.clm if config.stage == "pretrain" else 0.0,
-    )
+    weights = loss_weights(config)
 
     def loss_fn(params, llm_params, batch):
         query = _one_after_another(batch.query)

@@ -1,5 +1,6 @@
 """The loop: resumed, stopped and broken runs, and what a run leaves on disk."""
 
+import contextlib
 import errno
 import json
 import os
@@ -20,7 +21,9 @@ from conftest import ONE_DEVICE
 from facts import says, states
 from tiny_training import RandomBatches, config, model_folder, programs_made_once
 
+from configs import base
 from mend_jax import train
+from mend_jax.cli import progress
 from mend_jax.llm.decoder_only import load_llm
 from mend_jax.models.folders import load_model
 from mend_jax.run import build, checkpoint, lock, reporting, saved_steps
@@ -28,7 +31,7 @@ from mend_jax.run.best import lines_until
 from mend_jax.run.distributed import INTERRUPTED, STOPPED
 from mend_jax.run.lock import alone_in
 from mend_jax.run.loop import Loop
-from mend_jax.step import init_state, make_loss_fn, make_train_step
+from mend_jax.step import init_state, loss_weights, make_loss_fn, make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +149,42 @@ def test_says_that_it_compiles_before_the_first_step(model, tmp_path, capsys, mo
     monkeypatch.setattr(Loop, "_dispatch", dispatch)
     assert train.train(config(model, **{"train.steps": 2}), tmp_path) == 0
     assert "Compiling the train step" in said[0] and "Compiled in" in said[1] and "Compiling" not in said[1]
+
+
+def test_says_that_it_still_compiles(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.01)
+    with contextlib.closing(reporting.Reporter(tmp_path, 0, 1)) as report:
+        with report.compiling():
+            time.sleep(0.2)
+        between = capsys.readouterr().err
+        time.sleep(0.1)
+    assert "compiling: 0 of 1 program after 0:00:00" in between and "Compiled in 0." in between
+    assert "compiling" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "shown"),
+    [
+        ("finetune", {"kd": 10.0, "pred": 1.0, "clm": 5.0}, ["kd", "pred"]),
+        ("finetune", {"kd": 0.0, "pred": 1.0, "clm": 0.0}, ["pred"]),
+        ("pretrain", {"kd": 0.5, "pred": 1.0, "clm": 1.0}, ["kd", "clm"]),
+        ("lm", {"kd": 10.0, "pred": 1.0, "clm": 0.0}, ["clm"]),
+    ],
+)
+def test_the_line_of_a_training_has_the_losses_that_have_a_weight(stage, weights, shown):
+    c = base.get_config()
+    c.stage = stage
+    c.loss.update(weights)
+    assert [name for name, weight in loss_weights(c)._asdict().items() if weight] == shown
+
+
+def test_the_line_of_a_training_shows_the_losses_beside_their_sum(tmp_path, capsys):
+    line = {"step": 1, "loss": 23.8, "kd": 2.3, "pred": 0.80123, "clm": 0.0, "padding": 0.1}
+    with contextlib.closing(reporting.Reporter(tmp_path, 0, 1, parts=("kd", "pred"))) as report:
+        report.progress(line)
+    said = capsys.readouterr().err
+    assert "loss 23.8000  kd 2.3  pred 0.801  tokens/s" in said and "clm" not in said
 
 
 def test_finished_run_says_so(finished, model, capsys):

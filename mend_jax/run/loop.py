@@ -22,7 +22,7 @@ from mend_jax.run.checkpoint import Checkpoints
 from mend_jax.run.distributed import INTERRUPTED, STOPPED
 from mend_jax.run.layout import Layout, is_finite
 from mend_jax.run.teacher_cache import TeacherCache
-from mend_jax.step import TrainState
+from mend_jax.step import TrainState, loss_weights
 
 
 @dataclasses.dataclass
@@ -49,7 +49,8 @@ class Loop:
         follow. A step is saved before it is evaluated, so that an evaluation can be ended at once."""
         self.pending = collections.deque()  # steps in flight
         lines = lines_until(self.workdir, self.start)
-        self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps, lines)
+        parts = [name for name, weight in loss_weights(self.config)._asdict().items() if weight]
+        self.report = reporting.Reporter(self.workdir, self.start, self.config.train.steps, lines, parts)
         with _Stop() as self.told_to_stop, contextlib.closing(self.report):
             if self.due and (code := self._conclude(self.start, True, 0)) is not None:
                 return code

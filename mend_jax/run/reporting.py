@@ -42,10 +42,11 @@ QUIET_SECONDS = 15  # between progress lines if the output is not a terminal
 class Reporter:
     """Writes a run's files; only process 0 writes."""
 
-    def __init__(self, workdir, start, steps, lines=()):
-        """`lines`: what metrics.jsonl holds up to the step `start`; whatever else it holds is dropped."""
+    def __init__(self, workdir, start, steps, lines=(), parts=()):
+        """`lines`: what metrics.jsonl holds up to the step `start`; whatever else it holds is dropped. `parts`: the names of the
+        losses whose weighted sum the loss is."""
         self.writes = jax.process_index() == 0
-        self.workdir, self.start, self.steps = Path(workdir), start, steps
+        self.workdir, self.start, self.steps, self.parts = Path(workdir), start, steps, parts
         self.clock = self.last_line = time.monotonic()
         self.since = start
         self.waited = self.paused = 0.0  # seconds spent waiting for data; seconds of compiling, evaluations and saves
@@ -116,6 +117,7 @@ class Reporter:
     def _show(self, line, speed, compiled):
         shown = {
             "loss": f"{line['loss']:.4f}",
+            **{name: f"{line[name]:.3g}" for name in self.parts},
             "tokens/s": f"{speed['tokens_per_second']:,.0f}",
             "padding": f"{line['padding']:.0%}",
         }
