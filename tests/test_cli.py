@@ -220,6 +220,19 @@ def test_variants(monkeypatch):
         config_files.load_config("configs/smal_world.py:quick")
 
 
+def test_a_config_that_is_not_here_is_looked_for_beside_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # any folder, after pip install -e
+    assert config_files.load_config("configs/gpt2_large.py:qa_to_qa").data.partition == "qa_to_qa"
+    with says("configs/smal_world.py", "configs/small_world.py"):
+        config_files.load_config("configs/smal_world.py")
+    (tmp_path / "configs").mkdir()
+    text = (config_files.ROOT / "configs" / "base.py").read_text()
+    (tmp_path / "configs" / "gpt2_large.py").write_text(text.replace("c.seed = 0", "c.seed = 7"))
+    assert config_files.load_config("configs/gpt2_large.py").seed == 7  # the user's own comes first
+    with says(tmp_path / "configs/t5_large.py"):
+        config_files.load_config(str(tmp_path / "configs/t5_large.py"))  # a whole path means one file
+
+
 def test_config_and_workdir_are_needed(tmp_path):
     with says("--config=FILE.py"):
         cli.parse(command, ["x", f"--workdir={tmp_path}"])

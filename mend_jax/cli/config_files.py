@@ -23,7 +23,7 @@ def load_config(name: str) -> ConfigDict:
     Raises UserError for a missing or broken file, an unknown variant, or fields that differ from those of configs/base.py.
     """
     path, _, variant = name.partition(":")
-    get_config = _get_config(path)
+    get_config = _get_config(_found(path))
     takes_variant = bool(inspect.signature(get_config).parameters)
     if variant and not takes_variant:
         raise UserError(f'{path} has no variants: leave ":{variant}" out.')
@@ -52,11 +52,18 @@ def base_config() -> ConfigDict | None:
     return _get_config(str(base))() if base.is_file() else None
 
 
+def _found(path: str) -> str:
+    """The path of a config file, or, of a relative one that is not there, beside the package: commands run in any folder."""
+    for folder in (Path(), ROOT):
+        if (folder / path).is_file():
+            return str(folder / path)
+    here = {str(p) for folder in {Path(path).parent, Path("configs")} for p in folder.glob("*.py")}
+    there = sorted(here | {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")})
+    hint = f"did you mean {nearest(path, there)}?" if there else "give the path of a file like configs/base.py."
+    raise UserError(f'There is no config file "{path}": {hint}')
+
+
 def _get_config(path: str):
-    if not Path(path).is_file():
-        there = sorted(str(p) for folder in {Path(path).parent, Path("configs")} for p in folder.glob("*.py"))
-        hint = f"did you mean {nearest(path, there)}?" if there else "give the path of a file like configs/base.py."
-        raise UserError(f'There is no config file "{path}": {hint}')
     for folder in (str(ROOT), str(Path.cwd())):  # a variant says "from configs import base"
         if folder not in sys.path:
             sys.path.append(folder)
