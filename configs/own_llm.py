@@ -27,6 +27,7 @@ def get_config(name: str = ""):
     if name not in ("", "try"):
         raise UserError(f"configs/own_llm.py has no {name!r}: use it alone, or with :try.")
     c = base.get_config()
+    c.llm.path = c.prefix.backbone = ""  # yours: no other is tried
     c.llm.dtype = c.prefix.dtype = "bfloat16"
     c.data.bos = "auto"  # as its tokenizer does: many LLMs have only ever read behind their BOS
     c.data.template = "qa"

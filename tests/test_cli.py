@@ -233,6 +233,19 @@ def test_a_config_that_is_not_here_is_looked_for_beside_the_package(tmp_path, mo
         config_files.load_config(str(tmp_path / "configs/t5_large.py"))  # a whole path means one file
 
 
+@pytest.mark.parametrize("variant", ["", ":try"])
+def test_own_llm_without_an_llm_is_refused_before_any_is_looked_for(variant, parsed, monkeypatch):
+    monkeypatch.setattr("mend_jax.models.folders.local_folder", lambda *_: pytest.fail("looked for a model"))
+    words = [f"--config={config_files.ROOT}/configs/own_llm.py{variant}"]
+    with says("no LLM", "--config.llm.path=", "--config.prefix.backbone="):
+        parsed(*words)
+    config = parsed(*words, "--config.llm.path=LLM")
+    for kind in ("chunked", "distiller"):
+        with says("--config.prefix.backbone="):
+            KINDS[kind].backbone(config)
+    assert KINDS["soft_prompt"].backbone(config) == ""
+
+
 def test_config_and_workdir_are_needed(tmp_path):
     with says("--config=FILE.py"):
         cli.parse(command, ["x", f"--workdir={tmp_path}"])

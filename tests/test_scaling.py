@@ -380,12 +380,20 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
         ("gpt2_large", {"fsdp": -1}, ["--fsdp=-1", 1]),
         ("gpt2_large", {"data": 2, "batch_size": 3}, ["--batch_size=3", "data x fsdp", "2 devices"]),
         ("gpt2_large", {"batch_size": -1}, ["--batch_size=-1"]),
-        ("own_llm", {}, ["prefix.residual", "llm.path"]),
+        ("own_llm", {}, ["configs/own_llm.py", "--llm="]),
     ],
 )
 def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(name, arguments, facts):
     with says(*facts):
         scaling.scaling(name, **arguments)
+
+
+def test_another_backbone_than_the_llm_is_said_where_vectors_begin_as_tokens():
+    run = load_workload("own_llm", "finetune", 1, llm="gpt2-large").config
+    with run.unlocked():
+        run.prefix.backbone = "gpt2"
+    with says("prefix.residual", "llm.path"):
+        make_workload(run, settings_of("gpt2-large"), settings_of("gpt2"), 16)
 
 
 def test_a_name_that_no_config_file_has_is_told_the_names(capsys):

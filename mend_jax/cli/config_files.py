@@ -164,6 +164,11 @@ def resolved(config: ConfigDict) -> ConfigDict:
     """
     from mend_jax.data.small_world import resolve
 
+    if not config.llm.path:
+        raise UserError(
+            "The config names no LLM: set --config.llm.path= to a folder, a hub name or a GGUF file, and --config.prefix.backbone= to the"
+            " model that the distiller starts from."
+        )
     check(config)
     for key, names in _named().items():
         check_choice(key, dotted_fields(config)[key], names)

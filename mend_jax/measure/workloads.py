@@ -107,7 +107,7 @@ def load_workload(
         remat: both models recompute their layers, whatever the config says.
         llm: the LLM instead of the config's, and its backbone: a name of model_sizes.py, or a folder; "" is the config's.
     Raises:
-        UserError: a config that cannot be read, soft prompts or the release's budgets, several queries to a context of an
+        UserError: a config that cannot be read, one that names no LLM without `llm`, soft prompts or the release's budgets, several queries to a context of an
             encoder–decoder, lengths that do not fit the models' windows, a batch that cannot be divided.
     """
     config = load_config(str(FOLDER / f"{name}.py"))
@@ -117,6 +117,8 @@ def load_workload(
         config.llm.weights = weights
     if llm:
         config.llm.path = config.prefix.backbone = llm
+    if not config.llm.path:
+        raise UserError(f"configs/{name}.py is for an LLM of your own: name it with --llm=.")
     if remat:
         config.llm.remat = config.prefix.remat = True
     known = {"data.release_truncation": (False,), "prefix.kind": ("distiller", "chunked")}

@@ -223,7 +223,7 @@ class Chunked(Kind):
 
     @classmethod
     def backbone(cls, config) -> str:
-        return config.prefix.backbone
+        return Distiller.backbone(config)
 
     @classmethod
     def positions(cls, config) -> int:

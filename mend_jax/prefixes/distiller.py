@@ -145,6 +145,11 @@ class Distiller(Kind):
 
     @classmethod
     def backbone(cls, config) -> str:
+        if not config.prefix.backbone:
+            raise UserError(
+                "The config names no model that the distiller starts from: set --config.prefix.backbone=, to the LLM itself or to a"
+                " smaller model."
+            )
         return config.prefix.backbone
 
     @classmethod
