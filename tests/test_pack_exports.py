@@ -104,7 +104,7 @@ def test_peft_scores_as_we_do(llm, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["space", "qa"])
-def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path):
+def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path, capsys):
     """The scores of options of one token by both snippets' logits, and the greedy text."""
     pytest.importorskip("peft")
     if llm.start_token is not None and template == "qa":
@@ -122,6 +122,8 @@ def test_the_cards_snippets_run_and_answer_as_we_do(template, llm, tmp_path):
         with torch.no_grad():
             exec(block, known)  # the snippet
         assert known["logits"][0, -1].log_softmax(-1)[options].tolist() == pytest.approx(wanted, abs=1e-4)
+    shown = capsys.readouterr().out.strip()
+    assert shown == llm.tokenizer.decode(known["answer"][0], skip_special_tokens=True).strip()
     tokens = known["answer"][0].tolist()[0 if llm.start_token is None else 1 :]
     assert tokens[: len(said.tokens)] == said.tokens
 

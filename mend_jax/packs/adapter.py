@@ -36,6 +36,8 @@ For the LLM {llm}; made by a MEND distiller (Li et al., ICLR 2024). {rule}.{hint
 
 ## With PEFT
 
+`pip install peft`, then
+
 ```python
 import torch
 from peft import PeftModel
@@ -59,6 +61,7 @@ embeds = torch.cat([vectors[None].to(query), query], dim=1)  # in the LLM's dtyp
 logits = llm(inputs_embeds=embeds{decoder}).logits
 mask = torch.ones(embeds.shape[:2], device=llm.device)
 answer = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=16)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
 """
 
