@@ -1,6 +1,7 @@
 """The server over real sockets: its packs and its answers, in which company changes nothing; its metrics and pages."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -296,12 +297,14 @@ def test_the_reference_escapes_what_it_shows():
     )
 
 
-def test_a_question_like_the_example_compiles_nothing_after_the_warm_up(serving_models):
+def test_a_question_like_the_example_compiles_nothing_after_the_warm_up(serving_models, capsys):
     """Programs of other tests are dropped before."""
     jax.clear_caches()
     engine = make_engine(serving_models)
     engine.warm_up(Example(DEMOS, "w4", OPTIONS))
     assert [key for key, _ in engine.caches.items()] == [""]
+    said = capsys.readouterr().err  # what the user sees of it
+    assert "packs: 2 of 2 packs in" in said and re.search(r"answers: (\d+) of \1 questions in", said)
     with running(engine) as client:
         before, pack = programs_compiled(), client.post("/packs", OBJECTS)["id"]
         for fields in ({"pack": pack}, {"demonstrations": OBJECTS}, {}):

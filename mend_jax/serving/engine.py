@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mend_jax.cli.errors import UserError
+from mend_jax.cli.progress import Progress
 from mend_jax.data.query import query_tokens
 from mend_jax.data.templates import SPACE, Template
 from mend_jax.generation.generate import Answer, Wanted, answer_rows, read_query
@@ -109,18 +110,25 @@ class Engine:
     def warm_up(self, example: Example, rows: int = 1) -> None:
         """Compiles what questions like the example need, of up to so many requests at once: other lengths are compiled when they come.
 
-        After packs, where there is a distiller, and, for one request, after the demonstrations and after nothing.
+        After packs, where there is a distiller, and, for one request, after the demonstrations and after nothing. The user sees how far
+        it is: of a large model it takes minutes.
         """
         template = SPACE if self.distiller is None else self.distiller.template
         demos, wanted = list(example.demonstrations), Wanted(16, 0.0, 1.0, (), 0, template.answer)
         sets = [[Before(template, key="")], [Before(template, demos=tuple(demos))]]
-        packs = [] if self.distiller is None else [self.distil([some])[0] for some in (demos, demos[1:])]
+        made = [] if self.distiller is None else [demos, demos[1:]]
+        packs = [self.distil([some])[0] for some in _counted(made, "pack", "compiling what makes packs")]
         befores = [Before(template, pack, key=f"warm up {i}") for i, pack in enumerate(packs) if isinstance(pack, Pack)]
         for power in range(bucket_rows(rows).bit_length() if befores else 0):
             sets += [befores[:1] * 2**power, (befores * 2**power)[: 2**power]]
-        for some in sets:  # an example that does not fit is an error, which tells nobody anything
-            self.score([Asked(one, [example.input], list(example.options)) for one in some])
-            self.generate([Asked(one, [example.input], wanted=wanted) for one in some])
+        words, scored = [example.input], {"options": list(example.options)}
+        asked = [(self.score, some, scored) for some in sets] + [
+            (self.generate, some, {"wanted": wanted}) for some in sets
+        ]
+        for answer, some, fields in _counted(asked, "question", "compiling what answers"):
+            answer(
+                [Asked(one, words, **fields) for one in some]
+            )  # one that does not fit is an error, which tells nobody anything
         for one in befores:
             self.caches.remove(one.key)
 
@@ -244,6 +252,15 @@ class Engine:
             room = bucket_rows(max(one.max_tokens for one in wanted))
             found += answer_rows(llm, llm.params, own, tokens, numbers, wanted, room)
         return found
+
+
+def _counted(todo: Sequence, unit: str, what: str) -> Iterable:
+    """Each of what is to do, while the user sees how many are done."""
+    if todo:
+        with Progress(len(todo), unit, what=what) as bar:
+            for one in todo:
+                yield one
+                bar.update()
 
 
 def _or_error(function: Callable, *args):
