@@ -197,9 +197,8 @@ def test_a_try_with_the_first_seed_asks_for_the_files_of_all(tmp_path, tiny_llm,
     monkeypatch.setattr("mend_jax.evaluate.evaluate", lambda c, _: read.append((c.evaluate.seeds,)))
     config = tiny_config(make_world(tmp_path), "finetune")
     config.llm.path, config.prefix.backbone, config.experiment.methods = str(tiny_llm), str(tiny_backbone), ("mend",)
-    config.train.batch_size, config.experiment.first_seeds = 8, load(
-        "configs/own_llm.py:try", monkeypatch
-    ).experiment.first_seeds
+    config.train.batch_size = 8
+    config.experiment.first_seeds = load("configs/own_llm.py:try", monkeypatch).experiment.first_seeds
     config.evaluate.seeds = (13, 21, 42)
     with says("13, 21", "none for 42", "--config.evaluate.seeds=13,21"):
         methods.main(config, str(tmp_path / "run"))

@@ -587,7 +587,7 @@ def test_what_the_machine_lacks_is_one_sentence(error, facts, capsys):
 
 
 def test_alarms_for_the_developers_of_xla_are_not_printed():
-    """"Very slow compile? If you want to file a bug ..." is one of its errors (2). As `python -m` begins; a user's own level stays."""
+    """ "Very slow compile? If you want to file a bug ..." is one of its errors (2). As `python -m` begins; a user's own level stays."""
     script = "import os, sys; sys.argv = ['-m']; import mend_jax; print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
     for given, level in (({}, "3"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")):
         env = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"} | given
