@@ -4,8 +4,11 @@
         --config.data.text=C4 --config.data.tasks=METAICL
 
 The LLM comes with a package (docs/data.md). Of the small LLMs that packages carry it is the one that gains from demonstrations what
-methods can be compared by (docs/results.md). Every demonstration becomes six vectors, which begin as its last six tokens
-(prefix.residual, docs/running.md): 96 for 16 demonstrations. Inputs are cut at 48 tokens, in tests too.
+methods can be compared by (docs/results.md). The demonstrations become 96 vectors, which begin as their last 96 tokens
+(prefix.residual, docs/running.md). Inputs are cut at 48 tokens, in tests too.
+
+`:chunked` is the setting until 2026-12-01: each demonstration, a chunk of its own, becomes six vectors, which begin as its last six
+tokens, and L_distill is of inputs too.
 
 Hardware: 2 CPU cores and 12 GB.
 Time: about three hours on 2 cores of an Intel Xeon with AMX, 10 to 14 s a step of finetuning (docs/lab_notes.md: with jemalloc).
@@ -14,12 +17,17 @@ Expected: docs/results.md has class_to_class as this config was until 2026-11-30
 """
 
 from configs import own_llm
+from mend_jax.cli.errors import UserError
 
 
-def get_config():
-    c = own_llm.get_config()
+def get_config(name: str = ""):
+    if name not in ("", "chunked"):
+        raise UserError(f"configs/gemma3_270m.py has no {name!r}: use it alone, or with :chunked.")
+    c = own_llm.get_config(name)
     c.llm.path = c.prefix.backbone = "gemma3-270m"
-    c.prefix.chunk_tokens = 64
+    if name == "chunked":
+        c.prefix.chunk_tokens = 64
+        c.loss.kd_tokens = "all"
     c.data.max_demo_tokens = 896
     c.data.max_input_tokens = 48
     c.data.max_text_tokens = 352

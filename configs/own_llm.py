@@ -8,10 +8,12 @@ for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c
 evaluate.seeds alone, but reads and checks the files of all five first, as the whole recipe needs them; whoever has those of one seed
 gives both commands --config.evaluate.seeds=13.
 
-LLM is a folder, a hub name or a GGUF file, TEXTS and TASKS are folders of your files, NAME is a partition (docs/data.md). Every
-demonstration becomes six vectors, which begin as its last six tokens (docs/running.md, "Vectors that begin as tokens"). What differs from
-the paper's defaults is what was best among what was tried with Gemma 3 270M on CPU cores (docs/lab_notes.md): configs/gemma3_270m.py is
-this file at a size for them. The batch of 16 and the 1,500 steps were not tried.
+LLM is a folder, a hub name or a GGUF file, TEXTS and TASKS are folders of your files, NAME is a partition (docs/data.md). The
+demonstrations become 96 vectors, which begin as their last 96 tokens (docs/running.md, "Vectors that begin as tokens"). What differs from
+the paper's defaults is what was best among what was tried with Gemma 3 270M on CPU cores (docs/results.md, docs/lab_notes.md):
+configs/gemma3_270m.py is this file at a size for them. The batch of 16 and the 1,500 steps were not tried.
+
+`:chunked` reads each demonstration by itself, any number of them, and makes six vectors of each, which begin as its last six tokens.
 
 Hardware: one device that holds the LLM, in bfloat16, and the training of a distiller of its first six layers: `python -m mend_jax.scaling
     own_llm --llm=LLM --batch_size=16` (docs/scaling.md) computes the memory of a step. Never run on a GPU.
@@ -24,16 +26,19 @@ from mend_jax.cli.errors import UserError
 
 
 def get_config(name: str = ""):
-    if name not in ("", "try"):
-        raise UserError(f"configs/own_llm.py has no {name!r}: use it alone, or with :try.")
+    if name not in ("", "chunked", "try"):
+        raise UserError(f"configs/own_llm.py has no {name!r}: use it alone, or with :chunked or :try.")
     c = base.get_config()
     c.llm.path = c.prefix.backbone = ""  # yours: no other is tried
     c.llm.dtype = c.prefix.dtype = "bfloat16"
     c.data.bos = "auto"  # as its tokenizer does: many LLMs have only ever read behind their BOS
     c.data.template = "qa"
     _vectors_that_begin_as_tokens(c)
+    if name == "chunked":
+        chunks(c)
     c.data.queries = 4  # of one task share a context, which teacher and distiller read once
     c.loss.kd = 10.0  # lambda
+    c.loss.kd_tokens = "outputs"  # the inputs' words, most of a query, take what is to be learnt of the answers
     c.optimizer.learning_rate = 3e-4  # the paper's is 5e-5, for 30,000 steps
     c.optimizer.warmup_steps = 50
     c.train.batch_size = 16
@@ -50,12 +55,17 @@ def _vectors_that_begin_as_tokens(c):
     c.prefix.train_embeddings = False
     c.prefix.residual = True
     c.prefix.projection = "linear"  # begins at zero
-    c.prefix.kind = "chunked"
-    c.prefix.length = 6  # of each demonstration
-    c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 128, 16
-    c.data.max_input_tokens = 96  # with its output and the template it has to fit into a chunk
+    c.prefix.length = 96
+    c.data.max_input_tokens = 96
     c.data.max_demo_tokens = 2048  # of an LLM whose window is longer than that and a query
     c.data.demo_buckets, c.data.query_buckets = (512, 1024, 1536, 2048), (64, 128, 256)
+
+
+def chunks(c):
+    """Each demonstration a chunk of its own."""
+    c.prefix.kind = "chunked"
+    c.prefix.length = 6  # of each demonstration
+    c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 128, 16  # a longer demonstration would be left out
 
 
 def _a_few_steps(c):

@@ -31,8 +31,8 @@ VARIANTS = {
     "small_world": ["quick", "pretrain", "finetune", "full", "experiments", "llm", "backbone"],
     "c4_metaicl": ["methods", "llm"],
     "smollm2_135m": ["gpu", "tokens", "cpu", "metaicl"],
-    "own_llm": ["try"],
-    "gemma3_270m": [],
+    "own_llm": ["chunked", "try"],
+    "gemma3_270m": ["chunked"],
     **dict.fromkeys(
         ["gpt2_large", "gpt2_xl", "t5_large", "flan_t5_xl", "opt_6_7b", "smollm2", "gemma3_1b", "llama_2_7b"],
         PARTITIONS,

@@ -161,8 +161,8 @@ def test_the_lengths_of_a_partition_are_means_over_its_tasks(tmp_path):
         ("gpt2-large", "tiny"),
     ]
     assert all(models.source == "the paper" and models.vectors == 100 for models, _ in found[:5])
-    config.prefix.update(own_llm.get_config().prefix.to_dict() | {"backbone": config.llm.path, "layers": 1})
-    own = cost.own_models(config)  # the recommended one: six vectors of each of 4 demonstrations
+    config.prefix.update(own_llm.get_config("chunked").prefix.to_dict() | {"backbone": config.llm.path, "layers": 1})
+    own = cost.own_models(config)  # six vectors of each of 4 demonstrations
     assert own.positions == Chunked.positions(config) == 24
     assert (own.readings, own.vectors, own.join, own.projection) == (4, 6, "concat", "linear")
 

@@ -291,14 +291,17 @@ def test_bytes_of_several_queries_and_chunks_are_the_compilers(fields, vectors):
 
 
 def test_the_recommended_configs_have_a_step():
-    """Every demonstration a chunk of six vectors, four queries to a context, a distiller of the LLM's first layers."""
-    own, gemma = (
+    """96 vectors of the whole context or, of a chunk of each demonstration, six; four queries to a context, a distiller of the
+    LLM's first layers."""
+    own, chunked, gemma = (
         load_workload("own_llm", "finetune", 8, llm="SmolLM2-135M"),
+        load_workload("own_llm:chunked", "finetune", 8, llm="SmolLM2-135M"),
         load_workload("gemma3_270m", "finetune", 1),
     )
-    assert (own.rows, own.parts, own.part, own.vectors, own.queries, own.demos) == (16, 16, 128, 96, 4, 2048)
+    assert (own.rows, own.parts, own.part, own.vectors, own.queries, own.demos) == (16, 1, 2048, 96, 4, 2048)
+    assert (chunked.rows, chunked.parts, chunked.part, chunked.vectors, chunked.demos) == (16, 16, 128, 96, 2048)
     assert (own.backbone.layers, own.llm.layers, gemma.backbone.layers, gemma.llm.width) == (6, 30, 6, 640)
-    text = load_workload("own_llm", "pretrain", 8, llm="SmolLM2-135M")  # 819 tokens are seven chunks
+    text = load_workload("own_llm:chunked", "pretrain", 8, llm="SmolLM2-135M")  # 819 tokens are seven chunks
     assert (text.parts, text.vectors, text.queries, text.query) == (7, 42, 1, 205)
     plain = load_workload("smollm2_135m", "finetune", 8)
     assert (plain.parts, plain.part, plain.vectors, plain.queries) == (1, 900, 100, 4)

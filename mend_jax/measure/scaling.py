@@ -64,7 +64,7 @@ def scaling(
     """Prints what one train step of a config needs on each device of a mesh.
 
     Args:
-        name: the config, configs/NAME.py; "all": the table by formula, for both stages.
+        name: the config, configs/NAME.py, or NAME:VARIANT; "all": the table by formula, for both stages.
         stage: MEND's pretraining or finetuning.
         data, fsdp, tensor: devices along each axis of the mesh.
         batch_size: sequences per step; 0: each device that splits the batch gets an eighth of the config's batch.

@@ -99,7 +99,7 @@ def load_workload(
     """The step of a config file's stage, as its training would compute it.
 
     Args:
-        name: that of the file in configs/, without ".py".
+        name: that of the file in configs/, without ".py"; after a colon, as in "own_llm:chunked", one of its variants.
         stage: "pretrain" or "finetune", for MEND's run of it.
         over: the number of devices that split the batch; each gets an eighth of the config's batch.
         batch_size: sequences per step instead; 0 means the config's.
@@ -110,7 +110,8 @@ def load_workload(
         UserError: a config that cannot be read, one that names no LLM without `llm`, soft prompts or the release's budgets, several queries to a context of an
             encoder–decoder, lengths that do not fit the models' windows, a batch that cannot be divided.
     """
-    config = load_config(str(FOLDER / f"{name}.py"))
+    file, *variant = name.split(":", 1)
+    config = load_config(":".join([str(FOLDER / f"{file}.py"), *variant]))
     if dtype:
         config.llm.dtype = config.prefix.dtype = dtype
     if weights:
@@ -125,7 +126,7 @@ def load_workload(
     for field, usual in known.items():
         if (value := dotted_fields(config)[field]) not in usual:
             computed = " or ".join(map(str, usual))
-            raise UserError(f"configs/{name}.py sets {field}={value}: scaling only computes steps with {computed}.")
+            raise UserError(f"configs/{file}.py sets {field}={value}: scaling only computes steps with {computed}.")
     run = dict(stage_configs(config, "mend"))[stage]
     parts = run.train.accumulate
     rows = batch_size or max(parts, run.train.batch_size // CONFIGS_DEVICES) * over
