@@ -119,7 +119,7 @@ def load_workload(
     if llm:
         config.llm.path = config.prefix.backbone = llm
     if not config.llm.path:
-        raise UserError(f"configs/{name}.py is for an LLM of your own: name it with --llm=.")
+        raise UserError(f"configs/{file}.py is for an LLM of your own: name it with --llm=.")
     if remat:
         config.llm.remat = config.prefix.remat = True
     known = {"data.release_truncation": (False,), "prefix.kind": ("distiller", "chunked")}
