@@ -384,6 +384,7 @@ def test_a_topology_that_cannot_be_compiled_for_is_one_sentence(monkeypatch):
         ("gpt2_large", {"data": 2, "batch_size": 3}, ["--batch_size=3", "data x fsdp", "2 devices"]),
         ("gpt2_large", {"batch_size": -1}, ["--batch_size=-1"]),
         ("own_llm", {}, ["configs/own_llm.py", "--llm="]),
+        ("own_llm:chunked", {}, ["configs/own_llm.py", "--llm="]),
     ],
 )
 def test_sizes_that_cannot_be_are_said_before_anything_is_compiled(name, arguments, facts):
@@ -404,3 +405,7 @@ def test_a_name_that_no_config_file_has_is_told_the_names(capsys):
         cli.run(scaling.scaling, ["scaling", "gpt3"])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "gpt2_large, gpt2_xl, " in said and '"gpt3" is not understood' in said
+
+
+def test_a_variant_of_a_config_is_named_on_the_command_line():
+    assert cli.parse(scaling.scaling, ["scaling", "own_llm:chunked", "--llm=SmolLM2-135M"])[0] == "own_llm:chunked"

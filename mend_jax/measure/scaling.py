@@ -47,7 +47,7 @@ from mend_jax.step import init_state, make_loss_fn, make_optimizer, make_train_s
 
 
 def scaling(
-    name: Literal["all", *NAMES],
+    name: str,
     /,
     stage: Literal[*STAGES] = "finetune",
     data=1,
@@ -79,6 +79,10 @@ def scaling(
     if name == "all":
         print(formula_table(**fields))
         return 0
+    if name.partition(":")[0] not in NAMES:
+        raise UserError(
+            f'"{name}" is not understood as the first word: give one of all, {", ".join(NAMES)}, or NAME:VARIANT.'
+        )
     sizes = {sharding.DATA: data, sharding.FSDP: fsdp, sharding.TENSOR: tensor}
     for axis, size in sizes.items():
         if size < 1:
