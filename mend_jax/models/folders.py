@@ -185,7 +185,7 @@ def local_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=[*HUB_FILES, *HUB_BIN]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason, meant = str(error).splitlines()[0], near(str(path))
-        advice = f"did you mean {meant}?" if meant else "check the name and the network, or give a folder."
+        advice = f"check the name and the network, or give a folder{f'; or did you mean {meant}?' if meant else '.'}"
         raise UserError(
             f"{path} is neither a folder nor a model that the Hugging Face hub gave ({reason}): {advice}"
         ) from error
