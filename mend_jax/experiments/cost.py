@@ -127,10 +127,10 @@ def sized(name: str, dtype: str) -> Named:
 
 def own_models(config) -> Named:
     """The models of a config, without weights."""
-    llm, backbone = (from_hf_config(local_folder(path)) for path in (config.llm.path, config.prefix.backbone))
+    prefix, kind = config.prefix, kind_of(config) if kind_of(config).reads_demos else KINDS["distiller"]
+    llm, backbone = (from_hf_config(local_folder(path)) for path in (config.llm.path, kind.backbone(config)))
     if not isinstance(llm, DecoderConfig):
         raise UserError(f"costs are of decoder-only LLMs, and {config.llm.path} is none: set another llm.path.")
-    prefix, kind = config.prefix, kind_of(config) if kind_of(config).reads_demos else KINDS["distiller"]
     made = kind.reader_settings(config, backbone), prefix.length, config.llm.dtype, kind.readings(config)
     return Named(llm, *made, prefix.join, prefix.projection, paper.name_of(config.llm.path))
 
