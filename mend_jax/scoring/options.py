@@ -107,9 +107,9 @@ def score_options(
 
 def _are_several(query) -> bool:
     """Whether a caller's query is a list of queries: of texts, or of lists of token ids."""
-    if isinstance(query, str | dict) or not hasattr(query, "__len__") or len(query) == 0:
+    if not isinstance(query, list | tuple) and np.ndim(query) == 0:  # a text, or what `query_tokens` refuses
         return False
-    return isinstance(query[0], str | list | tuple) or np.ndim(query[0]) == 1
+    return len(query) > 0 and (isinstance(query[0], str | list | tuple) or np.ndim(query[0]) == 1)
 
 
 def prefix_and_template(given, template=None, separator=None) -> tuple[Prefix, Template]:
