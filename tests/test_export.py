@@ -178,7 +178,7 @@ def test_pytorch_cuts_inputs_and_leaves_out_demonstrations_as_we_do(fields, llm,
     ours, theirs = trained.read_trained(tmp_path / "out"), MendDistiller.from_pretrained(tmp_path / "out")
     long, short = ("w1 w2 w3 w4 w5 w6", "w7"), ("w1 w2", "w8")
     wanted = ours.distill([long, short]).embeds
-    for no_pairs in (["w1", "w2"], "w1 w2", [("w1", "w2"), "w3"], [{"input": "w1", "output": "w2"}]):
+    for no_pairs in (["w1", "w2"], "w1 w2", [("w1", "w2"), "w3"], [{"input": "w1", "output": "w2"}], {"w1": "w2"}):
         with pytest.raises(ValueError, match=r"list of \(input, output\) pairs"):
             theirs.distill(no_pairs)
     np.testing.assert_allclose(theirs.distill([long, short]), wanted, rtol=1e-4, atol=1e-5)

@@ -150,10 +150,10 @@ class MendDistiller(nn.Module):
 
         A distiller of chunks takes the demonstrations of one context: (x, y) string pairs, or the token ids of each. `num_vectors` as in `forward`.
         """
-        if len(demos) == 0 or (isinstance(demos[0], (tuple, list)) and len(demos[0]) == 0):
-            raise ValueError("there are no demonstrations, or an empty context: give at least one token")
         if isinstance(demos, str) or any(isinstance(part, (str, dict)) for part in demos):
             raise ValueError("text demonstrations are a list of (input, output) pairs: give [(x, y), ...]")
+        if len(demos) == 0 or (isinstance(demos[0], (tuple, list)) and len(demos[0]) == 0):
+            raise ValueError("there are no demonstrations, or an empty context: give at least one token")
         if isinstance(demos[0], (tuple, list)) and isinstance(demos[0][0], str):
             if self.tokenizer is None:
                 raise ValueError("texts need a tokenizer, but this folder has none: give token ids")
