@@ -28,7 +28,6 @@ def get_config(name: str = ""):
     c.llm.path = c.prefix.backbone = "gemma3-270m"
     if name == "chunked":
         c.prefix.chunk_tokens = 64
-        c.loss.kd_tokens = "all"
     c.data.max_demo_tokens = 896
     c.data.max_input_tokens = 48
     c.data.max_text_tokens = 352

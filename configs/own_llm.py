@@ -13,7 +13,8 @@ demonstrations become 96 vectors, which begin as their last 96 tokens (docs/runn
 the paper's defaults is what was best among what was tried with Gemma 3 270M on CPU cores (docs/results.md, docs/lab_notes.md):
 configs/gemma3_270m.py is this file at a size for them. The batch of 16 and the 1,500 steps were not tried.
 
-`:chunked` reads each demonstration by itself, any number of them, and makes six vectors of each, which begin as its last six tokens.
+`:chunked` reads each demonstration by itself, any number of them, and makes six vectors of each, which begin as its last six tokens;
+L_distill is then of inputs too.
 
 Hardware: one device that holds the LLM, in bfloat16, and the training of a distiller of its first six layers: `python -m mend_jax.scaling
     own_llm --llm=LLM --batch_size=16` (docs/scaling.md) computes the memory of a step. Never run on a GPU.
@@ -34,8 +35,6 @@ def get_config(name: str = ""):
     c.data.bos = "auto"  # as its tokenizer does: many LLMs have only ever read behind their BOS
     c.data.template = "qa"
     _vectors_that_begin_as_tokens(c)
-    if name == "chunked":
-        chunks(c)
     c.data.queries = 4  # of one task share a context, which teacher and distiller read once
     c.loss.kd = 10.0  # lambda
     c.loss.kd_tokens = "outputs"  # the inputs' words, most of a query, take what is to be learnt of the answers
@@ -45,6 +44,8 @@ def get_config(name: str = ""):
     c.train.eval_every, c.train.save_every = 500, 100
     c.experiment.methods = ("zero_shot", "icl", "mend")
     c.experiment.pretrain_steps = c.experiment.finetune_steps = 1_500
+    if name == "chunked":
+        _chunks(c)
     if name == "try":
         _a_few_steps(c)
     return c
@@ -61,8 +62,9 @@ def _vectors_that_begin_as_tokens(c):
     c.data.demo_buckets, c.data.query_buckets = (512, 1024, 1536, 2048), (64, 128, 256)
 
 
-def chunks(c):
+def _chunks(c):
     """Each demonstration a chunk of its own."""
+    c.loss.kd_tokens = "all"  # the outputs alone changed little here (docs/results.md)
     c.prefix.kind = "chunked"
     c.prefix.length = 6  # of each demonstration
     c.prefix.chunk_demos, c.prefix.chunk_tokens, c.prefix.chunks = 1, 128, 16  # a longer demonstration would be left out

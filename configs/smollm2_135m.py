@@ -6,7 +6,7 @@
 The LLM comes with a package (docs/data.md). Each stage has one shape of batches: on a fast device compiling another takes
 longer than its padding.
 
-`:tokens` lets vectors begin as tokens, six of each demonstration (configs/own_llm.py:chunked), as was best on CPU cores; it is what `launch/accelerator.sh` trains. `:cpu` has shorter contexts, 32 vectors and symbol tuning, for two CPU cores; the distiller that the package carries was trained with it
+`:tokens` lets vectors begin as tokens, six of each demonstration (configs/own_llm.py:chunked), which was better on CPU cores than vectors that begin as noise; it is what `launch/accelerator.sh` trains. `:cpu` has shorter contexts, 32 vectors and symbol tuning, for two CPU cores; the distiller that the package carries was trained with it
 and vectors that begin as tokens, without symbol tuning (docs/lab_notes.md). `:metaicl` makes SmolLM2-MetaICL of the LLM, by training it on in-context
 sequences:
 
@@ -56,7 +56,6 @@ def get_config(name: str = "gpu"):
 
 def _short_chunks(c):
     c.prefix.chunk_tokens = 64
-    c.loss.kd_tokens = "all"
     c.data.max_input_tokens = 48
     c.data.max_demo_tokens = 1024
     c.data.demo_buckets, c.data.query_buckets = (1024,), (128,)
