@@ -12,9 +12,10 @@ tokens, and L_distill is of inputs too.
 
 Hardware: 2 CPU cores and 12 GB.
 Time: of `:chunked` about three hours on 2 cores of an Intel Xeon with AMX, 10 to 14 s a step of finetuning (docs/lab_notes.md: with
-    jemalloc). Of the 96 vectors not measured there; on one core of an AMD EPYC beside other work 30 s a step (docs/results.md).
-Expected: docs/results.md has class_to_class as this config was until 2026-11-30 (zero-shot 27.4, Vanilla ICL 35.6, MEND 33.0) and what
-    has been measured since; no number for this LLM is published.
+    jemalloc). Of the 96 vectors not measured there; on one core of an AMD EPYC beside other work 20 to 28 s a step
+    (docs/results.md).
+Expected: hr_to_lr, without PromptTuning: zero-shot 28.0, MEND 35.1, HyperTuning 35.6, Vanilla ICL 36.2 (docs/results.md, which has
+    class_to_class with `:chunked` too); no number for this LLM is published.
 """
 
 from configs import own_llm
