@@ -327,7 +327,7 @@ def test_pytorch_reads_in_the_same_chunks(join, demos, tokens, llm, folders, tmp
         np.testing.assert_allclose(theirs.distill(given), ours, atol=1e-5)
     with pytest.warns(UserWarning) as said:
         found = theirs.distill([[1], [2] * 95])
-    states(str(said[0].message), "demonstration 1", "95 tokens", tokens)
+    states(str(said[0].message), "demonstration 2", "95 tokens", tokens)
     np.testing.assert_allclose(found, theirs.distill([[1]]), atol=1e-6)
 
 
