@@ -203,10 +203,9 @@ class Chunked(Kind):
         return _joined(self.join, jnp.asarray(vectors)[None], jnp.ones((1, len(vectors)), jnp.int32))
 
     def _pieces(self, demos) -> list[np.ndarray]:
-        reader, demos = (
-            self.distiller,
-            list(demos) if hasattr(demos, "__len__") and not isinstance(demos, str | dict) else demos,
-        )
+        reader = self.distiller
+        if hasattr(demos, "__len__") and not isinstance(demos, str | dict):
+            demos = list(demos)
         if (
             isinstance(demos, list)
             and demos

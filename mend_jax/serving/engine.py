@@ -126,9 +126,8 @@ class Engine:
             (self.generate, some, {"wanted": wanted}) for some in sets
         ]
         for answer, some, fields in _counted(asked, "question", "compiling what answers"):
-            answer(
-                [Asked(one, words, **fields) for one in some]
-            )  # one that does not fit is an error, which tells nobody anything
+            # An example that does not fit is an error, which tells nobody anything.
+            answer([Asked(one, words, **fields) for one in some])
         for one in befores:
             self.caches.remove(one.key)
 
