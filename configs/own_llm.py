@@ -4,7 +4,8 @@
         --config.llm.path=LLM --config.prefix.backbone=LLM --config.data.text=TEXTS --config.data.tasks=TASKS --config.data.partition=NAME
 
 To see first that your files are read and all of it runs, without a use for what comes out: --config=configs/own_llm.py:try (6 minutes
-for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c94, 2026-12-01). It evaluates with the first seed of
+for SmolLM2-135M and 16 test tasks on 2 quiet cores of an AMD EPYC, commit a387c94, 2026-12-01, when the recipe was what is now
+:chunked). It evaluates with the first seed of
 evaluate.seeds alone, but reads and checks the files of all five first, as the whole recipe needs them; whoever has those of one seed
 gives both commands --config.evaluate.seeds=13.
 
